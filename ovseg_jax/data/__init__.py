@@ -1,0 +1,1 @@
+"""From records to batches of NumPy arrays. Nothing here imports jax: worker processes load it."""

@@ -1,0 +1,86 @@
+"""What the text encoder reads of one record: caption, masked caption, prompts (Sec. 3.1.2)."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Int32
+
+from ovseg_jax.data.entities import MASK_TOKEN, EntitySet
+from ovseg_jax.data.records import Record
+from ovseg_jax.data.templates import SHARED, fill
+from ovseg_jax.errors import UserError
+
+
+def mask_entities(caption: str, entity_set: EntitySet, mask_token: str = MASK_TOKEN) -> str:
+    """The caption with every entity mention replaced by the mask token.
+
+    Mentions are cut out by position: punctuation and the words around stay as they are. No
+    surface form is found in the result.
+
+    Raises:
+      UserError: a mask token of the caller's own names an entity.
+    """
+    if mask_token != MASK_TOKEN and entity_set.find(mask_token):
+        raise UserError(f"the mask token {mask_token!r} names an entity; choose another")
+    # More than one round where cutting a word out sets another one free for the tokenizer.
+    while spans := entity_set.spans(caption):
+        for start, end, _ in reversed(spans):
+            caption = caption[:start] + mask_token + caption[end:]
+    return caption
+
+
+def prompt(entities: Sequence[str], template: str) -> str:
+    """The template with 'a and b and c' in it; the empty sentence when there is no entity."""
+    return fill(template, entities) if entities else ""
+
+
+def shared_prompt(name: str) -> str:
+    """The sentence for an entity that two images share: 'a photo of dog'."""
+    return fill(SHARED, [name])
+
+
+class Texts(TypedDict):
+    """The sentences of one caption.
+
+    Keys:
+      caption: as found.
+      masked: with every entity mention masked.
+      prompts: one for each template; empty sentences when the caption names no entity.
+      entities: sorted entity ids.
+    """
+
+    caption: str
+    masked: str
+    prompts: list[str]
+    entities: tuple[int, ...]
+
+
+def texts_of(record: Record | str, entity_set: EntitySet, templates: Sequence[str]) -> Texts:
+    """All sentences of a record, or of a caption. Names stand in a prompt in the order of ids."""
+    caption = record if isinstance(record, str) else record.caption
+    entities = entity_set.find(caption)
+    names = [entity_set.names[identity] for identity in entities]
+    return Texts(
+        caption=caption,
+        masked=mask_entities(caption, entity_set) if entities else caption,
+        prompts=[prompt(names, template) for template in templates],
+        entities=entities,
+    )
+
+
+def distinct_prompts(
+    captions: Sequence[str], entity_set: EntitySet, templates: Sequence[str]
+) -> tuple[list[str], Int32[np.ndarray, "records templates"]]:
+    """The different prompts of many captions, and which of them each caption uses.
+
+    Many captions name the same entities, so encoding the distinct sentences costs far less than
+    encoding all of them.
+    """
+    rows: dict[str, int] = {}
+    table = np.zeros((len(captions), len(templates)), np.int32)
+    for record, caption in enumerate(captions):
+        names = [entity_set.names[identity] for identity in entity_set.find(caption)]
+        for column, template in enumerate(templates):
+            table[record, column] = rows.setdefault(prompt(names, template), len(rows))
+    return list(rows), table

@@ -1,0 +1,287 @@
+"""One example of a batch: a pure function of (seed, step, slot).
+
+The record of a slot comes from `record_index`. Everything random about the example comes from
+`example_rng(seed, epoch, key)`, drawn in this order: the prompt template, the partner (entity,
+then record), the view or the augmentation of the image, that of the partner's image. So cached
+and uncached texts use the same template, and cached and uncached images the same partner.
+"""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
+from ovseg_jax.data.captions import shared_prompt, texts_of
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.order import example_rng, record_index
+from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.records import Record, RecordSource, keys_of
+from ovseg_jax.data.templates import TRAINING
+from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.errors import UserError
+
+Example = dict[str, np.ndarray]
+_log = logging.getLogger(__name__)
+
+
+def entity_set_hash(entities: Sequence[int]) -> int:
+    """An int32 that is equal for equal entity sets, the same on every machine; 0 for no entity."""
+    if not entities:
+        return 0
+    text = ",".join(str(entity) for entity in sorted(set(entities)))
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
+
+
+class Failures:
+    """Records that could not be read: key -> cause. Each key is logged once a process."""
+
+    def __init__(self) -> None:
+        self.causes: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: str, cause: str) -> None:
+        with self._lock:
+            if key in self.causes:
+                return
+            self.causes[key] = cause
+        _log.warning("record %s cannot be used and weighs 0: %s", key, cause)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"causes": dict(self.causes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.causes = state["causes"]
+        self._lock = threading.Lock()
+
+
+class Examples:
+    """The examples of a range of steps at random access, step after step, slot after slot.
+
+    `examples[i]` is slot `slots[i % len(slots)]` of step `first_step + i // len(slots)`, as a
+    dict of arrays without the batch axis. Arguments are those of `pipeline.make_loader`.
+
+    Raises:
+      UserError: the settings do not fit each other or the stores.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        entity_set: EntitySet,
+        tokenizer: Tokenizer | None,
+        spec: Mapping[str, Any],
+        *,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        with_pairs: bool,
+        slots: Sequence[int] | None,
+        image_store: FeatureStore | None,
+        text_store: FeatureStore | None,
+        pairs: PairIndex | None,
+    ):
+        self._slots = tuple(range(batch_size)) if slots is None else tuple(map(int, slots))
+        if not self._slots or not all(0 <= slot < batch_size for slot in self._slots):
+            raise UserError(f"the slots {self._slots} must be some of 0..{batch_size - 1}")
+        if last_step < first_step:
+            raise UserError(f"last_step {last_step} comes before first_step {first_step}")
+        if not len(source):
+            raise UserError(f"the data set {source.name} has no records; check path and filters")
+        self._source, self._entity_set, self._tokenizer = source, entity_set, tokenizer
+        self._batch, self._seed, self._with_pairs = batch_size, seed, with_pairs
+        self._first, self._steps = first_step, last_step - first_step
+        self._images, self._texts = image_store, text_store
+        self._templates = tuple(spec.get("templates") or TRAINING)
+        self._length = 0 if text_store is not None else int(_need(spec, "text_length"))
+        self._transform = {} if image_store is not None else dict(_need(spec, "transform"))
+        if text_store is None and tokenizer is None:
+            raise UserError("texts that are not cached need a tokenizer; give one")
+        self._check_stores()
+        self.failures = Failures()
+        # With cached images no record is read at all, so keys and captions are fetched at once.
+        self._keys = keys_of(source) if image_store is not None else None
+        self._captions = source.captions() if image_store is not None else None
+        self._entities: list[tuple[int, ...]] | None = None
+        if self._captions is not None or (with_pairs and pairs is None):
+            captions = source.captions() if self._captions is None else self._captions
+            self._entities = [entity_set.find(caption) for caption in captions]
+        self._pairs = pairs
+        if with_pairs and pairs is None:
+            self._pairs = PairIndex.build(self._entities or [])
+
+    def __len__(self) -> int:
+        return self._steps * len(self._slots)
+
+    def __getitem__(self, position: int) -> Example:
+        step, column = divmod(int(position), len(self._slots))
+        epoch, index = record_index(
+            self._seed,
+            len(self._source),
+            self._first + step,
+            self._slots[column],
+            self._batch,
+        )
+        try:
+            record = self._record(index)
+            rng = example_rng(self._seed, epoch, record.key)
+            return self._example(index, record, rng)
+        except _Unusable as error:
+            self.failures.add(error.key, error.cause)
+            return self._assemble(index, None)
+
+    def _example(self, index: int, record: Record, rng: np.random.Generator) -> Example:
+        self._check_text(record)
+        template = int(rng.integers(len(self._templates)))
+        partner = shared = None
+        if self._with_pairs and self._pairs is not None:
+            partner, shared = self._pairs.partner(rng, index, record.entities)
+        image = self._image(index, record, rng)
+        second = None
+        if partner is not None:
+            try:
+                second = self._image(partner, self._record(partner), rng)
+            except _Unusable as error:
+                self.failures.add(error.key, error.cause)
+                shared = None
+        texts = self._text(index, record, template)
+        return self._assemble(index, (image, second, texts, record.entities), shared)
+
+    def _assemble(
+        self,
+        index: int,
+        parts: tuple[np.ndarray, np.ndarray | None, Example, tuple[int, ...]] | None,
+        shared: int | None = None,
+    ) -> Example:
+        """Puts an example together; zeros and empty texts where `parts` is None."""
+        image, second, texts, entities = parts or (None, None, self._no_text(), ())
+        name = "image" if self._images is None else "image_features"
+        example = {name: self._no_image() if image is None else image, **texts}
+        example["weight"] = np.float32(parts is not None)
+        example["entity_weight"] = np.float32(bool(entities))
+        example["entity_set"] = np.int32(entity_set_hash(entities))
+        example["record"] = np.int32(index)
+        if self._with_pairs:
+            example[name.replace("image", "image2")] = (
+                self._no_image() if second is None else second
+            )
+            example["pair_weight"] = np.float32(second is not None)
+            example.update(self._shared_text(shared))
+        return example
+
+    def _record(self, index: int) -> Record:
+        """The record with entity ids from our own entity set; without an image if it is cached."""
+        if self._keys is not None and self._captions is not None and self._entities is not None:
+            return Record(b"", self._captions[index], self._keys[index], self._entities[index])
+        try:
+            record = self._source[index]
+        except Exception as error:
+            # A damaged shard, a dead link: whatever the source raises concerns this record only.
+            raise _Unusable(f"#{index}", f"{type(error).__name__}: {error}") from error
+        if self._entities is not None:
+            entities = self._entities[index]
+        else:
+            entities = self._entity_set.find(record.caption)
+        return Record(record.image, record.caption, record.key, entities)
+
+    @staticmethod
+    def _check_text(record: Record) -> None:
+        try:
+            record.caption.encode()
+        except UnicodeEncodeError as error:
+            raise _Unusable(record.key, "the caption is not valid Unicode") from error
+
+    def _image(self, index: int, record: Record, rng: np.random.Generator) -> np.ndarray:
+        if self._images is None:
+            try:
+                return train_transform(decode(record.image), rng, self._transform)
+            except UnreadableImage as error:
+                raise _Unusable(record.key, str(error)) from error
+        if "valid" in self._images and not self._images["valid"][index]:
+            raise _Unusable(record.key, "unreadable when its features were computed")
+        views = self._images["image"]
+        return views[index, int(rng.integers(views.shape[1]))]
+
+    def _no_image(self) -> np.ndarray:
+        if self._images is None:
+            size = self._transform["size"]
+            return np.zeros((size, size, 3), np.uint8)
+        views = self._images["image"]
+        return np.zeros(views.shape[2:], views.dtype)
+
+    def _text(self, index: int, record: Record, template: int) -> Example:
+        if self._texts is not None:
+            return {
+                "caption_pooled": self._texts["caption_pooled"][index],
+                "masked_tokens": self._texts["masked_tokens"][index],
+                "masked_mask": self._texts["masked_mask"][index].astype(bool),
+                "prompt_pooled": self._texts["prompt_pooled"][index, template],
+            }
+        texts = texts_of(record, self._entity_set, self._templates[template : template + 1])
+        return self._encode(texts["caption"], texts["masked"], texts["prompts"][0])
+
+    def _no_text(self) -> Example:
+        if self._texts is None:
+            return self._encode("", "", "")
+        tokens = self._texts["masked_tokens"]
+        width = self._texts["caption_pooled"].shape[-1]
+        mask = np.zeros(tokens.shape[1], bool)
+        # One visible token: attention over none at all would be 0/0.
+        mask[0] = True
+        return {
+            "caption_pooled": np.zeros(width, self._texts["caption_pooled"].dtype),
+            "masked_tokens": np.zeros(tokens.shape[1:], tokens.dtype),
+            "masked_mask": mask,
+            "prompt_pooled": np.zeros(width, self._texts["prompt_pooled"].dtype),
+        }
+
+    def _encode(self, caption: str, masked: str, prompt: str) -> Example:
+        assert self._tokenizer is not None
+        ids = self._tokenizer.encode([caption, masked, prompt], self._length)
+        return {"caption_ids": ids[0], "masked_ids": ids[1], "prompt_ids": ids[2]}
+
+    def _shared_text(self, shared: int | None) -> Example:
+        if self._texts is not None:
+            table = self._texts["shared_pooled"]
+            empty = np.zeros(table.shape[1:], table.dtype)
+            return {"shared_pooled": empty if shared is None else table[shared]}
+        assert self._tokenizer is not None
+        text = "" if shared is None else shared_prompt(self._entity_set.names[shared])
+        return {"shared_ids": self._tokenizer.encode([text], self._length)[0]}
+
+    def _check_stores(self) -> None:
+        again = "delete the cache folder to have it computed again"
+        counts = []
+        if self._images is not None:
+            counts.append(("image", self._images["image"].shape[0], len(self._source), "records"))
+        if self._texts is not None:
+            prompts = self._texts["prompt_pooled"].shape
+            counts.append(("prompt_pooled", prompts[0], len(self._source), "records"))
+            counts.append(("prompt_pooled", prompts[1], len(self._templates), "templates"))
+            shared = self._texts["shared_pooled"].shape[0]
+            counts.append(("shared_pooled", shared, len(self._entity_set), "entities"))
+        for name, have, want, what in counts:
+            if have != want:
+                raise UserError(
+                    f"the cached array {name} has {have} {what}, the data set has {want}; {again}"
+                )
+
+
+class _Unusable(Exception):
+    """A record that keeps its slot with weight 0."""
+
+    def __init__(self, key: str, cause: str):
+        super().__init__(key, cause)
+        self.key, self.cause = key, cause
+
+
+def _need(spec: Mapping[str, Any], name: str) -> Any:
+    if name not in spec:
+        raise UserError(f"the data settings lack {name!r}; they have {', '.join(spec)}")
+    return spec[name]

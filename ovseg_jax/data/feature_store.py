@@ -1,0 +1,144 @@
+"""Features computed once and read many times: memory-mapped arrays with the key of their maker.
+
+A store is a folder with one .npy file an array and `meta.json`. It appears under its name only
+when it is complete, and is taken for another's when the key (a hash of weights and transform)
+differs.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ovseg_jax.errors import UserError
+
+_META = "meta.json"
+_VERSION = 1
+Layout = Mapping[str, tuple[tuple[int, ...], Any]]
+
+
+class FeatureStore:
+    """Named arrays on disk. Get one with `create` (writable) or `open` (read-only).
+
+    Arrays of an image store: `image` [N, V, L, D], and where records could not be read `valid`
+    [N] (0 for those). Arrays of a text store: `caption_pooled` [N, Dt], `masked_tokens`
+    [N, M, Dt], `masked_mask` [N, M], `prompt_pooled` [N, T, Dt], `shared_pooled` [entities, Dt].
+    N records, V views, L patches, T templates, M text tokens.
+    """
+
+    def __init__(self, directory: Path, key: str, layout: Layout, target: Path | None = None):
+        self.directory = directory
+        self.key = key
+        self._layout = {
+            name: (tuple(shape), np.dtype(kind)) for name, (shape, kind) in layout.items()
+        }
+        self._target = target
+        self._arrays: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def create(cls, directory: str | Path, key: str, arrays: Layout) -> "FeatureStore":
+        """Begins a store beside `directory`; `commit` moves it there.
+
+        Args:
+          arrays: name -> (shape, dtype). Every array begins as zeros.
+        """
+        target = Path(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in target.parent.glob(f".{target.name}.building-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        building = target.parent / f".{target.name}.building-{uuid.uuid4().hex[:12]}"
+        building.mkdir()
+        store = cls(building, key, arrays, target)
+        for name, (shape, kind) in store._layout.items():
+            store._arrays[name] = np.lib.format.open_memmap(
+                building / f"{name}.npy", mode="w+", dtype=kind, shape=shape
+            )
+        return store
+
+    @classmethod
+    def open(cls, directory: str | Path, key: str) -> "FeatureStore | None":
+        """The store in `directory`, or None if it is absent, incomplete, damaged or another's."""
+        directory = Path(directory)
+        try:
+            meta = json.loads((directory / _META).read_text())
+            if meta["version"] != _VERSION or meta["key"] != key:
+                return None
+            layout = {name: (tuple(shape), kind) for name, (shape, kind) in meta["arrays"].items()}
+            store = cls(directory, key, layout)
+            for name in store.names:
+                store._load(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return store
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._layout)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._layout
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The array, mapped into memory.
+
+        Raises:
+          UserError: the store has no such array, or the file was damaged since it was opened.
+        """
+        if name not in self._layout:
+            raise UserError(
+                f"the feature store {self.directory} has no array {name!r} (it has "
+                f"{', '.join(self.names)}); delete the folder to have it computed again"
+            )
+        if name not in self._arrays:
+            try:
+                self._load(name)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{self.directory / name}.npy cannot be read ({error}); delete the folder to "
+                    "have it computed again"
+                ) from error
+        return self._arrays[name]
+
+    def _load(self, name: str) -> None:
+        array = np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        shape, kind = self._layout[name]
+        if array.shape != shape or array.dtype != kind:
+            raise ValueError(f"array {name} is {array.dtype}{array.shape}, not {kind}{shape}")
+        # A plain view of the map: the same pages, without np.memmap's cost for every slice.
+        self._arrays[name] = array.view(np.ndarray)
+
+    def commit(self) -> "FeatureStore":
+        """Completes the store: writes the arrays out, then puts the folder in place.
+
+        A store already there is replaced. Returns the store, opened read-only.
+
+        Raises:
+          UserError: the store was opened, not created.
+        """
+        if self._target is None:
+            raise UserError(f"the feature store {self.directory} is already complete")
+        for array in self._arrays.values():
+            assert isinstance(array, np.memmap)
+            array.flush()
+        self._arrays.clear()
+        arrays = {name: (shape, kind.str) for name, (shape, kind) in self._layout.items()}
+        meta = {"version": _VERSION, "key": self.key, "arrays": arrays}
+        (self.directory / _META).write_text(json.dumps(meta, indent=1) + "\n")
+        if self._target.exists():
+            shutil.rmtree(self._target)
+        self.directory.rename(self._target)
+        return FeatureStore(self._target, self.key, self._layout)
+
+    def discard(self) -> None:
+        """Gives up a store that was not committed."""
+        if self._target is not None:
+            self._arrays.clear()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled as a copy of its data; workers map the files themselves.
+        return {**self.__dict__, "_arrays": {}}

@@ -1,0 +1,193 @@
+"""Which words of a caption are nouns for things one can see, and an entity set made of them.
+
+Two ways. With NLTK's WordNet and tagger data installed, the tagger finds nouns and WordNet says
+whether a noun's first sense is a physical thing. Without, bundled word lists and the position of
+a word decide: a noun follows a determiner, a number or a preposition (adjectives may stand
+between) and is not itself followed by another open-class word.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Protocol, runtime_checkable
+
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.plurals import singular
+from ovseg_jax.data.words import words
+from ovseg_jax.errors import UserError
+
+# A word is taken for a noun when this share of its uses stands where nouns stand.
+_LEAST_EVIDENCE = 0.2
+_PARTICIPLE_ENDINGS = ("ing", "ed", "ly", "ful", "ous", "less", "est")
+_SHORTEST = 3
+
+
+@runtime_checkable
+class NounFinder(Protocol):
+    """Finds the nouns of a tokenized caption."""
+
+    name: str
+
+    def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
+        """(singular form, stands like a noun) for each word that may be a noun."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuiltEntities:
+    """An entity set made from captions.
+
+    Attributes:
+      entity_set: the most frequent nouns, the most frequent first.
+      counts: entity name -> mentions in the captions, in the same order.
+      path: which of the two ways found the nouns.
+    """
+
+    entity_set: EntitySet
+    counts: dict[str, int]
+    path: str
+
+
+@functools.cache
+def word_list(name: str) -> frozenset[str]:
+    """The words of a bundled list; lines that begin with # are comments."""
+    text = resources.files("ovseg_jax.data").joinpath(f"wordlists/{name}.txt").read_text("utf-8")
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
+    return frozenset(word for line in lines for word in line.split())
+
+
+class BundledNouns:
+    """Word lists and position in the sentence."""
+
+    name = "bundled word lists"
+
+    def __init__(self) -> None:
+        self._function = word_list("function")
+        self._determiners = word_list("determiners")
+        self._adjectives = word_list("adjectives")
+        self._verbs = word_list("verbs")
+        self._exceptions = word_list("shape_exceptions")
+        self._known = self._function | self._adjectives | self._verbs
+
+    def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
+        found = []
+        for at, token in enumerate(tokens):
+            lemma = singular(token)
+            if self._may_be_noun(token, lemma):
+                found.append((lemma, self._opens(tokens, at) and self._closes(tokens, at)))
+        return found
+
+    def _may_be_noun(self, token: str, lemma: str) -> bool:
+        if len(lemma) < _SHORTEST or not lemma.replace("-", "").isalpha():
+            return False
+        if lemma in self._exceptions:
+            return True
+        # A form such as "leaves" is a verb as well as a plural; the lemma "leaf" speaks for itself.
+        if lemma in self._known or (
+            token in self._known and token in (lemma, lemma + "s", lemma + "es")
+        ):
+            return False
+        return not lemma.endswith(_PARTICIPLE_ENDINGS)
+
+    def _opens(self, tokens: Sequence[str], at: int) -> bool:
+        left = at - 1
+        while left >= 0 and tokens[left] in self._adjectives:
+            left -= 1
+        # "white dogs" and "dogs": a caption may begin with the bare noun.
+        return left < 0 or tokens[left] in self._determiners or not tokens[left].isalnum()
+
+    def _closes(self, tokens: Sequence[str], at: int) -> bool:
+        if at + 1 == len(tokens):
+            return True
+        following = tokens[at + 1]
+        return (
+            not following.isalpha()
+            or following in self._function
+            or following in self._verbs
+            or (following.endswith(("ing", "ed")) and following not in self._exceptions)
+        )
+
+
+class WordNetNouns:
+    """NLTK's tagger for nouns, WordNet for singulars and for physical things.
+
+    Raises:
+      LookupError: the data are not installed.
+    """
+
+    name = "WordNet and the tagger"
+
+    def __init__(self) -> None:
+        import nltk
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+        nltk.pos_tag(["test"])
+        self._nltk, self._wordnet = nltk, wordnet
+        self._physical: dict[str, bool] = {}
+
+    def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
+        found = []
+        for token, tag in self._nltk.pos_tag([token for token in tokens if token]):
+            if tag in ("NN", "NNS") and token.replace("-", "").isalpha():
+                lemma = self._wordnet.morphy(token, "n") or singular(token)
+                if len(lemma) >= _SHORTEST and self._is_physical(lemma):
+                    found.append((lemma, True))
+        return found
+
+    def _is_physical(self, lemma: str) -> bool:
+        if lemma not in self._physical:
+            senses = self._wordnet.synsets(lemma, "n")
+            above = list(senses[0].closure(lambda sense: sense.hypernyms())) if senses else []
+            self._physical[lemma] = self._wordnet.synset("physical_entity.n.01") in above
+        return self._physical[lemma]
+
+
+def noun_finder() -> NounFinder:
+    """The better of the two ways whose data are installed. Never downloads anything."""
+    try:
+        return WordNetNouns()
+    except LookupError:
+        return BundledNouns()
+
+
+def build_entity_set(
+    captions: Iterable[str],
+    top: int = 100,
+    abstract: Collection[str] | None = None,
+    finder: NounFinder | None = None,
+) -> BuiltEntities:
+    """The `top` most frequent nouns of the captions, abstract ones left out (Sec. 3.1.2).
+
+    Args:
+      captions: read once.
+      top: how many entities to keep at most.
+      abstract: nouns to leave out, in the singular; the bundled list by default.
+      finder: how to find nouns; the best that is installed by default.
+
+    Raises:
+      UserError: no noun was found.
+    """
+    finder = finder or noun_finder()
+    abstract = word_list("abstract") if abstract is None else frozenset(abstract)
+    uses: Counter[str] = Counter()
+    evidence: Counter[str] = Counter()
+    for caption in captions:
+        for lemma, stands_like_noun in finder.nouns(words(caption)):
+            uses[lemma] += 1
+            evidence[lemma] += stands_like_noun
+    # Alphabetical among equals, so that the order of the captions does not matter.
+    ranked = sorted(
+        (
+            (count, lemma)
+            for lemma, count in uses.items()
+            if lemma not in abstract and evidence[lemma] >= max(1, _LEAST_EVIDENCE * count)
+        ),
+        key=lambda item: (-item[0], item[1]),
+    )[:top]
+    if not ranked:
+        raise UserError("no nouns were found in the captions; give a list of entities instead")
+    counts = {lemma: count for count, lemma in ranked}
+    return BuiltEntities(EntitySet({lemma: [lemma] for lemma in counts}), counts, finder.name)

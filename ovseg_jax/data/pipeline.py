@@ -1,0 +1,151 @@
+"""Batches of NumPy arrays, through Grain: the same on any number of processes and workers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32
+
+from ovseg_jax.data.captions import distinct_prompts, texts_of
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.examples import Examples, entity_set_hash
+from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.records import Record, RecordSource
+from ovseg_jax.data.templates import TRAINING
+from ovseg_jax.data.tokens import Tokenizer
+
+__all__ = [
+    "Loader",
+    "distinct_prompts",
+    "encode_record_texts",
+    "entity_set_hash",
+    "make_loader",
+    "texts_of",
+]
+
+Batch = dict[str, np.ndarray]
+# Batches that wait ready for every reading thread.
+_BATCHES_AHEAD = 2
+
+
+class Loader:
+    """An iterable of batches, one a step. Every `iter` begins again at the first step.
+
+    Attributes:
+      failures: key -> cause of the records that weighed 0 so far. Filled in this process only:
+        worker processes log theirs as warnings, and `weight` shows them in the batch.
+    """
+
+    def __init__(self, examples: Examples, slots: int, workers: int, threads: int):
+        self._steps = len(examples) // slots
+        self.failures: Mapping[str, str] = examples.failures.causes
+        # Batched before the split among workers, who then take whole batches in turn; an
+        # IterDataset batched there would lose the ends of each worker's share.
+        batches = grain.MapDataset.source(examples).batch(slots, drop_remainder=True)
+        dataset = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_BATCHES_AHEAD * threads)
+        )
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads absl flags of its own when it starts a worker, also in programs and
+                # notebooks that parse none.
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options)
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._steps:
+            return
+        iterator = iter(self._dataset)
+        try:
+            yield from iterator
+        finally:
+            # Stops worker processes at once, not whenever the garbage collector comes by.
+            iterator.close()
+
+
+def make_loader(
+    source: RecordSource,
+    entity_set: EntitySet,
+    tokenizer: Tokenizer | None,
+    spec: Mapping[str, Any],
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    with_pairs: bool,
+    slots: Sequence[int] | None = None,
+    image_store: FeatureStore | None = None,
+    text_store: FeatureStore | None = None,
+    pairs: PairIndex | None = None,
+    workers: int = 0,
+    threads: int = 4,
+) -> Loader:
+    """The batches of steps `first_step` to `last_step` (exclusive).
+
+    Each batch is a flat dict with leading axis b = len(slots): `image` uint8 [b, H, W, 3] or
+    `image_features` [b, L, D]; `caption_ids`, `masked_ids`, `prompt_ids` int32 [b, M] or
+    `caption_pooled`, `prompt_pooled` [b, Dt], `masked_tokens` [b, M, Dt], `masked_mask` bool
+    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. With pairs
+    also `image2` or `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`.
+
+    A record that cannot be read keeps its slot: zeros, empty texts, weight 0.
+
+    Args:
+      source: the records. Their entity ids are found anew with `entity_set`.
+      entity_set: the entities.
+      tokenizer: not needed when `text_store` is given.
+      spec: `text_length` (M), `transform` (see `augment.train_transform`), `templates` (default:
+        `templates.TRAINING`).
+      batch_size: the global batch size B.
+      seed: of the order and of everything random about an example.
+      with_pairs: draw a second image that shares an entity (Sec. 3.2.3).
+      slots: the slots of the global batch that this process reads; all of them by default.
+      image_store: cached image features, read in place of images.
+      text_store: cached text features, read in place of token ids.
+      pairs: the entity -> records index, if it was made already.
+      workers: worker processes; 0 reads in threads of this process.
+      threads: reading threads (of each worker); 0 reads when a batch is asked for.
+
+    Raises:
+      UserError: the settings do not fit each other or the stores.
+    """
+    examples = Examples(
+        source,
+        entity_set,
+        tokenizer,
+        spec,
+        batch_size=batch_size,
+        seed=seed,
+        first_step=first_step,
+        last_step=last_step,
+        with_pairs=with_pairs,
+        slots=slots,
+        image_store=image_store,
+        text_store=text_store,
+        pairs=pairs,
+    )
+    return Loader(examples, batch_size if slots is None else len(slots), workers, threads)
+
+
+def encode_record_texts(
+    record: Record | str, entity_set: EntitySet, tokenizer: Tokenizer, spec: Mapping[str, Any]
+) -> dict[str, Int32[np.ndarray, "..."]]:
+    """The token ids of every text of a record, as the loader would make them.
+
+    Returns:
+      `caption_ids` [M], `masked_ids` [M], `prompt_ids` [T, M], one row a template.
+    """
+    texts = texts_of(record, entity_set, spec.get("templates") or TRAINING)
+    ids = tokenizer.encode(
+        [texts["caption"], texts["masked"], *texts["prompts"]], spec["text_length"]
+    )
+    return {"caption_ids": ids[0], "masked_ids": ids[1], "prompt_ids": ids[2:]}

@@ -1,0 +1,285 @@
+"""What one training example is on disk and in memory, and where records come from.
+
+A *record source* is anything with the members of `RecordSource`. On disk, a folder of records
+holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`.
+One stored record is the msgpack array `[1, key, caption, image, [entity ids]]`: a layout
+version, two strings, bytes, and integers. Nothing in a folder is a pickle.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import msgpack
+from array_record.python import array_record_data_source, array_record_module
+
+import ovseg_jax
+from ovseg_jax.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    describe_file,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from ovseg_jax.errors import UserError
+
+RECORD_LAYOUT = 1
+INDEX_NAME = "index.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image-caption pair.
+
+    Attributes:
+      image: the encoded image (PNG, JPEG, ...), exactly as it was found.
+      caption: the text that came with the image.
+      key: a name that is unique within its data set.
+      entities: sorted ids of the entities that the caption names; empty when there are none.
+    """
+
+    image: bytes
+    caption: str
+    key: str
+    entities: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class RecordSource(Protocol):
+    """Random access to the records of one data set.
+
+    A source may also have `keys() -> list[str]`. Then everything that needs no image (the text
+    caches, cached image features) is read without touching one.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def captions(self) -> list[str]:
+        """Every caption in record order; cheaper than reading the records where it can be."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short string that changes whenever a record would."""
+        ...
+
+
+def keys_of(source: RecordSource) -> list[str]:
+    """Every key in record order, through `source.keys()` where the source has it."""
+    keys = getattr(source, "keys", None)
+    if callable(keys):
+        return list(keys())
+    return [source[index].key for index in range(len(source))]
+
+
+def key_digest(keys: Iterable[str]) -> str:
+    """SHA-256 of a list of keys, in order; lengths are hashed too, so that no two lists collide."""
+    digest = hashlib.sha256()
+    for key in keys:
+        _add(digest, key.encode())
+    return digest.hexdigest()
+
+
+def pack_record(record: Record) -> bytes:
+    """A record as bytes (see the module's docstring).
+
+    Raises:
+      UserError: the key or caption is not valid Unicode.
+    """
+    try:
+        return msgpack.packb(
+            [RECORD_LAYOUT, record.key, record.caption, record.image, list(record.entities)]
+        )
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the caption or key of record {record.key!r} is not valid Unicode; drop the record"
+        ) from error
+
+
+def unpack_record(data: bytes) -> Record:
+    """Inverse of `pack_record`.
+
+    Raises:
+      ValueError: the bytes are no record of this layout.
+    """
+    try:
+        layout, key, caption, image, entities = msgpack.unpackb(data)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise ValueError("these bytes are no record") from error
+    if layout != RECORD_LAYOUT:
+        raise ValueError(f"record layout {layout!r} is not {RECORD_LAYOUT}")
+    return Record(image=image, caption=caption, key=key, entities=tuple(entities))
+
+
+class MemorySource:
+    """A list of records as a record source, for tests and small experiments."""
+
+    def __init__(self, records: Sequence[Record], name: str = "memory"):
+        self._records = list(records)
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    def keys(self) -> list[str]:
+        return [record.key for record in self._records]
+
+    def captions(self) -> list[str]:
+        return [record.caption for record in self._records]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for record in self._records:
+            for part in (record.key.encode(), record.caption.encode(), record.image):
+                _add(digest, part)
+            _add(digest, repr(record.entities).encode())
+        return digest.hexdigest()[:16]
+
+
+def write_records(
+    source: RecordSource,
+    directory: str | Path,
+    *,
+    entity_names: Sequence[str] | Mapping[str, Sequence[str]],
+    shard_size: int = 10_000,
+) -> Manifest:
+    """Writes a source as ArrayRecord shards with an index and a manifest.
+
+    The manifest comes last: a folder without one is unfinished, and is written over.
+
+    Args:
+      source: the records; read once, in order.
+      directory: a folder that holds no finished records yet.
+      entity_names: the entities in id order, alone or with their surface forms.
+      shard_size: records a shard.
+
+    Raises:
+      UserError: the folder already holds finished records, or a record cannot be stored.
+    """
+    directory = Path(directory)
+    if (directory / MANIFEST_NAME).exists():
+        raise UserError(f"{directory} already holds records; choose another folder, or empty it")
+    directory.mkdir(parents=True, exist_ok=True)
+    if not isinstance(entity_names, Mapping):
+        entity_names = {name: [name] for name in entity_names}
+
+    shards = []
+    keys = []
+    total = max(1, -(-len(source) // shard_size))
+    index_path = directory / INDEX_NAME
+    with index_path.open("w", encoding="ascii") as index:
+        for shard in range(total):
+            path = directory / f"records-{shard:05d}-of-{total:05d}.array_record"
+            # One record a group: reading one record never decodes its neighbors.
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            members = range(shard * shard_size, min((shard + 1) * shard_size, len(source)))
+            for position in members:
+                record = source[position]
+                writer.write(pack_record(record))
+                index.write(json.dumps([record.key, record.caption]) + "\n")
+                keys.append(record.key)
+            writer.close()
+            shards.append(describe_file(path, len(members)))
+    manifest = Manifest(
+        count=len(source),
+        shards=tuple(shards),
+        index=describe_file(index_path, len(source)),
+        entities={name: list(forms) for name, forms in entity_names.items()},
+        source=source.name,
+        source_fingerprint=source.fingerprint(),
+        keys_sha256=key_digest(keys),
+        tool=f"ovseg_jax {ovseg_jax.__version__}",
+    )
+    write_manifest(directory, manifest)
+    return manifest
+
+
+class ArrayRecordSource:
+    """A folder of records, read at random access. Can be pickled; files open on first use.
+
+    Raises:
+      UserError: the manifest or a shard is missing, cut short or changed (see `read_manifest`).
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        self.name = self.manifest.source
+        self._reader: Any = None
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one record.
+
+        Raises:
+          IndexError: no such record.
+          UserError: the shard is damaged at this record.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} in {self.directory}")
+        try:
+            return unpack_record(self._data()[index])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(
+                f"record {index} of {self.directory} cannot be read ({error}): its shard is "
+                "damaged; copy the shard again, or write the records again"
+            ) from error
+
+    def _data(self) -> array_record_data_source.ArrayRecordDataSource:
+        if self._reader is None:
+            # The counts are in the manifest, so no shard is opened before it is needed.
+            self._reader = array_record_data_source.ArrayRecordDataSource(
+                [f"{self.directory / s.file}[0:{s.count}]" for s in self.manifest.shards]
+            )
+        return self._reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    def verify(self) -> None:
+        """Checks every byte of the folder against the manifest.
+
+        Raises:
+          UserError: naming the first file that differs.
+        """
+        verify_files(self.directory, self.manifest)
+
+    def keys(self) -> list[str]:
+        return [key for key, _ in self._index()]
+
+    def captions(self) -> list[str]:
+        return [caption for _, caption in self._index()]
+
+    def _index(self) -> list[list[str]]:
+        path = self.directory / self.manifest.index.file
+        try:
+            rows = [json.loads(line) for line in path.read_text("ascii").splitlines()]
+            if len(rows) != len(self) or key_digest(key for key, _ in rows) != (
+                self.manifest.keys_sha256
+            ):
+                raise ValueError("its keys are not those of the manifest")
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); copy the file again, or write the records again"
+            ) from error
+        return rows
+
+    def fingerprint(self) -> str:
+        return self.manifest.digest()[:16]
+
+
+def _add(digest: Any, part: bytes) -> None:
+    digest.update(len(part).to_bytes(8, "little"))
+    digest.update(part)

@@ -1,0 +1,59 @@
+"""Sentences to put entity names in: prompt templates in the style of CLIP.
+
+The training and ensemble templates are short common sentences chosen from the prompt list that
+OpenAI published with CLIP (https://github.com/openai/CLIP, MIT License, Copyright (c) 2021
+OpenAI).
+"""
+
+from collections.abc import Sequence
+
+from ovseg_jax.errors import UserError
+
+# The sentence for a class name at inference.
+SIMPLE = "a photo of a {}."
+# The sentence for the entity that two images share (Sec. 3.2.3); no article, no period.
+SHARED = "a photo of {}"
+# One of these is drawn for each example: the target of the entity loss (Eq. 9).
+TRAINING = (
+    "a photo of a {}.",
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "a cropped photo of the {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a pixelated photo of the {}.",
+    "a blurry photo of a {}.",
+    "a good photo of the {}.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a photo of the large {}.",
+    "a photo of a small {}.",
+    "itap of a {}.",
+)
+
+
+def join_entities(names: Sequence[str]) -> str:
+    """['a', 'b', 'c'] -> 'a and b and c'."""
+    return " and ".join(names)
+
+
+def fill(template: str, names: Sequence[str]) -> str:
+    """Puts the joined names into a template.
+
+    Raises:
+      UserError: the template has not exactly one {}.
+    """
+    if template.count("{}") != 1:
+        raise UserError(f"the template {template!r} must have {{}} once, where the names go")
+    return template.replace("{}", join_entities(names))

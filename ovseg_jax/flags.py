@@ -1,0 +1,288 @@
+"""The command line of every entry point: named flags, and overrides of a Python config file.
+
+A thin layer of our own. The usual flag libraries answer a typing mistake with a traceback and exit
+code 1; here a mistake is one line that names the nearest right spelling, and exit code 2.
+"""
+
+import ast
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+
+_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*")
+_STEP = re.compile(r"([A-Za-z_]\w*)|\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One named flag: `--name=value`. `type` turns the text into the value."""
+
+    name: str
+    type: Callable[[str], Any] = str
+    default: Any = None
+    help: str = ""
+    required: bool = False
+    choices: tuple[str, ...] = ()
+
+
+def comma_list(text: str) -> list[str]:
+    """'a, b,c' -> ['a', 'b', 'c']; a flag type. Empty entries are dropped."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """The end of an error message: which of `choices` the reader may have meant."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+# ---- config files
+
+
+def load_config(spec: str | Path) -> ConfigDict:
+    """The config that 'path/to/file.py' or 'path/to/file.py:variant' describes.
+
+    The file is imported by its path and `get_config(variant)` is called ('' without a variant). A
+    config file that builds on another loads it with this function too.
+
+    Raises:
+      UserError: no such file, a file that cannot be imported, no `get_config`, or an unknown
+        variant (a ValueError or UserError from `get_config`).
+    """
+    path, _, variant = str(spec).partition(".py:")
+    path = Path(path + ".py") if variant or str(spec).endswith(".py:") else Path(path)
+    if not path.is_file():
+        beside = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"config file {str(path)!r} does not exist{nearest(str(path), beside)}")
+    module_spec = importlib.util.spec_from_file_location(f"ovseg_config_{path.stem}", path)
+    if module_spec is None:
+        raise UserError(f"config file {str(path)!r} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {str(path)!r} cannot be imported: {error}") from error
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"config file {str(path)!r} has no function get_config(variant)")
+    try:
+        config = get_config(variant)
+    except (UserError, ValueError) as error:
+        raise UserError(f"config {str(spec)!r}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"config {str(spec)!r}: get_config returned {kind}, not a ConfigDict")
+    return config
+
+
+def paths(config: Any, prefix: str = "") -> Iterator[str]:
+    """Every key that can be set, as it is written on the command line: 'phases[1].steps'."""
+    if isinstance(config, ConfigDict | dict):
+        for key in config:
+            dotted = f"{prefix}.{key}" if prefix else str(key)
+            yield dotted
+            yield from paths(config[key], dotted)
+    elif isinstance(config, list | tuple):
+        for i, item in enumerate(config):
+            yield f"{prefix}[{i}]"
+            yield from paths(item, f"{prefix}[{i}]")
+
+
+def apply_override(config: ConfigDict, key: str, text: str) -> None:
+    """Set `key` ('phases[1].steps') of `config`, in place, to what `text` says.
+
+    The value is read as a Python literal, else as a string, and must fit the type of the present
+    value: an int may fill a float, a list a tuple; true and false are the booleans; None, and any
+    type, fits where the present value is None.
+
+    Raises:
+      UserError: an unknown key (with the nearest right one), or a value of another type.
+    """
+    _replace(config, _steps(key), text, config, key)
+
+
+def _steps(key: str) -> list[str | int]:
+    """'phases[1].steps' -> ['phases', 1, 'steps']."""
+    if not _KEY.fullmatch(key):
+        raise UserError(f"config key {key!r} is not of the form a.b[0].c")
+    return [name or int(index) for name, index in _STEP.findall(key)]
+
+
+def _replace(node: Any, steps: list[str | int], text: str, config: ConfigDict, key: str) -> Any:
+    """`node` with the value at `steps` replaced; tuples are rebuilt, the rest changed in place."""
+    if not steps:
+        return convert(text, node, key)
+    step, rest = steps[0], steps[1:]
+    if isinstance(step, str):
+        known = isinstance(node, ConfigDict | dict) and step in node
+    else:
+        known = isinstance(node, list | tuple) and step < len(node)
+    if not known:
+        raise UserError(f"unknown config key {key!r}{nearest(key, list(paths(config)))}")
+    value = _replace(node[step], rest, text, config, key)
+    if isinstance(node, tuple):
+        return (*node[:step], value, *node[step + 1 :])
+    try:
+        node[step] = value
+    except TypeError as error:  # a typed placeholder of ml_collections
+        raise UserError(f"config key {key!r}: {text!r} has the wrong type ({error})") from error
+    return node
+
+
+def convert(text: str, present: Any, key: str) -> Any:
+    """`text` as a value of the type of `present`; see `apply_override`. `key` is for the error."""
+    if isinstance(present, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"config key {key!r} is true or false, not {text!r}")
+    if isinstance(present, ConfigDict | dict):
+        raise UserError(f"config key {key!r} is a group of settings: set one of {sorted(present)}")
+    value = _literal(text)
+    if isinstance(present, str):
+        return value if isinstance(value, str) else text
+    words = isinstance(present, list | tuple) and all(isinstance(item, str) for item in present)
+    if words and isinstance(value, str):
+        value = comma_list(text)
+    try:
+        return _fit(value, present)
+    except TypeError as error:
+        raise UserError(f"config key {key!r}: {text!r} is not {error}") from None
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _fit(value: Any, present: Any) -> Any:
+    """`value` as the type of `present`; TypeError says in words what was expected."""
+    if present is None:
+        return value
+    if isinstance(present, list | tuple):
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"a {type(present).__name__} such as {present!r}")
+        kinds = {type(item) for item in present}
+        if len(kinds) == 1:  # items alike, so new ones must be like them
+            value = [_fit(item, present[0]) for item in value]
+        return type(present)(value)
+    if isinstance(present, float) and type(value) in (int, float):
+        return float(value)
+    if type(value) is type(present):
+        return value
+    article = "an" if type(present).__name__[0] in "aeiou" else "a"
+    raise TypeError(f"{article} {type(present).__name__} (the present value is {present!r})")
+
+
+# ---- flags
+
+
+def parse(argv: Sequence[str], spec: Sequence[Flag], about: str = "") -> SimpleNamespace:
+    """Read `--flag=value` and `--flag value`; a flag given twice keeps its last value.
+
+    Where `spec` has a flag named config, `--config.a.b=value` is collected, in order, in the
+    attribute `overrides`, as (key, text) pairs for `apply_override`. `--help` prints `about` and
+    the flags and exits with code 0. The name in the result has _ for -.
+
+    Raises:
+      UserError: an unknown flag (with the nearest right one), a value missing or of the wrong
+        type, required flags that are missing, an argument that is no flag.
+    """
+    known = {flag.name: flag for flag in spec}
+    values = {flag.name: flag.default for flag in spec}
+    overrides, given, rest = [], set(), list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--help", "-h"):
+            print(usage(spec, about))
+            sys.exit(0)
+        if not argument.startswith("--"):
+            raise UserError(f"unexpected argument {argument!r}: flags are written --flag=value")
+        name, equals, text = argument[2:].partition("=")
+        is_override = "config" in known and name.startswith("config.")
+        if not is_override and name not in known:
+            names = [f"--{flag}" for flag in (*known, "help")]
+            raise UserError(f"unknown flag --{name}{nearest('--' + name, names)}")
+        if not equals:
+            if not is_override and known[name].type is bool:
+                text = "true"
+            elif not rest or rest[0].startswith("--"):
+                raise UserError(f"flag --{name} needs a value: --{name}=VALUE")
+            else:
+                text = rest.pop(0)
+        if is_override:
+            overrides.append((name.removeprefix("config."), text))
+        else:
+            values[name] = _flag_value(known[name], text)
+            given.add(name)
+    missing = [f"--{flag.name}" for flag in spec if flag.required and flag.name not in given]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)} (--help lists every flag)")
+    named = {name.replace("-", "_"): value for name, value in values.items()}
+    return SimpleNamespace(**named, overrides=overrides)
+
+
+def _flag_value(flag: Flag, text: str) -> Any:
+    if flag.choices and text not in flag.choices:
+        known = ", ".join(flag.choices)
+        raise UserError(f"flag --{flag.name} is one of {known}; not {text!r}")
+    if flag.type is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"flag --{flag.name} is true or false, not {text!r}")
+        return text.lower() == "true"
+    try:
+        return flag.type(text)
+    except ValueError as error:
+        kind = getattr(flag.type, "__name__", "value")
+        raise UserError(f"flag --{flag.name}: {text!r} is not a valid {kind}") from error
+
+
+def usage(spec: Sequence[Flag], about: str = "") -> str:
+    """What --help prints."""
+    lines = [about.strip(), ""] if about.strip() else []
+    lines.append("Flags:")
+    for flag in spec:
+        kind = "|".join(flag.choices) or getattr(flag.type, "__name__", "value").upper()
+        note = "required" if flag.required else f"default {flag.default!r}"
+        lines.append(f"  --{flag.name}={kind}\n      {flag.help} ({note})")
+        if flag.name == "config":
+            lines.append("  --config.KEY=VALUE\n      set one key of the config, e.g. a.b[0].c")
+    return "\n".join(lines)
+
+
+def config_from(args: SimpleNamespace) -> ConfigDict:
+    """The config named by `args.config`, with the overrides of the command line applied."""
+    if args.config is None:
+        raise UserError("no config: give --config=FILE.py")
+    config = load_config(args.config)
+    for key, text in args.overrides:
+        apply_override(config, key, text)
+    return config
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Call `main` with the arguments of the process and exit: 0, or what it returns.
+
+    2 after a UserError, printed as 'error: ...' without a traceback; 130 after Ctrl-C.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,4 @@
+"""The training objective (Sec. 3.2). Nothing here knows a model.
+
+Losses return one value per example; weights and means are applied in `objective` alone.
+"""

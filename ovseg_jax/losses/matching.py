@@ -1,0 +1,116 @@
+"""Bipartite matching (Eq. 11): on the host with SciPy, or on the device.
+
+`match` is the one entrance. The host backend leaves the jitted program through
+`jax.pure_callback`, inside `jax.shard_map` over the batch axes, so that each device sends its own
+rows to its own host. Outside a shard_map the partitioner would gather the global batch on one
+device first.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from scipy.optimize import linear_sum_assignment
+
+from ovseg_jax.sharding import BATCH_AXES
+from ovseg_jax.shapes import Array, Float, Int
+
+# On CPU, a callback argument of 100 KiB or more is copied by the same thread pool that waits for
+# the callbacks of the other (fake) devices, and the program hangs. Stay well below.
+CPU_CALLBACK_BYTES = 48 * 1024
+
+# 5! = 120 permutations; 6! = 720 already costs more than the Hungarian algorithm.
+ENUMERATE_LIMIT = 5
+
+BACKENDS = ("host", "device", "enumerate")
+
+
+def match(
+    cost: Float[Array, "N k k"], backend: str = "host", mesh: Mesh | None = None
+) -> Int[Array, "N k"]:
+    """The permutation of least total cost for each of N square problems.
+
+    Args:
+      cost: cost of giving column j to row i. A problem with a non-finite entry is solved as if all
+        its costs were 0, so that no host code ever sees it; the loss it came from is non-finite
+        as well and the train step refuses it.
+      backend: "host" (SciPy through a callback), "device" (the Hungarian algorithm in XLA) or
+        "enumerate" (all permutations, k <= 5).
+      mesh: where given, N is split over its batch axes and each device solves its own part.
+
+    Returns:
+      ``p`` with column ``p[n, i]`` given to row i. No gradient.
+
+    Raises:
+      ValueError: unknown backend, or more than 5 rows to enumerate.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"matching backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend == "enumerate" and cost.shape[-1] > ENUMERATE_LIMIT:
+        raise ValueError(
+            f"matching by enumeration takes at most {ENUMERATE_LIMIT} groups, "
+            f"not {cost.shape[-1]}: use 'host' or 'device'"
+        )
+    cost = jax.lax.stop_gradient(cost.astype(jnp.float32))
+    finite = jnp.all(jnp.isfinite(cost), axis=(1, 2), keepdims=True)
+    cost = jnp.where(finite, cost, 0.0)
+    if backend == "enumerate":
+        return _enumerate(cost)
+    if backend == "device":
+        return _on_device(cost)
+    if mesh is None or mesh.size == 1:
+        return _on_host(cost)
+    split = PartitionSpec(BATCH_AXES)
+    solve = jax.shard_map(_on_host, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    return solve(cost)
+
+
+def _solve_with_scipy(cost: np.ndarray) -> np.ndarray:
+    # Runs on the host. It must return NumPy and never call JAX: that would hang.
+    cost = np.asarray(cost)
+    return np.stack([linear_sum_assignment(problem)[1] for problem in cost]).astype(np.int32)
+
+
+def _on_host(cost: Array) -> Array:
+    count, size = cost.shape[0], cost.shape[-1]
+    if count == 0:
+        return jnp.zeros((0, size), jnp.int32)
+    limit = count
+    if jax.default_backend() == "cpu":
+        limit = max(1, CPU_CALLBACK_BYTES // (4 * size * size))
+    parts = []
+    for start in range(0, count, limit):
+        part = cost[start : start + limit]
+        shape = jax.ShapeDtypeStruct((part.shape[0], size), jnp.int32)
+        parts.append(
+            jax.pure_callback(_solve_with_scipy, shape, part, vmap_method="sequential")
+        )
+    return jnp.concatenate(parts)
+
+
+@functools.cache
+def _permutations(size: int) -> np.ndarray:
+    return np.array(list(itertools.permutations(range(size))), np.int32)
+
+
+def _enumerate(cost: Array) -> Array:
+    size = cost.shape[-1]
+    table = _permutations(size)
+    # total[n, p] = sum_i cost[n, i, table[p, i]]
+    one_hot = jax.nn.one_hot(table, size, dtype=cost.dtype)
+    total = jnp.einsum("nij,pij->np", cost, one_hot, precision=jax.lax.Precision.HIGHEST)
+    return jnp.asarray(table)[jnp.argmin(total, axis=1)]
+
+
+def _on_device(cost: Array) -> Array:
+    def solve(problem: Array) -> Array:
+        # For square costs the *rows* come back permuted and the columns in order, so the columns
+        # alone are the identity: sort by row.
+        rows, columns = optax.assignment.hungarian_algorithm(problem)
+        return columns[jnp.argsort(rows)].astype(jnp.int32)
+
+    return jax.vmap(solve)(cost)

@@ -1,0 +1,1 @@
+"""The networks, as pure Linen modules. Nothing here knows a loss."""

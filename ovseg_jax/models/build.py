@@ -1,0 +1,81 @@
+"""From a config to a model. Sizes and options are fields; nothing is hard-coded in a module."""
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.bert import BertEncoder
+from ovseg_jax.models.entity_decoder import EntityDecoder
+from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.models.stack import REMAT_POLICIES
+from ovseg_jax.models.vit import VisualEncoder
+
+CHOICES = {
+    "image.assignment": ("hard", "soft"),
+    "image.remat": tuple(REMAT_POLICIES),
+    "text.remat": tuple(REMAT_POLICIES),
+    "text_pool": ("eot", "cls", "mean"),
+    "projector_layers": (1, 2),
+    "dtype": ("float32", "bfloat16"),
+    "matmul_dtype": ("float32", "bfloat16"),
+}
+
+
+def check_model_config(config: ConfigDict) -> None:
+    """Refuses a model that cannot be built.
+
+    Raises:
+      UserError: a field has none of its values, or sizes do not divide.
+    """
+    for name, allowed in CHOICES.items():
+        node = config
+        for part in name.split("."):
+            node = node[part]
+        if node not in allowed:
+            listed = ", ".join(repr(value) for value in allowed)
+            raise UserError(f"config.model.{name} is {node!r}; it must be one of {listed}")
+    image = config.image
+    widths = {
+        "image.width": (image.width, image.heads),
+        "image.trunk_width": (
+            image.trunk_width or image.width,
+            image.trunk_heads or image.heads,
+        ),
+        "text.width": (config.text.width, config.text.heads),
+        "decoder.width": (config.decoder.width, config.decoder.heads),
+    }
+    for name, (width, heads) in widths.items():
+        if width % heads:
+            raise UserError(f"config.model.{name} = {width} is not a multiple of its {heads} heads")
+    if not 0 <= image.group_layer <= image.first_layers:
+        raise UserError(
+            f"config.model.image.group_layer = {image.group_layer} must lie between 0 and "
+            f"first_layers = {image.first_layers}"
+        )
+
+
+def build_model(config: ConfigDict) -> OVSegmentor:
+    """Builds the model that `config` (a run's ``config.model``) describes.
+
+    Raises:
+      UserError: see `check_model_config`.
+    """
+    check_model_config(config)
+    options = {
+        "dtype": jnp.dtype(config.dtype).type,
+        "matmul_dtype": jnp.dtype(config.matmul_dtype).type,
+    }
+    image = dict(config.image)
+    image["grid"] = tuple(image["grid"])
+    return OVSegmentor(
+        image_encoder=VisualEncoder(**image, **options),
+        text_encoder=BertEncoder(**config.text, **options),
+        entity_decoder=EntityDecoder(**config.decoder, **options),
+        joint_width=config.joint_width,
+        projector_layers=config.projector_layers,
+        projector_width=config.projector_width,
+        text_pool=config.text_pool,
+        pad_id=config.pad_id,
+        temperature_init=config.temperature_init,
+        **options,
+    )

@@ -1,0 +1,207 @@
+"""The layers that every tower is made of: dense map, attention, feed-forward, norm, drop path.
+
+Parameters carry logical axis names ("embed", "mlp", "heads", "vocab", "joint", "layers");
+`ovseg_jax.sharding` turns the names into mesh axes.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ovseg_jax.shapes import Array, Bool, Float
+
+TRUNCATED_NORMAL = nn.initializers.truncated_normal(0.02)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
+    """`einsum(spec, a, b)` with operands rounded to `dtype` and a float32 accumulator.
+
+    The two backward contractions round their operands to `dtype` too. Without the custom rule
+    the float32 cotangent would meet a bfloat16 operand and every backward matrix product would
+    fall off the fast path of the hardware.
+
+    Args:
+      spec: ``"left,right->out"``; every letter of an operand must also occur in the other operand
+        or in the output, so that each gradient is again one contraction.
+      a, b: the operands, any float dtype.
+      dtype: what the matrix unit multiplies, e.g. ``jnp.bfloat16``.
+
+    Returns:
+      The contraction, float32.
+    """
+    if jax.default_backend() == "cpu" and _is_batched(spec):
+        # XLA's CPU backend has no bfloat16 x bfloat16 = float32 for some batched layouts.
+        dtype = jnp.float32
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _is_batched(spec: str) -> bool:
+    operands, out = spec.split("->")
+    left, right = operands.split(",")
+    return bool(set(left) & set(right) & set(out))
+
+
+def _contract_forward(spec: str, a: Array, b: Array, dtype: Any) -> tuple[Array, tuple]:
+    return contract(spec, a, b, dtype), (a, b)
+
+
+def _contract_backward(spec: str, dtype: Any, residuals: tuple, cotangent: Array) -> tuple:
+    a, b = residuals
+    operands, out = spec.split("->")
+    left, right = operands.split(",")
+    grad_a = contract(f"{out},{right}->{left}", cotangent, b, dtype)
+    grad_b = contract(f"{left},{out}->{right}", a, cotangent, dtype)
+    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+def logical(initializer: Any, *names: str | None) -> Any:
+    """Wraps an initializer so that the parameter carries logical axis names."""
+    return nn.with_logical_partitioning(initializer, names)
+
+
+class Dense(nn.Module):
+    """Linear map over the last axis, `x W + b`, with a float32 accumulator.
+
+    The leading axes are flattened first: on CPU the gradient over [B, L, D] runs several times
+    slower than over [B * L, D].
+
+    Attributes:
+      features: output width.
+      axes: logical names of the kernel's two axes.
+      dtype: activation dtype of the result.
+      matmul_dtype: dtype of the operands of the matrix product.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None] = ("embed", "mlp")
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+        width = x.shape[-1]
+        kernel = self.param(
+            "kernel", logical(self.kernel_init, *self.axes), (width, self.features), jnp.float32
+        )
+        y = contract("nd,df->nf", x.reshape(-1, width), kernel, self.matmul_dtype)
+        if self.use_bias:
+            bias = self.param(
+                "bias", logical(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32
+            )
+            y = y + bias[None]
+        return y.reshape(*x.shape[:-1], self.features).astype(self.dtype)
+
+
+def layer_norm(name: str | None, eps: float, dtype: Any) -> nn.LayerNorm:
+    """LayerNorm over the last axis; statistics in float32, biased variance."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that parity tests see
+        scale_init=logical(nn.initializers.ones, "embed"),
+        bias_init=logical(nn.initializers.zeros, "embed"),
+        name=name,
+    )
+
+
+def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """GELU with the error function, as BERT and DINO were trained with (not the tanh form)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class MultiHeadAttention(nn.Module):
+    """Scaled dot-product attention, softmax over the keys (Vaswani et al., 2017).
+
+    Attributes:
+      heads: number of heads; must divide the width of the queries.
+      dtype, matmul_dtype: see `Dense`.
+    """
+
+    heads: int
+    dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: Float[Array, "B Q D"],
+        context: Float[Array, "B T Dc"],
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B Q D"]:
+        """Attends from `queries` to `context`; keys where `mask` is False are never looked at."""
+        batch, width = queries.shape[0], queries.shape[-1]
+        head = width // self.heads
+
+        def project(name: str, x: Array) -> Array:
+            y = self._dense(width, ("embed", "heads"), name)(x)
+            return y.reshape(batch, -1, self.heads, head)
+
+        query, key, value = (
+            project("query", queries),
+            project("key", context),
+            project("value", context),
+        )
+        logits = contract("bqnd,btnd->bnqt", query * head**-0.5, key, self.matmul_dtype)
+        if mask is not None:
+            logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1)
+        mixed = contract("bnqt,btnd->bqnd", weights, value, self.matmul_dtype).astype(self.dtype)
+        return self._dense(width, ("heads", "embed"), "out")(mixed.reshape(batch, -1, width))
+
+    def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
+        return Dense(
+            features, axes, dtype=self.dtype, matmul_dtype=self.matmul_dtype, name=name
+        )
+
+
+class FeedForward(nn.Module):
+    """Two dense maps with a GELU between them.
+
+    Attributes:
+      hidden: width between the two maps.
+    """
+
+    hidden: int
+    dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc1", **options)(x))
+        return Dense(x.shape[-1], ("mlp", "embed"), name="fc2", **options)(hidden)
+
+
+class LayerScale(nn.Module):
+    """Learned per-channel factor on a residual branch (Touvron et al., 2021)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        start = logical(nn.initializers.constant(self.initial), "embed")
+        scale = self.param("scale", start, (x.shape[-1],), jnp.float32)
+        return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole examples, scaling the kept ones (Huang et al., 2016)."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B *rest"], rate: Float[Array, ""], train: bool
+    ) -> Float[Array, "B *rest"]:
+        if not train:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.uniform(self.make_rng("dropout"), shape) >= rate
+        return x * kept.astype(x.dtype) / jnp.maximum(1.0 - rate, 1e-6).astype(x.dtype)

@@ -1,0 +1,139 @@
+"""Stacks of identical layers, compiled once and scanned.
+
+A stack's parameters have a leading "layers" axis. One layer is traced and compiled whatever the
+depth; `unroll` trades compile time back for speed without changing the layout of the parameters.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ovseg_jax.models.layers import DropPath, FeedForward, LayerScale, MultiHeadAttention, layer_norm
+from ovseg_jax.shapes import Array, Bool, Float
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+class PreNormLayer(nn.Module):
+    """Pre-norm Transformer encoder layer, `x += MHSA(LN(x)); x += FFN(LN(x))` (Sec. 3.1.1).
+
+    Attributes:
+      heads, mlp_ratio, eps: of the layer.
+      layer_scale: initial value of a per-channel factor on both branches, None for none.
+      drop_path: whether the layer is built with stochastic depth at all.
+    """
+
+    heads: int
+    mlp_ratio: float
+    eps: float
+    layer_scale: float | None
+    drop_path: bool
+    train: bool
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], rate: Float[Array, ""]) -> tuple[Array, None]:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+
+        def add(x: Array, branch: Array, name: str) -> Array:
+            if self.layer_scale is not None:
+                branch = LayerScale(self.layer_scale, name=f"{name}_scale")(branch)
+            if self.drop_path:
+                branch = DropPath(name=f"{name}_drop")(branch, rate, self.train)
+            return x + branch
+
+        normed = layer_norm("attention_norm", self.eps, self.dtype)(x)
+        attended = MultiHeadAttention(self.heads, name="attention", **options)(normed, normed)
+        x = add(x, attended, "attention")
+        normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        return add(x, FeedForward(hidden, name="mlp", **options)(normed), "mlp"), None
+
+
+class PostNormLayer(nn.Module):
+    """BERT's encoder layer, `x = LN(x + MHSA(x)); x = LN(x + FFN(x))` (Devlin et al., 2019)."""
+
+    heads: int
+    mlp_width: int
+    eps: float
+    dropout: float
+    train: bool
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B M D"], mask: Bool[Array, "B M"]) -> tuple[Array, None]:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        drop = nn.Dropout(self.dropout, deterministic=not self.train)
+        attended = MultiHeadAttention(self.heads, name="attention", **options)(x, x, mask)
+        x = layer_norm("attention_norm", self.eps, self.dtype)(x + drop(attended))
+        fed = FeedForward(self.mlp_width, name="mlp", **options)(x)
+        return layer_norm("mlp_norm", self.eps, self.dtype)(x + drop(fed)), None
+
+
+def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str, unroll: int) -> Any:
+    """`layer` repeated `depth` times as one scan over a leading "layers" axis of its parameters.
+
+    Args:
+      layer: module class whose call maps (carry, argument) to (carry, None).
+      in_axes: scan axis of the argument, or `nn.broadcast`.
+      remat: what the backward pass keeps: a key of `REMAT_POLICIES`.
+      unroll: layers compiled side by side; `depth` gives straight-line code.
+    """
+    if remat != "none":
+        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=depth,
+        unroll=min(unroll, depth),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class PreNormStack(nn.Module):
+    """`depth` pre-norm layers; an empty stack is the identity and owns no parameter.
+
+    Attributes:
+      drop_rates: stochastic-depth rate of each layer, length `depth`.
+    """
+
+    depth: int
+    heads: int
+    mlp_ratio: float
+    eps: float
+    layer_scale: float | None
+    drop_rates: tuple[float, ...]
+    remat: str
+    unroll: int
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
+        if self.depth == 0:
+            return x
+        stack = scanned(
+            PreNormLayer, self.depth, in_axes=0, remat=self.remat, unroll=self.unroll
+        )
+        layers = stack(
+            self.heads,
+            self.mlp_ratio,
+            self.eps,
+            self.layer_scale,
+            any(rate > 0 for rate in self.drop_rates),
+            train,
+            self.dtype,
+            self.matmul_dtype,
+            name="layers",
+        )
+        return layers(x, jnp.asarray(self.drop_rates, jnp.float32))[0]

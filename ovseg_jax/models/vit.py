@@ -1,0 +1,180 @@
+"""The visual encoder: ViT half, binding, ViT half (Sec. 3.1.1, Eq. 2).
+
+It is cut in two where the group tokens join: `trunk` sees the image alone, `group` adds the
+tokens, binds and finishes. In the paper they join at the first layer, and the trunk is the patch
+embedding; with `group_layer = n` the first n layers belong to the trunk, which can then be frozen
+and its output cached.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from ovseg_jax.models.binding import SlotBinding
+from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, layer_norm, logical
+from ovseg_jax.models.positions import resize_grid
+from ovseg_jax.models.stack import PreNormStack
+from ovseg_jax.shapes import Array, Float, UInt8
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+@struct.dataclass
+class VisualTokens:
+    """What the visual encoder gives: `groups` [B, K, D] and `patches` [B, L, D], both after the
+    final LayerNorm, and `affinity` [B, L, K], the soft map of Eq. 4."""
+
+    groups: Float[Array, "B K D"]
+    patches: Float[Array, "B L D"]
+    affinity: Float[Array, "B L K"]
+
+
+def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Maps 0..255 to zero mean and unit variance with ImageNet's statistics, on the device."""
+    return (image.astype(jnp.float32) / 255.0 - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[
+        None, None, None
+    ]
+
+
+class VisualEncoder(nn.Module):
+    """ViT with K learnable group tokens and one binding module.
+
+    Attributes:
+      patch: patch size, pixels.
+      grid: (rows, columns) of the stored position embeddings.
+      width, heads, mlp_ratio, eps: of the layers that see the groups.
+      first_layers: layers before the binding, the trunk's included.
+      second_layers: layers after it, over [G; I].
+      num_groups: K.
+      group_std: standard deviation of the initial group tokens. At 0.02 they start nearly alike and
+        take long to part; small models trained briefly want 1.
+      group_layer: how many of the first layers see the image alone; 0 in the paper.
+      trunk_width, trunk_heads, trunk_eps: of the trunk, where it differs; 0 takes the encoder's.
+      class_token: the trunk carries a class token (pretrained weights may need it); it is dropped
+        where the groups join.
+      trunk_norm: a LayerNorm ends the trunk (as the pretrained trunk ends in one).
+      layer_scale: see `PreNormLayer`; applies to the trunk.
+      assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
+      drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
+      remat, unroll: see `stack.scanned`.
+      dtype, matmul_dtype: see `Dense`.
+    """
+
+    patch: int
+    grid: tuple[int, int]
+    width: int
+    heads: int
+    first_layers: int
+    second_layers: int
+    num_groups: int
+    group_std: float = 0.02
+    mlp_ratio: float = 4.0
+    eps: float = 1e-6
+    group_layer: int = 0
+    trunk_width: int = 0
+    trunk_heads: int = 0
+    class_token: bool = False
+    trunk_norm: bool = False
+    layer_scale: float | None = None
+    assignment: str = "hard"
+    binding_scale: float | None = None
+    gumbel_temperature: float = 1.0
+    drop_path: float = 0.0
+    remat: str = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        trunk_width = self.trunk_width or self.width
+        rates = np.linspace(0.0, self.drop_path, self.first_layers + self.second_layers)
+
+        def stack(start: int, stop: int, heads: int, layer_scale: float | None) -> PreNormStack:
+            return PreNormStack(
+                stop - start,
+                heads,
+                self.mlp_ratio,
+                self.eps,
+                layer_scale,
+                tuple(float(rate) for rate in rates[start:stop]),
+                self.remat,
+                self.unroll,
+                **options,
+            )
+
+        self.patch_embed = Dense(trunk_width, (None, "embed"), **options)
+        self.position = self.param(
+            "position",
+            logical(TRUNCATED_NORMAL, None, "embed"),
+            (self.grid[0] * self.grid[1], trunk_width),
+            jnp.float32,
+        )
+        if self.class_token:
+            self.class_embed = self.param(
+                "class_token", logical(TRUNCATED_NORMAL, None, "embed"), (1, trunk_width)
+            )
+        layers = self.group_layer
+        self.trunk_layers = stack(0, layers, self.trunk_heads or self.heads, self.layer_scale)
+        if self.trunk_norm:
+            self.trunk_end = layer_norm(None, self.eps, self.dtype)
+        if trunk_width != self.width:
+            self.neck = Dense(self.width, (None, "embed"), **options)
+        self.group_token = self.param(
+            "group_token",
+            logical(nn.initializers.truncated_normal(self.group_std), None, "embed"),
+            (self.num_groups, self.width),
+            jnp.float32,
+        )
+        self.first = stack(layers, self.first_layers, self.heads, None)
+        self.binding = SlotBinding(
+            self.assignment, self.binding_scale, self.gumbel_temperature, self.eps, **options
+        )
+        self.second = stack(
+            self.first_layers, self.first_layers + self.second_layers, self.heads, None
+        )
+        self.norm = layer_norm(None, self.eps, self.dtype)
+
+    def trunk(self, image: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B L D0"]:
+        """Patch embedding, positions and the layers that see the image alone.
+
+        Args:
+          image: normalized pixels. Rows and columns beyond a multiple of the patch are cut off.
+          train: whether stochastic depth is on.
+        """
+        batch, height, width, _ = image.shape
+        rows, columns, p = height // self.patch, width // self.patch, self.patch
+        pixels = image[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, 3)
+        pixels = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * 3)
+        position = resize_grid(self.position, self.grid, (rows, columns))
+        x = self.patch_embed(pixels) + position[None].astype(self.dtype)
+        if self.class_token:
+            token = jnp.broadcast_to(self.class_embed[None], (batch, 1, x.shape[-1]))
+            x = jnp.concatenate([token.astype(self.dtype), x], axis=1)
+        x = self.trunk_layers(x, train)
+        if self.trunk_norm:
+            x = self.trunk_end(x)
+        return x[:, 1:] if self.class_token else x
+
+    def group(self, features: Float[Array, "B L D0"], train: bool) -> VisualTokens:
+        """Groups join the trunk's output: the rest of the first half, binding, second half."""
+        x = features.astype(self.dtype)
+        if x.shape[-1] != self.width:
+            x = self.neck(x)
+        count = x.shape[1]
+        tokens = jnp.broadcast_to(
+            self.group_token[None], (x.shape[0], self.num_groups, self.width)
+        ).astype(self.dtype)
+        x = self.first(jnp.concatenate([x, tokens], axis=1), train)
+        groups, affinity = self.binding(x[:, count:], x[:, :count], train)
+        x = jnp.concatenate([x[:, :count], groups], axis=1)
+        x = self.norm(self.second(x, train))
+        return VisualTokens(groups=x[:, count:], patches=x[:, :count], affinity=affinity)
+
+    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> VisualTokens:
+        """Eq. 2: both outputs, groups and patches, from normalized pixels."""
+        return self.group(self.trunk(image, train), train)

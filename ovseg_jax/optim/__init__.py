@@ -1,0 +1,1 @@
+"""Schedules, parameter groups and the EMA teacher, as optax transformations."""

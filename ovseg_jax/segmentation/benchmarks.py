@@ -1,0 +1,111 @@
+"""Labeled images to segment: what a benchmark is, and the table of those that exist."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ovseg_jax.data import scenes
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
+from ovseg_jax.shapes import UInt8
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """A list of images with true labels.
+
+    Attributes:
+      name: as it is written on the command line and in results.
+      class_names: the C words to segment; background is not one of them.
+      has_background: with it labels are 0 (background) and 1 + class; without, the class. 255 is
+        ignored either way.
+      unseen: classes (indices) that training captions never name; empty where that is unknown.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    has_background: bool
+    unseen: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(image uint8 [H,W,3], labels uint8 [H,W])."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that tell which images these are, and how hard; stored with the result."""
+
+
+@dataclass(frozen=True)
+class ScenesBenchmark:
+    """The embedded data set: all its classes, and background."""
+
+    split: str = "test"
+    count: int = 500
+    seed: int = 0
+    size: int = 140
+
+    name = "scenes"
+    has_background = True
+
+    def __post_init__(self):
+        if self.count < 1 or self.size < 1:
+            raise UserError("benchmark scenes: count and size must be at least 1")
+        if self.split not in scenes.SPLITS:
+            raise UserError(
+                f"benchmark scenes has no split {self.split!r}; there are: "
+                + ", ".join(scenes.SPLITS)
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in scenes.CLASSES)
+
+    @property
+    def unseen(self) -> tuple[int, ...]:
+        return tuple(i for i, entry in enumerate(scenes.CLASSES) if not entry.seen)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(
+        self, index: int
+    ) -> tuple[UInt8[np.ndarray, "size size 3"], UInt8[np.ndarray, "size size"]]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scene = scenes.scene_at(self.seed, self.split, index, self.size)
+        return scene.image, scene.labels
+
+    def describe(self) -> dict[str, Any]:
+        statistics = _scene_statistics(self.split, self.count, self.seed, self.size)
+        return {"split": self.split, "seed": self.seed, "size": self.size, **statistics}
+
+
+@functools.cache
+def _scene_statistics(split: str, count: int, seed: int, size: int) -> dict[str, float]:
+    # The first 200 scenes tell it to a percent, and drawing takes time.
+    return scenes.describe(split, min(count, 200), seed, size)
+
+
+# A new benchmark is one more row: its name, and what makes it from the fields of a config.
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {"scenes": ScenesBenchmark}
+
+
+def make_benchmark(name: str, config: Mapping[str, Any] | None = None) -> Benchmark:
+    """The benchmark called `name`, made from the fields in `config`.
+
+    Raises:
+      UserError: a name or a field that does not exist, or what the benchmark itself refuses.
+    """
+    if name not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise UserError(
+            f"unknown benchmark {name!r}{nearest(name, list(BENCHMARKS))}; there are: {known}"
+        )
+    try:
+        return BENCHMARKS[name](**{key: config[key] for key in config or {}})
+    except TypeError as error:
+        raise UserError(f"benchmark {name}: {error}") from error

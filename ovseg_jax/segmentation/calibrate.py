@@ -1,0 +1,137 @@
+"""Scale and threshold of the background rule, chosen on a split that is not reported.
+
+For one scale, the labels at every threshold follow from the best class of each pixel and its
+probability: below the threshold the pixel is background, above it the label does not change. So
+pixels are counted once by (probability bin, best class, truth), and sums over bins are the
+confusion matrices of all thresholds.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import readout
+from ovseg_jax.segmentation.metric import IGNORE, ConfusionMatrix
+from ovseg_jax.segmentation.scores import ImageScores
+from ovseg_jax.shapes import Float
+
+SCALES = (5.0, 10.0, 20.0, 40.0, 70.0, 100.0)
+THRESHOLDS = tuple(i / 200 for i in range(200))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The best pair, and the mIoU (0..1) at every pair that was tried.
+
+    Attributes:
+      scale, threshold: for `protocol.Protocol`.
+      miou: theirs, on the split used.
+      table: for each scale: scale, its best threshold, miou.
+      curves: mIoU [scale, threshold].
+    """
+
+    scale: float
+    threshold: float
+    miou: float
+    table: tuple[tuple[float, float, float], ...]
+    curves: Float[np.ndarray, "scales thresholds"]
+
+
+def calibrate(
+    scored: Iterable[tuple[ImageScores, Integer[np.ndarray, "H W"]]],
+    scales: Sequence[float] = SCALES,
+    thresholds: Sequence[float] = THRESHOLDS,
+    order: str = "upsample_first",
+    batch_size: int = 16,
+) -> Calibration:
+    """The scale and threshold with the highest mIoU, background included.
+
+    Args:
+      scored: for each image its scores and its true labels (0 background, 1 + class, 255 ignored).
+        Consecutive images of equal shape are worked on together.
+      thresholds: in rising order.
+
+    Raises:
+      UserError: no image, or true labels beyond the classes.
+    """
+    readout.check_order(order)
+    edges = np.asarray(thresholds, np.float32)
+    if not len(edges) or (np.diff(edges) <= 0).any():
+        raise UserError("calibration needs thresholds in rising order")
+    counts = None
+    for cells, weights, truth in _batches(scored, batch_size, order == "argmax_first"):
+        classes = cells.shape[-1]
+        if counts is None:
+            counts = np.zeros((len(scales), len(edges) + 1, classes, classes + 1), np.int64)
+        valid = truth != IGNORE
+        labels = truth[valid].astype(np.int64)
+        if labels.size and labels.max() > classes:
+            raise UserError(f"true label {labels.max()}, but there are {classes} classes")
+        for i, scale in enumerate(scales):
+            p, best = _best(cells, float(scale), *weights, order)
+            # A pixel in bin j is found at the thresholds 0..j-1, those not above its probability.
+            bins = np.searchsorted(edges, np.asarray(p)[valid], side="right")
+            joint = (bins * classes + np.asarray(best)[valid]) * (classes + 1) + labels
+            counts[i] += np.bincount(joint, minlength=counts[i].size).reshape(counts[i].shape)
+    if counts is None:
+        raise UserError("calibration needs at least one image")
+    curves = np.array([[m.miou() for m in _matrices(by_bin)] for by_bin in counts])
+    if np.isnan(curves).all():
+        raise UserError("calibration found no pixel that is not ignored")
+    best = curves.argmax(1)
+    table = tuple(
+        (float(s), float(thresholds[j]), float(curve[j]))
+        for s, j, curve in zip(scales, best, curves, strict=True)
+    )
+    return Calibration(*max(table, key=lambda row: row[2]), table, curves)
+
+
+def _batches(scored, size, nearest):
+    """Stacks of images of equal shape: cells, the weights from cells to pixels, truth."""
+    same = []
+    for scores, truth in scored:
+        if truth.shape != scores.size:
+            raise UserError(f"image of {scores.size} pixels, but its truth has {truth.shape}")
+        if same and (len(same) == size or same[0][0].shapes != scores.shapes):
+            yield _stack(same, size, nearest)
+            same = []
+        same.append((scores, truth))
+    if same:
+        yield _stack(same, size, nearest)
+
+
+def _stack(same, size, nearest):
+    cells = np.stack([scores.cells for scores, _ in same])
+    truth = np.stack([labels for _, labels in same])
+    # One shape for any number of images, so that nothing is compiled again.
+    padding = ((0, size - len(same) if len(same) > 1 else 0), (0, 0), (0, 0))
+    truth = np.pad(truth, padding, constant_values=IGNORE)
+    return np.pad(cells, (*padding, (0, 0))), same[0][0].weights(nearest=nearest), truth
+
+
+@jax.jit(static_argnames="order")
+def _best(cells, scale, rows, columns, order):
+    """Highest probability and its class at each pixel."""
+    p = readout.probabilities(cells, scale)
+    if order == "upsample_first":
+        p = readout.spread(p, rows, columns)
+        return p.max(-1), p.argmax(-1)
+    rows, columns = jnp.argmax(rows, 1), jnp.argmax(columns, 1)
+    return tuple(x[:, rows][:, :, columns] for x in (p.max(-1), p.argmax(-1)))
+
+
+def _matrices(by_bin: Integer[np.ndarray, "bins C labels"]) -> list[ConfusionMatrix]:
+    """The confusion matrix of each threshold."""
+    total = by_bin.sum((0, 1))
+    matrices = []
+    # found[j]: pixels in the bins above j, those whose probability reaches threshold j.
+    found = by_bin[::-1].cumsum(0)[::-1][1:]
+    for foreground in found:
+        counts = np.concatenate([(total - foreground.sum(0))[:, None], foreground.T], 1)
+        matrices.append(ConfusionMatrix(counts))
+    return matrices

@@ -1,0 +1,162 @@
+"""Pictures for people: overlays with a legend, and image, groups, prediction and truth in a row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Integer
+from PIL import Image, ImageDraw, ImageFont
+
+from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
+from ovseg_jax.shapes import UInt8
+
+PANEL = 320  # pixels: small images are enlarged to about this side
+MARGIN = 12
+PAPER, INK, FRAME = (255, 255, 255), (25, 25, 25), (150, 150, 150)
+FONT = 18
+Legend = Sequence[tuple[str, tuple[int, int, int]]]
+
+
+def overlay(
+    image: UInt8[np.ndarray, "H W 3"],
+    labels: Integer[np.ndarray, "H W"],
+    class_names: Sequence[str],
+    *,
+    background: bool = True,
+    opacity: float = 0.55,
+) -> Image.Image:
+    """The image with its regions tinted and outlined, and a legend below of the classes in it.
+
+    With `background`, label 0 is left as it is and label i is class i - 1; without, label i is
+    class i.
+    """
+    labels, side = labels.astype(np.int64), max(image.shape[:2])
+    factor = max(1, round(2 * PANEL / side))
+    image, labels = (np.repeat(np.repeat(x, factor, 0), factor, 1) for x in (image, labels))
+    tint = paint(labels, len(class_names), background=background)
+    inside = ((labels > 0) | (not background))[..., None]
+    mixed = np.where(inside, image + opacity * (tint.astype(np.float32) - image), image)
+    mixed[_borders(labels)] = PAPER
+    shown = labels[labels > 0] if background else labels
+    legend = _legend(shown, class_names, background)
+    return _with_legend(Image.fromarray(mixed.astype(np.uint8)), legend)
+
+
+def scene_panel(
+    image: UInt8[np.ndarray, "H W 3"],
+    groups: Integer[np.ndarray, "H W"],
+    prediction: Integer[np.ndarray, "H W"],
+    truth: Integer[np.ndarray, "H W"] | None,
+    class_names: Sequence[str],
+    *,
+    title: str = "",
+    background: bool = True,
+    group_count: int | None = None,
+) -> Image.Image:
+    """image | groups | prediction | truth, with titles, and a legend of the classes seen in them.
+
+    Args:
+      groups: the group of each pixel.
+      prediction, truth: labels as in `overlay`; ignored pixels of the truth are white. The truth
+        may be left out.
+      title: a line above, for example the caption.
+      group_count: number of groups the model has, so that a group has one color in every picture.
+    """
+    count = group_count or int(groups.max(initial=0)) + 1
+    shown = [("image", image), ("groups", _group_picture(image, groups, count))]
+    labels = [("prediction", prediction)] + ([("truth", truth)] if truth is not None else [])
+    for name, label in labels:
+        shown.append((name, paint(label.astype(np.int64), len(class_names), background=background)))
+    font = ImageFont.load_default(size=FONT)
+    tiles = [(name, _enlarged(pixels)) for name, pixels in shown]
+    width = sum(tile.width + MARGIN for _, tile in tiles) + MARGIN
+    head = MARGIN + (FONT + 8) * (2 if title else 1)
+    sheet = Image.new("RGB", (width, head + tiles[0][1].height + MARGIN), PAPER)
+    draw, left = ImageDraw.Draw(sheet), MARGIN
+    if title:
+        text = _shortened(title, font, width - 2 * MARGIN)
+        draw.text((MARGIN, MARGIN // 2), text, INK, font)
+    for name, tile in tiles:
+        draw.text((left + tile.width // 2, head - 6), name, INK, font, anchor="ms")
+        sheet.paste(tile, (left, head))
+        box = (left - 1, head - 1, left + tile.width, head + tile.height)
+        draw.rectangle(box, outline=FRAME)
+        left += tile.width + MARGIN
+    parts = np.concatenate([label.ravel() for _, label in labels])
+    return _with_legend(sheet, _legend(parts, class_names, background))
+
+
+def contact_sheet(rows: Sequence[Image.Image], columns: int = 1) -> Image.Image:
+    """Pictures below (and, with `columns`, beside) one another, with a rule between rows."""
+    lines = [rows[i : i + columns] for i in range(0, len(rows), columns)]
+    wide = max(picture.width for picture in rows)
+    heights = [max(picture.height for picture in line) + MARGIN for line in lines]
+    sheet = Image.new("RGB", (wide * min(columns, len(rows)), sum(heights)), PAPER)
+    draw, top = ImageDraw.Draw(sheet), 0
+    for line, height in zip(lines, heights, strict=True):
+        for i, picture in enumerate(line):
+            sheet.paste(picture, (i * wide, top))
+        top += height
+        draw.line((0, top - MARGIN // 2, sheet.width, top - MARGIN // 2), FRAME)
+    return sheet
+
+
+def _group_picture(image: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+    """Groups in color, mixed with the gray image so that one sees what each group covers."""
+    gray = np.repeat(image.mean(-1, keepdims=True), 3, -1)
+    color = paint(groups.astype(np.int64), count, background=False)
+    return (0.7 * color + 0.3 * gray).astype(np.uint8)
+
+
+def _borders(labels: np.ndarray) -> np.ndarray:
+    """Pixels whose right or lower neighbor has another label."""
+    edge = np.zeros(labels.shape, bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:-1] |= labels[:-1] != labels[1:]
+    return edge
+
+
+def _enlarged(pixels: np.ndarray) -> Image.Image:
+    """At panel size: repeated pixels for small images, so that label borders stay sharp."""
+    height, width = pixels.shape[:2]
+    factor = PANEL / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST)
+
+
+def _legend(labels: np.ndarray, class_names: Sequence[str], background: bool) -> Legend:
+    """(name, color) of the labels present, most frequent first; ignored pixels are left out."""
+    table = colors(len(class_names))
+    names = (["background"] if background else []) + list(class_names)
+    palette = ([BACKGROUND] if background else []) + list(table)
+    values, counts = np.unique(labels, return_counts=True)
+    present = [int(v) for v in values[np.argsort(-counts)] if 0 <= v < len(names)]
+    return [(names[v], palette[v]) for v in present]
+
+
+def _with_legend(picture: Image.Image, legend: Legend) -> Image.Image:
+    """The picture with colored boxes and names below it, in as many lines as they need."""
+    font = ImageFont.load_default(size=FONT)
+    places, x, y, box = [], MARGIN, MARGIN // 2, FONT
+    for name, _ in legend:
+        name = _shortened(name, font, max(picture.width - 3 * MARGIN - box, FONT))
+        width = box + 6 + round(font.getlength(name)) + 2 * MARGIN
+        if x > MARGIN and x + width > picture.width:
+            x, y = MARGIN, y + FONT + 10
+        places.append((name, x, y))
+        x += width
+    sheet = Image.new("RGB", (picture.width, picture.height + y + FONT + MARGIN), PAPER)
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for (name, x, y), (_, color) in zip(places, legend, strict=True):
+        y += picture.height
+        draw.rectangle((x, y, x + box, y + box), fill=color, outline=FRAME)
+        draw.text((x + box + 6, y + box // 2), name, INK, font, anchor="lm")
+    return sheet
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

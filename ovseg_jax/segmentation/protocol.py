@@ -1,0 +1,74 @@
+"""Everything that defines how label maps are made, stored with every result and every model."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.readout import check_order
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Two results compare only where their protocols are equal.
+
+    Attributes:
+      name: what to call it in tables.
+      short_side, long_limit: the image is resized to this short side, unless its long side would
+        exceed the limit (pixels).
+      window, stride: side and spacing of the square windows (pixels).
+      scale: factor on the cosines before the softmax over classes.
+      threshold: a pixel whose best probability is lower is background; None where there is no
+        background.
+      order: 'upsample_first' or 'argmax_first' (the order of Eq. 1).
+      templates: prompts whose embeddings are averaged for each class, with {} for its name.
+      affinity: where the patch-to-group map comes from, 'binding' (Eq. 4) or 'features' (Eq. 1).
+    """
+
+    name: str = "paper"
+    short_side: int = 448
+    long_limit: int = 2048
+    window: int = 448
+    stride: int = 224
+    scale: float = 10.0
+    threshold: float | None = None
+    order: str = "upsample_first"
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    affinity: str = "binding"
+
+    def __post_init__(self):
+        check_order(self.order)
+        for size in ("short_side", "long_limit", "window", "stride"):
+            if getattr(self, size) < 1:
+                raise UserError(f"protocol: {size} must be at least 1 pixel")
+        if self.affinity not in ("binding", "features"):
+            raise UserError(f"protocol: affinity {self.affinity!r} is neither binding nor features")
+        if not self.templates or any("{}" not in text for text in self.templates):
+            raise UserError("protocol: templates need at least one text, each with {} for the name")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Protocol":
+        """From a mapping with any of the fields, such as a ConfigDict or what `as_dict` gave."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise UserError(f"protocol: unknown {', '.join(unknown)}; there are: {sorted(known)}")
+        values = {key: config[key] for key in config}
+        for key, kind in (("scale", float), ("threshold", float), ("templates", tuple)):
+            if values.get(key) is not None:  # lists and ints of JSON and config files
+                values[key] = kind(values[key])
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> "Protocol":
+        """A copy with some fields changed, for example a calibrated scale and threshold."""
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `from_config` reads them back."""
+        return {**dataclasses.asdict(self), "templates": list(self.templates)}
+
+
+def names_hash(class_names: Sequence[str]) -> str:
+    """Short hash of the class words in their order: other words are another protocol."""
+    return hashlib.sha256("\n".join(class_names).encode()).hexdigest()[:12]

@@ -1,0 +1,157 @@
+"""Eq. 1: from affinity, groups and class embeddings to a label for each pixel.
+
+Pure functions of arrays, to be jitted by the caller. The steps, in order:
+
+1. `class_scores`: cosines of every patch with every class, A G T^T with unit G and T;
+2. `probabilities`: softmax over the classes of scale * cosine;
+3. `decide` and `spread`: upsample, then take the best class, or (the order of Eq. 1) the other way
+   round.
+
+Background is no class of the text encoder: a pixel is background where its best probability is
+below a threshold, or where a distractor word wins it (see `distractors`).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.windows import bilinear_weights, nearest_weights
+from ovseg_jax.shapes import Array, Float, Int
+
+AnyArray = Array | np.ndarray
+ORDERS = ("upsample_first", "argmax_first")
+# The default on TPU and recent GPUs rounds inputs of a matmul to about three digits, which moves
+# labels near a tie.
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def unit(x: Float[AnyArray, "... E"]) -> Float[Array, "... E"]:
+    """`x` in f32 with unit norm along the last axis; a zero vector stays zero."""
+    x = jnp.asarray(x).astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+    return x / jnp.maximum(norm, jnp.float32(1e-12))
+
+
+def class_scores(
+    affinity: Float[AnyArray, "B L K"],
+    groups: Float[AnyArray, "B K E"],
+    text: Float[AnyArray, "C E"],
+    grid: tuple[int, int],
+) -> Float[Array, "B h w C"]:
+    """A G T^T of Eq. 1 on the patch grid, with every group and class at unit norm.
+
+    A patch's score is the mean of its groups' cosines with the class, weighted by its affinity.
+
+    Args:
+      affinity: patch to group, rows sum to one over K.
+      grid: (rows, columns), rows * columns = L.
+    """
+    cosine = jnp.einsum("bke,ce->bkc", unit(groups), unit(text), precision=EXACT)
+    affinity = jnp.asarray(affinity).astype(jnp.float32)
+    scores = jnp.einsum("blk,bkc->blc", affinity, cosine, precision=EXACT)
+    return scores.reshape(scores.shape[0], *grid, scores.shape[-1])
+
+
+def probabilities(
+    scores: Float[AnyArray, "... C"], scale: float | Float[AnyArray, ""]
+) -> Float[Array, "... C"]:
+    """softmax over the classes of `scale` * `scores`."""
+    return jax.nn.softmax(jnp.asarray(scores) * jnp.asarray(scale, jnp.float32), axis=-1)
+
+
+def spread(
+    maps: Float[AnyArray, "B h w C"],
+    rows: Float[AnyArray, "H h"],
+    columns: Float[AnyArray, "W w"],
+) -> Float[Array, "B H W C"]:
+    """Cells to pixels with one matrix for each axis (`windows.bilinear_weights`, `cell_weights`)."""
+    b, h, _, c = maps.shape
+    wide = jnp.einsum("Ww,bhwc->bhWc", columns, maps, precision=EXACT)
+    # A matrix for each image, though they are equal: with one for all, XLA computes [H,B,W,C] and
+    # transposes the large result, which takes as long as everything else.
+    rows = jnp.broadcast_to(jnp.asarray(rows), (b, *rows.shape))
+    tall = jnp.matmul(rows, wide.reshape(b, h, -1), precision=EXACT)
+    return tall.reshape(b, rows.shape[1], columns.shape[0], c)
+
+
+def decide(
+    p: Float[AnyArray, "... C"],
+    threshold: float | Float[AnyArray, ""] | None,
+    classes: int | None = None,
+) -> Int[Array, "..."]:
+    """The label of each position.
+
+    With a threshold: 0 (background) where the best probability is below it or where the best class
+    is a distractor, else 1 + the best class. With None there is no background: the best class,
+    0..C-1.
+
+    Args:
+      p: probabilities of the classes, then of the distractors if there are any.
+      classes: number of real classes, C by default.
+    """
+    best = jnp.argmax(p, axis=-1).astype(jnp.int32)
+    classes = p.shape[-1] if classes is None else classes
+    if threshold is None:
+        if classes != p.shape[-1]:
+            raise UserError("distractors need a background that they can be painted as")
+        return best
+    found = (jnp.max(p, axis=-1) >= threshold) & (best < classes)
+    return jnp.where(found, best + 1, 0)
+
+
+def votes(labels: Int[AnyArray, "..."], labels_count: int) -> Float[Array, "... N"]:
+    """One vote for the label of each cell, so that labels of several windows can be averaged."""
+    return jax.nn.one_hot(labels, labels_count, dtype=jnp.float32)
+
+
+def before_spread(
+    p: Float[AnyArray, "B h w C"],
+    threshold: float | Float[AnyArray, ""] | None,
+    order: str,
+    classes: int | None = None,
+) -> Float[Array, "B h w N"]:
+    """What `spread` carries to the pixels: probabilities, or votes for labels decided by cell."""
+    check_order(order)
+    if order == "upsample_first":
+        return jnp.asarray(p)
+    count = p.shape[-1] if classes is None else classes
+    return votes(decide(p, threshold, classes), count + (threshold is not None))
+
+
+def after_spread(
+    maps: Float[AnyArray, "B H W N"],
+    threshold: float | Float[AnyArray, ""] | None,
+    order: str,
+    classes: int | None = None,
+) -> Int[Array, "B H W"]:
+    """Labels of the pixels from what `spread` gave; the counterpart of `before_spread`."""
+    if order == "upsample_first":
+        return decide(maps, threshold, classes)
+    return jnp.argmax(maps, axis=-1).astype(jnp.int32)
+
+
+def label_map(
+    p: Float[AnyArray, "B h w C"],
+    threshold: float | Float[AnyArray, ""] | None,
+    size: tuple[int, int],
+    order: str = "upsample_first",
+    classes: int | None = None,
+) -> Int[Array, "B H W"]:
+    """Labels of one window's pixels, see `decide`.
+
+    Args:
+      size: (H, W) in pixels.
+      order: 'upsample_first' interpolates the probabilities (bilinear) and then decides;
+        'argmax_first', the order of Eq. 1, decides by patch and repeats the labels.
+    """
+    weights = bilinear_weights if order == "upsample_first" else nearest_weights
+    rows, columns = (weights(n, m) for n, m in zip(size, p.shape[1:3], strict=True))
+    maps = before_spread(p, threshold, order, classes)
+    return after_spread(spread(maps, rows, columns), threshold, order, classes)
+
+
+def check_order(order: str) -> None:
+    """Raises UserError for an order of upsampling and argmax that does not exist."""
+    if order not in ORDERS:
+        raise UserError(f"order {order!r} is not known; there are: {', '.join(ORDERS)}")

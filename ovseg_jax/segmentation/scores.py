@@ -1,0 +1,190 @@
+"""Class scores of images of any size, from batches of windows of one size.
+
+Windows of many images fill one batch, so the encoder is compiled once and always works on full
+batches; the last one is padded. What comes back is small, one cosine for each patch and class, and
+stays on the host until an image has all its windows.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer
+
+from ovseg_jax.segmentation import protocol as protocol_lib
+from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.shapes import Float, UInt8
+
+
+@runtime_checkable
+class Segmenter(Protocol):
+    """What a model offers to zero-shot segmentation."""
+
+    def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> tuple[Any, Any, Any]:
+        """(affinity [B,L,K], groups [B,K,E], image embedding [B,E]) of a batch, jitted."""
+
+    def text(self, names: list[str], templates: tuple[str, ...]) -> Any:
+        """[C,E] embeddings of class words, averaged over the templates, unit norm."""
+
+
+# `encode` of a segmenter that is also told which image each row belongs to (-1 for padding), so
+# that features computed before can be looked up instead.
+Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """Cosines of all windows of one image, and the way from their cells to its pixels.
+
+    Attributes:
+      index: position of the image in what was given.
+      cells: cosines; the windows' patches side by side as the windows lie in the image.
+      groups: the group with the highest affinity for each patch, likewise.
+      embeddings: unit image embedding of each window, row by row.
+      size, resized: (height, width) of the image as it came, and as it was segmented.
+      tiles: number of windows along the height and the width.
+      window, stride: of the windows, pixels.
+    """
+
+    index: int
+    cells: Float[np.ndarray, "h w C"]
+    groups: Integer[np.ndarray, "h w"]
+    embeddings: Float[np.ndarray, "windows E"]
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    tiles: tuple[int, int]
+    window: int
+    stride: int
+
+    def weights(
+        self, *, nearest: bool = False
+    ) -> tuple[Float[np.ndarray, "H h"], Float[np.ndarray, "W w"]]:
+        """Matrices from cells to pixels for the two axes; see `windows.cell_weights`."""
+        rows, columns = (
+            windows.cell_weights(
+                self.size[axis],
+                self.resized[axis],
+                self.window,
+                self.stride,
+                self.cells.shape[axis] // self.tiles[axis],
+                nearest=nearest,
+            )
+            for axis in (0, 1)
+        )
+        return rows, columns
+
+    @property
+    def shapes(self) -> tuple:
+        """Equal for images that can be worked on as one array."""
+        return self.size, self.resized, self.cells.shape
+
+    def group_map(self) -> Integer[np.ndarray, "H W"]:
+        """The group of each pixel, for pictures of images that are one window."""
+        rows, columns = (matrix.argmax(1) for matrix in self.weights(nearest=True))
+        return self.groups[rows][:, columns]
+
+
+class _Pending:
+    """An image some of whose windows are not encoded yet."""
+
+    def __init__(self, index: int, size: tuple[int, int], protocol: protocol_lib.Protocol):
+        self.index, self.size, self.protocol = index, size, protocol
+        self.resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+        self.grid = windows.window_grid(*self.resized, protocol.window, protocol.stride)
+        self.parts: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def cut(self, image: np.ndarray) -> Iterator[np.ndarray]:
+        image, side = windows.resize_image(image, *self.resized), self.protocol.window
+        for top, left in self.grid:
+            yield image[top : top + side, left : left + side]
+
+    def complete(self) -> bool:
+        return len(self.parts) == len(self.grid)
+
+    def scores(self) -> ImageScores:
+        cells, groups, embeddings = zip(*(self.parts[i] for i in sorted(self.parts)), strict=True)
+        tiles = (len({top for top, _ in self.grid}), len({left for _, left in self.grid}))
+        return ImageScores(
+            index=self.index,
+            cells=_side_by_side(cells, tiles),
+            groups=_side_by_side(groups, tiles),
+            embeddings=np.stack(embeddings),
+            size=self.size,
+            resized=self.resized,
+            tiles=tiles,
+            window=self.protocol.window,
+            stride=self.protocol.stride,
+        )
+
+
+def _side_by_side(parts: tuple[np.ndarray, ...], tiles: tuple[int, int]) -> np.ndarray:
+    """Equal blocks, given row by row, as one array."""
+    down, across = tiles
+    bands = [np.concatenate(parts[i * across : (i + 1) * across], 1) for i in range(down)]
+    return np.concatenate(bands, 0)
+
+
+def image_scores(
+    encode: Encode,
+    text: Any,
+    images: Iterable[np.ndarray],
+    protocol: protocol_lib.Protocol,
+    batch_size: int = 32,
+) -> Iterator[ImageScores]:
+    """Scores of each image, as soon as its last window is done (so not always in order).
+
+    Args:
+      encode: see `Encode`; `without_index(segmenter.encode)` where nothing is looked up.
+      text: [C,E] class embeddings.
+      images: uint8 [H,W,3] of any sizes; they are read as they are needed.
+      batch_size: windows in a batch; every batch is filled to it.
+    """
+    waiting: dict[tuple[int, ...], list] = {}  # windows to encode, by shape
+    running: deque = deque()  # batches the device works on while the host prepares the next
+
+    def start(batch: list) -> None:
+        pixels = np.stack([window for window, _, _ in batch])
+        index = np.array([image.index for _, image, _ in batch], np.int32)
+        padding = batch_size - len(batch)
+        pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        index = np.pad(index, (0, padding), constant_values=-1)
+        affinity, groups, embedding = encode(pixels, index)
+        grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1])
+        running.append((batch, _window_scores(affinity, groups, embedding, text, grid)))
+
+    def finish() -> Iterator[ImageScores]:
+        batch, results = running.popleft()
+        results = [np.asarray(result) for result in results]
+        for row, (_, image, number) in enumerate(batch):
+            image.parts[number] = tuple(result[row] for result in results)
+            if image.complete():
+                yield image.scores()
+
+    for index, pixels in enumerate(images):
+        image = _Pending(index, pixels.shape[:2], protocol)
+        for number, window in enumerate(image.cut(pixels)):
+            same = waiting.setdefault(window.shape, [])
+            same.append((window, image, number))
+            if len(same) == batch_size:
+                start(waiting.pop(window.shape))
+        while len(running) > 1:
+            yield from finish()
+    for batch in waiting.values():
+        start(batch)
+    while running:
+        yield from finish()
+
+
+def without_index(encode: Callable[[np.ndarray], tuple[Any, Any, Any]]) -> Encode:
+    """The encoder of a segmenter in the form that `image_scores` calls."""
+    return lambda images, index: encode(images)
+
+
+@jax.jit(static_argnames="grid")
+def _window_scores(affinity, groups, embedding, text, grid):
+    nearest = jnp.argmax(affinity, -1).reshape(-1, *grid).astype(jnp.int32)
+    return readout.class_scores(affinity, groups, text, grid), nearest, readout.unit(embedding)

@@ -1,0 +1,1 @@
+"""Training: joins models, losses, optimizer and data."""

@@ -1,0 +1,92 @@
+"""The train state: what a checkpoint holds, and how one phase hands it to the next."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from ovseg_jax import sharding
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
+from ovseg_jax.shapes import Array, Int
+
+
+@struct.dataclass
+class TrainState:
+    """One training run at one step.
+
+    Attributes:
+      step: steps taken, skipped ones included; also the position in the data.
+      skipped: steps skipped in a row because the loss or a gradient was not finite.
+      params: all parameters, frozen ones too, nested.
+      opt_state: moments and EMA teacher of the trainable parameters.
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    params: dict[str, Any]
+    opt_state: Any
+
+
+def new_state(
+    params: Mapping[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...]
+) -> TrainState:
+    """A state at step 0. Call under jit (`place` does), so that no buffer is shared."""
+    trainable, _ = groups.split(params, frozen)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, dict(params), tx.init(trainable))
+
+
+def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a state: moments and teacher lie where their parameters do.
+
+    Args:
+      abstract: the state's shapes. params: the parameters' shardings, nested.
+    """
+    return sharding.shardings_like(abstract, groups.flatten(params), mesh)
+
+
+def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:
+    """The teacher's visual encoder, complete: frozen parameters come from the online model."""
+    _, held = groups.split(state.params, frozen)
+    own = find_teacher(state.opt_state)["image_encoder"]
+    return groups.join(held.get("image_encoder", {}), own)
+
+
+def next_phase_state(
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    *,
+    optimizer: str,
+    teacher: str,
+) -> TrainState:
+    """The state at the start of a phase, from that at the end of the one before.
+
+    Args:
+      tx, frozen: of the new phase.
+      optimizer: "continue" keeps the moments of parameters that stay trainable, "fresh" none.
+      teacher: "keep" goes on averaging, "reset" starts at the online model. Parameters that were
+        frozen before start there in either case.
+    """
+    fresh = new_state(state.params, tx, frozen)
+    opt_state = fresh.opt_state
+    if optimizer == "continue":
+        opt_state = _carry_over(state.opt_state, opt_state)
+    average = find_teacher(fresh.opt_state)
+    if teacher == "keep":
+        average = _carry_over(find_teacher(state.opt_state), average)
+    opt_state = replace_teacher(opt_state, average)
+    return TrainState(state.step, state.skipped, fresh.params, opt_state)
+
+
+def _carry_over(old: Any, new: Any) -> Any:
+    """`new` with every leaf that `old` has at the same path taken from there."""
+    known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(old)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: known.get(jax.tree_util.keystr(path), leaf), new
+    )

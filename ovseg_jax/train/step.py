@@ -1,0 +1,96 @@
+"""One jitted, donated, sharded train step per phase."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax import sharding
+from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.optimizer import tree_is_finite
+from ovseg_jax.train.state import TrainState, teacher_of
+from ovseg_jax.train.terms import loss_terms
+
+RNG_NAMES = ("gumbel", "dropout")
+
+
+def step_rngs(seed: int, step: Any) -> dict[str, jax.Array]:
+    """Random keys of a step: a function of the seed, the stream's name and the step alone."""
+    key = jax.random.key(seed)
+    streams = {name: jax.random.fold_in(key, index) for index, name in enumerate(RNG_NAMES)}
+    return {name: jax.random.fold_in(stream, step) for name, stream in streams.items()}
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    *,
+    model: OVSegmentor,
+    tx: optax.GradientTransformationExtraArgs,
+    rate: Callable[[jax.Array], jax.Array],
+    config: ConfigDict,
+    mask_weight: float,
+    frozen: tuple[str, ...],
+    mesh: Mesh | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Gradient, update, teacher, metrics.
+
+    A non-finite loss or gradient leaves parameters, moments and teacher as they were and is
+    counted in `state.skipped`; the step number goes on, so that the next batch is another one.
+
+    Args:
+      rate: learning rate as a function of the step. config: the whole run's.
+      mask_weight, frozen: the phase's lambda and frozen patterns.
+    """
+    trainable, held = groups.split(state.params, frozen)
+    teacher = teacher_of(state, frozen) if mask_weight > 0 else None
+    text_trains = "text_encoder" in trainable
+    rngs = step_rngs(config.seed, state.step)
+
+    def objective(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss_terms(
+            model,
+            groups.join(held, trainable),
+            teacher,
+            batch,
+            config.loss,
+            mask_weight=mask_weight,
+            text_trains=text_trains,
+            rngs=rngs,
+            mesh=mesh,
+        )
+
+    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
+    learning_rate = rate(state.step)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable, rate=learning_rate)
+    finite = jnp.isfinite(loss) & tree_is_finite(grads)
+    changed = (optax.apply_updates(trainable, updates), opt_state)
+    kept_params, kept_opt = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), changed, (trainable, state.opt_state)
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    metrics |= {
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate,
+        "skipped": skipped,
+    }
+    new = TrainState(state.step + 1, skipped, groups.join(held, kept_params), kept_opt)
+    return new, metrics
+
+
+def compile_step(
+    step: Callable[..., Any], shardings: TrainState, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Jits `step(state, batch)`: state donated and kept where it lies, batch split, metrics whole."""
+    whole = sharding.replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )

@@ -1,0 +1,71 @@
+"""Starting parameters from published weights: the visual trunk and the text encoder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.weights import bert, dinov2
+from ovseg_jax.weights.convert_tree import convert
+from ovseg_jax.weights.tensors import Tensors, package_file, read_tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+TRUNK = (
+    "image_encoder/patch_embed/",
+    "image_encoder/position",
+    "image_encoder/class_token",
+    "image_encoder/trunk_layers/",
+    "image_encoder/trunk_end/",
+)
+
+
+def strip_prefix(tensors: Tensors, anchor: str) -> Tensors:
+    """Removes what precedes `anchor` in the name that ends with it ("backbone.", "bert.", ...).
+
+    Names without the prefix are kept as they are.
+    """
+    owner = next((name for name in tensors if name.endswith(anchor)), anchor)
+    prefix = owner.removesuffix(anchor)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _weights_path(spec: str, field: str) -> Path:
+    path = package_file(spec, field)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def initial_image(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Parameters of the visual trunk from `config.model_init.image`.
+
+    Args:
+      spec: a .safetensors, .npz or .onnx file with a DINOv2 backbone, or a directory with
+        model.safetensors; a path or "package:NAME/...".
+      shapes: all the model's parameters.
+
+    Returns:
+      path to array, for the trunk's parameters.
+
+    Raises:
+      UserError: the weights cannot be read or do not fit; names every tensor at fault.
+    """
+    field = "config.model_init.image"
+    path = _weights_path(spec, field)
+    tensors = strip_prefix(read_tensors(path), "embeddings.patch_embeddings.projection.weight")
+    if not dinov2.is_dinov2(tensors):
+        raise UserError(f"{field}: {path} holds no DINOv2 ViT (its tensors are named otherwise)")
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith(TRUNK)}
+    layers = shapes.get("image_encoder/trunk_layers/layers/mlp/fc1/bias", (0,))[0]
+    rules = dinov2.dinov2_rules(layers)
+    tensors = dinov2.separate_positions(tensors)
+    return convert(tensors, rules, wanted, dinov2.DROPPED, str(path))
+
+
+def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Parameters of the text encoder from `config.model_init.text`; see `initial_image`."""
+    path = _weights_path(spec, "config.model_init.text")
+    tensors = strip_prefix(read_tensors(path), "embeddings.word_embeddings.weight")
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith("text_encoder/")}
+    layers = shapes["text_encoder/layers/mlp/fc1/bias"][0]
+    return convert(tensors, bert.bert_rules(layers), wanted, bert.DROPPED, str(path))

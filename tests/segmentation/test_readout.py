@@ -1,0 +1,170 @@
+"""Eq. 1 and the background rule against plain NumPy, and what distractors are for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import readout
+from ovseg_jax.segmentation.distractors import DISTRACTORS, with_distractors
+
+B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
+
+
+def a_case(seed=0):
+    rng = np.random.default_rng(seed)
+    logits = 3 * rng.normal(size=(B, GRID[0] * GRID[1], K))
+    affinity = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    arrays = affinity, 5 * rng.normal(size=(B, K, E)), rng.normal(size=(C, E))
+    return tuple(array.astype(np.float32) for array in arrays)
+
+
+def numpy_scores(affinity, groups, text):
+    groups = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
+    text = text / np.linalg.norm(text, axis=-1, keepdims=True)
+    return (affinity @ groups @ text.T).reshape(B, *GRID, C)
+
+
+def numpy_softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def numpy_upsample(maps, size):
+    """Half-pixel bilinear, one pixel at a time."""
+    h, w = maps.shape[1:3]
+    out = np.zeros((len(maps), *size, maps.shape[-1]))
+    for i in range(size[0]):
+        for j in range(size[1]):
+            y = min(max((i + 0.5) * h / size[0] - 0.5, 0), h - 1)
+            x = min(max((j + 0.5) * w / size[1] - 0.5, 0), w - 1)
+            a, b = int(y), int(x)
+            c, d = min(a + 1, h - 1), min(b + 1, w - 1)
+            fy, fx = y - a, x - b
+            top = (1 - fx) * maps[:, a, b] + fx * maps[:, a, d]
+            bottom = (1 - fx) * maps[:, c, b] + fx * maps[:, c, d]
+            out[:, i, j] = (1 - fy) * top + fy * bottom
+    return out
+
+
+def test_class_scores():
+    affinity, groups, text = a_case()
+    scores = jax.jit(functools.partial(readout.class_scores, grid=GRID))(affinity, groups, text)
+    np.testing.assert_allclose(scores, numpy_scores(affinity, groups, text), atol=1e-6)
+    assert np.abs(scores).max() <= 1 + 1e-6
+    # Lengths of groups and of text do not matter, and half precision comes out as f32.
+    halves = readout.class_scores(jnp.bfloat16(affinity), jnp.bfloat16(2 * groups), 3 * text, GRID)
+    assert halves.dtype == jnp.float32
+    np.testing.assert_allclose(halves, scores, atol=2e-2)
+
+
+def test_a_zero_group_gives_zero_not_nan():
+    affinity, groups, text = a_case()
+    scores = readout.class_scores(affinity, 0 * groups, text, GRID)
+    np.testing.assert_array_equal(scores, 0)
+
+
+@pytest.mark.parametrize("size", [(12, 24), (7, 11), (3, 6), (2, 3)])
+def test_upsample_first(size):
+    scores = numpy_scores(*a_case())
+    p = readout.probabilities(scores, 10.0)
+    expected = numpy_upsample(numpy_softmax(10 * scores), size)
+    best, confidence = expected.argmax(-1), expected.max(-1)
+    threshold = float(np.median(confidence)) + 1e-5
+    labels = readout.label_map(p, threshold, size)
+    np.testing.assert_array_equal(labels, np.where(confidence < threshold, 0, best + 1))
+    np.testing.assert_array_equal(readout.label_map(p, None, size), best)
+    np.testing.assert_array_equal(readout.label_map(p, 0.0, size), best + 1)
+    np.testing.assert_array_equal(readout.label_map(p, 1.1, size), 0)
+
+
+def test_argmax_first_repeats_the_labels_of_the_patches():
+    p = readout.probabilities(numpy_scores(*a_case(1)), 10.0)
+    threshold = float(np.median(p.max(-1))) + 1e-5
+    cells = np.where(p.max(-1) < threshold, 0, p.argmax(-1) + 1)
+    labels = readout.label_map(p, threshold, (6, 18), "argmax_first")
+    np.testing.assert_array_equal(labels, cells.repeat(2, 1).repeat(3, 2))
+    plain = readout.label_map(p, None, (6, 18), "argmax_first")
+    np.testing.assert_array_equal(plain, np.asarray(p.argmax(-1)).repeat(2, 1).repeat(3, 2))
+
+
+def test_the_orders_differ_between_patches():
+    # Halfway between two patches of classes 0 and 1, a third class that is second in both can win.
+    p = np.array([[[[0.5, 0.1, 0.4], [0.1, 0.5, 0.4]]]], np.float32)
+    first, second = (readout.label_map(p, None, (1, 8), order)[0, 0] for order in readout.ORDERS)
+    np.testing.assert_array_equal(second, [0] * 4 + [1] * 4)
+    assert first[0] == 0 and first[-1] == 1 and 2 in first
+
+
+def test_a_compiled_threshold_can_change():
+    p = readout.probabilities(numpy_scores(*a_case()), 10.0)
+    label = jax.jit(readout.label_map, static_argnames=("size", "order", "classes"))
+    for threshold in (0.2, 0.4, 0.6):
+        expected = readout.label_map(p, threshold, (6, 6))
+        np.testing.assert_array_equal(label(p, threshold, (6, 6)), expected)
+
+
+def test_unknown_order_is_refused():
+    p = readout.probabilities(numpy_scores(*a_case()), 1.0)
+    with pytest.raises(UserError, match="upsample_first"):
+        readout.before_spread(p, None, "both")
+
+
+# ---- distractors
+
+
+def test_one_class_does_not_paint_what_a_distractor_matches_better():
+    # The left patch looks like the class, the right one more like a distractor.
+    text = np.eye(3, dtype=np.float32)
+    groups = np.array([[[1, 0.2, 0], [0.6, 0.8, 0]]], np.float32)
+    affinity = np.eye(2, dtype=np.float32)[None]
+    both = readout.class_scores(affinity, groups, text, (1, 2))
+    labels = readout.label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), classes=1)
+    np.testing.assert_array_equal(labels, [[[1, 0]]])
+    # Without distractors its probability is 1 everywhere, whatever the threshold.
+    alone = readout.class_scores(affinity, groups, text[:1], (1, 2))
+    labels = readout.label_map(readout.probabilities(alone, 10.0), 0.99, (1, 2))
+    np.testing.assert_array_equal(labels, [[[1, 1]]])
+    with pytest.raises(UserError, match="background"):
+        readout.label_map(readout.probabilities(both, 10.0), None, (1, 2), classes=1)
+
+
+def test_distractors_fill_up_to_the_minimum():
+    words = with_distractors(["zebra"])
+    assert words[0] == "zebra" and len(words) == len(set(words)) == 20
+    assert set(words[1:]) <= set(DISTRACTORS)
+    many = [f"class {i}" for i in range(30)]
+    assert with_distractors(many) == many
+    assert len(with_distractors(["zebra"], minimum=1000)) == len(DISTRACTORS) + 1
+    assert with_distractors(["zebra"], {"sky": (), "zoo": ("zebra",)}, 3) == ["zebra", "sky"]
+
+
+@pytest.mark.parametrize(
+    "name, absent",
+    [
+        ("dog", "dog"),
+        ("Dogs", "dog"),
+        ("puppy", "dog"),
+        ("animal", "cat"),
+        ("couch", "sofa"),
+        ("tv monitor", "television"),
+        ("potted plant", "tree"),
+        ("fire truck", "truck"),
+        ("children", "person"),
+        ("buses", "bus"),
+        ("motorbike", "motorcycle"),
+    ],
+)
+def test_a_distractor_never_competes_with_its_own_class(name, absent):
+    words = with_distractors([name], minimum=1000)
+    assert absent not in words[1:]
+    assert len(words) > 40
+
+
+def test_bad_class_lists():
+    for names, said in (([], "no classes"), (["a", " "], "empty"), (["Cat", "cat "], "twice")):
+        with pytest.raises(UserError, match=said):
+            with_distractors(names)

@@ -1,0 +1,220 @@
+"""The command line: config files, overrides, flags, exit codes."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from ovseg_jax import flags
+from ovseg_jax.errors import UserError
+
+FILE = """
+from ml_collections import ConfigDict
+
+def get_config(variant=''):
+    if variant not in ('', 'small'):
+        raise ValueError(f'no variant {variant!r}; there is: small')
+    return ConfigDict({'width': 8 if variant else 64, 'variant': variant})
+"""
+
+
+def a_config():
+    return ConfigDict(
+        {
+            "seed": 0,
+            "rate": 0.5,
+            "name": "vit",
+            "flip": False,
+            "limit": None,
+            "betas": (0.9, 0.99),
+            "sizes": [1, 2],
+            "words": ("cat", "dog"),
+            "model": {"depth": 6, "group_layer": 0},
+            "phases": [ConfigDict({"steps": 10, "rate": 1.0}), {"steps": 20, "rate": 2.0}],
+        }
+    )
+
+
+def look_up(config, key):
+    for name, index in re.findall(r"(\w*[a-z]\w*)|\[(\d+)\]", key):
+        config = config[name or int(index)]
+    return config
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("seed", "7", 7),
+        ("rate", "2", 2.0),
+        ("rate", "1e-3", 1e-3),
+        ("name", "12", "12"),
+        ("name", "'a b'", "a b"),
+        ("flip", "true", True),
+        ("limit", "5", 5),
+        ("limit", "None", None),
+        ("limit", "abc", "abc"),
+        ("betas", "[1, 0.5]", (1.0, 0.5)),
+        ("sizes", "3,4,5", [3, 4, 5]),
+        ("words", "emu,gnu", ("emu", "gnu")),
+        ("model.depth", "12", 12),
+        ("betas[1]", "0.5", (0.9, 0.5)),
+        ("phases[0].steps", "100", 100),
+        ("phases[1].rate", "3", 3.0),
+    ],
+)
+def test_override_has_the_type_of_the_present_value(key, text, value):
+    config = a_config()
+    flags.apply_override(config, key, text)
+    found = look_up(config, key.removesuffix("[1]"))
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "key, text, said",
+    [
+        ("sead", "7", "'seed'"),
+        ("model.depht", "7", "'model.depth'"),
+        ("phases[1].step", "7", "'phases[1].steps'"),
+        ("phases[2].steps", "7", "'phases[1].steps'"),
+        ("model.depth.x", "7", "'model.depth'"),
+        ("seed", "1.5", "an int"),
+        ("seed", "true", "an int"),
+        ("seed", "None", "an int"),
+        ("rate", "fast", "a float"),
+        ("flip", "1", "true or false"),
+        ("betas", "0.5", "a tuple"),
+        ("betas", "0.5,x", "a tuple"),
+        ("model", "3", "group_layer"),
+        ("a..b", "3", "form"),
+        ("", "3", "form"),
+        ("[0]", "3", "form"),
+        ("phases.0.steps", "3", "form"),
+    ],
+)
+def test_wrong_override_is_explained(key, text, said):
+    config = a_config()
+    with pytest.raises(UserError) as error:
+        flags.apply_override(config, key, text)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert config == a_config()
+
+
+def test_every_path_can_be_set_to_what_it_is():
+    config = a_config()
+    for path in flags.paths(config):
+        value = look_up(config, path)
+        if not isinstance(value, ConfigDict | dict) and path != "phases":
+            flags.apply_override(config, path, repr(value))
+    assert config == a_config()
+
+
+def test_load_config_and_variants(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(FILE)
+    assert flags.load_config(str(path)).width == 64
+    assert flags.load_config(path).width == 64
+    assert flags.load_config(f"{path}:small").width == 8
+    with pytest.raises(UserError, match="there is: small"):
+        flags.load_config(f"{path}:smal")
+    with pytest.raises(UserError, match=r"does not exist; did you mean .*tiny\.py"):
+        flags.load_config(str(tmp_path / "tyni.py"))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("x = 1", "get_config"),
+        ("def get_config(:", "cannot be imported"),
+        ("import no_such_module", "no_such_module"),
+        ("def get_config(variant): return {}", "ConfigDict"),
+    ],
+)
+def test_bad_config_file(tmp_path, text, said):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        flags.load_config(str(path))
+
+
+SPEC = (
+    flags.Flag("config", help="the config file"),
+    flags.Flag("mode", choices=("train", "eval"), default="train"),
+    flags.Flag("steps", int, 3),
+    flags.Flag("dry-run", bool, False),
+    flags.Flag("classes", flags.comma_list, ()),
+)
+
+
+def test_parse_both_forms_and_overrides_in_order():
+    argv = ["--config=a.py", "--steps", "5", "--config.a=1", "--dry-run"]
+    args = flags.parse([*argv, "--config.b[0]", "-2", "--config.a=2"], SPEC)
+    assert (args.config, args.steps, args.mode, args.dry_run) == ("a.py", 5, "train", True)
+    assert args.overrides == [("a", "1"), ("b[0]", "-2"), ("a", "2")]
+    assert flags.parse(["--classes=cat, fire hydrant,"], SPEC).classes == ["cat", "fire hydrant"]
+    assert flags.parse(["--config.a==x=y"], SPEC).overrides == [("a", "=x=y")]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--step=3"], "'--steps'"),
+        (["--steps=x"], "'x' is not a valid int"),
+        (["--steps"], "needs a value"),
+        (["--steps", "--mode=eval"], "needs a value"),
+        (["--mode=test"], "train, eval"),
+        (["--dry-run=2"], "true or false"),
+        (["steps=3"], "unexpected argument"),
+        (["--confg.a=3"], "unknown flag"),
+    ],
+)
+def test_parse_errors(argv, said):
+    with pytest.raises(UserError, match=said):
+        flags.parse(argv, SPEC)
+
+
+def test_required_flags_are_all_named():
+    spec = [flags.Flag("model", required=True), flags.Flag("out", required=True)]
+    with pytest.raises(UserError, match="--model, --out"):
+        flags.parse([], spec)
+    with pytest.raises(UserError, match="unknown flag --config.a"):
+        flags.parse(["--config.a=1"], spec)
+
+
+def test_help_names_every_flag_and_exits_0(capsys):
+    with pytest.raises(SystemExit) as leave:
+        flags.parse(["--steps=9", "--help"], SPEC, about="What it does.")
+    out = capsys.readouterr().out
+    assert leave.value.code == 0
+    assert "What it does." in out and all(f"--{flag.name}" in out for flag in SPEC)
+
+
+PROGRAM = """
+import sys
+from ovseg_jax import flags
+def main(argv):
+    args = flags.parse(argv, [flags.Flag('config'), flags.Flag('stop', bool, False)])
+    if args.stop:
+        raise KeyboardInterrupt
+    print(flags.config_from(args).width)
+flags.run(main)
+"""
+
+
+def test_run_exit_codes(tmp_path):
+    config = tmp_path / "tiny.py"
+    config.write_text(FILE)
+
+    def program(*argv):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *argv], capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    assert program(f"--config={config}", "--config.width=5") == (0, "5\n", "")
+    code, out, err = program(f"--config={config}", "--config.witdh=5")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert "did you mean 'width'" in err
+    assert program()[0] == 2
+    assert program("--stop")[0] == 130
