@@ -1,6 +1,7 @@
 """Where every array lives: the mesh, and one table from logical axis names to mesh axes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,16 +28,22 @@ LOGICAL_RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The device mesh; -1 for `data` takes the devices that the other axes leave.
 
     Axis types are Auto: under the Explicit default, scatter-adds and products such as
     ``z @ z.T`` need their output sharding written out.
 
+    Args:
+      data, fsdp, tensor: sizes of the axes.
+      devices: what the mesh is made of; None for all that are present.
+
     Raises:
       UserError: the axes' product is not the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if data == -1:
         data = max(1, count // (fsdp * tensor))
     shape = (data, fsdp, tensor)
@@ -46,12 +53,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"{math.prod(shape)} devices, but {count} are present; set config.mesh.data=-1 to use "
             "what is there"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over the batch axes, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def keep_split(tree: Any, mesh: Mesh | None) -> Any:
+    """Activations, pinned to the batch sharding in the forward and the backward pass.
+
+    Left alone, the partitioner moves the width of some activations to the fsdp axis, as the
+    parameters' is; on a mesh with both fsdp and tensor above 1 it then returned the gradient of
+    the groups with rows of different examples exchanged.
+
+    Args:
+      tree: arrays whose first axis is the batch. mesh: None leaves them as they are.
+    """
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,6 +9,7 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ovseg_jax import sharding
 from ovseg_jax.losses.contrastive import candidate_pairs, false_negative_rate, info_nce
 from ovseg_jax.losses.mask_consistency import Regions, consistency_loss
 from ovseg_jax.losses.objective import total_loss, weighted_mean
@@ -128,10 +129,12 @@ def loss_terms(
     kinds = ("caption",)
     kinds += ("masked", "prompt") if with_entity else ()
     kinds += ("shared",) if with_mask else ()
-    texts = encode_texts(model, params, batch, kinds, text_trains, rngs)
+    texts = sharding.keep_split(
+        encode_texts(model, params, batch, kinds, text_trains, rngs), mesh
+    )
     images = images_of(batch, with_mask)
     visual = model.apply(variables, merge(*images), True, method="visual_tokens", rngs=rngs)
-    online: list[VisualTokens] = unmerge(visual, len(images))
+    online: list[VisualTokens] = sharding.keep_split(unmerge(visual, len(images)), mesh)
     first = online[0]
 
     def project_image(tokens: Array) -> Array:
@@ -183,7 +186,7 @@ def loss_terms(
 
         per_pair, extra = consistency_loss(
             (regions(online[0]), regions(online[1])),
-            tuple(regions(tokens) for tokens in unmerge(target, 2)),
+            tuple(regions(tokens) for tokens in sharding.keep_split(unmerge(target, 2), mesh)),
             jax.lax.stop_gradient(project_text(texts.shared)),
             ratio=config.group_ratio,
             threshold=config.mask_threshold,

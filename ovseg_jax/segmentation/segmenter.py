@@ -1,0 +1,91 @@
+"""A model with parameters as a segmenter: images in, group maps and embeddings out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ovseg_jax import sharding
+from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.losses.mask_consistency import mask_logits
+from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
+from ovseg_jax.shapes import Array, Float, UInt8
+
+# Prompts encoded at once.
+TEXT_BATCH = 64
+
+AFFINITIES = ("binding", "features")
+
+
+class ModelSegmenter:
+    """Implements `segmentation.scores.Segmenter` for one set of parameters.
+
+    Args:
+      model, params: the module and its parameters, placed anywhere.
+      tokenizer, text_length: of its text encoder.
+      affinity: A of Eq. 1. "binding": the soft map of Eq. 4. "features": the softmax over groups
+        of the encoder's final tokens, I G^T D^-0.5.
+      mesh: where given, batches are split over it.
+    """
+
+    def __init__(
+        self,
+        model: OVSegmentor,
+        params: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        text_length: int,
+        affinity: str = "binding",
+        mesh: Mesh | None = None,
+    ):
+        self.params = params
+        self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
+        whole = sharding.replicated(mesh) if mesh is not None else None
+
+        def encode(params: Any, images: Array) -> tuple[Array, Array, Array]:
+            variables = {"params": params}
+            tokens = model.apply(variables, images, method="visual_tokens")
+            if affinity == "features":
+                logits = mask_logits(tokens.patches, tokens.groups)
+                soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
+            else:
+                soft = tokens.affinity
+            groups = model.apply(variables, tokens.groups, method="project_image")
+            pooled = jnp.mean(tokens.groups, axis=1)
+            return soft, groups, model.apply(variables, pooled, method="project_image")
+
+        def embed(params: Any, ids: Array) -> Array:
+            text = model.apply({"params": params}, ids, method="text_tokens")
+            return model.apply({"params": params}, text.pooled, method="project_text")
+
+        self._encode = jax.jit(encode, out_shardings=whole)
+        self._embed = jax.jit(embed, out_shardings=whole)
+
+    def encode(
+        self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]
+    ) -> tuple[Array, Array, Array]:
+        """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]); groups and embedding are
+        unit norm. Cached trunk features [B, L, D0] may stand in for the images."""
+        return self._encode(self.params, self._place(images))
+
+    def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:
+        """Class embeddings: the mean over templates of the prompts' unit embeddings, unit norm."""
+        prompts = [template.format(name) for name in names for template in templates]
+        ids = self._tokenizer.encode(prompts, self._length)
+        rows = []
+        for start in range(0, len(ids), TEXT_BATCH):
+            part = ids[start : start + TEXT_BATCH]
+            padded = np.zeros((TEXT_BATCH, ids.shape[1]), np.int32)
+            padded[: len(part)] = part
+            rows.append(np.asarray(self._embed(self.params, padded))[: len(part)])
+        embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1)
+        return np.asarray(unit(jnp.asarray(embeddings.mean(1))))
+
+    def _place(self, images: np.ndarray) -> Any:
+        if self._mesh is None or len(images) % sharding.batch_shards(self._mesh):
+            return images
+        # Every process holds the whole batch here and gives its own devices their rows.
+        return jax.device_put(images, sharding.batch_sharding(self._mesh))

@@ -1,0 +1,211 @@
+"""Features of frozen towers, computed once before training and read by the loader.
+
+The caches are exact for what is frozen: trunk features of V stored views of each image, sentence
+vectors of captions, prompts and shared entities, token features of masked captions.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
+from ovseg_jax.data.captions import distinct_prompts, shared_prompt, texts_of
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.order import example_rng
+from ovseg_jax.data.records import RecordSource
+from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.optim.groups import flatten
+from ovseg_jax.weights.initialize import TRUNK
+
+IMAGE_BATCH = 32
+TEXT_BATCH = 128
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+def cache_key(params: Mapping[str, Any], prefixes: tuple[str, ...], **settings: Any) -> str:
+    """Hash of the parameters under `prefixes` and of every setting that shapes the features."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path, leaf in sorted(flatten(params).items()):
+        if path.startswith(prefixes):
+            digest.update(path.encode())
+            digest.update(np.ascontiguousarray(jax.device_get(leaf)))
+    return digest.hexdigest()[:16]
+
+
+def image_store(
+    directory: Path,
+    model: OVSegmentor,
+    params: Mapping[str, Any],
+    source: RecordSource,
+    transform: Mapping[str, Any],
+    *,
+    views: int,
+    seed: int,
+    progress: Progress,
+) -> FeatureStore:
+    """Trunk features of `views` views of every image, float16, found or computed.
+
+    Args:
+      directory: holds one folder per key.
+      transform: see `data.augment.train_transform`; view v of a record is drawn from
+        (seed, v, key).
+      progress: called with a label, images done, images in all.
+    """
+    key = cache_key(
+        params,
+        TRUNK,
+        source=source.fingerprint(),
+        transform=dict(transform),
+        views=views,
+        seed=seed,
+        matmul_dtype=str(model.matmul_dtype),
+    )
+    place = directory / f"images-{key}"
+    if (found := FeatureStore.open(place, key)) is not None:
+        return found
+    trunk = jax.jit(
+        lambda params, images: model.apply(
+            {"params": params}, images, method="trunk"
+        ).astype(jnp.float16)
+    )
+    size, count = int(transform["size"]), len(source)
+    patches = (size // model.image_encoder.patch) ** 2
+    width = model.image_encoder.trunk_width or model.image_encoder.width
+    store = FeatureStore.create(
+        place,
+        key,
+        {
+            "image": ((count, views, patches, width), np.float16),
+            "valid": ((count,), np.uint8),
+        },
+    )
+    rows = [(record, view) for record in range(count) for view in range(views)]
+
+    def read(row: tuple[int, int]) -> np.ndarray | None:
+        record = source[row[0]]
+        try:
+            image = decode(record.image)
+        except UnreadableImage as error:
+            _log.warning("record %s cannot be used and weighs 0: %s", record.key, error.cause)
+            return None
+        return train_transform(image, example_rng(seed, row[1], record.key), transform)
+
+    for part, images in _read_ahead(rows, read, IMAGE_BATCH):
+        batch = np.zeros((IMAGE_BATCH, size, size, 3), np.uint8)
+        for slot, image in enumerate(images):
+            if image is not None:
+                batch[slot] = image
+        features = np.asarray(trunk(params, batch))
+        for slot, (record, view) in enumerate(part):
+            if images[slot] is not None:
+                store["image"][record, view] = features[slot]
+                store["valid"][record] = 1
+        progress("image features", part[-1][0] + 1, count)
+    return store.commit()
+
+
+def _read_ahead(
+    rows: Sequence[Any], read: Callable[[Any], Any], size: int
+) -> Iterator[tuple[Sequence[Any], list[Any]]]:
+    """Batches of `read(row)`, the next one being read while the last is worked on."""
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting = [pool.submit(read, row) for row in parts[0]] if parts else []
+        for index, part in enumerate(parts):
+            ready = waiting
+            if index + 1 < len(parts):
+                waiting = [pool.submit(read, row) for row in parts[index + 1]]
+            yield part, [future.result() for future in ready]
+
+
+def text_store(
+    directory: Path,
+    model: OVSegmentor,
+    params: Mapping[str, Any],
+    source: RecordSource,
+    entity_set: EntitySet,
+    tokenizer: Tokenizer,
+    templates: Sequence[str],
+    *,
+    length: int,
+    progress: Progress,
+) -> FeatureStore:
+    """Features of every text a step can ask for, float16, found or computed.
+
+    Args:
+      templates: prompts are stored for each of them; keep few.
+      length: M.
+    """
+    key = cache_key(
+        params,
+        ("text_encoder/",),
+        source=source.fingerprint(),
+        entities=entity_set.table,
+        templates=list(templates),
+        length=length,
+        pool=model.text_pool,
+        matmul_dtype=str(model.matmul_dtype),
+    )
+    place = directory / f"texts-{key}"
+    if (found := FeatureStore.open(place, key)) is not None:
+        return found
+    captions = source.captions()
+    masked = [texts_of(caption, entity_set, ())["masked"] for caption in captions]
+    prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
+    shared = [shared_prompt(name) for name in entity_set.names]
+    total = len(captions) + len(masked) + len(prompts) + len(shared)
+    done = 0
+
+    @jax.jit
+    def encode(params: Any, ids: Any) -> Any:
+        text = model.apply({"params": params}, ids, method="text_tokens")
+        return text.tokens.astype(jnp.float16), text.mask, text.pooled.astype(jnp.float16)
+
+    def run(texts: Sequence[str]) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
+        nonlocal done
+        for start in range(0, len(texts), TEXT_BATCH):
+            part = texts[start : start + TEXT_BATCH]
+            ids = np.zeros((TEXT_BATCH, length), np.int32)
+            ids[: len(part)] = tokenizer.encode(part, length)
+            outputs = encode(params, ids)
+            yield slice(start, start + len(part)), tuple(
+                np.asarray(x)[: len(part)] for x in outputs
+            )
+            done += len(part)
+            progress("text features", done, total)
+
+    count, width = len(captions), model.text_encoder.width
+    store = FeatureStore.create(
+        place,
+        key,
+        {
+            "caption_pooled": ((count, width), np.float16),
+            "masked_tokens": ((count, length, width), np.float16),
+            "masked_mask": ((count, length), np.bool_),
+            "prompt_pooled": ((count, len(templates), width), np.float16),
+            "shared_pooled": ((len(shared), width), np.float16),
+        },
+    )
+    for rows, (_, _, pooled) in run(captions):
+        store["caption_pooled"][rows] = pooled
+    for rows, (tokens, mask, _) in run(masked):
+        store["masked_tokens"][rows], store["masked_mask"][rows] = tokens, mask
+    pooled_prompts = np.zeros((len(prompts), width), np.float16)
+    for rows, (_, _, pooled) in run(prompts):
+        pooled_prompts[rows] = pooled
+    store["prompt_pooled"][:] = pooled_prompts[prompt_rows]
+    for rows, (_, _, pooled) in run(shared):
+        store["shared_pooled"][rows] = pooled
+    return store.commit()

@@ -1,0 +1,122 @@
+"""Phases as data: what changes in the course of a run, from the config."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
+from ovseg_jax.optim.schedule import learning_rate
+from ovseg_jax.shapes import Array
+
+FIELDS = {
+    "name": None,
+    "steps": 0,
+    "epochs": 0,
+    "batch_size": None,
+    "mask_weight": 0.0,
+    "frozen": (),
+    "transform": None,
+    "learning_rate": None,
+    "optimizer": "continue",
+    "teacher": "keep",
+    "start_from": "last",
+}
+CHOICES = {
+    "optimizer": ("continue", "fresh"),
+    "teacher": ("keep", "reset"),
+    "start_from": ("last", "best"),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training with its own compiled step.
+
+    Attributes:
+      index, name: place among the phases and a word for it.
+      first, last: global steps, `last` exclusive.
+      batch_size: global.
+      mask_weight: lambda of Eq. 13; at 0 no second image is read and no teacher runs.
+      frozen: patterns of parameters that do not train.
+      transform: of images, see `data.augment.train_transform`.
+      schedule: a learning-rate config of its own, or None to follow the run's.
+      optimizer, teacher: see `state.next_phase_state`.
+      start_from: "last" state of the phase before, or the "best" one saved.
+    """
+
+    index: int
+    name: str
+    first: int
+    last: int
+    batch_size: int
+    mask_weight: float
+    frozen: tuple[str, ...]
+    transform: dict[str, Any]
+    schedule: ConfigDict | None
+    optimizer: str
+    teacher: str
+    start_from: str
+
+
+def make_phases(config: ConfigDict, records: int) -> list[Phase]:
+    """The phases of a run.
+
+    Args:
+      config: the whole config. records: length of the training set, to turn epochs into steps.
+
+    Raises:
+      UserError: an unknown or missing field, or a value that is none of its choices.
+    """
+    if not config.phases:
+        raise UserError("config.phases is empty: give at least one phase")
+    phases: list[Phase] = []
+    for index, fields in enumerate(config.phases):
+        where = f"config.phases[{index}]"
+        for key in fields:
+            if key not in FIELDS:
+                raise UserError(f"{where}.{key} is no field{nearest(key, list(FIELDS))}")
+        values = {**FIELDS, **dict(fields)}
+        for key, allowed in CHOICES.items():
+            if values[key] not in allowed:
+                raise UserError(
+                    f"{where}.{key} is {values[key]!r}; it must be {' or '.join(allowed)}"
+                )
+        if not values["batch_size"] or values["batch_size"] < 1:
+            raise UserError(f"{where}.batch_size must be at least 1")
+        if bool(values["steps"]) == bool(values["epochs"]):
+            raise UserError(f"{where} needs either steps or epochs")
+        steps = values["steps"] or int(values["epochs"] * records / values["batch_size"])
+        if steps < 1:
+            raise UserError(
+                f"{where}: {values['epochs']} epochs of {records} records are no step of "
+                f"{values['batch_size']}"
+            )
+        first = phases[-1].last if phases else 0
+        phases.append(
+            Phase(
+                index=index,
+                name=values["name"] or f"phase {index}",
+                first=first,
+                last=first + steps,
+                batch_size=values["batch_size"],
+                mask_weight=float(values["mask_weight"]),
+                frozen=tuple(values["frozen"]),
+                transform=dict(values["transform"] or config.data.transform),
+                schedule=values["learning_rate"],
+                optimizer=values["optimizer"],
+                teacher=values["teacher"],
+                start_from=values["start_from"],
+            )
+        )
+    return phases
+
+
+def rate_at(step: Array, config: ConfigDict, phase: Phase, total: int) -> jax.Array:
+    """The learning rate at a global step: of the phase's own schedule or of the whole run's."""
+    if phase.schedule is not None:
+        length = phase.last - phase.first
+        return learning_rate(step, phase.schedule, first=phase.first, total=length)
+    return learning_rate(step, config.optimizer.learning_rate, first=0, total=total)

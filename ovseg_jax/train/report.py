@@ -1,0 +1,137 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard files, a progress line."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends metrics to ``metrics.jsonl`` and TensorBoard files of a work directory.
+
+    Args:
+      workdir: of the run. None writes nothing (processes other than the first).
+    """
+
+    def __init__(self, workdir: Path | None):
+        self._file = self._board = None
+        if workdir is not None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line: ``{"step": step, name: value, ...}``."""
+        if self._file is None:
+            return
+        plain = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+        self._file.flush()
+        for name, value in plain.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops lines after `step`: a run that resumes there will write them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the line that was being written when the run was killed
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+class Progress:
+    """A line that is rewritten on a terminal, and repeated now and then in a file.
+
+    Args:
+      quiet: say nothing (processes other than the first).
+      every: seconds between lines where the output is no terminal.
+    """
+
+    def __init__(self, quiet: bool = False, every: float = 15.0):
+        self._quiet, self._every = quiet, every
+        self._terminal = sys.stderr.isatty()
+        self._open = False
+        self._last = float("-inf")
+        self._started: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self._quiet:
+            self._end_line()
+            print(text, file=sys.stderr, flush=True)
+
+    def update(self, text: str, *, final: bool = False) -> None:
+        """The line that is replaced by the next one."""
+        now = time.monotonic()
+        if self._quiet or (not self._terminal and not final and now - self._last < self._every):
+            return
+        self._last = now
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._open = True
+            if final:
+                self._end_line()
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def count(self, label: str, done: int, total: int) -> None:
+        """Progress of a job with a known end: share, rate, time left."""
+        start = self._started.setdefault(label, time.monotonic())
+        spent = max(time.monotonic() - start, 1e-6)
+        left = spent / max(done, 1) * (total - done)
+        self.update(
+            f"{label}: {done}/{total} ({done / spent:.0f}/s, {duration(left)} left)",
+            final=done == total,
+        )
+
+    def _end_line(self) -> None:
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False
+
+
+def duration(seconds: float) -> str:
+    """1:05 for 65 seconds, 1:00:05 for an hour more."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def train_line(
+    name: str, step: int, last: int, metrics: Mapping[str, Any], rate: float, left: float
+) -> str:
+    """The progress line of training: phase, step, losses, images a second, time left."""
+    parts = [f"{name} {step}/{last}", f"loss {metrics['loss']:.3f}"]
+    parts += [
+        f"{key} {metrics[key]:.3f}" for key in ("contrastive", "entity", "mask") if key in metrics
+    ]
+    return "  ".join([*parts, f"{rate:.0f} images/s", f"{duration(left)} left"])
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns aligned, the first row a head with a rule below."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,277 @@
+"""Everything a run is made of, put together from its config once."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax import sharding
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.pipeline import Loader, make_loader, texts_of
+from ovseg_jax.data.records import RecordSource
+from ovseg_jax.data.sources import make_source, missing_data
+from ovseg_jax.data.templates import SIMPLE, TRAINING
+from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
+from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train import feature_cache
+from ovseg_jax.train.phases import Phase, make_phases, rate_at
+from ovseg_jax.train.report import Progress
+from ovseg_jax.train.state import TrainState, new_state, state_shardings
+from ovseg_jax.train.step import compile_step, train_step
+from ovseg_jax.weights.initialize import TRUNK, init_params, initial_image, initial_text
+from ovseg_jax.weights.tensors import package_file
+
+# Captions looked at to choose the text length.
+LENGTH_SAMPLE = 20_000
+
+
+@dataclass
+class Run:
+    """A run's fixed parts. Build one with `make_run`."""
+
+    config: ConfigDict
+    mesh: Mesh
+    model: OVSegmentor
+    tokenizer: Tokenizer
+    source: RecordSource
+    entities: EntitySet
+    phases: list[Phase]
+    text_length: int
+    progress: Progress
+    param_shardings: Any
+    stores: dict[str, FeatureStore] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.phases[-1].last
+
+    def initial_params(self) -> dict[str, Any]:
+        """Random parameters from the seed, published weights laid over them, sharded."""
+        make = jax.jit(
+            lambda key: nn.unbox(init_params(self.model, key)), out_shardings=self.param_shardings
+        )
+        flat = groups.flatten(make(jax.random.key(self.config.seed)))
+        shapes = {path: leaf.shape for path, leaf in flat.items()}
+        where = groups.flatten(self.param_shardings)
+        loaded: dict[str, np.ndarray] = {}
+        for spec, read in (
+            (self.config.model_init.image, initial_image),
+            (self.config.model_init.text, initial_text),
+        ):
+            if spec:
+                loaded |= read(spec, shapes)
+        for path, value in loaded.items():
+            flat[path] = jax.device_put(value, where[path])
+        return groups.nest(flat)
+
+    def optimizer(self, phase: Phase, params: Any) -> Any:
+        """The optax chain of a phase; `params` may be abstract."""
+        trainable, _ = groups.split(params, phase.frozen)
+        return make_optimizer(self.config.optimizer, trainable)
+
+    def abstract_params(self) -> dict[str, Any]:
+        """Shapes of all parameters."""
+        return nn.unbox(
+            jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0))
+        )
+
+    def state_layout(self, phase: Phase) -> tuple[TrainState, TrainState]:
+        """(abstract state, shardings) of a phase."""
+        params = self.abstract_params()
+        tx = self.optimizer(phase, params)
+        abstract = jax.eval_shape(lambda p: new_state(p, tx, phase.frozen), params)
+        return abstract, state_shardings(abstract, self.param_shardings, self.mesh)
+
+    def compiled_step(self, phase: Phase) -> Callable[..., Any]:
+        """The jitted train step of a phase: (state, batch) -> (state, metrics)."""
+        tx = self.optimizer(phase, self.abstract_params())
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            tx=tx,
+            rate=lambda s: rate_at(s, self.config, phase, self.total),
+            config=self.config,
+            mask_weight=phase.mask_weight,
+            frozen=phase.frozen,
+            mesh=self.mesh,
+        )
+        return compile_step(step, self.state_layout(phase)[1], self.mesh)
+
+    def templates(self) -> tuple[str, ...]:
+        """The prompt templates of training; the first few where texts are cached."""
+        chosen = tuple(self.config.data.templates) or TRAINING
+        return chosen[: self.config.data.cached_templates] if self.config.data.cache_texts else chosen
+
+    def loader(self, phase: Phase, first_step: int) -> Loader:
+        """This process's rows of the batches from a global step to the end of the phase."""
+        data = self.config.data
+        return make_loader(
+            self.source,
+            self.entities,
+            self.tokenizer,
+            {
+                "text_length": self.text_length,
+                "transform": phase.transform,
+                "templates": self.templates(),
+            },
+            batch_size=phase.batch_size,
+            seed=self.config.seed,
+            first_step=first_step,
+            last_step=phase.last,
+            with_pairs=phase.mask_weight > 0,
+            slots=sharding.process_slots(phase.batch_size, self.mesh),
+            image_store=self.stores.get("images"),
+            text_store=self.stores.get("texts"),
+            workers=data.workers,
+            threads=data.threads,
+        )
+
+    def fill_caches(self, params: Any) -> None:
+        """Computes (or finds) the feature caches that the config asks for."""
+        data, cache = self.config.data, Path(self.config.data.cache_dir)
+        if data.cache_images:
+            self._check_frozen(TRUNK, "cache_images", params)
+            transforms = {json.dumps(phase.transform, default=list) for phase in self.phases}
+            if len(transforms) > 1:
+                raise UserError("config.data.cache_images needs the same transform in all phases")
+            self.stores["images"] = feature_cache.image_store(
+                cache,
+                self.model,
+                params,
+                self.source,
+                self.phases[0].transform,
+                views=data.cached_views,
+                seed=self.config.seed,
+                progress=self.progress.count,
+            )
+        if data.cache_texts:
+            self._check_frozen(("text_encoder/",), "cache_texts", params)
+            self.stores["texts"] = feature_cache.text_store(
+                cache,
+                self.model,
+                params,
+                self.source,
+                self.entities,
+                self.tokenizer,
+                self.templates(),
+                length=self.text_length,
+                progress=self.progress.count,
+            )
+
+    def _check_frozen(self, prefixes: tuple[str, ...], option: str, params: Any) -> None:
+        for phase in self.phases:
+            trainable, _ = groups.split(params, phase.frozen)
+            moving = [path for path in groups.flatten(trainable) if path.startswith(prefixes)]
+            if moving:
+                raise UserError(
+                    f"config.data.{option} needs these parameters frozen in every phase, but "
+                    f"config.phases[{phase.index}].frozen leaves {moving[0]} (and "
+                    f"{len(moving) - 1} more) to train"
+                )
+
+    def segmenter(self, params: Any, affinity: str) -> ModelSegmenter:
+        """The model with `params`, for evaluation."""
+        return ModelSegmenter(
+            self.model,
+            params,
+            self.tokenizer,
+            text_length=self.prompt_length(),
+            affinity=affinity,
+            mesh=self.mesh,
+        )
+
+    def prompt_length(self) -> int:
+        """Tokens that class prompts are padded to: room for a few words of name."""
+        return max(16, self.text_length)
+
+
+def make_run(config: ConfigDict, progress: Progress) -> Run:
+    """Builds the fixed parts of a run.
+
+    Raises:
+      UserError: anything that the config asks for is missing (all of it in one message) or wrong.
+    """
+    missing = missing_data(config.data) + _missing_weights(config)
+    if missing:
+        raise UserError(
+            "this config needs what is not here:\n  - "
+            + "\n  - ".join(missing)
+            + "\nWithout data and weights, try the variant that needs neither: "
+            "--config=configs/vitb.py:smoke, or --config=configs/quickstart.py"
+        )
+    mesh = sharding.make_mesh(**config.mesh)
+    model = build_model(config.model)
+    tokenizer = find_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.text.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, "
+            f"config.model.text.vocab_size is {config.model.text.vocab_size}"
+        )
+    source, entities = make_source(config.data)
+    length = config.data.text_length or _measured_length(source, entities, tokenizer)
+    if length > config.model.text.max_positions:
+        raise UserError(
+            f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
+            f"{config.model.text.max_positions}"
+        )
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return Run(
+        config=config,
+        mesh=mesh,
+        model=model,
+        tokenizer=tokenizer,
+        source=source,
+        entities=entities,
+        phases=make_phases(config, len(source)),
+        text_length=length,
+        progress=progress,
+        param_shardings=sharding.parameter_shardings(boxed, mesh),
+    )
+
+
+def _missing_weights(config: ConfigDict) -> list[str]:
+    missing = []
+    for field_name in ("image", "text"):
+        spec = config.model_init[field_name]
+        try:
+            if spec:
+                package_file(spec, f"config.model_init.{field_name}")
+        except UserError as error:
+            missing.append(
+                f"{error}; an empty string (--config.model_init.{field_name}=) starts from "
+                "random weights"
+            )
+    try:
+        find_tokenizer(config.data.tokenizer)
+    except UserError as error:
+        missing.append(f"config.data.tokenizer: {error}")
+    return missing
+
+
+def _measured_length(source: RecordSource, entities: EntitySet, tokenizer: Tokenizer) -> int:
+    captions = source.captions()
+    sample = captions[:: max(1, len(captions) // LENGTH_SAMPLE)]
+    texts = [texts_of(caption, entities, (SIMPLE,)) for caption in sample]
+    sentences = [s for t in texts for s in (t["caption"], t["masked"], *t["prompts"])]
+    return text_length(tokenizer.lengths(sentences))
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Short hash of a resolved config."""
+    return hashlib.sha256(config.to_json_best_effort(sort_keys=True).encode()).hexdigest()[:12]
