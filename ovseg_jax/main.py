@@ -30,7 +30,6 @@ from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.loop import (
     Interrupted,
     evaluation_params,
-    parameter_counts,
     restored,
     train,
 )
@@ -167,6 +166,11 @@ def _write_model(
         model=json.loads(config.model.to_json_best_effort()),
         protocol=protocol.as_dict(),
         text_length=run.prompt_length(),
+        benchmarks={
+            name: json.loads(config.eval[name].to_json_best_effort())
+            for name in results
+            if name in config.eval
+        },
         provenance=provenance,
     )
 
@@ -221,7 +225,9 @@ def _evaluate_run(
     config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress
 ) -> int:
     if not (workdir / "checkpoints" / "latest").is_dir():
-        raise UserError(f"--workdir={workdir} holds no checkpoint: train first, or give --model=DIR")
+        raise UserError(
+            f"--workdir={workdir} holds no checkpoint: train first, or give --model=DIR"
+        )
     run = make_run(config, progress)
     state = restored(run, workdir)
     names = tuple(args.benchmark or config.eval.benchmarks)
@@ -242,7 +248,7 @@ def _evaluate_model(args: SimpleNamespace) -> int:
         affinity=protocol.affinity,
     )
     names = tuple(args.benchmark or ("scenes",))
-    config = ConfigDict({**MODEL_EVAL, "scenes": {"size": protocol.short_side}})
+    config = ConfigDict({**MODEL_EVAL, **saved.info["benchmarks"]})
     provenance = {"model": str(args.model)}
     results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
     _print_results(results, workdir / "results")

@@ -132,7 +132,9 @@ def shardings_like(tree: Any, parameters: dict[str, NamedSharding], mesh: Mesh) 
     """
 
     def leaf(path: tuple, value: Any) -> NamedSharding:
-        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+        names = [
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
+        ]
         for start in range(len(names)):
             found = parameters.get("/".join(names[start:]))
             if found is not None and len(found.spec) <= len(value.shape):

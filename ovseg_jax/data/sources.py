@@ -36,9 +36,7 @@ def make_source(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
       UserError: an unknown source, or what the source itself refuses.
     """
     if config.source not in SOURCES:
-        raise UserError(
-            f"config.data.source is {config.source!r}; there are: {', '.join(SOURCES)}"
-        )
+        raise UserError(f"config.data.source is {config.source!r}; there are: {', '.join(SOURCES)}")
     return SOURCES[config.source](config)
 
 

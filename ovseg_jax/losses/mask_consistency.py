@@ -77,9 +77,7 @@ def matching_cost(
     return -jnp.einsum("bkl,bjl->bkj", unit(target), unit(prediction))
 
 
-def dice(
-    target: Float[Array, "B S L"], prediction: Float[Array, "B S L"]
-) -> Float[Array, "B S"]:
+def dice(target: Float[Array, "B S L"], prediction: Float[Array, "B S L"]) -> Float[Array, "B S"]:
     """Dice loss (Eq. 12), ``1 - 2 |m ^ p| / (|m| + |p|)``.
 
     Sizes are sums. An empty target gives 1 with no gradient, both empty 0, never 0 / 0.

@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from scipy.optimize import linear_sum_assignment
 
-from ovseg_jax.sharding import BATCH_AXES
 from ovseg_jax.shapes import Array, Float, Int
+from ovseg_jax.sharding import BATCH_AXES
 
 # On CPU, a callback argument of 100 KiB or more is copied by the same thread pool that waits for
 # the callbacks of the other (fake) devices, and the program hangs. Stay well below.
@@ -69,7 +69,7 @@ def match(
     return solve(cost)
 
 
-def _solve_with_scipy(cost: np.ndarray) -> np.ndarray:
+def _solve_with_scipy(cost: Array | np.ndarray) -> np.ndarray:
     # Runs on the host. It must return NumPy and never call JAX: that would hang.
     cost = np.asarray(cost)
     return np.stack([linear_sum_assignment(problem)[1] for problem in cost]).astype(np.int32)
@@ -86,9 +86,7 @@ def _on_host(cost: Array) -> Array:
     for start in range(0, count, limit):
         part = cost[start : start + limit]
         shape = jax.ShapeDtypeStruct((part.shape[0], size), jnp.int32)
-        parts.append(
-            jax.pure_callback(_solve_with_scipy, shape, part, vmap_method="sequential")
-        )
+        parts.append(jax.pure_callback(_solve_with_scipy, shape, part, vmap_method="sequential"))
     return jnp.concatenate(parts)
 
 

@@ -33,16 +33,17 @@ def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     Returns:
       The contraction, float32.
     """
-    if jax.default_backend() == "cpu" and _is_batched(spec):
-        # XLA's CPU backend has no bfloat16 x bfloat16 = float32 for some batched layouts.
+    if jax.default_backend() == "cpu" and not _is_fast_on_cpu(spec):
         dtype = jnp.float32
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _is_batched(spec: str) -> bool:
+def _is_fast_on_cpu(spec: str) -> bool:
+    # XLA's CPU backend has no bfloat16 x bfloat16 = float32 for some batched products, and a slow
+    # one where the sum runs over rows (a kernel's gradient).
     operands, out = spec.split("->")
     left, right = operands.split(",")
-    return bool(set(left) & set(right) & set(out))
+    return not set(left) & set(right) & set(out) and left[-1] not in out
 
 
 def _contract_forward(spec: str, a: Array, b: Array, dtype: Any) -> tuple[Array, tuple]:
@@ -138,29 +139,26 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """Attends from `queries` to `context`; keys where `mask` is False are never looked at."""
-        batch, width = queries.shape[0], queries.shape[-1]
-        head = width // self.heads
-
-        def project(name: str, x: Array) -> Array:
-            y = self._dense(width, ("embed", "heads"), name)(x)
-            return y.reshape(batch, -1, self.heads, head)
-
-        query, key, value = (
-            project("query", queries),
-            project("key", context),
-            project("value", context),
-        )
-        logits = contract("bqnd,btnd->bnqt", query * head**-0.5, key, self.matmul_dtype)
+        width = queries.shape[-1]
+        query = self._heads("query", queries, width)
+        key, value = (self._heads(name, context, width) for name in ("key", "value"))
+        scale = (width // self.heads) ** -0.5
+        logits = contract("bnqd,bntd->bnqt", query * scale, key, self.matmul_dtype)
         if mask is not None:
             logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1)
-        mixed = contract("bnqt,btnd->bqnd", weights, value, self.matmul_dtype).astype(self.dtype)
-        return self._dense(width, ("heads", "embed"), "out")(mixed.reshape(batch, -1, width))
+        mixed = contract("bnqt,bntd->bnqd", weights, value, self.matmul_dtype)
+        mixed = mixed.astype(self.dtype).transpose(0, 2, 1, 3).reshape(queries.shape)
+        return self._dense(width, ("heads", "embed"), "out")(mixed)
+
+    def _heads(self, name: str, x: Float[Array, "B T Dx"], width: int) -> Float[Array, "B N T d"]:
+        # Heads before tokens: the batched products of attention are then plain row-major ones.
+        batch, tokens = x.shape[:2]
+        y = self._dense(width, ("embed", "heads"), name)(x)
+        return y.reshape(batch, tokens, self.heads, -1).transpose(0, 2, 1, 3)
 
     def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
-        return Dense(
-            features, axes, dtype=self.dtype, matmul_dtype=self.matmul_dtype, name=name
-        )
+        return Dense(features, axes, dtype=self.dtype, matmul_dtype=self.matmul_dtype, name=name)
 
 
 class FeedForward(nn.Module):

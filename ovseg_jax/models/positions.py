@@ -1,5 +1,6 @@
 """Position embeddings learned on one patch grid, used on any other."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from ovseg_jax.models.layers import contract
@@ -42,6 +43,7 @@ def resize_grid(
     if source == target:
         return table
     grid = table.reshape(*source, -1)
-    rows = contract("th,hwd->twd", cubic_weights(source[0], target[0]), grid, np.float32)
-    both = contract("sw,twd->tsd", cubic_weights(source[1], target[1]), rows, np.float32)
+    down, across = (jnp.asarray(cubic_weights(*pair)) for pair in zip(source, target, strict=True))
+    rows = contract("th,hwd->twd", down, grid, jnp.float32)
+    both = contract("sw,twd->tsd", across, rows, jnp.float32)
     return both.reshape(target[0] * target[1], -1)

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ovseg_jax.models.layers import DropPath, FeedForward, LayerScale, MultiHeadAttention, layer_norm
+from ovseg_jax.models.layers import (
+    DropPath,
+    FeedForward,
+    LayerScale,
+    MultiHeadAttention,
+    layer_norm,
+)
 from ovseg_jax.shapes import Array, Bool, Float
 
 REMAT_POLICIES = {
@@ -122,9 +128,7 @@ class PreNormStack(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
         if self.depth == 0:
             return x
-        stack = scanned(
-            PreNormLayer, self.depth, in_axes=0, remat=self.remat, unroll=self.unroll
-        )
+        stack = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat, unroll=self.unroll)
         layers = stack(
             self.heads,
             self.mlp_ratio,

@@ -33,7 +33,9 @@ def ema_teacher(decay: float, prefix: str) -> optax.GradientTransformation:
 
     def init(params: Any) -> EmaTeacherState:
         # A copy: aliasing the parameters would donate one buffer twice.
-        return EmaTeacherState(nest({k: jnp.array(x, copy=True) for k, x in select(params).items()}))
+        return EmaTeacherState(
+            nest({k: jnp.array(x, copy=True) for k, x in select(params).items()})
+        )
 
     def update(updates: Any, state: EmaTeacherState, params: Any = None) -> tuple:
         if params is None:

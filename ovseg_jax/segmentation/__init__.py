@@ -1,1 +1,1 @@
-"""Zero-shot segmentation: from affinities, groups and class words to label maps and their scores."""
+"""Zero-shot segmentation: from affinities, groups and class words to label maps."""

@@ -65,7 +65,7 @@ def spread(
     rows: Float[AnyArray, "H h"],
     columns: Float[AnyArray, "W w"],
 ) -> Float[Array, "B H W C"]:
-    """Cells to pixels with one matrix for each axis (`windows.bilinear_weights`, `cell_weights`)."""
+    """Cells to pixels with one matrix for each axis (see `windows.cell_weights`)."""
     b, h, _, c = maps.shape
     wide = jnp.einsum("Ww,bhwc->bhWc", columns, maps, precision=EXACT)
     # A matrix for each image, though they are equal: with one for all, XLA computes [H,B,W,C] and

@@ -117,7 +117,11 @@ def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
     if not config.calibrate:
         return None
     test = benchmark_of(name, config)
-    fields = {field.name for field in dataclasses.fields(test)} if dataclasses.is_dataclass(test) else set()
+    fields = (
+        {field.name for field in dataclasses.fields(test)}
+        if dataclasses.is_dataclass(test)
+        else set()
+    )
     if "split" not in fields:
         return None
     return benchmark_of(name, config, split="tune", count=config.tune_count)

@@ -76,9 +76,9 @@ def image_store(
     if (found := FeatureStore.open(place, key)) is not None:
         return found
     trunk = jax.jit(
-        lambda params, images: model.apply(
-            {"params": params}, images, method="trunk"
-        ).astype(jnp.float16)
+        lambda params, images: model.apply({"params": params}, images, method="trunk").astype(
+            jnp.float16
+        )
     )
     size, count = int(transform["size"]), len(source)
     patches = (size // model.image_encoder.patch) ** 2
@@ -180,8 +180,9 @@ def text_store(
             ids = np.zeros((TEXT_BATCH, length), np.int32)
             ids[: len(part)] = tokenizer.encode(part, length)
             outputs = encode(params, ids)
-            yield slice(start, start + len(part)), tuple(
-                np.asarray(x)[: len(part)] for x in outputs
+            yield (
+                slice(start, start + len(part)),
+                tuple(np.asarray(x)[: len(part)] for x in outputs),
             )
             done += len(part)
             progress("text features", done, total)

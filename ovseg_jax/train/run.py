@@ -87,9 +87,7 @@ class Run:
 
     def abstract_params(self) -> dict[str, Any]:
         """Shapes of all parameters."""
-        return nn.unbox(
-            jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0))
-        )
+        return nn.unbox(jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0)))
 
     def state_layout(self, phase: Phase) -> tuple[TrainState, TrainState]:
         """(abstract state, shardings) of a phase."""
@@ -116,7 +114,9 @@ class Run:
     def templates(self) -> tuple[str, ...]:
         """The prompt templates of training; the first few where texts are cached."""
         chosen = tuple(self.config.data.templates) or TRAINING
-        return chosen[: self.config.data.cached_templates] if self.config.data.cache_texts else chosen
+        return (
+            chosen[: self.config.data.cached_templates] if self.config.data.cache_texts else chosen
+        )
 
     def loader(self, phase: Phase, first_step: int) -> Loader:
         """This process's rows of the batches from a global step to the end of the phase."""

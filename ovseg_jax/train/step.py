@@ -86,7 +86,7 @@ def train_step(
 def compile_step(
     step: Callable[..., Any], shardings: TrainState, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Jits `step(state, batch)`: state donated and kept where it lies, batch split, metrics whole."""
+    """Jits `step(state, batch)`: state donated and kept in place, batch split, metrics whole."""
     whole = sharding.replicated(mesh)
     return jax.jit(
         step,

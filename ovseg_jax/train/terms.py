@@ -45,10 +45,8 @@ def merge(*parts: Array) -> Array:
 
 def unmerge(x: Any, count: int) -> list[Any]:
     """Inverse of `merge`, over the leaves of a tree."""
-    return [
-        jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:])[:, i], x)
-        for i in range(count)
-    ]
+    apart = jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), x)
+    return [jax.tree.map(lambda leaf, i=i: leaf[:, i], apart) for i in range(count)]
 
 
 def encode_texts(
@@ -129,9 +127,7 @@ def loss_terms(
     kinds = ("caption",)
     kinds += ("masked", "prompt") if with_entity else ()
     kinds += ("shared",) if with_mask else ()
-    texts = sharding.keep_split(
-        encode_texts(model, params, batch, kinds, text_trains, rngs), mesh
-    )
+    texts = sharding.keep_split(encode_texts(model, params, batch, kinds, text_trains, rngs), mesh)
     images = images_of(batch, with_mask)
     visual = model.apply(variables, merge(*images), True, method="visual_tokens", rngs=rngs)
     online: list[VisualTokens] = sharding.keep_split(unmerge(visual, len(images)), mesh)
@@ -147,9 +143,7 @@ def loss_terms(
     weight = batch["weight"]
     z_image = project_image(jnp.mean(first.groups, axis=1))
     z_text = project_text(texts.caption)
-    contrastive = weighted_mean(
-        info_nce(z_image, z_text, scale, candidate_pairs(weight)), weight
-    )
+    contrastive = weighted_mean(info_nce(z_image, z_text, scale, candidate_pairs(weight)), weight)
     nearest = jnp.argmax(jnp.einsum("ie,je->ij", z_image, z_text), axis=1)
     hits = (nearest == jnp.arange(nearest.shape[0])).astype(jnp.float32)
     metrics = {

@@ -72,7 +72,9 @@ def convert(
         if wanted is None:
             faults.append(f"{rule.target} is not a parameter of this model")
         elif tuple(wanted) != value.shape:
-            faults.append(f"{rule.target} has shape {tuple(wanted)}, {rule.sources[0]} gives {value.shape}")
+            faults.append(
+                f"{rule.target} has shape {tuple(wanted)}, {rule.sources[0]} gives {value.shape}"
+            )
         if rule.target in result:
             faults.append(f"{rule.target} is filled twice")
         result[rule.target] = value

@@ -12,7 +12,7 @@ from flax import linen as nn
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
-from ovseg_jax.weights import bert, dinov2
+from ovseg_jax.weights import bert, dinov2, vit
 from ovseg_jax.weights.convert_tree import convert
 from ovseg_jax.weights.tensors import Tensors, package_file, read_tensors
 
@@ -57,29 +57,50 @@ def _weights_path(spec: str, field: str) -> Path:
 
 
 def initial_image(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
-    """Parameters of the visual trunk from `config.model_init.image`.
+    """Parameters of the visual encoder from `config.model_init.image`.
+
+    A DINOv2 backbone fills the trunk; a plain ViT (DINO, DeiT) all the encoder's layers. Group
+    tokens, binding and neck stay random.
 
     Args:
-      spec: a .safetensors, .npz or .onnx file with a DINOv2 backbone, or a directory with
-        model.safetensors; a path or "package:NAME/...".
+      spec: a .safetensors, .npz or .onnx file, or a directory with model.safetensors; a path or
+        "package:NAME/...".
       shapes: all the model's parameters.
 
     Returns:
-      path to array, for the trunk's parameters.
+      path to array, for the parameters that the weights fill.
 
     Raises:
       UserError: the weights cannot be read or do not fit; names every tensor at fault.
     """
     field = "config.model_init.image"
     path = _weights_path(spec, field)
-    tensors = strip_prefix(read_tensors(path), "embeddings.patch_embeddings.projection.weight")
-    if not dinov2.is_dinov2(tensors):
-        raise UserError(f"{field}: {path} holds no DINOv2 ViT (its tensors are named otherwise)")
-    wanted = {name: shape for name, shape in shapes.items() if name.startswith(TRUNK)}
-    layers = shapes.get("image_encoder/trunk_layers/layers/mlp/fc1/bias", (0,))[0]
-    rules = dinov2.dinov2_rules(layers)
-    tensors = dinov2.separate_positions(tensors)
-    return convert(tensors, rules, wanted, dinov2.DROPPED, str(path))
+    tensors = read_tensors(path)
+    for anchor in vit.ANCHORS:
+        tensors = strip_prefix(tensors, anchor)
+    if dinov2.is_dinov2(tensors):
+        wanted = {name: shape for name, shape in shapes.items() if name.startswith(TRUNK)}
+        rules = dinov2.dinov2_rules(_depth(shapes, "trunk_layers"))
+        return convert(dinov2.separate_positions(tensors), rules, wanted, dinov2.DROPPED, str(path))
+    if vit.is_vit(tensors):
+        tensors = vit.split_qkv(tensors)
+        fresh = tuple(f"image_encoder/{name}" for name in ("group_token", "binding/", "neck/"))
+        wanted = {
+            name: shape
+            for name, shape in shapes.items()
+            if name.startswith("image_encoder/") and not name.startswith(fresh)
+        }
+        stacks = {name: _depth(shapes, name) for name in ("trunk_layers", "first", "second")}
+        rules = vit.vit_rules(tensors, stacks, shapes["image_encoder/position"][0])
+        return convert(tensors, rules, wanted, vit.DROPPED, str(path))
+    raise UserError(
+        f"{field}: {path} holds neither a DINOv2 backbone nor a plain ViT under names that are "
+        f"known; its first tensors are {', '.join(list(tensors)[:3])}"
+    )
+
+
+def _depth(shapes: Shapes, stack: str) -> int:
+    return shapes.get(f"image_encoder/{stack}/layers/mlp/fc1/bias", (0,))[0]
 
 
 def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:

@@ -40,7 +40,8 @@ class SavedModel:
     Attributes:
       model, params: the module and its parameters (NumPy, nested).
       tokenizer: of its text encoder.
-      info: what config.json holds: "model", "protocol", "text_length", "provenance".
+      info: what config.json holds: "model", "protocol", "text_length",
+        "benchmarks", "provenance".
     """
 
     model: OVSegmentor
@@ -62,6 +63,7 @@ def save_model(
     model: Mapping[str, Any],
     protocol: Mapping[str, Any],
     text_length: int,
+    benchmarks: Mapping[str, Mapping[str, Any]],
     provenance: Mapping[str, Any],
 ) -> None:
     """Writes a model directory; an older one of the same name is replaced whole.
@@ -70,6 +72,7 @@ def save_model(
       params: nested parameters. model: the ``config.model`` they belong to.
       protocol: how to segment with it (`segmentation.protocol.Protocol.as_dict`).
       text_length: tokens that class prompts are padded to in evaluation.
+      benchmarks: fields of the benchmarks it was evaluated on, so that the same can be done again.
       provenance: plain values: where data and initial weights came from, steps, scores.
     """
     target = Path(directory)
@@ -85,6 +88,7 @@ def save_model(
         "model": dict(model),
         "protocol": dict(protocol),
         "text_length": text_length,
+        "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
         "provenance": dict(provenance),
     }
     (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,154 @@
+"""Eight fake devices, strict dtypes and ranks, checked shapes, and one tiny model for all tests."""
+
+import os
+from pathlib import Path
+
+# All of this must stand before JAX is imported. The collectives of eight fake devices on a busy
+# machine of two cores can wait longer than XLA's CPU rendezvous does by default (40 s, then it
+# aborts the process). Compiling is what these tests spend their time on, so LLVM optimizes little.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax-tests"
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Every annotation of the package is checked at run time, also while tracing.
+install_import_hook("ovseg_jax", "beartype.beartype")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import linen as nn  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from ovseg_jax.models.build import build_model  # noqa: E402
+
+settings.register_profile("tests", deadline=None, max_examples=25)
+settings.load_profile("tests")
+
+
+def make_tiny_config() -> ConfigDict:
+    """Model, losses and optimizer as small as they can be with every part present."""
+    precision = {"remat": "none", "unroll": 1}
+    config = ConfigDict()
+    config.seed = 0
+    config.model = {
+        "image": {
+            "patch": 8,
+            "grid": (4, 4),
+            "width": 16,
+            "heads": 2,
+            "first_layers": 2,
+            "second_layers": 1,
+            "num_groups": 4,
+            "group_std": 1.0,
+            "mlp_ratio": 2.0,
+            "eps": 1e-6,
+            "group_layer": 0,
+            "trunk_width": 0,
+            "trunk_heads": 0,
+            "class_token": False,
+            "trunk_norm": False,
+            "layer_scale": None,
+            "assignment": "hard",
+            "binding_scale": None,
+            "gumbel_temperature": 1.0,
+            "drop_path": 0.0,
+            **precision,
+        },
+        "text": {
+            "vocab_size": 48,
+            "width": 24,
+            "depth": 2,
+            "heads": 2,
+            "mlp_width": 48,
+            "max_positions": 12,
+            "dropout": 0.1,
+            "eps": 1e-12,
+            **precision,
+        },
+        "decoder": {"width": 16, "heads": 2, "mlp_ratio": 2.0, "eps": 1e-6},
+        "joint_width": 8,
+        "projector_layers": 1,
+        "projector_width": 16,
+        "text_pool": "eot",
+        "pad_id": 0,
+        "temperature_init": 0.07,
+        "dtype": "float32",
+        "matmul_dtype": "float32",
+    }
+    config.loss = {
+        "entity_weight": 1.0,
+        "mask_equal_entities": False,
+        "group_ratio": 0.5,
+        "mask_threshold": 0.5,
+        "matching": "host",
+    }
+    config.optimizer = {
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 1.0,
+        "weight_decay": 0.5,
+        "decay_rules": [("bias|scale|token$|token_type|position", 0.0), (".*", 1.0)],
+        "rate_rules": [("^text_encoder/", 0.5), (".*", 1.0)],
+        "ema_decay": 0.9,
+        "learning_rate": {"peak": 1e-3, "warmup": 2, "end": 0.0},
+    }
+    return config
+
+
+@pytest.fixture
+def tiny_config() -> ConfigDict:
+    """A fresh copy: a test may change it."""
+    return make_tiny_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The model of `tiny_config`."""
+    return build_model(make_tiny_config().model)
+
+
+@pytest.fixture(scope="session")
+def tiny_boxed(tiny_model):
+    """Abstract parameters of `tiny_model` with their logical axis names."""
+    image, ids = jnp.zeros((1, 32, 32, 3), jnp.uint8), jnp.ones((1, 4), jnp.int32)
+    return jax.eval_shape(lambda key: tiny_model.init(key, image, ids)["params"], jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_boxed):
+    """Random parameters of `tiny_model`, NumPy.
+
+    Biases and scales are random too: at their initial 0 and 1 a test could not see them left out.
+    Kernels are larger than at the start of training, so that attention is far from uniform.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "log_scale":
+            return np.float32(np.log(10.0))
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if name == "scale":
+            return 1 + 0.2 * noise
+        if name == "kernel":
+            return 1.5 * noise / np.sqrt(np.float32(leaf.shape[-2]))
+        return (1.0 if "token" in name else 0.3) * noise
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(tiny_boxed))

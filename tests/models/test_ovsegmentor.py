@@ -1,0 +1,116 @@
+"""The parts put together: Eq. 2 end to end, the joint space, the trunk's cut, and bad configs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from reference import images
+from reference import transformer as reference
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
+from ovseg_jax.models.ovsegmentor import unit
+from ovseg_jax.models.vit import normalize_image
+
+IMAGE = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+
+
+def numpy_visual_tokens(p, image):
+    """Eq. 2: layers over [I; G], binding, a layer over [I; G], LayerNorm."""
+    embed = p["patch_embed"]
+    x = images.patches(image, 8) @ embed["kernel"] + embed["bias"] + p["position"]
+    x = np.concatenate([x, p["group_token"]])
+    for index in range(2):
+        layer = reference.layer_of(p["first"]["layers"], index)
+        x = reference.pre_norm_layer(layer, x, heads=2, eps=1e-6)
+    width = x.shape[-1]
+    groups, affinity = reference.binding(
+        p["binding"], x[16:], x[:16], eps=1e-6, scale=width**-0.5, hard=True
+    )
+    x = np.concatenate([x[:16], groups])
+    x = reference.pre_norm_layer(reference.layer_of(p["second"]["layers"], 0), x, heads=2, eps=1e-6)
+    x = reference.layer_norm(p["norm"], x, 1e-6)
+    return x[16:], x[:16], affinity
+
+
+def test_equation_2_end_to_end(tiny_model, tiny_params):
+    run = jax.jit(lambda p: tiny_model.apply({"params": p}, IMAGE, method="visual_tokens"))
+    got = run(tiny_params)
+    pixels = np.asarray(normalize_image(IMAGE), np.float64)
+    for b in range(len(IMAGE)):
+        want = numpy_visual_tokens(tiny_params["image_encoder"], pixels[b])
+        for have, wanted in zip((got.groups, got.patches, got.affinity), want, strict=True):
+            np.testing.assert_allclose(have[b], wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_a_frozen_trunk_can_be_cut_off_and_its_features_fed_in(tiny_config):
+    image = tiny_config.model.image
+    image.update(group_layer=1, trunk_width=8, trunk_heads=1, class_token=True, trunk_norm=True)
+    image.layer_scale = 0.5
+    model = build_model(tiny_config.model)
+    ids = jnp.ones((2, 4), jnp.int32)
+
+    def both(key):
+        params = nn.unbox(model.init(key, IMAGE, ids)["params"])
+        features = model.apply({"params": params}, IMAGE, method="trunk")
+        whole = model.apply({"params": params}, IMAGE, method="visual_tokens")
+        rest = model.apply({"params": params}, features, method="visual_tokens")
+        return features, whole, rest
+
+    features, whole, rest = jax.jit(both)(jax.random.key(0))
+    assert features.shape == (2, 16, 8)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(rest), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_joint_space_and_temperature(tiny_model, tiny_params):
+    def parts(p):
+        def call(method, *args):
+            return tiny_model.apply({"params": p}, *args, method=method)
+
+        text = call("text_tokens", jnp.asarray([[5, 6, 7, 0], [8, 0, 0, 0]], jnp.int32))
+        groups = jnp.ones((2, 4, 16))
+        return (
+            call("project_image", groups),
+            call("project_text", text.pooled),
+            call("complete", text.tokens, text.mask, groups),
+            call("logit_scale"),
+            text,
+        )
+
+    image, text, completed, scale, tokens = jax.jit(parts)(tiny_params)
+    for z in (image, text, completed):
+        assert z.dtype == jnp.float32 and z.shape[-1] == 8
+        np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(scale, 10, rtol=1e-5)
+    np.testing.assert_array_equal(tokens.mask, [[1, 1, 1, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(tokens.pooled[0], tokens.tokens[0, 2])  # [EOT], the last token
+    huge = {"log_scale": jnp.float32(50.0)}
+    assert tiny_model.apply({"params": huge}, method="logit_scale") == 100
+
+
+def test_unit_of_zero_is_zero_with_a_finite_gradient():
+    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0], [1e-20, 0.0]])
+    np.testing.assert_allclose(unit(x)[:2], [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    grad = jax.grad(lambda x: jnp.sum(unit(x) * jnp.asarray([[1.0, 2.0]] * 3)))(x)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("image.assignment", "sparse", "'hard', 'soft'"),
+        ("image.heads", 3, "config.model.image.width = 16"),
+        ("text.heads", 5, "config.model.text.width = 24"),
+        ("image.group_layer", 3, "first_layers = 2"),
+        ("text_pool", "last", "'eot', 'cls', 'mean'"),
+        ("matmul_dtype", "float16", "'bfloat16'"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_a_user_error(tiny_config, field, value, named):
+    node, _, leaf = field.rpartition(".")
+    setattr(getattr(tiny_config.model, node) if node else tiny_config.model, leaf, value)
+    with pytest.raises(UserError, match="config.model") as error:
+        build_model(tiny_config.model)
+    assert named in str(error.value)

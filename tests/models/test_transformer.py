@@ -1,0 +1,122 @@
+"""Transformer layers, BERT and Eq. 8's decoder against plain NumPy, with random parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from reference import transformer as reference
+
+from ovseg_jax.models.bert import BertEncoder, pool_tokens
+from ovseg_jax.models.entity_decoder import EntityDecoder
+from ovseg_jax.models.layers import DropPath, contract
+from ovseg_jax.models.stack import PreNormStack
+
+FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}
+B, M, K = 3, 7, 4
+KEEP = jnp.asarray(np.arange(M)[None] < np.array([M, 4, 1])[:, None])
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def random_parameters(module, *args):
+    """Every parameter random: at their initial 0 and 1 biases and scales could be left out."""
+    boxed = jax.eval_shape(lambda key: module.init(key, *args)["params"], jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), nn.unbox(boxed)
+    )
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 1.0])
+def test_pre_norm_layers(layer_scale):
+    stack = PreNormStack(2, 2, 2.0, 1e-6, layer_scale, (0.0, 0.0), "none", 1, **FLOATS)
+    x = normal(1, B, M, 8)
+    params = random_parameters(stack, x, False)
+    assert ("attention_scale" in params["layers"]) == (layer_scale is not None)
+    got = jax.jit(lambda p: stack.apply({"params": p}, x, False))(params)
+    for b in range(B):
+        want = np.asarray(x[b], np.float64)
+        for index in range(2):
+            layer = reference.layer_of(params["layers"], index)
+            want = reference.pre_norm_layer(layer, want, heads=2, eps=1e-6)
+        close(got[b], want)
+
+
+def test_remat_and_unrolling_change_nothing():
+    x = normal(1, B, M, 8)
+
+    def gradient(remat, unroll):
+        stack = PreNormStack(2, 2, 2.0, 1e-6, None, (0.0, 0.0), remat, unroll, **FLOATS)
+        params = random_parameters(stack, x, False)
+        return jax.jit(jax.grad(lambda p: jnp.sum(stack.apply({"params": p}, x, False) ** 2)))(
+            params
+        )
+
+    plain = gradient("none", 1)
+    other = gradient("full", 2)
+    assert jax.tree.structure(plain) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_bert_encoder():
+    encoder = BertEncoder(20, 8, depth=2, heads=2, mlp_width=12, max_positions=9, dropout=0.1)
+    ids = jnp.where(KEEP, np.random.default_rng(2).integers(1, 20, (B, M), np.int32), 0)
+    params = random_parameters(encoder, ids, KEEP)
+    run = jax.jit(lambda p, ids: encoder.apply({"params": p}, ids, KEEP))
+    got = run(params, ids)
+    for b in range(B):
+        keep = np.asarray(KEEP[b])
+        close(got[b], reference.bert(params, ids[b], keep, depth=2, heads=2, eps=1e-12))
+    # What stands in the padding is never seen by a real token.
+    np.testing.assert_array_equal(run(params, jnp.where(KEEP, ids, 7))[KEEP], got[KEEP])
+
+
+def test_entity_decoder():
+    decoder = EntityDecoder(8, 2, 2.0, 1e-6, **FLOATS)
+    tokens, groups = normal(3, B, M, 6), normal(4, B, K, 8)
+    params = random_parameters(decoder, tokens, KEEP, groups)
+    got = jax.jit(lambda p: decoder.apply({"params": p}, tokens, KEEP, groups))(params)
+    for b in range(B):
+        case = (np.asarray(x[b]) for x in (tokens, KEEP, groups))
+        close(got[b], reference.decoder(params, *case, heads=2, eps=1e-6))
+
+
+@pytest.mark.parametrize("how", ["eot", "cls", "mean"])
+def test_pool_tokens(how):
+    tokens = normal(5, B, M, 6)
+    got = pool_tokens(tokens, KEEP, how)
+    for b in range(B):
+        np.testing.assert_allclose(
+            got[b], reference.pool(tokens[b], np.asarray(KEEP[b]), how), rtol=1e-6
+        )
+    nothing = pool_tokens(tokens, jnp.zeros((B, M), bool), how)
+    np.testing.assert_array_equal(nothing, 0 * tokens[:, 0] if how == "mean" else tokens[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_contract_and_its_gradients(dtype):
+    a, b, g = normal(6, 5, 4), normal(7, 4, 3), normal(8, 5, 3)
+    rounded = [np.asarray(jnp.asarray(x).astype(dtype).astype(jnp.float32)) for x in (a, b, g)]
+    value, pull = jax.vjp(lambda a, b: contract("nd,df->nf", a, b, dtype), a, b)
+    assert value.dtype == jnp.float32  # accumulated and left there, also for bfloat16 operands
+    np.testing.assert_allclose(value, rounded[0] @ rounded[1], rtol=1e-5, atol=1e-5)
+    grad_a, grad_b = pull(g)
+    np.testing.assert_allclose(grad_a, rounded[2] @ rounded[1].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grad_b, rounded[0].T @ rounded[2], rtol=1e-5, atol=1e-5)
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    rngs = {"dropout": jax.random.key(0)}
+    y = np.asarray(DropPath().apply({}, x, jnp.float32(0.25), True, rngs=rngs))
+    assert (y == y[:, :1, :1]).all() and set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(y.mean() - 1) < 0.04
+    np.testing.assert_array_equal(DropPath().apply({}, x, jnp.float32(0.25), False), x)

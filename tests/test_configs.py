@@ -1,0 +1,119 @@
+"""Every config builds its model, its optimizer and one train step a phase, at full size, traced."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ovseg_jax import sharding
+from ovseg_jax.data.sources import SOURCES
+from ovseg_jax.flags import load_config
+from ovseg_jax.models.build import build_model
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.train.phases import make_phases, rate_at
+from ovseg_jax.train.state import new_state
+from ovseg_jax.train.step import train_step
+from ovseg_jax.weights.initialize import init_params
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VARIANTS = {
+    "quickstart.py": ("", "scratch", "contrastive", "entity", "mask", "both"),
+    "vitb.py": ("", "smoke"),
+    "vits.py": ("", "smoke"),
+}
+
+# Parameters of the whole model, in units: a golden table that a change of architecture must edit.
+PARAMETERS = {
+    "quickstart.py": 47_144_449,
+    "quickstart.py:scratch": 11_154_433,
+    "vitb.py": 209_139_457,
+    "vits.py": 134_774_785,
+}
+
+
+def test_every_config_is_listed():
+    assert {path.name for path in CONFIGS.glob("*.py")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    config = load_config(f"{CONFIGS}/{name}")
+    model = build_model(config.model)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    "name", [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
+)
+def test_every_phase_traces(name):
+    config = load_config(f"{CONFIGS}/{name}".removesuffix(":"))
+    model = build_model(config.model)
+    assert config.data.source in SOURCES
+    Protocol.from_config(config.eval.protocol)
+    mesh = sharding.make_mesh()
+    params = jax.tree.map(
+        lambda x: x, jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    )
+    from flax import linen as nn
+
+    params = nn.unbox(params)
+    seen = set()
+    for phase in make_phases(config, records=4_300_000):
+        if (phase.mask_weight > 0, phase.frozen) in seen:
+            continue
+        seen.add((phase.mask_weight > 0, phase.frozen))
+        trainable, _ = groups.split(params, phase.frozen)
+        tx = make_optimizer(config.optimizer, trainable)
+        state = jax.eval_shape(lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen), params)
+        new, metrics = jax.eval_shape(
+            lambda s, b, tx=tx, phase=phase: train_step(
+                s,
+                b,
+                model=model,
+                tx=tx,
+                rate=lambda step: rate_at(step, config, phase, phase.last),
+                config=config,
+                mask_weight=phase.mask_weight,
+                frozen=phase.frozen,
+                mesh=mesh,
+            ),
+            state,
+            _batch(config, phase),
+        )
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+        assert metrics["loss"].shape == ()
+        assert ("mask" in metrics) == (phase.mask_weight > 0)
+        assert ("entity" in metrics) == (config.loss.entity_weight > 0)
+
+
+def _batch(config, phase, count=16, length=24):
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+    size = phase.transform["size"]
+    width = config.model.text.width
+    batch = {name: array((), np.float32) for name in ("weight", "entity_weight", "pair_weight")}
+    batch["entity_set"] = array((), np.int32)
+    if config.data.cache_images:
+        patches = (size // config.model.image.patch) ** 2
+        trunk = config.model.image.trunk_width or config.model.image.width
+        for name in ("image_features", "image2_features"):
+            batch[name] = array((patches, trunk), np.float16)
+    else:
+        for name in ("image", "image2"):
+            batch[name] = array((size, size, 3), np.uint8)
+    if config.data.cache_texts:
+        for name in ("caption_pooled", "prompt_pooled", "shared_pooled"):
+            batch[name] = array((width,), np.float16)
+        batch["masked_tokens"] = array((length, width), np.float16)
+        batch["masked_mask"] = array((length,), np.bool_)
+    else:
+        for name in ("caption_ids", "masked_ids", "prompt_ids", "shared_ids"):
+            batch[name] = array((length,), np.int32)
+    return batch

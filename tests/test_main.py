@@ -1,0 +1,230 @@
+"""The command line as a user meets it: train, resume, evaluate, predict, and clear errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TINY = "tests/tiny.py"
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"ovseg_jax.{module}", *arguments]
+
+
+def environment():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    cache = str(ROOT / ".cache" / "jax-tests")
+    return {**env, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def call(module, *arguments):
+    return subprocess.run(
+        command(module, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run and what it printed."""
+    workdir = tmp_path_factory.mktemp("run")
+    done = call("main", f"--config={TINY}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_writes_everything(trained):
+    workdir, done = trained
+    lines = metrics_of(workdir)
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert all("train/mask" in line for line in lines if line["step"] > 3 and "train/loss" in line)
+    assert not any("train/mask" in line for line in lines if line["step"] <= 3)
+    for key in (
+        "train/contrastive",
+        "train/entity",
+        "train/grad_norm",
+        "train/temperature",
+        "train/group_usage",
+        "train/images_per_second",
+        "train/waiting_for_data",
+    ):
+        assert key in lines[0], key
+    result = json.loads((workdir / "results" / "scenes.json").read_text())
+    assert 0 <= result["miou"] <= 100
+    assert [line["eval/scenes/miou"] for line in lines if "eval/scenes/miou" in line] == [
+        result["miou"]
+    ]
+    assert (workdir / "pictures" / "scenes.png").is_file()
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+    assert "jax" in json.loads((workdir / "versions.json").read_text())
+    assert any((workdir / "tensorboard").iterdir())
+    assert "all background" in done.stdout and "untrained" in done.stdout
+    assert {path.name for path in (workdir / "model").iterdir()} >= {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "tokenizer.json",
+    }
+
+
+def test_finished_run_is_not_trained_again(trained):
+    workdir, _ = trained
+    before = metrics_of(workdir)
+    again = call("main", f"--config={TINY}", f"--workdir={workdir}")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 6" in again.stderr
+    assert [x for x in metrics_of(workdir) if "train/loss" in x] == [
+        x for x in before if "train/loss" in x
+    ]
+
+
+def test_model_directory_evaluates_like_the_run(trained, tmp_path):
+    workdir, _ = trained
+    of_run = call("main", "--mode=eval", f"--config={TINY}", f"--workdir={workdir}")
+    assert of_run.returncode == 0, of_run.stderr
+    # The run calibrates anew on the tune split; the model directory carries what was found.
+    result = json.loads((workdir / "results" / "scenes.json").read_text())
+    protocol = json.loads((workdir / "model" / "config.json").read_text())["protocol"]
+    for key in ("scale", "threshold", "window", "order"):
+        assert protocol[key] == result["protocol"][key]
+    out = tmp_path / "eval"
+    of_model = call(
+        "main",
+        "--mode=eval",
+        f"--model={workdir / 'model'}",
+        "--benchmark=scenes",
+        f"--workdir={out}",
+    )
+    assert of_model.returncode == 0, of_model.stderr
+    found = json.loads((out / "results" / "scenes.json").read_text())
+    assert found["miou"] == pytest.approx(result["miou"], abs=1e-3)
+    assert found["iou"].keys() == result["iou"].keys()
+
+
+def test_predict_writes_masks(trained, tmp_path):
+    workdir, _ = trained
+    picture = tmp_path / "a picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 61, 3), np.uint8)).save(picture)
+    out = tmp_path / "out"
+    done = call(
+        "predict",
+        f"--model={workdir / 'model'}",
+        f"--images={picture}",
+        "--classes=cat,fire hydrant",
+        f"--out={out}",
+    )
+    assert done.returncode == 0, done.stderr
+    mask = Image.open(out / "a picture.mask.png")
+    assert mask.mode == "P" and mask.size == (61, 40)
+    assert np.asarray(mask).max() <= 2
+    assert Image.open(out / "a picture.overlay.png").size[0] >= 61
+    record = json.loads((out / "a picture.json").read_text())
+    assert [entry["name"] for entry in record["classes"]] == ["cat", "fire hydrant"]
+    areas = sum(entry["area"] for entry in record["classes"]) + record["background"]
+    assert areas == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_bit(trained, tmp_path):
+    workdir, _ = trained
+    arguments = [f"--config={TINY}", f"--workdir={tmp_path}", "--config.checkpoint_every=1000"]
+    process = subprocess.Popen(
+        command("main", *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 130, error
+    assert "the same command goes on" in error
+    resumed = call("main", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stderr
+    one, other = (
+        (path / "model" / "model.safetensors").read_bytes() for path in (workdir, tmp_path)
+    )
+    assert one == other
+
+
+ERRORS = {
+    "unknown config key": (
+        ["main", f"--config={TINY}", "--config.model.image.widht=8"],
+        "model.image.width",
+    ),
+    "missing config": (["main", "--config=configs/nothing.py"], "configs/nothing.py"),
+    "no config": (["main"], "--config"),
+    "unknown flag": (["main", "--confg=x"], "--config"),
+    "unknown variant": (["main", "--config=configs/quickstart.py:tiny"], "scratch"),
+    "bad phase field": (["main", f"--config={TINY}", "--config.phases[0].step=4"], "steps"),
+    "no such phase": (["main", f"--config={TINY}", "--config.phases[7].steps=4"], "phases"),
+    "bad choice": (["main", f"--config={TINY}", "--config.model.text_pool=max"], "eot"),
+    "eval without anything": (["main", "--mode=eval"], "--model"),
+    "eval of a missing run": (
+        ["main", "--mode=eval", f"--config={TINY}", "--workdir=/nonexistent"],
+        "no checkpoint",
+    ),
+    "eval of a missing model": (
+        ["main", "--mode=eval", "--model=/nonexistent"],
+        "no such directory",
+    ),
+    "vitb without data": (["main", "--config=configs/vitb.py"], "needs what is not here"),
+    "no classes": (["predict", "--model=x", "--images=a.png", "--classes="], "no classes"),
+    "missing image": (["predict", "--model=x", "--images=/no.png", "--classes=cat"], "/no.png"),
+    "missing model": (
+        ["predict", "--model=/nonexistent", "--images=README.md", "--classes=cat"],
+        "README.md",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_one_clear_error(name, tmp_path):
+    (module, *arguments), expected = ERRORS[name]
+    if module == "main" and not any("workdir" in argument for argument in arguments):
+        arguments.append(f"--workdir={tmp_path}")
+    done = call(module, *arguments)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert expected in done.stderr
+
+
+def test_help_lists_the_flags():
+    done = call("main", "--help")
+    assert done.returncode == 0
+    assert "--workdir" in done.stdout and "--benchmark" in done.stdout
+
+
+def test_changed_model_directory_is_refused(trained, tmp_path):
+    workdir, _ = trained
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in (workdir / "model").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = call("main", "--mode=eval", f"--model={copy}", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "truncated or changed" in done.stderr
