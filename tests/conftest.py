@@ -112,16 +112,22 @@ def make_tiny_config() -> ConfigDict:
     return config
 
 
+@pytest.fixture(scope="session")
+def shared_tiny_config() -> ConfigDict:
+    """For fixtures of the session; not to be changed."""
+    return make_tiny_config().lock()
+
+
 @pytest.fixture
 def tiny_config() -> ConfigDict:
-    """A fresh copy: a test may change it."""
+    """A copy of its own: a test may change it."""
     return make_tiny_config()
 
 
 @pytest.fixture(scope="session")
-def tiny_model():
+def tiny_model(shared_tiny_config):
     """The model of `tiny_config`."""
-    return build_model(make_tiny_config().model)
+    return build_model(shared_tiny_config.model)
 
 
 @pytest.fixture(scope="session")

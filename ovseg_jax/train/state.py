@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ovseg_jax import sharding
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
-from ovseg_jax.shapes import Array, Int
 
 
 @struct.dataclass
@@ -20,14 +19,15 @@ class TrainState:
     """One training run at one step.
 
     Attributes:
-      step: steps taken, skipped ones included; also the position in the data.
+      step: steps taken, skipped ones included; also the position in the data. An int32 scalar, as
+        `skipped` is; but a state may also hold shapes or shardings in place of arrays.
       skipped: steps skipped in a row because the loss or a gradient was not finite.
       params: all parameters, frozen ones too, nested.
       opt_state: moments and EMA teacher of the trainable parameters.
     """
 
-    step: Int[Array, ""]
-    skipped: Int[Array, ""]
+    step: Any
+    skipped: Any
     params: dict[str, Any]
     opt_state: Any
 

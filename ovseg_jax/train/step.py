@@ -75,7 +75,7 @@ def train_step(
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics |= {
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": learning_rate,
         "skipped": skipped,
     }

@@ -45,8 +45,9 @@ def merge(*parts: Array) -> Array:
 
 def unmerge(x: Any, count: int) -> list[Any]:
     """Inverse of `merge`, over the leaves of a tree."""
-    apart = jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), x)
-    return [jax.tree.map(lambda leaf, i=i: leaf[:, i], apart) for i in range(count)]
+    leaves, structure = jax.tree.flatten(x)
+    apart = [leaf.reshape(-1, count, *leaf.shape[1:]) for leaf in leaves]
+    return [structure.unflatten([leaf[:, i] for leaf in apart]) for i in range(count)]
 
 
 def encode_texts(

@@ -1,0 +1,122 @@
+"""The train step of the tiny model, compiled once per (mesh, phase, matching) for the session."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ovseg_jax import sharding
+from ovseg_jax.optim.groups import flatten, split
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.optim.schedule import learning_rate
+from ovseg_jax.train.state import new_state, state_shardings
+from ovseg_jax.train.step import compile_step, train_step
+
+B, M, VOCABULARY = 16, 8, 48
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "mixed": (2, 2, 2)}
+STEPS = 5
+
+
+def make_batch(seed, second=True):
+    """A batch with sentences of different lengths, and rows without image, entity or partner."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        "image": rng.integers(0, 256, (B, 32, 32, 3), np.uint8),
+        "weight": np.where(np.arange(B) == 3, 0, 1).astype(np.float32),
+        "entity_weight": np.where(np.arange(B) == 5, 0, 1).astype(np.float32),
+        "entity_set": rng.integers(0, 6, B, np.int32),
+    }
+    if second:
+        batch["image2"] = rng.integers(0, 256, (B, 32, 32, 3), np.uint8)
+        batch["pair_weight"] = np.where(np.arange(B) == 7, 0, 1).astype(np.float32)
+    for kind in ("caption", "masked", "prompt") + (("shared",) if second else ()):
+        ids = rng.integers(1, VOCABULARY, (B, M), np.int32)
+        lengths = rng.integers(2, M + 1, (B, 1))
+        batch[f"{kind}_ids"] = np.where(np.arange(M)[None] < lengths, ids, 0).astype(np.int32)
+    return batch
+
+
+@dataclass
+class Steps:
+    """One compiled train step and what it needs."""
+
+    mesh: Any
+    shardings: Any
+    start: Any
+    compiled: Any
+
+    def place(self, state=None):
+        """A state (NumPy) on the devices; the initial one by default."""
+        return jax.device_put(self.start if state is None else state, self.shardings)
+
+    def __call__(self, state, batch):
+        """One step; the state that was passed in is donated."""
+        return self.compiled(state, sharding.put_batch(batch, self.mesh))
+
+
+@pytest.fixture(scope="session")
+def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
+    """Makes `Steps` for the tiny model; the same arguments give the same object."""
+
+    @functools.cache
+    def make(mesh_name, mask_weight, matching="host", frozen=()):
+        shape = MESHES[mesh_name]
+        devices = jax.devices()[: int(np.prod(shape))]
+        mesh = sharding.make_mesh(*shape, devices=devices)
+        run_config = shared_tiny_config.copy_and_resolve_references()
+        run_config.loss.matching = matching
+        tx = make_optimizer(run_config.optimizer, split(tiny_params, frozen)[0])
+        start = jax.device_get(jax.jit(lambda p: new_state(p, tx, frozen))(tiny_params))
+        step = functools.partial(
+            train_step,
+            model=tiny_model,
+            tx=tx,
+            rate=lambda s: learning_rate(
+                s, run_config.optimizer.learning_rate, first=0, total=2 * STEPS
+            ),
+            config=run_config,
+            mask_weight=mask_weight,
+            frozen=frozen,
+            mesh=mesh,
+        )
+        shardings = state_shardings(start, sharding.parameter_shardings(tiny_boxed, mesh), mesh)
+        return Steps(mesh, shardings, start, compile_step(step, shardings, mesh))
+
+    return make
+
+
+@dataclass
+class Run:
+    """`STEPS` steps from the initial state: metrics of each, first moments after the first (they
+    are the clipped gradient times 1 - b1), and the last state."""
+
+    metrics: list[dict[str, float]]
+    moments: dict[str, np.ndarray]
+    last: Any
+
+
+@pytest.fixture(scope="session")
+def run_steps(make_steps):
+    """Runs `STEPS` steps over batches 0, 1, ...; the same arguments give the same `Run`."""
+
+    @functools.cache
+    def run(mesh_name, mask_weight, matching="host"):
+        steps = make_steps(mesh_name, mask_weight, matching)
+        state, history, moments = steps.place(), [], {}
+        for index in range(STEPS):
+            state, metrics = steps(state, make_batch(index, second=mask_weight > 0))
+            history.append({name: float(value) for name, value in metrics.items()})
+            if index == 0:
+                moments = flatten(jax.device_get(adam_of(state).mu))
+        return Run(history, moments, jax.device_get(state))
+
+    return run
+
+
+def adam_of(state):
+    """The Adam part of a train state's optimizer state."""
+    (adam,) = [part for part in state.opt_state if hasattr(part, "mu")]
+    return adam
