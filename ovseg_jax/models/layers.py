@@ -102,16 +102,34 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features).astype(self.dtype)
 
 
-def layer_norm(name: str | None, eps: float, dtype: Any) -> nn.LayerNorm:
-    """LayerNorm over the last axis; statistics in float32, biased variance."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        dtype=dtype,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that parity tests see
-        scale_init=logical(nn.initializers.ones, "embed"),
-        bias_init=logical(nn.initializers.zeros, "embed"),
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis; all of it in float32, biased variance.
+
+    Flax's own leaves the choice of precision to dtype promotion, and does not run where promotion
+    is strict.
+    """
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        def parameter(name: str, start: Any) -> Array:
+            value = self.param(name, logical(start, "embed"), (x.shape[-1],), jnp.float32)
+            return value.reshape((1,) * (x.ndim - 1) + (-1,))
+
+        scale = parameter("scale", nn.initializers.ones)
+        bias = parameter("bias", nn.initializers.zeros)
+        full = x.astype(jnp.float32)
+        centered = full - jnp.mean(full, axis=-1, keepdims=True)
+        # Not E[x^2] - E[x]^2, which loses digits.
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        return (centered * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+def layer_norm(name: str | None, eps: float, dtype: Any) -> LayerNorm:
+    """A `LayerNorm` under a name that says which."""
+    return LayerNorm(eps, dtype, name=name)
 
 
 def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -59,7 +58,7 @@ def standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def make_optimizer(
-    config: ConfigDict, trainable: Mapping[str, Any]
+    config: ConfigDict, trainable: Mapping[str, Any], held: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the trainable parameters.
 
@@ -71,11 +70,12 @@ def make_optimizer(
         `rate_rules` (lists of (pattern, factor) on the weight decay and on the rate, first match
         wins), `ema_decay`.
       trainable: (abstract) trainable parameters, for their paths.
+      held: frozen ones. Rules are the whole run's: they may name what this phase freezes.
 
     Raises:
       UserError: a rule matches nothing or a parameter is not covered.
     """
-    paths = list(flatten(trainable))
+    paths = [*flatten(trainable), *flatten(held or {})]
     decay = assign(paths, config.decay_rules, "config.optimizer.decay_rules")
     rate = assign(paths, config.rate_rules, "config.optimizer.rate_rules")
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -87,9 +87,3 @@ def make_optimizer(
         scale_by_rate(),
         ema_teacher(config.ema_decay, TEACHER_PREFIX),
     )
-
-
-def tree_is_finite(tree: Any) -> Array:
-    """True where every number of the tree is finite."""
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.array(True)

@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.readout import check_order
 
@@ -48,7 +50,7 @@ class Protocol:
             raise UserError("protocol: templates need at least one text, each with {} for the name")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Protocol":
+    def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Protocol":
         """From a mapping with any of the fields, such as a ConfigDict or what `as_dict` gave."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config) - known)

@@ -34,7 +34,12 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
-        return ocp.CheckpointManager(directory, options=options)
+        # Without its handlers, a manager that has not saved yet cannot read what another one did.
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, position: dict[str, Any], *, best: bool = False) -> None:
         """Starts saving; returns while the files are still being written.

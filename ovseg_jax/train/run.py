@@ -29,6 +29,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
+from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.phases import Phase, make_phases, rate_at
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
@@ -78,12 +79,15 @@ class Run:
                 loaded |= read(spec, shapes)
         for path, value in loaded.items():
             flat[path] = jax.device_put(value, where[path])
-        return groups.nest(flat)
+        params = groups.nest(flat)
+        if self.config.model_init.neck == "standardize":
+            transform = self.phases[0].transform
+            return standardized_neck(self.model, params, self.source, transform, self.config.seed)
+        return params
 
     def optimizer(self, phase: Phase, params: Any) -> Any:
         """The optax chain of a phase; `params` may be abstract."""
-        trainable, _ = groups.split(params, phase.frozen)
-        return make_optimizer(self.config.optimizer, trainable)
+        return make_optimizer(self.config.optimizer, *groups.split(params, phase.frozen))
 
     def abstract_params(self) -> dict[str, Any]:
         """Shapes of all parameters."""
@@ -214,6 +218,10 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             + "\n  - ".join(missing)
             + "\nWithout data and weights, try the variant that needs neither: "
             "--config=configs/vitb.py:smoke, or --config=configs/quickstart.py"
+        )
+    if config.model_init.neck not in ("", "standardize"):
+        raise UserError(
+            f"config.model_init.neck is {config.model_init.neck!r}; it must be standardize or empty"
         )
     mesh = sharding.make_mesh(**config.mesh)
     model = build_model(config.model)

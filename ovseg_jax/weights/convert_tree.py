@@ -67,6 +67,12 @@ def convert(
             continue
         used += rule.sources
         parts = [rule.transform(np.asarray(tensors[name], np.float32)) for name in rule.sources]
+        if len({part.shape for part in parts}) > 1:
+            listed = ", ".join(
+                f"{name} {part.shape}" for name, part in zip(rule.sources, parts, strict=True)
+            )
+            faults.append(f"{rule.target} is made of tensors of several shapes: {listed}")
+            continue
         value = np.stack(parts) if rule.stack else parts[0]
         wanted = shapes.get(rule.target)
         if wanted is None:

@@ -79,7 +79,8 @@ def save_model(
     building = target.with_name(f".{target.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in flatten(params).items()}
+    # Not `ascontiguousarray`, which makes a scalar a vector.
+    arrays = {k: np.asarray(v, np.float32, order="C") for k, v in flatten(params).items()}
     save_file(arrays, building / WEIGHTS)
     info = {
         "format": FORMAT,

@@ -1,6 +1,7 @@
 """Tensor files of other libraries as plain NumPy dicts: safetensors, npz, ONNX initializers."""
 
 import importlib.util
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -11,6 +12,17 @@ from safetensors.numpy import load_file
 from ovseg_jax.errors import UserError
 
 Tensors = dict[str, np.ndarray]
+
+# What the readers raise on damaged files; a TypeError for a single array that is called .npz.
+UNREADABLE = (
+    SafetensorError,
+    BadZipFile,
+    zlib.error,
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+)
 
 
 def package_file(spec: str, field: str) -> Path:
@@ -52,11 +64,12 @@ def read_tensors(path: Path) -> Tensors:
         if kind == ".safetensors":
             return load_file(path)
         if kind == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            # numpy leaves a file that it opens itself open where it is no archive.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return dict(archive)
         if kind == ".onnx":
             return _read_onnx(path)
-    except (SafetensorError, BadZipFile, ValueError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); is the file complete?") from None
     raise UserError(f"{path}: weights are read from .safetensors, .npz or .onnx, not {kind!r}")
 

@@ -23,13 +23,13 @@ def numpy_visual_tokens(p, image):
     x = np.concatenate([x, p["group_token"]])
     for index in range(2):
         layer = reference.layer_of(p["first"]["layers"], index)
-        x = reference.pre_norm_layer(layer, x, heads=2, eps=1e-6)
+        x = reference.pre_norm_layer(layer, x, heads=4, eps=1e-6)
     width = x.shape[-1]
     groups, affinity = reference.binding(
         p["binding"], x[16:], x[:16], eps=1e-6, scale=width**-0.5, hard=True
     )
     x = np.concatenate([x[:16], groups])
-    x = reference.pre_norm_layer(reference.layer_of(p["second"]["layers"], 0), x, heads=2, eps=1e-6)
+    x = reference.pre_norm_layer(reference.layer_of(p["second"]["layers"], 0), x, heads=4, eps=1e-6)
     x = reference.layer_norm(p["norm"], x, 1e-6)
     return x[16:], x[:16], affinity
 
@@ -70,7 +70,7 @@ def test_joint_space_and_temperature(tiny_model, tiny_params):
             return tiny_model.apply({"params": p}, *args, method=method)
 
         text = call("text_tokens", jnp.asarray([[5, 6, 7, 0], [8, 0, 0, 0]], jnp.int32))
-        groups = jnp.ones((2, 4, 16))
+        groups = jnp.ones((2, 4, 32))
         return (
             call("project_image", groups),
             call("project_text", text.pooled),
@@ -101,7 +101,7 @@ def test_unit_of_zero_is_zero_with_a_finite_gradient():
     ("field", "value", "named"),
     [
         ("image.assignment", "sparse", "'hard', 'soft'"),
-        ("image.heads", 3, "config.model.image.width = 16"),
+        ("image.heads", 3, "config.model.image.width = 32"),
         ("text.heads", 5, "config.model.text.width = 24"),
         ("image.group_layer", 3, "first_layers = 2"),
         ("text_pool", "last", "'eot', 'cls', 'mean'"),
@@ -114,3 +114,37 @@ def test_a_model_that_cannot_be_built_is_a_user_error(tiny_config, field, value,
     with pytest.raises(UserError, match="config.model") as error:
         build_model(tiny_config.model)
     assert named in str(error.value)
+
+
+def test_bfloat16_is_the_same_model_to_its_precision(tiny_config, tiny_params):
+    """Parameters, statistics and the joint space stay float32; activations are bfloat16."""
+    tiny_config.model.dtype = tiny_config.model.matmul_dtype = "bfloat16"
+    tiny_config.model.image.assignment = "soft"  # a hard one flips where rounding decides
+    half = build_model(tiny_config.model)
+    tiny_config.model.dtype = tiny_config.model.matmul_dtype = "float32"
+    full = build_model(tiny_config.model)
+    ids = jnp.asarray([[5, 6, 7, 0], [8, 9, 0, 0]], jnp.int32)
+
+    def parts(model):
+        def run(p):
+            visual = model.apply({"params": p}, IMAGE, method="visual_tokens")
+            text = model.apply({"params": p}, ids, method="text_tokens")
+            return (
+                visual.patches,
+                text.tokens,
+                visual.affinity,
+                model.apply({"params": p}, visual.groups, method="project_image"),
+                model.apply({"params": p}, text.pooled, method="project_text"),
+                model.apply(
+                    {"params": p}, text.tokens, text.mask, visual.groups, method="complete"
+                ),
+            )
+
+        return jax.jit(run)(tiny_params)
+
+    got, want = parts(half), parts(full)
+    kinds = [jnp.bfloat16] * 2 + [jnp.float32] * 4
+    assert [x.dtype for x in got] == kinds
+    for a, b in zip(got, want, strict=True):
+        a, b = np.float64(a), np.float64(b)
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)

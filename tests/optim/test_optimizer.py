@@ -11,7 +11,7 @@ from reference.optimizer import AdamW, clipped
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import ema_teacher, find_teacher, replace_teacher
-from ovseg_jax.optim.optimizer import make_optimizer, tree_is_finite
+from ovseg_jax.optim.optimizer import make_optimizer
 
 SHAPES = {
     "image_encoder/layer/kernel": (3, 2),
@@ -101,6 +101,14 @@ def test_bad_rules_are_user_errors(field, rules):
         make_optimizer(config(**{field: rules}), groups.nest(draw(0)))
 
 
+def test_rules_may_name_what_a_phase_freezes():
+    trainable, held = groups.split(groups.nest(draw(0)), ("^text_encoder/",))
+    tx = make_optimizer(config(), trainable, held)
+    assert set(groups.flatten(find_teacher(tx.init(trainable)))) == set(groups.flatten(trainable))
+    with pytest.raises(UserError, match="config.optimizer.rate_rules"):
+        make_optimizer(config(), trainable)
+
+
 def test_the_teacher_is_a_copy_unique_and_replaceable():
     params = groups.nest({path: jnp.asarray(x) for path, x in draw(0).items()})
     tx = optax.chain(optax.identity(), ema_teacher(0.5, "image_encoder/"))
@@ -117,9 +125,3 @@ def test_the_teacher_is_a_copy_unique_and_replaceable():
         find_teacher(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, state)
-
-
-def test_tree_is_finite():
-    assert tree_is_finite({}) and tree_is_finite({"a": jnp.ones(2), "b": jnp.zeros(())})
-    for bad in (np.nan, np.inf, -np.inf):
-        assert not tree_is_finite({"a": jnp.ones(2), "b": jnp.asarray([0.0, bad])})

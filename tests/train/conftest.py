@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from reference.batches import adam_of, make_batch
 
 from ovseg_jax import sharding
 from ovseg_jax.optim.groups import flatten, split
@@ -15,28 +16,8 @@ from ovseg_jax.optim.schedule import learning_rate
 from ovseg_jax.train.state import new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
 
-B, M, VOCABULARY = 16, 8, 48
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "mixed": (2, 2, 2)}
 STEPS = 5
-
-
-def make_batch(seed, second=True):
-    """A batch with sentences of different lengths, and rows without image, entity or partner."""
-    rng = np.random.default_rng(seed)
-    batch = {
-        "image": rng.integers(0, 256, (B, 32, 32, 3), np.uint8),
-        "weight": np.where(np.arange(B) == 3, 0, 1).astype(np.float32),
-        "entity_weight": np.where(np.arange(B) == 5, 0, 1).astype(np.float32),
-        "entity_set": rng.integers(0, 6, B, np.int32),
-    }
-    if second:
-        batch["image2"] = rng.integers(0, 256, (B, 32, 32, 3), np.uint8)
-        batch["pair_weight"] = np.where(np.arange(B) == 7, 0, 1).astype(np.float32)
-    for kind in ("caption", "masked", "prompt") + (("shared",) if second else ()):
-        ids = rng.integers(1, VOCABULARY, (B, M), np.int32)
-        lengths = rng.integers(2, M + 1, (B, 1))
-        batch[f"{kind}_ids"] = np.where(np.arange(M)[None] < lengths, ids, 0).astype(np.int32)
-    return batch
 
 
 @dataclass
@@ -62,13 +43,13 @@ def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
     """Makes `Steps` for the tiny model; the same arguments give the same object."""
 
     @functools.cache
-    def make(mesh_name, mask_weight, matching="host", frozen=()):
+    def make(mesh_name, mask_weight, matching, frozen):
         shape = MESHES[mesh_name]
         devices = jax.devices()[: int(np.prod(shape))]
         mesh = sharding.make_mesh(*shape, devices=devices)
         run_config = shared_tiny_config.copy_and_resolve_references()
         run_config.loss.matching = matching
-        tx = make_optimizer(run_config.optimizer, split(tiny_params, frozen)[0])
+        tx = make_optimizer(run_config.optimizer, *split(tiny_params, frozen))
         start = jax.device_get(jax.jit(lambda p: new_state(p, tx, frozen))(tiny_params))
         step = functools.partial(
             train_step,
@@ -85,7 +66,10 @@ def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
         shardings = state_shardings(start, sharding.parameter_shardings(tiny_boxed, mesh), mesh)
         return Steps(mesh, shardings, start, compile_step(step, shardings, mesh))
 
-    return make
+    # The cache tells a default from the same value given.
+    return lambda mesh_name, mask_weight, matching="host", frozen=(): make(
+        mesh_name, mask_weight, matching, frozen
+    )
 
 
 @dataclass
@@ -114,9 +98,3 @@ def run_steps(make_steps):
         return Run(history, moments, jax.device_get(state))
 
     return run
-
-
-def adam_of(state):
-    """The Adam part of a train state's optimizer state."""
-    (adam,) = [part for part in state.opt_state if hasattr(part, "mu")]
-    return adam

@@ -20,10 +20,10 @@ SPLITS: dict[str, int] = {"train": 0, "tune": 1, "test": 2}
 
 _OBJECTS, _CAPTION = 0, 1  # streams: captions may change their draws without moving an object
 
-_COUNT_SHARES = (0.15, 0.30, 0.32, 0.23)  # of scenes with one to four objects
-_REPEATED_CLASS = 0.15
-_SIDE = (0.25, 0.52)
-_SIDE_BY_COUNT = (1.3, 1.2, 1.1, 1.0)  # one object alone is larger, as in photographs
+_COUNT_SHARES = (0.28, 0.44, 0.20, 0.08)  # of scenes with one to four objects
+_REPEATED_CLASS = 0.1
+_SIDE = (0.32, 0.56)
+_SIDE_BY_COUNT = (1.15, 1.1, 1.05, 1.0)  # one object alone is larger, as in photographs
 _CUT_BY_FRAME = 0.15
 _FREELY_PLACED = 0.25
 _PLACES_TRIED = 8

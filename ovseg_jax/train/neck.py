@@ -1,0 +1,71 @@
+"""Data-dependent start of the neck: it standardizes the trunk's features (Salimans & Kingma, 2016).
+
+A pretrained trunk's channels have means and scales of their own. Left as they are, the common mean
+decides which group wins every patch, and one or two groups take them all; standardized, the groups
+part at once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
+from ovseg_jax.data.order import example_rng
+from ovseg_jax.data.records import RecordSource
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.ovsegmentor import OVSegmentor
+
+# Enough patches for means and deviations of a few hundred channels.
+IMAGES = 64
+
+
+def standardized_neck(
+    model: OVSegmentor,
+    params: Mapping[str, Any],
+    source: RecordSource,
+    transform: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """The parameters with the neck's input standardized on the first images of the training set.
+
+    ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias.
+
+    Args:
+      transform: of the images, as in training; seed: of its random draws.
+
+    Raises:
+      UserError: the model has no neck, or not one image could be read.
+    """
+    if "neck" not in params["image_encoder"]:
+        raise UserError(
+            "config.model_init.neck = 'standardize' needs a neck: give the trunk another width "
+            "than the encoder (config.model.image.trunk_width)"
+        )
+    images = []
+    for index in range(min(IMAGES, len(source))):
+        record = source[index]
+        try:
+            image = decode(record.image)
+        except UnreadableImage:
+            continue  # the loader counts and reports it
+        images.append(train_transform(image, example_rng(seed, 0, record.key), transform))
+    if not images:
+        raise UserError(f"none of the first {IMAGES} images of {source.name} can be read")
+    trunk = jax.jit(lambda params, x: model.apply({"params": params}, x, method="trunk"))
+    features = np.asarray(trunk(params, np.stack(images)), np.float32)
+    flat = features.reshape(-1, features.shape[-1])
+    mean, deviation = flat.mean(0), np.maximum(flat.std(0), 1e-3)
+    neck = params["image_encoder"]["neck"]
+
+    @jax.jit
+    def fold(neck: Mapping[str, Any]) -> dict[str, Any]:
+        kernel = neck["kernel"] / jnp.asarray(deviation)[:, None]
+        return {"kernel": kernel, "bias": neck["bias"] - (jnp.asarray(mean)[None] @ kernel)[0]}
+
+    folded = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), fold(neck), dict(neck)
+    )
+    return {**params, "image_encoder": {**params["image_encoder"], "neck": folded}}

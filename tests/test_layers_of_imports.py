@@ -1,0 +1,82 @@
+"""Who may import whom, read from the source: imports only go down the list of layers."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ovseg_jax"
+
+# From the bottom up. A part may import what stands below it, and itself; the names on one line are
+# neighbors that do not know each other.
+LAYERS = [
+    ["errors", "shapes"],
+    ["flags", "compile_cache", "sharding"],
+    ["data", "optim", "losses", "models"],
+    ["weights"],
+    ["segmentation"],
+    ["train"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TOP = len(LAYERS)  # entry points
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(module):
+    """The part of the package that a dotted module name belongs to."""
+    pieces = module.split(".")
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+def name_of(path):
+    pieces = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
+
+
+def imports_of(path):
+    """Dotted names of all that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_only_go_down(path):
+    own = part_of(name_of(path))
+    level = LEVEL.get(own, TOP)
+    for module in imports_of(path):
+        if module.split(".")[0] != "ovseg_jax":
+            continue
+        other = part_of(module)
+        if other in ("", own):
+            continue
+        assert (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists(), module
+        if own in LEVEL:
+            assert LEVEL.get(other, TOP) < level, f"{name_of(path)} must not import {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_libraries_that_may_not_be_imported(path):
+    # Data workers must not start a backend; torch and TensorFlow are no part of this program.
+    forbidden = {"torch", "tensorflow"}
+    if part_of(name_of(path)) == "data":
+        forbidden |= {"jax", "flax", "optax", "orbax"}
+    assert not forbidden & {module.split(".")[0] for module in imports_of(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_module_imports(path):
+    if path.name != "__main__.py":
+        importlib.import_module(name_of(path))
+
+
+def test_every_folder_has_a_layer():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders <= set(LEVEL), f"give {folders - set(LEVEL)} a place in LAYERS"
+    assert set(LEVEL) <= folders | {path.stem for path in PACKAGE.glob("*.py")}

@@ -1,0 +1,73 @@
+"""What one phase hands to the next: moments, teacher, and parameters frozen or set free."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.batches import adam_of
+
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.ema_teacher import find_teacher
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.train.state import new_state, next_phase_state
+
+SHAPES = {
+    "image_encoder/trunk/kernel": (2, 3),
+    "image_encoder/group/kernel": (3,),
+    "text_encoder/word": (4, 2),
+    "head/kernel": (2,),
+}
+TRUNK, TEXT = "^image_encoder/trunk", "^text_encoder/"
+
+
+def optimizer(config, params, frozen):
+    config.optimizer.decay_rules = config.optimizer.rate_rules = [(".*", 1.0)]
+    return make_optimizer(config.optimizer, groups.split(params, frozen)[0])
+
+
+@pytest.fixture
+def ended(tiny_config):
+    """The state at the end of a phase with a frozen trunk, seven steps old, two skipped."""
+    rng = np.random.default_rng(0)
+    drawn = {path: jnp.asarray(rng.normal(size=x), jnp.float32) for path, x in SHAPES.items()}
+    params = groups.nest(drawn)
+    tx = optimizer(tiny_config, params, (TRUNK,))
+    state = new_state(params, tx, (TRUNK,))
+    trainable, _ = groups.split(params, (TRUNK,))
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    _, opt_state = tx.update(ones, state.opt_state, trainable, rate=jnp.float32(0.5))
+    return state.replace(opt_state=opt_state, step=jnp.int32(7), skipped=jnp.int32(2))
+
+
+@pytest.mark.parametrize("optimizer_choice", ["continue", "fresh"])
+@pytest.mark.parametrize("teacher_choice", ["keep", "reset"])
+def test_moments_and_teacher(tiny_config, ended, optimizer_choice, teacher_choice):
+    """The trunk is set free and the text encoder frozen."""
+    tx = optimizer(tiny_config, ended.params, (TEXT,))
+    begun = next_phase_state(ended, tx, (TEXT,), optimizer=optimizer_choice, teacher=teacher_choice)
+    assert begun.step == 7 and begun.skipped == 2
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, begun.params, ended.params))
+    # The layout is that of a state made for the new phase.
+    fresh = new_state(ended.params, tx, (TEXT,))
+    assert jax.tree.structure(begun) == jax.tree.structure(fresh)
+
+    old, new = adam_of(ended), adam_of(begun)
+    before, after = groups.flatten(old.mu), groups.flatten(new.mu)
+    assert set(after) == set(SHAPES) - {"text_encoder/word"}
+    kept = optimizer_choice == "continue"
+    for path in ("image_encoder/group/kernel", "head/kernel"):
+        assert np.abs(before[path]).min() > 0
+        np.testing.assert_array_equal(after[path], before[path] if kept else 0)
+    np.testing.assert_array_equal(after["image_encoder/trunk/kernel"], 0)
+    assert new.count == (old.count if kept else 0)
+
+    student = groups.flatten(ended.params)
+    before, after = (groups.flatten(find_teacher(state.opt_state)) for state in (ended, begun))
+    assert set(after) == {"image_encoder/trunk/kernel", "image_encoder/group/kernel"}
+    group = "image_encoder/group/kernel"
+    assert not np.array_equal(before[group], student[group])
+    np.testing.assert_array_equal(
+        after[group], before[group] if teacher_choice == "keep" else student[group]
+    )
+    trunk = "image_encoder/trunk/kernel"  # had no teacher: starts at the student
+    np.testing.assert_array_equal(after[trunk], student[trunk])
