@@ -66,8 +66,7 @@ def test_every_phase_traces(name):
         if (phase.mask_weight > 0, phase.frozen) in seen:
             continue
         seen.add((phase.mask_weight > 0, phase.frozen))
-        trainable, _ = groups.split(params, phase.frozen)
-        tx = make_optimizer(config.optimizer, trainable)
+        tx = make_optimizer(config.optimizer, *groups.split(params, phase.frozen))
         state = jax.eval_shape(lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen), params)
         new, metrics = jax.eval_shape(
             lambda s, b, tx=tx, phase=phase: train_step(

@@ -133,10 +133,11 @@ def test_predict_writes_masks(trained, tmp_path):
         f"--out={out}",
     )
     assert done.returncode == 0, done.stderr
-    mask = Image.open(out / "a picture.mask.png")
-    assert mask.mode == "P" and mask.size == (61, 40)
-    assert np.asarray(mask).max() <= 2
-    assert Image.open(out / "a picture.overlay.png").size[0] >= 61
+    with Image.open(out / "a picture.mask.png") as mask:
+        assert mask.mode == "P" and mask.size == (61, 40)
+        assert np.asarray(mask).max() <= 2
+    with Image.open(out / "a picture.overlay.png") as picture:
+        assert picture.size[0] >= 61
     record = json.loads((out / "a picture.json").read_text())
     assert [entry["name"] for entry in record["classes"]] == ["cat", "fire hydrant"]
     areas = sum(entry["area"] for entry in record["classes"]) + record["background"]

@@ -36,8 +36,8 @@ def match(
 
     Args:
       cost: cost of giving column j to row i. A problem with a non-finite entry is solved as if all
-        its costs were 0, so that no host code ever sees it; the loss it came from is non-finite
-        as well and the train step refuses it.
+        its costs were 0, so that no host code ever sees it; where it comes from a non-finite loss,
+        the train step refuses that.
       backend: "host" (SciPy through a callback), "device" (the Hungarian algorithm in XLA) or
         "enumerate" (all permutations, k <= 5).
       mesh: where given, N is split over its batch axes and each device solves its own part.

@@ -20,7 +20,7 @@ TRUNCATED_NORMAL = nn.initializers.truncated_normal(0.02)
 def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     """`einsum(spec, a, b)` with operands rounded to `dtype` and a float32 accumulator.
 
-    The two backward contractions round their operands to `dtype` too. Without the custom rule
+    The two backward contractions are rounded in the same way. Without the custom rule
     the float32 cotangent would meet a bfloat16 operand and every backward matrix product would
     fall off the fast path of the hardware.
 

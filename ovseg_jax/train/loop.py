@@ -9,7 +9,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -183,13 +182,16 @@ def _run_phase(
     for batch in meter.timed(loader):
         state, metrics = compiled(state, sharding.put_batch(batch, run.mesh))
         step += 1
+        if meter.compiling:
+            jax.block_until_ready(metrics)
+            meter.restart(step)
         if step % config.log_every == 0 or step == phase.last or stop.set:
             values = _to_host(metrics)
             _refuse_stuck(values, step, config.max_skipped, loader.failures)
             speed = meter.lap(step)
             writer.write(step, {f"train/{key}": v for key, v in {**values, **speed}.items()})
             rate = speed["images_per_second"]
-            left = (phase.last - step) * phase.batch_size / max(rate, 1e-9)
+            left = (phase.last - step) * phase.batch_size / rate if rate else 0.0
             run.progress.update(
                 train_line(phase.name, step, phase.last, values, rate, left),
                 final=step == phase.last,
@@ -256,8 +258,13 @@ class _Meter:
         self._batch = batch_size
         self.restart(None)
 
+    @property
+    def compiling(self) -> bool:
+        """Whether the first step is still under way: its compilation is not counted."""
+        return self._step is None
+
     def restart(self, step: int | None) -> None:
-        """Begins a lap at `step`; None until the first step, whose compilation is not counted."""
+        """Begins a lap at `step`; None before the first step."""
         self._start, self._step, self._waited = time.monotonic(), step, 0.0
 
     def timed(self, loader: Any) -> Any:
@@ -274,8 +281,7 @@ class _Meter:
     def lap(self, step: int) -> dict[str, float]:
         """Rates since the last lap."""
         spent = max(time.monotonic() - self._start, 1e-9)
-        steps = step - self._step if self._step is not None else 1
-        rate = steps * self._batch / spent
+        rate = (step - self._step) * self._batch / spent
         values = {
             "images_per_second": rate,
             "images_per_second_per_device": rate / jax.device_count(),
@@ -283,11 +289,3 @@ class _Meter:
         }
         self.restart(step)
         return values
-
-
-def parameter_counts(params: Any) -> dict[str, int]:
-    """Number of parameters of each tower."""
-    return {
-        name: int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(tree)))
-        for name, tree in params.items()
-    }
