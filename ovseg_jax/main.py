@@ -240,13 +240,7 @@ def _evaluate_model(args: SimpleNamespace) -> int:
     workdir = Path(args.workdir or "runs/eval")
     saved = load_model(args.model)
     protocol = Protocol.from_config(saved.info["protocol"])
-    segmenter = ModelSegmenter(
-        saved.model,
-        saved.params,
-        saved.tokenizer,
-        text_length=saved.info["text_length"],
-        affinity=protocol.affinity,
-    )
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
     names = tuple(args.benchmark or ("scenes",))
     config = ConfigDict({**MODEL_EVAL, **saved.info["benchmarks"]})
     provenance = {"model": str(args.model)}

@@ -55,13 +55,7 @@ def main(argv: list[str]) -> int:
     protocol = Protocol.from_config(saved.info["protocol"])
     if protocol.threshold is None:
         protocol = protocol.replace(threshold=0.0)
-    segmenter = ModelSegmenter(
-        saved.model,
-        saved.params,
-        saved.tokenizer,
-        text_length=saved.info["text_length"],
-        affinity=protocol.affinity,
-    )
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
     minimum = args.words or saved.info["provenance"].get("calibrated_words", 20)
     words = with_distractors(args.classes, minimum=minimum)
     text = segmenter.text(words, protocol.templates)

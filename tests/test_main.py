@@ -247,3 +247,28 @@ def test_changed_model_directory_is_refused(trained, tmp_path):
     done = call("main", "--mode=eval", f"--model={copy}", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert "truncated or changed" in done.stderr
+
+
+@pytest.mark.slow
+def test_compare_trains_on_cached_features_and_prints_a_table(tmp_path):
+    arguments = [
+        f"--config={TINY}",
+        "--variants=cached",
+        "--seeds=3",
+        f"--out={tmp_path / 'out'}",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+        "--config.eval.untrained=false",
+    ]
+    done = call("compare", *arguments)
+    assert done.returncode == 0, done.stderr
+    kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir())
+    assert kinds == ["images", "texts"]
+    result = tmp_path / "out" / "cached-seed3" / "results" / "scenes.json"
+    miou = json.loads(result.read_text())["miou"]
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert f"{miou:.1f}" in table and "seed 3" in table
+    # A second call finds the result and trains nothing.
+    before = result.stat().st_mtime_ns
+    again = call("compare", *arguments)
+    assert again.returncode == 0 and table.strip() in again.stdout
+    assert result.stat().st_mtime_ns == before

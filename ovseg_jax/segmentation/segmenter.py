@@ -12,7 +12,9 @@ from ovseg_jax import sharding
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.losses.mask_consistency import mask_logits
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.shapes import Array, Float, UInt8
+from ovseg_jax.weights.model_dir import SavedModel
 
 # Prompts encoded at once.
 TEXT_BATCH = 64
@@ -63,6 +65,17 @@ class ModelSegmenter:
 
         self._encode = jax.jit(encode, out_shardings=whole)
         self._embed = jax.jit(embed, out_shardings=whole)
+
+    @classmethod
+    def of_saved(cls, saved: SavedModel, protocol: Protocol) -> "ModelSegmenter":
+        """The segmenter of a model directory, as a protocol asks for it."""
+        return cls(
+            saved.model,
+            saved.params,
+            saved.tokenizer,
+            text_length=saved.info["text_length"],
+            affinity=protocol.affinity,
+        )
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]
