@@ -3,7 +3,7 @@
     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Pretrained towers, as in the paper: a DINOv2 ViT-S/14 as frozen trunk whose features are computed
-once, MiniLM as frozen text encoder; then 20 groups, the binding, and one layer over
+once, MiniLM as frozen text encoder; then 8 groups, the binding, and one layer over
 [G; I].
 
 Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, ``:entity``,
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "first_layers": 12,
             "second_layers": 1,
             "group_layer": 12,
-            "num_groups": 20,
+            "num_groups": 8,
             "group_std": 1.0,
             "trunk_width": 384,
             "trunk_heads": 6,
@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "trunk_norm": True,
             "layer_scale": 1.0,
             "assignment": "soft",
-            "binding_scale": 0.2,
+            "binding_scale": None,
             "gumbel_temperature": 1.0,
             "drop_path": 0.0,
             "remat": "none",
