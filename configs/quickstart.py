@@ -3,8 +3,7 @@
     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Pretrained towers, as in the paper: a DINOv2 ViT-S/14 as frozen trunk whose features are computed
-once, MiniLM as frozen text encoder; then 8 groups, the binding, and one layer over
-[G; I].
+once, MiniLM as frozen text encoder; then 8 groups, the binding, and one layer over [G; I].
 
 Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, ``:entity``,
 ``:mask`` and ``:both`` (the ablation of the paper's Table 3 at equal budget).

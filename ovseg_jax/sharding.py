@@ -17,7 +17,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # are split as well.
 BATCH_AXES = ("data", "fsdp")
 
-# First match wins; a name that is not listed is an error (`spec_of`).
+# A name that is not listed is an error (`spec_of`).
 LOGICAL_RULES = (
     ("embed", "fsdp"),
     ("mlp", "tensor"),
