@@ -18,7 +18,7 @@ from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.palette import write_palette_png
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.readout import probabilities
+from ovseg_jax.segmentation.readout import held_to_image, probabilities
 from ovseg_jax.segmentation.scores import ImageScores, image_scores, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
@@ -99,7 +99,10 @@ def _write(
     write_palette_png(out / f"{stem}.mask.png", labels, len(classes))
     picture: Image.Image = overlay(image, labels, classes)
     picture.save(out / f"{stem}.overlay.png")
-    p = np.asarray(probabilities(scores.cells, protocol.scale))
+    p = held_to_image(
+        probabilities(scores.cells, protocol.scale), scores.image_margins(), protocol.image_scale
+    )
+    p = np.asarray(p)
     found = [
         {
             "name": name,

@@ -1,11 +1,12 @@
-"""Scale and threshold of the background rule, chosen on a split that is not reported.
+"""Scales and threshold of the background rule, chosen on a split that is not reported.
 
-For one scale, the labels at every threshold follow from the best class of each pixel and its
+For one pair of scales, the labels at every threshold follow from the best class of each pixel and its
 probability: below the threshold the pixel is background, above it the label does not change. So
 pixels are counted once by (probability bin, best class, truth), and sums over bins are the
 confusion matrices of all thresholds.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,35 +22,38 @@ from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.shapes import Float
 
 SCALES = (5.0, 10.0, 20.0, 40.0, 70.0, 100.0)
+IMAGE_SCALES = (0.0, 3.0, 5.0)
 THRESHOLDS = tuple(i / 200 for i in range(200))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The best pair, and the mIoU (0..1) at every pair that was tried.
+    """The best settings, and the mIoU (0..1) at all that were tried.
 
     Attributes:
-      scale, threshold: for `protocol.Protocol`.
+      scale, image_scale, threshold: for `protocol.Protocol`.
       miou: theirs, on the split used.
-      table: for each scale: scale, its best threshold, miou.
-      curves: mIoU [scale, threshold].
+      table: for each pair of scales: scale, image scale, their best threshold, miou.
+      curves: mIoU [pair, threshold].
     """
 
     scale: float
+    image_scale: float
     threshold: float
     miou: float
-    table: tuple[tuple[float, float, float], ...]
-    curves: Float[np.ndarray, "scales thresholds"]
+    table: tuple[tuple[float, float, float, float], ...]
+    curves: Float[np.ndarray, "pairs thresholds"]
 
 
 def calibrate(
     scored: Iterable[tuple[ImageScores, Integer[np.ndarray, "H W"]]],
     scales: Sequence[float] = SCALES,
+    image_scales: Sequence[float] = IMAGE_SCALES,
     thresholds: Sequence[float] = THRESHOLDS,
     order: str = "upsample_first",
     batch_size: int = 16,
 ) -> Calibration:
-    """The scale and threshold with the highest mIoU, background included.
+    """The scales and the threshold with the highest mIoU, background included.
 
     Args:
       scored: for each image its scores and its true labels (0 background, 1 + class, 255 ignored).
@@ -63,17 +67,18 @@ def calibrate(
     edges = np.asarray(thresholds, np.float32)
     if not len(edges) or (np.diff(edges) <= 0).any():
         raise UserError("calibration needs thresholds in rising order")
+    pairs = list(itertools.product(scales, image_scales))
     counts = None
-    for cells, weights, truth in _batches(scored, batch_size, order == "argmax_first"):
+    for cells, margins, weights, truth in _batches(scored, batch_size, order == "argmax_first"):
         classes = cells.shape[-1]
         if counts is None:
-            counts = np.zeros((len(scales), len(edges) + 1, classes, classes + 1), np.int64)
+            counts = np.zeros((len(pairs), len(edges) + 1, classes, classes + 1), np.int64)
         valid = truth != IGNORE
         labels = truth[valid].astype(np.int64)
         if labels.size and labels.max() > classes:
             raise UserError(f"true label {labels.max()}, but there are {classes} classes")
-        for i, scale in enumerate(scales):
-            p, best = _best(cells, float(scale), *weights, order)
+        for i, (scale, image_scale) in enumerate(pairs):
+            p, best = _best(cells, margins, float(scale), float(image_scale), *weights, order)
             # A pixel in bin j is found at the thresholds 0..j-1, those not above its probability.
             bins = np.searchsorted(edges, np.asarray(p)[valid], side="right")
             joint = (bins * classes + np.asarray(best)[valid]) * (classes + 1) + labels
@@ -85,14 +90,15 @@ def calibrate(
         raise UserError("calibration found no pixel that is not ignored")
     best = curves.argmax(1)
     table = tuple(
-        (float(s), float(thresholds[j]), float(curve[j]))
-        for s, j, curve in zip(scales, best, curves, strict=True)
+        (float(scale), float(image_scale), float(thresholds[j]), float(curve[j]))
+        for (scale, image_scale), j, curve in zip(pairs, best, curves, strict=True)
     )
-    return Calibration(*max(table, key=lambda row: row[2]), table, curves)
+    return Calibration(*max(table, key=lambda row: row[-1]), table, curves)
 
 
 def _batches(scored, size, nearest):
-    """Stacks of images of equal shape: cells, the weights from cells to pixels, truth."""
+    """Stacks of images of equal shape: cells, margins, the weights from cells to pixels,
+    truth."""
     same = []
     for scores, truth in scored:
         if truth.shape != scores.size:
@@ -107,17 +113,19 @@ def _batches(scored, size, nearest):
 
 def _stack(same, size, nearest):
     cells = np.stack([scores.cells for scores, _ in same])
+    margins = np.stack([scores.image_margins() for scores, _ in same])
     truth = np.stack([labels for _, labels in same])
     # One shape for any number of images, so that nothing is compiled again.
     padding = ((0, size - len(same) if len(same) > 1 else 0), (0, 0), (0, 0))
     truth = np.pad(truth, padding, constant_values=IGNORE)
-    return np.pad(cells, (*padding, (0, 0))), same[0][0].weights(nearest=nearest), truth
+    cells, margins = (np.pad(array, (*padding, (0, 0))) for array in (cells, margins))
+    return cells, margins, same[0][0].weights(nearest=nearest), truth
 
 
 @jax.jit(static_argnames="order")
-def _best(cells, scale, rows, columns, order):
+def _best(cells, margins, scale, image_scale, rows, columns, order):
     """Highest probability and its class at each pixel."""
-    p = readout.probabilities(cells, scale)
+    p = readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
     if order == "upsample_first":
         p = readout.spread(p, rows, columns)
         return p.max(-1), p.argmax(-1)

@@ -44,13 +44,16 @@ def _labels_of(
     same: Sequence[ImageScores], protocol: Protocol, classes: int | None, group: int
 ) -> Integer[np.ndarray, "B H W"]:
     cells = np.stack([one.cells for one in same])
+    margins = np.stack([one.image_margins() for one in same])
     if len(same) > 1:  # one shape for any number of images, so nothing is compiled again
-        cells = np.pad(cells, ((0, group - len(same)), (0, 0), (0, 0), (0, 0)))
+        padding = ((0, group - len(same)), (0, 0), (0, 0), (0, 0))
+        cells, margins = np.pad(cells, padding), np.pad(margins, padding)
     rows, columns = same[0].weights(nearest=protocol.order == "argmax_first")
     label = functools.partial(
         _label_band,
         threshold=protocol.threshold,
         scale=protocol.scale,
+        image_scale=protocol.image_scale,
         order=protocol.order,
         classes=classes,
     )
@@ -59,13 +62,13 @@ def _labels_of(
     bands = -(-height * floats // BAND_FLOATS)
     band = -(-height // bands)
     rows = np.pad(rows, ((0, band * -(-height // band) - height), (0, 0)))
-    parts = [label(cells, rows[i : i + band], columns) for i in range(0, height, band)]
+    parts = [label(cells, margins, rows[i : i + band], columns) for i in range(0, height, band)]
     return np.concatenate(parts, 1)[: len(same), :height]
 
 
 @jax.jit(static_argnames=("order", "classes"))
-def _label_band(cells, rows, columns, threshold, scale, order, classes):
-    p = readout.probabilities(cells, scale)
+def _label_band(cells, margins, rows, columns, threshold, scale, image_scale, order, classes):
+    p = readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
     maps = readout.before_spread(p, threshold, order, classes)
     maps = readout.spread(maps, rows, columns)
     return readout.after_spread(maps, threshold, order, classes)

@@ -21,6 +21,8 @@ class Protocol:
         exceed the limit (pixels).
       window, stride: side and spacing of the square windows (pixels).
       scale: factor on the cosines before the softmax over classes.
+      image_scale: classes whose cosine with the whole image is lower than that of the image's best
+        class have their probabilities lowered, by exp(image_scale * difference); 0 for not at all.
       threshold: a pixel whose best probability is lower is background; None where there is no
         background.
       order: 'upsample_first' or 'argmax_first' (the order of Eq. 1).
@@ -34,6 +36,7 @@ class Protocol:
     window: int = 448
     stride: int = 224
     scale: float = 10.0
+    image_scale: float = 0.0
     threshold: float | None = None
     order: str = "upsample_first"
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -57,7 +60,12 @@ class Protocol:
         if unknown:
             raise UserError(f"protocol: unknown {', '.join(unknown)}; there are: {sorted(known)}")
         values = {key: config[key] for key in config}
-        for key, kind in (("scale", float), ("threshold", float), ("templates", tuple)):
+        for key, kind in (
+            ("scale", float),
+            ("image_scale", float),
+            ("threshold", float),
+            ("templates", tuple),
+        ):
             if values.get(key) is not None:  # lists and ints of JSON and config files
                 values[key] = kind(values[key])
         return cls(**values)

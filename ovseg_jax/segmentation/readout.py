@@ -3,7 +3,8 @@
 Pure functions of arrays, to be jitted by the caller. The steps, in order:
 
 1. `class_scores`: cosines of every patch with every class, A G T^T with unit G and T;
-2. `probabilities`: softmax over the classes of scale * cosine;
+2. `probabilities`: softmax over the classes of scale * cosine; `held_to_image` may then lower classes
+   that the whole image speaks against;
 3. `decide` and `spread`: upsample, then take the best class, or (the order of Eq. 1) the other way
    round.
 
@@ -58,6 +59,23 @@ def probabilities(
 ) -> Float[Array, "... C"]:
     """softmax over the classes of `scale` * `scores`."""
     return jax.nn.softmax(jnp.asarray(scores) * jnp.asarray(scale, jnp.float32), axis=-1)
+
+
+def held_to_image(
+    p: Float[AnyArray, "... C"],
+    margins: Float[AnyArray, "... C"],
+    scale: float | Float[AnyArray, ""],
+) -> Float[Array, "... C"]:
+    """`p` with the classes held down that the image as a whole speaks against.
+
+    Groups say where something is, the image embedding says what there is: it is what the
+    contrastive loss trains, and is surer of its classes than any one group.
+
+    Args:
+      margins: cosine of each class with the image embedding, less that of the image's best class.
+      scale: a class is weighted by exp(scale * margin), the best one by 1.
+    """
+    return jnp.asarray(p) * jnp.exp(jnp.asarray(margins) * jnp.asarray(scale, jnp.float32))
 
 
 def spread(

@@ -30,13 +30,15 @@ def benchmark_of(name: str, config: ConfigDict, **changes: Any) -> Benchmark:
 def calibrated(
     segmenter: Segmenter, tune: Benchmark, protocol: Protocol, batch_size: int
 ) -> tuple[Protocol, float]:
-    """The protocol with scale and threshold chosen on a tune split, and the mIoU (percent) there.
+    """The protocol with scales and threshold chosen on a tune split, and the mIoU (percent) there.
 
     Never pass the split that is reported.
     """
     pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
     best = calibrate(pairs, SCALES, order=protocol.order)
-    chosen = protocol.replace(scale=float(best.scale), threshold=float(best.threshold))
+    chosen = protocol.replace(
+        scale=best.scale, image_scale=best.image_scale, threshold=best.threshold
+    )
     return chosen, 100.0 * best.miou
 
 

@@ -45,6 +45,7 @@ class ImageScores:
       cells: cosines; the windows' patches side by side as the windows lie in the image.
       groups: the group with the highest affinity for each patch, likewise.
       embeddings: unit image embedding of each window, row by row.
+      image_cosines: of these embeddings with the classes.
       size, resized: (height, width) of the image as it came, and as it was segmented.
       tiles: number of windows along the height and the width.
       window, stride: of the windows, pixels.
@@ -54,6 +55,7 @@ class ImageScores:
     cells: Float[np.ndarray, "h w C"]
     groups: Integer[np.ndarray, "h w"]
     embeddings: Float[np.ndarray, "windows E"]
+    image_cosines: Float[np.ndarray, "windows C"]
     size: tuple[int, int]
     resized: tuple[int, int]
     tiles: tuple[int, int]
@@ -76,6 +78,13 @@ class ImageScores:
             for axis in (0, 1)
         )
         return rows, columns
+
+    def image_margins(self) -> Float[np.ndarray, "h w C"]:
+        """For each cell, how far each class falls short of its window's best (cosines)."""
+        (down, across), (h, w) = self.tiles, self.cells.shape[:2]
+        margins = self.image_cosines - self.image_cosines.max(axis=-1, keepdims=True)
+        maps = margins.reshape(down, across, -1).repeat(h // down, axis=0)
+        return maps.repeat(w // across, axis=1)
 
     @property
     def shapes(self) -> tuple:
@@ -106,13 +115,15 @@ class _Pending:
         return len(self.parts) == len(self.grid)
 
     def scores(self) -> ImageScores:
-        cells, groups, embeddings = zip(*(self.parts[i] for i in sorted(self.parts)), strict=True)
+        parts = (self.parts[i] for i in sorted(self.parts))
+        cells, groups, embeddings, image_cosines = zip(*parts, strict=True)
         tiles = (len({top for top, _ in self.grid}), len({left for _, left in self.grid}))
         return ImageScores(
             index=self.index,
             cells=_side_by_side(cells, tiles),
             groups=_side_by_side(groups, tiles),
             embeddings=np.stack(embeddings),
+            image_cosines=np.stack(image_cosines),
             size=self.size,
             resized=self.resized,
             tiles=tiles,
@@ -187,4 +198,6 @@ def without_index(encode: Callable[[np.ndarray], tuple[Any, Any, Any]]) -> Encod
 @jax.jit(static_argnames="grid")
 def _window_scores(affinity, groups, embedding, text, grid):
     nearest = jnp.argmax(affinity, -1).reshape(-1, *grid).astype(jnp.int32)
-    return readout.class_scores(affinity, groups, text, grid), nearest, readout.unit(embedding)
+    embedding = readout.unit(embedding)
+    whole = jnp.einsum("be,ce->bc", embedding, readout.unit(text), precision=readout.EXACT)
+    return readout.class_scores(affinity, groups, text, grid), nearest, embedding, whole

@@ -1,4 +1,6 @@
-"""Calibration against trying every pair of scale and threshold the slow way."""
+"""Calibration against trying every setting the slow way."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,20 +8,22 @@ import pytest
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.calibrate import calibrate
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.readout import ORDERS, label_map, probabilities
+from ovseg_jax.segmentation.readout import ORDERS, held_to_image, label_map, probabilities
 from ovseg_jax.segmentation.scores import ImageScores
 
 C = 4
 SCALES = (2.0, 8.0, 30.0)
+IMAGE_SCALES = (0.0, 4.0)
 THRESHOLDS = (0.0, 0.3, 0.45, 0.6, 0.9)
 
 
-def one_window(cells, size):
+def one_window(cells, size, image_cosines=(0.0,) * C):
     return ImageScores(
         index=0,
         cells=cells,
         groups=np.zeros(cells.shape[:2], np.int32),
         embeddings=np.zeros((1, 2), np.float32),
+        image_cosines=np.asarray([image_cosines], np.float32),
         size=size,
         resized=size,
         tiles=(1, 1),
@@ -34,29 +38,33 @@ def scored(count, size=(9, 12), seed=0):
         cells = rng.uniform(-0.3, 0.5, (3, 4, C)).astype(np.float32)
         truth = rng.integers(0, C + 1, size).astype(np.uint8)
         truth[rng.random(size) < 0.1] = 255
-        yield one_window(cells, size), truth
+        yield one_window(cells, size, rng.uniform(-0.3, 0.5, C)), truth
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_brute_force(order):
     # Two sizes, so that batches break off; seven images in batches of four, so that one is padded.
     images = [*scored(7), *scored(2, (5, 6), seed=1)]
-    expected = np.zeros((len(SCALES), len(THRESHOLDS)))
-    for i, scale in enumerate(SCALES):
+    pairs = list(itertools.product(SCALES, IMAGE_SCALES))
+    expected = np.zeros((len(pairs), len(THRESHOLDS)))
+    for i, (scale, image_scale) in enumerate(pairs):
         for j, threshold in enumerate(THRESHOLDS):
             matrix = ConfusionMatrix.empty(C + 1)
             for scores, truth in images:
                 p = probabilities(scores.cells[None], scale)
+                margins = scores.image_cosines - scores.image_cosines.max()
+                p = held_to_image(p, margins[None, None], image_scale)
                 labels = label_map(p, threshold, truth.shape, order)
                 matrix.update(np.asarray(labels[0]), truth)
             expected[i, j] = matrix.miou()
-    found = calibrate(iter(images), SCALES, THRESHOLDS, order, batch_size=4)
+    found = calibrate(iter(images), SCALES, IMAGE_SCALES, THRESHOLDS, order, batch_size=4)
     np.testing.assert_allclose(found.curves, expected, atol=1e-12)
     i, j = np.unravel_index(expected.argmax(), expected.shape)
-    assert (found.scale, found.threshold) == (SCALES[i], THRESHOLDS[j])
+    assert (found.scale, found.image_scale) == pairs[i]
+    assert found.threshold == THRESHOLDS[j]
     assert found.miou == pytest.approx(expected.max())
-    assert [row[0] for row in found.table] == list(SCALES)
-    np.testing.assert_allclose([row[2] for row in found.table], expected.max(1))
+    assert [row[:2] for row in found.table] == pairs
+    np.testing.assert_allclose([row[3] for row in found.table], expected.max(1))
 
 
 def test_finds_the_threshold_that_separates():

@@ -37,7 +37,7 @@ class ByColor:
         strength = np.concatenate([color, np.full((b, h * w, 1), 60.0)], -1)
         affinity = np.eye(4, dtype=np.float32)[strength.argmax(-1)]
         groups = np.concatenate([np.eye(3), np.zeros((1, 3))]).astype(np.float32)
-        return affinity, np.tile(groups, (b, 1, 1)), np.ones((b, 3), np.float32)
+        return affinity, np.tile(groups, (b, 1, 1)), color.mean(1).astype(np.float32)
 
     def text(self, names, templates):
         assert templates == PROTOCOL.templates
@@ -102,11 +102,13 @@ def plain_labels(image, protocol):
     total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
     for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
         part = image[top : top + protocol.window, left : left + protocol.window]
-        affinity, groups, _ = ByColor(1).encode(part[None])
+        affinity, groups, whole = ByColor(1).encode(part[None])
         h, w = part.shape[0] // PATCH, part.shape[1] // PATCH
         cosine = (affinity[0] @ groups[0]).reshape(h, w, C)
         p = np.exp(protocol.scale * cosine)
         p /= p.sum(-1, keepdims=True)
+        image_cosine = whole[0] / np.linalg.norm(whole[0])
+        p *= np.exp(protocol.image_scale * (image_cosine - image_cosine.max()))
         place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
         total[place] += upsample(p, part.shape[:2])
         cover[place] += 1
@@ -123,17 +125,18 @@ def upsample(maps, size):
 SIZES = ((24, 24), (24, 40), (50, 24), (90, 130), (24, 24), (12, 200), (7, 5), (24, 40))
 
 
-@pytest.mark.parametrize("band_floats", [labels_module.BAND_FLOATS, 2000])
-def test_any_sizes_in_shared_batches_and_in_bands(monkeypatch, band_floats):
+@pytest.mark.parametrize("band_floats, image_scale", [(labels_module.BAND_FLOATS, 0), (2000, 2.0)])
+def test_any_sizes_in_shared_batches_and_in_bands(monkeypatch, band_floats, image_scale):
+    protocol = PROTOCOL.replace(image_scale=float(image_scale))
     monkeypatch.setattr(labels_module, "BAND_FLOATS", band_floats)
     benchmark, segmenter = Blocks(SIZES), ByColor(4)
     text = segmenter.text(benchmark.class_names, PROTOCOL.templates)
     images = [benchmark[i][0] for i in range(len(SIZES))]
-    scores = image_scores(without_index(segmenter.encode), text, images, PROTOCOL, 4)
-    found = {one.index: labels for one, labels in label_maps(scores, PROTOCOL, group=3)}
+    scores = image_scores(without_index(segmenter.encode), text, images, protocol, 4)
+    found = {one.index: labels for one, labels in label_maps(scores, protocol, group=3)}
     assert sorted(found) == list(range(len(SIZES)))
     for index, image in enumerate(images):
-        labels, margin = plain_labels(image, PROTOCOL)
+        labels, margin = plain_labels(image, protocol)
         assert found[index].shape == image.shape[:2]
         clear = margin > 1e-5
         np.testing.assert_array_equal(found[index][clear], labels[clear])
