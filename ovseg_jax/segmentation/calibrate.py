@@ -1,8 +1,8 @@
 """Scales and threshold of the background rule, chosen on a split that is not reported.
 
-For one pair of scales, the labels at every threshold follow from the best class of each pixel and its
-probability: below the threshold the pixel is background, above it the label does not change. So
-pixels are counted once by (probability bin, best class, truth), and sums over bins are the
+For one pair of scales, the labels at every threshold follow from the best class of each pixel and
+its probability: below the threshold the pixel is background, above it the label does not change.
+So pixels are counted once by (probability bin, best class, truth), and sums over bins are the
 confusion matrices of all thresholds.
 """
 

@@ -3,8 +3,8 @@
 Pure functions of arrays, to be jitted by the caller. The steps, in order:
 
 1. `class_scores`: cosines of every patch with every class, A G T^T with unit G and T;
-2. `probabilities`: softmax over the classes of scale * cosine; `held_to_image` may then lower classes
-   that the whole image speaks against;
+2. `probabilities`: softmax over the classes of scale * cosine; `held_to_image` may then lower
+   classes that the whole image speaks against;
 3. `decide` and `spread`: upsample, then take the best class, or (the order of Eq. 1) the other way
    round.
 
