@@ -9,7 +9,7 @@ an existing object is ever set.
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 class RefusedPickle(Exception):
@@ -31,6 +31,17 @@ class Constructor:
 
     name: str
     make: Callable[..., Any]
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A binary file."""
+
+    def read(self, count: int, /) -> bytes:
+        """At most `count` bytes."""
+
+    def readline(self) -> bytes:
+        """The bytes up to the end of a line."""
 
 
 @runtime_checkable
@@ -74,7 +85,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(
-    file: IO[bytes],
+    file: Readable,
     find: Callable[[str, str], Any],
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:

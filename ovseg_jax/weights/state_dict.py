@@ -77,6 +77,7 @@ def _has_tensors(value: Mapping[Any, Any]) -> bool:
 
 def without_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Removes the prefixes of `WRAPPERS`, as long as every name has one."""
+
     def common() -> str | None:
         return next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None)
 

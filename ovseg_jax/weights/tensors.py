@@ -13,6 +13,9 @@ from ovseg_jax.errors import UserError
 
 Tensors = dict[str, np.ndarray]
 
+# Endings of PyTorch's files; `weights.state_dict` reads them, for `ovseg_jax.convert` alone.
+PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
+
 # What the readers raise on damaged files; a TypeError for a single array that is called .npz.
 UNREADABLE = (
     SafetensorError,
@@ -71,6 +74,11 @@ def read_tensors(path: Path) -> Tensors:
             return _read_onnx(path)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); is the file complete?") from None
+    if kind in PYTORCH:
+        raise UserError(
+            f"{path} is a PyTorch file: turn it into safetensors once, with "
+            f"python -m ovseg_jax.convert dino|bert --checkpoint={path} --out=..."
+        )
     raise UserError(f"{path}: weights are read from .safetensors, .npz or .onnx, not {kind!r}")
 
 

@@ -228,7 +228,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 # Types that stand in a file as values and are never called.
 _INERT_TYPES = re.compile(
-    r"builtins\.(int|float|str|bool|bytes|type)|numpy\.(bool_?|u?int\d*|float\d*|str_|bytes_)"
+    r"builtins\.(int|long|float|str|unicode|bool|bytes|type)|numpy\.(bool_?|u?int\d*|float\d*|str_|bytes_)"
     r"|torch\.(nn\.parameter\.)?(Tensor|Parameter|Buffer)|torch\.(strided|\w+_format)"
     r"|torch\.(cuda\.)?(\w*Tensor)"
 )

@@ -1,6 +1,6 @@
 """Makes torch_zip.pth, torch_stream.pth and torch_values.npz with PyTorch itself.
 
-    pip install torch==2.13.0 omegaconf==2.3.0 yacs==0.1.8 && python make_torch_golden.py
+    pip install torch==2.13.0 omegaconf==2.4.0 yacs==0.1.8 && python make_torch_golden.py
 
 The two files hold one small checkpoint of a made-up training program: weights of every kind that
 occurs, in the format of today and in that of PyTorch before 1.6, and beside them settings of
