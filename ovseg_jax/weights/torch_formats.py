@@ -220,7 +220,7 @@ def _guess(data: MappedBytes) -> str:
         return "it is a tar archive; PyTorch before 0.2 wrote such: load and save it with PyTorch"
     if head.lstrip()[:1] in (b"<", b"{"):
         return "it begins like a web page or JSON"
-    if head[:1] == b"\x80" and head[1] <= pickle.HIGHEST_PROTOCOL:
+    if head[:1] == b"\x80" and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "it is a plain pickle"
     if head[8:10] == b'{"':
         return "it looks like safetensors: give it that ending"

@@ -280,6 +280,7 @@ FILES = {
     "is empty": b"",
     "cannot be read: No such file": None,
     "truncated download": b"\x80\x02garbage",
+    "is a plain pickle .*truncated": b"\x80",
     "like a web page": b"<!DOCTYPE html><html>Not found</html>",
     "looks like safetensors": struct.pack("<Q", 20) + b'{"w":{"dtype":"F32"}}',
     "is missing or wrong": b"PK\x03\x04" + b"\0" * 100,
