@@ -12,6 +12,8 @@ from ovseg_jax.models.vit import VisualEncoder
 
 CHOICES = {
     "image.assignment": ("hard", "soft"),
+    "image.binding": ("slot", "grouping_block"),
+    "image.second_stage": ("groups_and_patches", "groups"),
     "image.remat": tuple(REMAT_POLICIES),
     "text.remat": tuple(REMAT_POLICIES),
     "text_pool": ("eot", "cls", "mean"),
@@ -37,6 +39,7 @@ def check_model_config(config: ConfigDict) -> None:
     image = config.image
     widths = {
         "image.width": (image.width, image.heads),
+        "image.width, after the binding,": (image.width, image.second_heads or image.heads),
         "image.trunk_width": (
             image.trunk_width or image.width,
             image.trunk_heads or image.heads,
@@ -47,6 +50,12 @@ def check_model_config(config: ConfigDict) -> None:
     for name, (width, heads) in widths.items():
         if width % heads:
             raise UserError(f"config.model.{name} = {width} is not a multiple of its {heads} heads")
+    if image.binding == "slot" and image.group_tokens not in (0, image.num_groups):
+        raise UserError(
+            f"config.model.image.group_tokens = {image.group_tokens} must equal num_groups = "
+            f"{image.num_groups} (or be 0) where binding = 'slot'; only 'grouping_block' mixes "
+            "tokens into fewer groups"
+        )
     if not 0 <= image.group_layer <= image.first_layers:
         raise UserError(
             f"config.model.image.group_layer = {image.group_layer} must lie between 0 and "
@@ -66,6 +75,7 @@ def build_model(config: ConfigDict) -> OVSegmentor:
         "matmul_dtype": jnp.dtype(config.matmul_dtype).type,
     }
     image = dict(config.image)
+    image["binding_form"] = image.pop("binding")
     image["grid"] = tuple(image["grid"])
     return OVSegmentor(
         image_encoder=VisualEncoder(**image, **options),
