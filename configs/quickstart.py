@@ -123,7 +123,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "decay_rules": ((r"(bias|scale|group_token)$", 0.0), (".*", 1.0)),
         "rate_rules": ((".*", 1.0),),
         "ema_decay": 0.99,
-        "learning_rate": {"peak": 1.5e-3, "warmup": 0.1, "end": 0.0},
+        "learning_rate": {
+            "peak": 1.5e-3,
+            "warmup": 0.1,
+            "end": 0.0,
+            "start": None,
+            "cosine_from": "warmup_end",
+            "delay": 0,
+        },
     }
     config.phases = (
         {

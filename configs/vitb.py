@@ -130,7 +130,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "rate_rules": ((".*", 1.0),),
         "ema_decay": 0.99,
         # The paper gives the initial rate alone; warm-up and end follow its released code.
-        "learning_rate": {"peak": 3.2e-4, "warmup": 0.05, "end": 8e-5},
+        "learning_rate": {
+            "peak": 3.2e-4,
+            "warmup": 0.05,
+            "end": 8e-5,
+            "start": None,
+            "cosine_from": "warmup_end",
+            "delay": 0,
+        },
     }
     config.phases = (
         {"name": "align", "epochs": 30, "batch_size": 2048, "mask_weight": 0.0},

@@ -126,7 +126,14 @@ def make_tiny_config() -> ConfigDict:
         "decay_rules": [("bias|scale|token$|token_type|position", 0.0), (".*", 1.0)],
         "rate_rules": [("^text_encoder/", 0.5), (".*", 1.0)],
         "ema_decay": 0.9,
-        "learning_rate": {"peak": 1e-3, "warmup": 2, "end": 0.0},
+        "learning_rate": {
+            "peak": 1e-3,
+            "warmup": 2,
+            "end": 0.0,
+            "start": None,
+            "cosine_from": "warmup_end",
+            "delay": 0,
+        },
     }
     return config
 
