@@ -14,11 +14,10 @@ from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.data.augment import UnreadableImage, decode
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.distractors import check_class_names, with_distractors
-from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.palette import write_palette_png
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.readout import probabilities
 from ovseg_jax.segmentation.scores import ImageScores, image_scores, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
@@ -99,7 +98,7 @@ def _write(
     write_palette_png(out / f"{stem}.mask.png", labels, len(classes))
     picture: Image.Image = overlay(image, labels, classes)
     picture.save(out / f"{stem}.overlay.png")
-    p = np.asarray(probabilities(scores.cells, protocol.scale))
+    p = class_probabilities(scores, protocol)
     found = [
         {
             "name": name,
