@@ -27,6 +27,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.neck import standardized_neck
@@ -189,14 +190,14 @@ class Run:
                     f"{len(moving) - 1} more) to train"
                 )
 
-    def segmenter(self, params: Any, affinity: str) -> ModelSegmenter:
+    def segmenter(self, params: Any, protocol: Protocol) -> ModelSegmenter:
         """The model with `params`, for evaluation."""
         return ModelSegmenter(
             self.model,
             params,
             self.tokenizer,
             text_length=self.prompt_length(),
-            affinity=affinity,
+            protocol=protocol,
             mesh=self.mesh,
         )
 
