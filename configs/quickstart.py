@@ -112,6 +112,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "mask_equal_entities": False,
         "group_ratio": 0.5,
         "mask_threshold": 0.65,
+        "mask_maps": "final_tokens",
+        "mask_directions": "both",
+        "mask_divisor": 0.0,
+        "mask_size": 224,
+        "mask_cost": "cosine",
+        "detached_ratio": 0.5,
+        "teacher_noise": False,
+        "frozen_text_dropout": False,
         "matching": "host",
     }
     config.optimizer = {

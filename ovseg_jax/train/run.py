@@ -35,7 +35,13 @@ from ovseg_jax.train.phases import Phase, make_phases, rate_at
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
-from ovseg_jax.weights.initialize import TRUNK, init_params, initial_image, initial_text
+from ovseg_jax.weights.initialize import (
+    TRUNK,
+    init_params,
+    init_statistics,
+    initial_image,
+    initial_text,
+)
 from ovseg_jax.weights.tensors import package_file
 
 # Captions looked at to choose the text length.
@@ -98,7 +104,9 @@ class Run:
         """(abstract state, shardings) of a phase."""
         params = self.abstract_params()
         tx = self.optimizer(phase, params)
-        abstract = jax.eval_shape(lambda p: new_state(p, tx, phase.frozen), params)
+        abstract = jax.eval_shape(
+            lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
+        )
         return abstract, state_shardings(abstract, self.param_shardings, self.mesh)
 
     def compiled_step(self, phase: Phase) -> Callable[..., Any]:
