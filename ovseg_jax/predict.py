@@ -18,7 +18,7 @@ from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.palette import write_palette_png
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import ImageScores, image_scores, without_index
+from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
 
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     if protocol.threshold is None:
         protocol = protocol.replace(threshold=0.0)
     segmenter = ModelSegmenter.of_saved(saved, protocol)
+    protocol = with_scale(protocol, segmenter)
     minimum = args.words or saved.info["provenance"].get("calibrated_words", 20)
     words = with_distractors(args.classes, minimum=minimum)
     text = segmenter.text(words, protocol.templates)

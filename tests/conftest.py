@@ -115,6 +115,14 @@ def make_tiny_config() -> ConfigDict:
         "mask_equal_entities": False,
         "group_ratio": 0.5,
         "mask_threshold": 0.96,
+        "mask_maps": "final_tokens",
+        "mask_directions": "both",
+        "mask_divisor": 0.0,
+        "mask_size": 224,
+        "mask_cost": "cosine",
+        "detached_ratio": 0.5,
+        "teacher_noise": False,
+        "frozen_text_dropout": False,
         "matching": "host",
     }
     config.optimizer = {

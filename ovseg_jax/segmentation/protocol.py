@@ -32,6 +32,7 @@ class Protocol:
         temperature that the model learned.
       threshold: a pixel whose best probability is lower is background; None where there is no
         background.
+      thresholds: thresholds of benchmarks by their names, in place of `threshold`.
       order: 'upsample_first' or 'argmax_first' (the order of Eq. 1).
       templates: prompts whose embeddings are averaged for each class, with {} for its name.
       affinity: where the patch-to-group map comes from, 'binding' (Eq. 4) or 'features' (Eq. 1).
@@ -62,6 +63,7 @@ class Protocol:
     average: str = "unit"
     resize: str = "antialiased"
     grid: str = "exact"
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_order(self.order)
@@ -91,7 +93,8 @@ class Protocol:
         if unknown:
             raise UserError(f"protocol: unknown {', '.join(unknown)}; there are: {sorted(known)}")
         values = {key: config[key] for key in config}
-        for key, kind in (("scale", float), ("threshold", float), ("templates", tuple)):
+        kinds = {"scale": float, "threshold": float, "templates": tuple, "thresholds": dict}
+        for key, kind in kinds.items():
             if values.get(key) is not None:  # lists and ints of JSON and config files
                 values[key] = kind(values[key])
         return cls(**values)
@@ -100,9 +103,14 @@ class Protocol:
         """A copy with some fields changed, for example a calibrated scale and threshold."""
         return dataclasses.replace(self, **changes)
 
+    def for_benchmark(self, name: str) -> "Protocol":
+        """The protocol with the threshold that `thresholds` has for this benchmark, if any."""
+        return self.replace(threshold=self.thresholds.get(name, self.threshold), thresholds={})
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_config` reads them back."""
-        return {**dataclasses.asdict(self), "templates": list(self.templates)}
+        values = {**dataclasses.asdict(self), "templates": list(self.templates)}
+        return {**values, "thresholds": dict(self.thresholds)}
 
 
 def names_hash(class_names: Sequence[str]) -> str:

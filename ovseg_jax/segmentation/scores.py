@@ -31,6 +31,11 @@ class Segmenter(Protocol):
         """[C,E] embeddings of class words, averaged over the templates, unit norm."""
 
 
+def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.Protocol:
+    """The protocol with the segmenter's own `scale()` where it leaves the scale open."""
+    return protocol if protocol.scale is not None else protocol.replace(scale=segmenter.scale())
+
+
 # `encode` of a segmenter that is also told which image each row belongs to (-1 for padding), so
 # that features computed before can be looked up instead.
 Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]

@@ -20,6 +20,7 @@ from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.report import MetricsWriter, Progress, train_line, trim_metrics
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.state import TrainState, new_state, next_phase_state, teacher_of
+from ovseg_jax.weights.initialize import init_statistics
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,10 @@ def _start(run: Run, checkpoints: Checkpoints, params: Any) -> tuple[TrainState,
     phase = run.phases[0]
     tx = run.optimizer(phase, params)
     _, shardings = run.state_layout(phase)
-    make = jax.jit(lambda p: new_state(p, tx, phase.frozen), out_shardings=shardings)
+    make = jax.jit(
+        lambda p: new_state(p, tx, phase.frozen, init_statistics(run.model)),
+        out_shardings=shardings,
+    )
     return make(params), 0
 
 
@@ -242,7 +246,7 @@ def _evaluate_and_keep_best(
             f"config.eval.every needs a tune split, and benchmark {name} has none: set it to 0"
         )
     protocol = Protocol.from_config(config.protocol)
-    segmenter = run.segmenter(evaluation_params(run, state), protocol.affinity)
+    segmenter = run.segmenter(evaluation_params(run, state), protocol)
     _, miou = calibrated(segmenter, tune, protocol, config.batch_size)
     writer.write(step, {f"eval/{name}_tune/miou": miou})
     run.progress.say(f"step {step}: mIoU on {name} tune {miou:.1f}")

@@ -27,6 +27,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.neck import standardized_neck
@@ -34,7 +35,13 @@ from ovseg_jax.train.phases import Phase, make_phases, rate_at
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
-from ovseg_jax.weights.initialize import TRUNK, init_params, initial_image, initial_text
+from ovseg_jax.weights.initialize import (
+    TRUNK,
+    init_params,
+    init_statistics,
+    initial_image,
+    initial_text,
+)
 from ovseg_jax.weights.tensors import package_file
 
 # Captions looked at to choose the text length.
@@ -97,7 +104,9 @@ class Run:
         """(abstract state, shardings) of a phase."""
         params = self.abstract_params()
         tx = self.optimizer(phase, params)
-        abstract = jax.eval_shape(lambda p: new_state(p, tx, phase.frozen), params)
+        abstract = jax.eval_shape(
+            lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
+        )
         return abstract, state_shardings(abstract, self.param_shardings, self.mesh)
 
     def compiled_step(self, phase: Phase) -> Callable[..., Any]:
@@ -189,14 +198,14 @@ class Run:
                     f"{len(moving) - 1} more) to train"
                 )
 
-    def segmenter(self, params: Any, affinity: str) -> ModelSegmenter:
+    def segmenter(self, params: Any, protocol: Protocol) -> ModelSegmenter:
         """The model with `params`, for evaluation."""
         return ModelSegmenter(
             self.model,
             params,
             self.tokenizer,
             text_length=self.prompt_length(),
-            affinity=affinity,
+            protocol=protocol,
             mesh=self.mesh,
         )
 

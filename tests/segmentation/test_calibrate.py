@@ -20,6 +20,8 @@ def one_window(cells, size):
         cells=cells,
         groups=np.zeros(cells.shape[:2], np.int32),
         embeddings=np.zeros((1, 2), np.float32),
+        group_cosines=np.zeros((1, 3, cells.shape[2]), np.float32),
+        image_cosines=np.zeros((1, cells.shape[2]), np.float32),
         size=size,
         resized=size,
         tiles=(1, 1),
