@@ -87,6 +87,7 @@ class ModelSegmenter:
             saved.tokenizer,
             text_length=saved.info["text_length"],
             protocol=protocol,
+            batch_stats=saved.batch_stats,
         )
 
     def encode(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Int32
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
@@ -31,7 +31,7 @@ from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.initialize import init_variables
-from ovseg_jax.weights.tensors import read_tensors
+from ovseg_jax.weights.tensors import read_tensors, write_safetensors
 
 FORMAT = "ovseg_jax model"
 VERSION = 1
@@ -68,6 +68,21 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class NoTokenizer(Tokenizer):
+    """Stands in a model directory that was written without a tokenizer; says so when it is used."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
+        """Raises UserError."""
+        raise UserError(
+            f"{self._directory} has no tokenizer, without which no class can be named: copy the "
+            "tokenizer.json (or vocab.txt) of the model's text encoder there, or convert again "
+            "with --tokenizer=DIR"
+        )
+
+
 def _self_digest(info: Mapping[str, Any]) -> str:
     """Digest of what config.json says, whatever its layout."""
     rest = {key: value for key, value in info.items() if key != SELF}
@@ -77,7 +92,7 @@ def _self_digest(info: Mapping[str, Any]) -> str:
 def save_model(
     directory: str | Path,
     params: Mapping[str, Any],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     model: Mapping[str, Any],
     protocol: Mapping[str, Any],
@@ -90,6 +105,7 @@ def save_model(
     """Writes a model directory; an older one of the same name is replaced whole.
 
     Args:
+      tokenizer: of the text encoder; None where there is none to be had.
       params: nested parameters. model: the ``config.model`` they belong to.
       protocol: how to segment with it (`segmentation.protocol.Protocol.as_dict`).
       text_length: tokens that class prompts are padded to in evaluation.
@@ -123,15 +139,16 @@ def save_model(
 
 
 def _save(
-    target: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer, info: dict[str, Any]
+    target: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
 ) -> None:
     building = target.with_name(f".{target.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     # Not `ascontiguousarray`, which makes a scalar a vector.
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
-    save_file(arrays, building / WEIGHTS)
-    tokenizer.save(building)
+    write_safetensors(building / WEIGHTS, arrays)
+    if tokenizer is not None:
+        tokenizer.save(building)
     (building / README).write_text(_readme(info, arrays), encoding="utf-8")
     files = {path.name: _digest(path) for path in sorted(building.iterdir())}
     del files[README]
@@ -197,9 +214,15 @@ def load_model(directory: str | Path) -> SavedModel:
         params=params,
         batch_stats=params.pop(STATISTICS, {}),
         extras={name.removeprefix(f"{EXTRA}/"): x for name, x in extras.items()},
-        tokenizer=find_tokenizer(str(directory)),
+        tokenizer=_tokenizer_of(directory),
         info=info,
     )
+
+
+def _tokenizer_of(directory: Path) -> Tokenizer:
+    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    present = any((directory / name).is_file() for name in files)
+    return find_tokenizer(str(directory)) if present else NoTokenizer(directory)
 
 
 def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str, str]) -> None:

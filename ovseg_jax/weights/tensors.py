@@ -1,13 +1,15 @@
 """Tensor files of other libraries as plain NumPy dicts: safetensors, npz, ONNX initializers."""
 
 import importlib.util
+import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from ovseg_jax.errors import UserError
 
@@ -80,6 +82,15 @@ def read_tensors(path: Path) -> Tensors:
             f"python -m ovseg_jax.convert dino|bert --checkpoint={path} --out=..."
         )
     raise UserError(f"{path}: weights are read from .safetensors, .npz or .onnx, not {kind!r}")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes contiguous arrays, readable for whoever may read a new file of this user."""
+    save_file(dict(tensors), path)
+    # The library makes files that their owner alone may read.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _read_onnx(path: Path) -> Tensors:
