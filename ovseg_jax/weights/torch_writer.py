@@ -27,7 +27,7 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray], entry: str 
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    root = path.stem or "archive"
+    root = "archive"  # whatever the file is called: equal weights give equal files
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             _write(archive, f"{root}/data.pkl", _pickle(tensors, entry))

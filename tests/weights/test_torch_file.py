@@ -112,7 +112,7 @@ def test_written_file_says_the_same_in_the_way_of_pytorch(entry, tmp_path):
     write_torch(path, written(), entry)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        data = {name.removeprefix("out/"): archive.read(name) for name in archive.namelist()}
+        data = {name.removeprefix("archive/"): archive.read(name) for name in archive.namelist()}
         for info in archive.infolist():
             extra = int.from_bytes(path.read_bytes()[info.header_offset + 28 :][:2], "little")
             start = info.header_offset + 30 + len(info.filename) + extra
@@ -280,7 +280,7 @@ FILES = {
     "is empty": b"",
     "cannot be read: No such file": None,
     "truncated download": b"\x80\x02garbage",
-    "is a plain pickle .*truncated": b"\x80",
+    "is a plain pickle.*truncated": b"\x80",
     "like a web page": b"<!DOCTYPE html><html>Not found</html>",
     "looks like safetensors": struct.pack("<Q", 20) + b'{"w":{"dtype":"F32"}}',
     "is missing or wrong": b"PK\x03\x04" + b"\0" * 100,
