@@ -56,6 +56,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: transparent parts white, 16-bit gray scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these modes at 255 instead of scaling them.
         values = np.asarray(image, np.float64)
