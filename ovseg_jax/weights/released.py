@@ -181,7 +181,7 @@ def extra_tensors(tensors: Tensors) -> Tensors:
 
 
 def from_released(
-    tensors: Tensors, config: Mapping[str, Any], origin: str = "the checkpoint"
+    tensors: Tensors, config: Mapping[str, Any] | ConfigDict, origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """Our parameters from a released checkpoint's tensors.
 
@@ -215,7 +215,7 @@ def from_released(
 def to_released(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
     teacher: Mapping[str, Any] | None = None,
     extra: Tensors | None = None,
 ) -> Tensors:
