@@ -1,6 +1,7 @@
 """The mask term of a step: which image is seen by which model, and which form compares them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def teacher_views(
     config: ConfigDict,
     *,
     rngs: Mapping[str, Array],
-    noise: Mapping[str, Array] | None,
+    noise: Mapping[str, Any] | None,
     mesh: Mesh | None,
 ) -> dict[int, View]:
     """The teacher's views of a pair; nothing flows back.

@@ -181,7 +181,7 @@ def extra_tensors(tensors: Tensors) -> Tensors:
 
 
 def from_released(
-    tensors: Tensors, config: Mapping[str, Any], origin: str = "the checkpoint"
+    tensors: Tensors, config: Mapping[str, Any] | ConfigDict, origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """Our parameters from a released checkpoint's tensors.
 
@@ -215,7 +215,7 @@ def from_released(
 def to_released(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
     teacher: Mapping[str, Any] | None = None,
     extra: Tensors | None = None,
 ) -> Tensors:
@@ -241,17 +241,20 @@ def to_released(
                 f"only a model of the released form has released names: config.model.{field} is "
                 f"{found!r}, not {needed!r}"
             )
-    arrays = flatten({**params, STATISTICS: batch_stats})
-    tensors = write_links(arrays, model_links(config))
+    tensors = write_links(_arrays({**params, STATISTICS: batch_stats}), model_links(config))
     if teacher is not None:
         links = image_links(config.image, TEACHER)
-        tensors |= write_links(flatten({"image_encoder": teacher}), links)
+        tensors |= write_links(_arrays({"image_encoder": teacher}), links)
     extra = dict(extra or {})
     if extra.pop(POSITION_AXIS, None) is not None:
         for name in (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed"):
             if name in tensors:
                 tensors[name] = tensors[name][None]
     return tensors | extra
+
+
+def _arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
 
 
 def _flat_positions(tensors: Tensors) -> Tensors:

@@ -1,7 +1,6 @@
 """The tensor names of the released PyTorch checkpoints, and the parameters that they are here."""
 
-from collections.abc import Mapping
-from typing import Any
+from ml_collections import ConfigDict
 
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.weights.two_way import Link
@@ -109,7 +108,7 @@ def grouping_block(ours: str, theirs: str) -> list[Link]:
     ]
 
 
-def image_links(image: Mapping[str, Any], theirs: str) -> list[Link]:
+def image_links(image: ConfigDict, theirs: str) -> list[Link]:
     """The visual encoder, or (`theirs` = `TEACHER`) its moving average.
 
     Args:
@@ -191,7 +190,7 @@ def projector_links() -> list[Link]:
     return links
 
 
-def model_links(model: Mapping[str, Any]) -> list[Link]:
+def model_links(model: ConfigDict) -> list[Link]:
     """Everything but the teacher.
 
     Args:
