@@ -31,10 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 def write_checkpoint(path: Path) -> None:
     """A random checkpoint of the size of the released one."""
-    config = load_config(ROOT / "configs" / "vitb.py").model
-    config.image.update(binding="grouping_block", group_tokens=64, second_stage="groups")
-    config.decoder.update(order="cross_first")
-    config.update(projector_layers=2, projector_norm="batch", projector_bias=True)
+    config = load_config(ROOT / "configs" / "vitb_released.py").model
     model = build_model(config)
     shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     rng = np.random.default_rng(0)
