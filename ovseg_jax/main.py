@@ -119,7 +119,7 @@ def _evaluate_state(
     """Calibrates on a tune split where there is one, evaluates, writes the result files."""
     config = run.config.eval
     protocol = Protocol.from_config(config.protocol)
-    segmenter = run.segmenter(evaluation_params(run, state), protocol.affinity)
+    segmenter = run.segmenter(evaluation_params(run, state), protocol, state.batch_stats)
     tune = tune_split(names[0], config) if names else None
     tuned = {}
     if tune is not None:
@@ -141,6 +141,7 @@ def _write_model(
     run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
 ) -> None:
     params = jax.tree.map(_whole, evaluation_params(run, state))
+    batch_stats = jax.tree.map(_whole, state.batch_stats)
     if jax.process_index() != 0:
         return
     config = run.config
@@ -172,6 +173,7 @@ def _write_model(
             if name in config.eval
         },
         provenance=provenance,
+        batch_stats=batch_stats,
     )
 
 
@@ -190,7 +192,7 @@ def _summary(
     """The table at the end of a run: this model, an untrained one, all background."""
     untrained = {}
     if config.eval.untrained:
-        segmenter = run.segmenter(run.initial_params(), protocol.affinity)
+        segmenter = run.segmenter(run.initial_params(), protocol)
         for name in names:
             tune = tune_split(name, config.eval)
             fitted = protocol

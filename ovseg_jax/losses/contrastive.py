@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE over the global batch (Eq. 7 and 9)."""
+"""Symmetric InfoNCE over the global batch (Eq. 7 and 9), with one or several texts per image."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,40 @@ def info_nce(
     rows = jax.nn.logsumexp(logits, axis=1) - positive
     columns = jax.nn.logsumexp(logits, axis=0) - positive
     return 0.5 * (rows + columns)
+
+
+def multi_label_info_nce(
+    a: Float[Array, "B E"],
+    b: Float[Array, "B T E"],
+    scale: Float[Array, ""],
+    candidates: Bool[Array, "B B"],
+    present: Bool[Array, "B T"],
+) -> Float[Array, "B"]:
+    """InfoNCE where each image has several texts (GroupViT, Xu et al., 2022, Sec. 3.2).
+
+    As computed by GroupViT's training: the mean over an image's texts of minus the log
+    probability of each, among all texts of the batch; and the mean over its texts of minus the log
+    probability of the image given the text, among all images. With one text per image it is
+    `info_nce`.
+
+    Args:
+      a, b: unit-norm embeddings of images and of their texts.
+      scale: inverse temperature.
+      candidates: as in `info_nce`, between examples.
+      present: texts that are there; the others are neither positives nor negatives.
+
+    Returns:
+      One value per image, float32; 0 where it has no text.
+    """
+    logits = scale * jnp.einsum("ie,jte->ijt", a, b)
+    keep = (candidates | jnp.eye(a.shape[0], dtype=bool))[..., None] & present[None]
+    logits = jnp.where(keep, logits, jnp.finfo(jnp.float32).min)
+    positive = jnp.einsum("iit->it", logits)
+    rows = jax.nn.logsumexp(logits, axis=(1, 2))[:, None] - positive
+    columns = jax.nn.logsumexp(logits, axis=0) - positive
+    both = jnp.where(present, 0.5 * (rows + columns), 0.0)
+    count = jnp.sum(present.astype(jnp.float32), axis=1)
+    return jnp.sum(both, axis=1) / jnp.maximum(count, 1.0)
 
 
 def candidate_pairs(

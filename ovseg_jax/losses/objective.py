@@ -15,6 +15,17 @@ def weighted_mean(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Float
     return total / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
+def divided_sum(
+    values: Float[Array, "B"], weight: Float[Array, "B"], divisor: int | float
+) -> Float[Array, ""]:
+    """Sum over the examples with weight, over a given divisor: grows with the batch.
+
+    The released training divides the sum over one device's batch by K and averages over devices;
+    on the global batch that is this sum with ``divisor = K * devices``.
+    """
+    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight) / divisor
+
+
 def total_loss(
     contrastive: Float[Array, ""],
     entity: Float[Array, ""] | None,

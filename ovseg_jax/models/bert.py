@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -67,6 +68,8 @@ class BertEncoder(nn.Module):
 
         length = ids.shape[1]
         word = jnp.take(table("word", self.vocab_size, "vocab"), ids, axis=0)
+        # Padding's own embedding never trains. (It could only where padded positions are read.)
+        word = jnp.where(mask[..., None], word, jax.lax.stop_gradient(word))
         position = table("position", self.max_positions, None)[:length]
         # Captions are single sentences: every token has type 0.
         x = word + position[None] + table("token_type", 2, None)[:1][None]

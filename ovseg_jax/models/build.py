@@ -7,15 +7,21 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.bert import BertEncoder
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.models.projector import ACTIVATIONS
 from ovseg_jax.models.stack import REMAT_POLICIES
 from ovseg_jax.models.vit import VisualEncoder
 
 CHOICES = {
     "image.assignment": ("hard", "soft"),
+    "image.binding": ("slot", "grouping_block"),
+    "image.second_stage": ("groups_and_patches", "groups"),
     "image.remat": tuple(REMAT_POLICIES),
     "text.remat": tuple(REMAT_POLICIES),
     "text_pool": ("eot", "cls", "mean"),
     "projector_layers": (1, 2),
+    "projector_norm": ("none", "batch"),
+    "projector_activation": tuple(ACTIVATIONS),
+    "decoder.order": ("self_first", "cross_first"),
     "dtype": ("float32", "bfloat16"),
     "matmul_dtype": ("float32", "bfloat16"),
 }
@@ -37,6 +43,7 @@ def check_model_config(config: ConfigDict) -> None:
     image = config.image
     widths = {
         "image.width": (image.width, image.heads),
+        "image.width, after the binding,": (image.width, image.second_heads or image.heads),
         "image.trunk_width": (
             image.trunk_width or image.width,
             image.trunk_heads or image.heads,
@@ -47,6 +54,19 @@ def check_model_config(config: ConfigDict) -> None:
     for name, (width, heads) in widths.items():
         if width % heads:
             raise UserError(f"config.model.{name} = {width} is not a multiple of its {heads} heads")
+    if image.binding == "slot" and image.group_tokens not in (0, image.num_groups):
+        raise UserError(
+            f"config.model.image.group_tokens = {image.group_tokens} must equal num_groups = "
+            f"{image.num_groups} (or be 0) where binding = 'slot'; only 'grouping_block' mixes "
+            "tokens into fewer groups"
+        )
+    if config.projector_norm == "batch" and config.projector_layers != 2:
+        raise UserError(
+            "config.model.projector_norm = 'batch' normalizes between two layers: set "
+            "config.model.projector_layers = 2"
+        )
+    if config.decoder.depth < 1:
+        raise UserError(f"config.model.decoder.depth = {config.decoder.depth} must be at least 1")
     if not 0 <= image.group_layer <= image.first_layers:
         raise UserError(
             f"config.model.image.group_layer = {image.group_layer} must lie between 0 and "
@@ -66,6 +86,7 @@ def build_model(config: ConfigDict) -> OVSegmentor:
         "matmul_dtype": jnp.dtype(config.matmul_dtype).type,
     }
     image = dict(config.image)
+    image["binding_form"] = image.pop("binding")
     image["grid"] = tuple(image["grid"])
     return OVSegmentor(
         image_encoder=VisualEncoder(**image, **options),
@@ -74,6 +95,9 @@ def build_model(config: ConfigDict) -> OVSegmentor:
         joint_width=config.joint_width,
         projector_layers=config.projector_layers,
         projector_width=config.projector_width,
+        projector_norm=config.projector_norm,
+        projector_activation=config.projector_activation,
+        projector_bias=config.projector_bias,
         text_pool=config.text_pool,
         pad_id=config.pad_id,
         temperature_init=config.temperature_init,

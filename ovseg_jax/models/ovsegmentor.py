@@ -9,7 +9,7 @@ from flax import struct
 
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
-from ovseg_jax.models.layers import Dense, gelu
+from ovseg_jax.models.projector import Projector
 from ovseg_jax.models.vit import VisualEncoder, VisualTokens, normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, Int
 
@@ -31,36 +31,15 @@ def unit(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     return x / jnp.sqrt(safe)
 
 
-class Projector(nn.Module):
-    """Projection to the joint space: one linear map, or two with a GELU between them.
-
-    Attributes:
-      features: E.
-      layers: 1 or 2.
-      hidden: width between two layers.
-    """
-
-    features: int
-    layers: int
-    hidden: int
-    dtype: Any
-    matmul_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        if self.layers == 2:
-            x = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc", **options)(x))
-        return Dense(self.features, ("mlp", "joint"), name="out", use_bias=False, **options)(x)
-
-
 class OVSegmentor(nn.Module):
     """The whole model. Its methods are the pieces that training and inference are made of.
 
     Attributes:
       image_encoder, text_encoder, entity_decoder: the towers.
       joint_width: E.
-      projector_layers, projector_width: of the image, text and completion projectors.
+      projector_layers, projector_width, projector_norm, projector_activation, projector_bias: of
+        the image, text and completion projectors, see `Projector`. With a batch norm, projecting in
+        training changes the collection "batch_stats", and the order of the calls counts.
       text_pool: how a sentence vector is taken from its tokens, see `pool_tokens`.
       pad_id: token id of padding.
       temperature_init: initial temperature of the contrastive losses.
@@ -72,6 +51,9 @@ class OVSegmentor(nn.Module):
     joint_width: int = 256
     projector_layers: int = 1
     projector_width: int = 512
+    projector_norm: str = "none"
+    projector_activation: str = "gelu"
+    projector_bias: bool = False
     text_pool: str = "eot"
     pad_id: int = 0
     temperature_init: float = 0.07
@@ -84,6 +66,9 @@ class OVSegmentor(nn.Module):
                 self.joint_width,
                 self.projector_layers,
                 self.projector_width,
+                self.projector_norm,
+                self.projector_activation,
+                self.projector_bias,
                 self.dtype,
                 self.matmul_dtype,
             )
@@ -95,18 +80,26 @@ class OVSegmentor(nn.Module):
         self.log_scale = self.param("log_scale", nn.initializers.constant(start), (), jnp.float32)
 
     def trunk(self, image: Array, train: bool = False) -> Float[Array, "B L D0"]:
-        """Image features before the groups join. `image` is uint8 [B, H, W, 3]."""
-        return self.image_encoder.trunk(normalize_image(image), train)
+        """Image features before the groups join.
 
-    def visual_tokens(self, image: Array, train: bool = False) -> VisualTokens:
+        Args:
+          image: [B, H, W, 3]; uint8, or float32 where the pixels are normalized already.
+        """
+        pixels = normalize_image(image) if image.dtype == jnp.uint8 else image
+        return self.image_encoder.trunk(pixels, train)
+
+    def visual_tokens(
+        self, image: Array, train: bool = False, noise: Float[Array, "B L K"] | None = None
+    ) -> VisualTokens:
         """Groups, patches and affinity (Eq. 2, 4).
 
         Args:
-          image: uint8 [B, H, W, 3] images, or [B, L, D0] features of `trunk`, cached.
+          image: [B, H, W, 3] images as `trunk` takes them, or its features [B, L, D0], cached.
           train: stochastic depth and Gumbel noise on.
+          noise: that noise instead of a draw of the "gumbel" stream.
         """
         features = image if image.ndim == 3 else self.trunk(image, train)
-        return self.image_encoder.group(features, train)
+        return self.image_encoder.group(features, train, noise)
 
     def text_tokens(self, ids: Int[Array, "B M"], train: bool = False) -> TextTokens:
         """Text features of token ids, padded with `pad_id`."""
@@ -114,24 +107,41 @@ class OVSegmentor(nn.Module):
         tokens = self.text_encoder(ids, mask, train)
         return TextTokens(tokens, mask, pool_tokens(tokens, mask, self.text_pool))
 
-    def project_image(self, tokens: Float[Array, "... D"]) -> Float[Array, "... E"]:
-        """Image-side features in the joint space, unit norm, float32 (Sec. 3.2)."""
-        return unit(self.image_projector(tokens))
+    def embed_image(
+        self, tokens: Float[Array, "... D"], train: bool = False
+    ) -> Float[Array, "... E"]:
+        """Image-side features in the joint space as they come, float32."""
+        return self.image_projector(tokens, train).astype(jnp.float32)
 
-    def project_text(self, pooled: Float[Array, "B Dt"]) -> Float[Array, "B E"]:
+    def embed_text(
+        self, tokens: Float[Array, "... Dt"], train: bool = False
+    ) -> Float[Array, "... E"]:
+        """Text-side features in the joint space as they come, float32."""
+        return self.text_projector(tokens.astype(self.dtype), train).astype(jnp.float32)
+
+    def project_image(
+        self, tokens: Float[Array, "... D"], train: bool = False
+    ) -> Float[Array, "... E"]:
+        """Image-side features in the joint space, unit norm, float32 (Sec. 3.2)."""
+        return unit(self.embed_image(tokens, train))
+
+    def project_text(
+        self, pooled: Float[Array, "... Dt"], train: bool = False
+    ) -> Float[Array, "... E"]:
         """Sentence vectors in the joint space, unit norm, float32 (Sec. 3.2)."""
-        return unit(self.text_projector(pooled.astype(self.dtype)))
+        return unit(self.embed_text(pooled, train))
 
     def complete(
         self,
         tokens: Float[Array, "B M Dt"],
         mask: Bool[Array, "B M"],
         groups: Float[Array, "B K D"],
+        train: bool = False,
     ) -> Float[Array, "B E"]:
         """z^M of Eq. 9: the masked caption, completed by the groups, in the joint space."""
         completed = self.entity_decoder(tokens.astype(self.dtype), mask, groups)
         pooled = pool_tokens(completed, mask, self.text_pool)
-        return unit(self.completion_projector(pooled))
+        return unit(self.completion_projector(pooled, train))
 
     def logit_scale(self) -> Float[Array, ""]:
         """Inverse temperature of both contrastive losses, at most 100."""

@@ -45,7 +45,13 @@ class PreNormLayer(nn.Module):
     matmul_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], rate: Float[Array, ""]) -> tuple[Array, None]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rate: Float[Array, ""],
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Array, None]:
+        """`rate` is the stochastic depth's; tokens where `mask` is False are never looked at."""
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
 
         def add(x: Array, branch: Array, name: str) -> Array:
@@ -56,7 +62,7 @@ class PreNormLayer(nn.Module):
             return x + branch
 
         normed = layer_norm("attention_norm", self.eps, self.dtype)(x)
-        attended = MultiHeadAttention(self.heads, name="attention", **options)(normed, normed)
+        attended = MultiHeadAttention(self.heads, name="attention", **options)(normed, normed, mask)
         x = add(x, attended, "attention")
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
         hidden = int(x.shape[-1] * self.mlp_ratio)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 from ovseg_jax.models.binding import SlotBinding
+from ovseg_jax.models.grouping_block import GroupingBlock
 from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, layer_norm, logical
 from ovseg_jax.models.positions import resize_grid
 from ovseg_jax.models.stack import PreNormStack
@@ -25,12 +26,22 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 @struct.dataclass
 class VisualTokens:
-    """What the visual encoder gives: `groups` [B, K, D] and `patches` [B, L, D], both after the
-    final LayerNorm, and `affinity` [B, L, K], the soft map of Eq. 4."""
+    """What the visual encoder gives.
+
+    Attributes:
+      groups: [B, K, D], after the final LayerNorm.
+      patches: [B, L, D], likewise; None where the second half sees the groups alone.
+      affinity: the soft map of Eq. 4, [B, L, K].
+      assigned: the map that patches were averaged with, see `Binding`.
+      query, key: [B, K, D] and [B, L, D], the two sides of Eq. 4's product.
+    """
 
     groups: Float[Array, "B K D"]
-    patches: Float[Array, "B L D"]
+    patches: Float[Array, "B L D"] | None
     affinity: Float[Array, "B L K"]
+    assigned: Float[Array, "B L K"]
+    query: Float[Array, "B K D"]
+    key: Float[Array, "B L D"]
 
 
 def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -41,15 +52,21 @@ def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 
 
 class VisualEncoder(nn.Module):
-    """ViT with K learnable group tokens and one binding module.
+    """ViT with learnable group tokens and one binding module.
 
     Attributes:
       patch: patch size, pixels.
       grid: (rows, columns) of the stored position embeddings.
       width, heads, mlp_ratio, eps: of the layers that see the groups.
       first_layers: layers before the binding, the trunk's included.
-      second_layers: layers after it, over [G; I].
-      num_groups: K.
+      second_layers: layers after it.
+      num_groups: K, the groups that binding gives.
+      group_tokens: N, the learnable tokens that join the image; 0 for as many as groups.
+      binding_form: "slot" (`SlotBinding`, Eq. 3-6 as printed; N = K) or "grouping_block"
+        (`GroupingBlock`, which mixes N tokens down to K first).
+      second_stage: what the layers after the binding see: "groups_and_patches" (Eq. 2) or "groups".
+      second_heads: of those layers, where they have others; 0 takes `heads`.
+      patch_norm: a LayerNorm follows the patch embedding.
       group_std: standard deviation of the initial group tokens. At 0.02 they start nearly alike and
         take long to part; small models trained briefly want 1.
       group_layer: how many of the first layers see the image alone; 0 in the paper.
@@ -71,6 +88,11 @@ class VisualEncoder(nn.Module):
     first_layers: int
     second_layers: int
     num_groups: int
+    group_tokens: int = 0
+    binding_form: str = "slot"
+    second_stage: str = "groups_and_patches"
+    second_heads: int = 0
+    patch_norm: bool = False
     group_std: float = 0.02
     mlp_ratio: float = 4.0
     eps: float = 1e-6
@@ -108,6 +130,8 @@ class VisualEncoder(nn.Module):
             )
 
         self.patch_embed = Dense(trunk_width, (None, "embed"), **options)
+        if self.patch_norm:
+            self.embed_norm = layer_norm(None, self.eps, self.dtype)
         self.position = self.param(
             "position",
             logical(TRUNCATED_NORMAL, None, "embed"),
@@ -127,15 +151,30 @@ class VisualEncoder(nn.Module):
         self.group_token = self.param(
             "group_token",
             logical(nn.initializers.truncated_normal(self.group_std), None, "embed"),
-            (self.num_groups, self.width),
+            (self.group_tokens or self.num_groups, self.width),
             jnp.float32,
         )
         self.first = stack(layers, self.first_layers, self.heads, None)
-        self.binding = SlotBinding(
-            self.assignment, self.binding_scale, self.gumbel_temperature, self.eps, **options
-        )
+        if self.binding_form == "grouping_block":
+            self.binding = GroupingBlock(
+                self.num_groups,
+                self.heads,
+                self.mlp_ratio,
+                self.eps,
+                self.assignment,
+                self.gumbel_temperature,
+                self.binding_scale,
+                **options,
+            )
+        else:
+            self.binding = SlotBinding(
+                self.assignment, self.binding_scale, self.gumbel_temperature, self.eps, **options
+            )
         self.second = stack(
-            self.first_layers, self.first_layers + self.second_layers, self.heads, None
+            self.first_layers,
+            self.first_layers + self.second_layers,
+            self.second_heads or self.heads,
+            None,
         )
         self.norm = layer_norm(None, self.eps, self.dtype)
 
@@ -151,7 +190,10 @@ class VisualEncoder(nn.Module):
         pixels = image[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, 3)
         pixels = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * 3)
         position = resize_grid(self.position, self.grid, (rows, columns))
-        x = self.patch_embed(pixels) + position[None].astype(self.dtype)
+        x = self.patch_embed(pixels)
+        if self.patch_norm:
+            x = self.embed_norm(x)
+        x = x + position[None].astype(self.dtype)
         if self.class_token:
             token = jnp.broadcast_to(self.class_embed[None], (batch, 1, x.shape[-1]))
             x = jnp.concatenate([token.astype(self.dtype), x], axis=1)
@@ -160,21 +202,33 @@ class VisualEncoder(nn.Module):
             x = self.trunk_end(x)
         return x[:, 1:] if self.class_token else x
 
-    def group(self, features: Float[Array, "B L D0"], train: bool) -> VisualTokens:
-        """Groups join the trunk's output: the rest of the first half, binding, second half."""
+    def group(
+        self,
+        features: Float[Array, "B L D0"],
+        train: bool,
+        noise: Float[Array, "B L K"] | None = None,
+    ) -> VisualTokens:
+        """Groups join the trunk's output: the rest of the first half, binding, second half.
+
+        Args:
+          noise: Gumbel noise of the assignment instead of a draw, in training.
+        """
         x = features.astype(self.dtype)
         if x.shape[-1] != self.width:
             x = self.neck(x)
         count = x.shape[1]
         tokens = jnp.broadcast_to(
-            self.group_token[None], (x.shape[0], self.num_groups, self.width)
+            self.group_token[None], (x.shape[0], *self.group_token.shape)
         ).astype(self.dtype)
         x = self.first(jnp.concatenate([x, tokens], axis=1), train)
-        groups, affinity = self.binding(x[:, count:], x[:, :count], train)
-        x = jnp.concatenate([x[:, :count], groups], axis=1)
+        bound = self.binding(x[:, count:], x[:, :count], train, noise)
+        maps = (bound.affinity, bound.assigned, bound.query, bound.key)
+        if self.second_stage == "groups":
+            return VisualTokens(self.norm(self.second(bound.groups, train)), None, *maps)
+        x = jnp.concatenate([x[:, :count], bound.groups], axis=1)
         x = self.norm(self.second(x, train))
-        return VisualTokens(groups=x[:, count:], patches=x[:, :count], affinity=affinity)
+        return VisualTokens(x[:, count:], x[:, :count], *maps)
 
     def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> VisualTokens:
-        """Eq. 2: both outputs, groups and patches, from normalized pixels."""
+        """Eq. 2: groups and patches, from normalized pixels."""
         return self.group(self.trunk(image, train), train)

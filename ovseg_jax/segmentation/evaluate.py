@@ -20,6 +20,7 @@ from ovseg_jax.segmentation.scores import (
     ImageScores,
     Segmenter,
     image_scores,
+    with_scale,
     without_index,
 )
 from ovseg_jax.shapes import UInt8
@@ -70,6 +71,7 @@ def evaluate(
     Raises:
       UserError: a benchmark with background and a protocol without a threshold.
     """
+    protocol = with_scale(protocol.for_benchmark(benchmark.name), segmenter)
     if not benchmark.has_background:
         protocol = protocol.replace(threshold=None)
     elif protocol.threshold is None:

@@ -34,6 +34,13 @@ def unit(x: Float[AnyArray, "... E"]) -> Float[Array, "... E"]:
     return x / jnp.maximum(norm, jnp.float32(1e-12))
 
 
+def cosines(
+    tokens: Float[AnyArray, "B K E"], text: Float[AnyArray, "C E"]
+) -> Float[Array, "B K C"]:
+    """Cosine of each token with each class."""
+    return jnp.einsum("bke,ce->bkc", unit(tokens), unit(text), precision=EXACT)
+
+
 def class_scores(
     affinity: Float[AnyArray, "B L K"],
     groups: Float[AnyArray, "B K E"],
@@ -48,7 +55,7 @@ def class_scores(
       affinity: patch to group, rows sum to one over K.
       grid: (rows, columns), rows * columns = L.
     """
-    cosine = jnp.einsum("bke,ce->bkc", unit(groups), unit(text), precision=EXACT)
+    cosine = cosines(groups, text)
     affinity = jnp.asarray(affinity).astype(jnp.float32)
     scores = jnp.einsum("blk,bkc->blc", affinity, cosine, precision=EXACT)
     return scores.reshape(scores.shape[0], *grid, scores.shape[-1])

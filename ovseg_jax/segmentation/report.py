@@ -15,7 +15,7 @@ from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark, write_re
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import contact_sheet, scene_panel
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import Segmenter, image_scores, without_index
+from ovseg_jax.segmentation.scores import Segmenter, image_scores, with_scale, without_index
 
 # Scales of the softmax over classes that calibration tries.
 SCALES = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 45.0)
@@ -32,8 +32,12 @@ def calibrated(
 ) -> tuple[Protocol, float]:
     """The protocol with scales and threshold chosen on a tune split, and the mIoU (percent) there.
 
-    Never pass the split that is reported.
+    Never pass the split that is reported. A protocol of one group per pixel keeps its own scale and
+    threshold: it is only measured.
     """
+    if protocol.grouping == "one_group":
+        result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
+        return protocol, result["miou"]
     pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
     best = calibrate(pairs, SCALES, order=protocol.order)
     chosen = protocol.replace(
@@ -88,6 +92,7 @@ def write_pictures(
       The path of the sheet, ``DIRECTORY/NAME.png``.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    protocol = with_scale(protocol, segmenter)
     count = min(count, len(benchmark))
     images = [benchmark[index] for index in range(count)]
     text = segmenter.text(list(benchmark.class_names), protocol.templates)

@@ -31,6 +31,11 @@ class Segmenter(Protocol):
         """[C,E] embeddings of class words, averaged over the templates, unit norm."""
 
 
+def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.Protocol:
+    """The protocol with the segmenter's own `scale()` where it leaves the scale open."""
+    return protocol if protocol.scale is not None else protocol.replace(scale=segmenter.scale())
+
+
 # `encode` of a segmenter that is also told which image each row belongs to (-1 for padding), so
 # that features computed before can be looked up instead.
 Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]
@@ -42,19 +47,22 @@ class ImageScores:
 
     Attributes:
       index: position of the image in what was given.
-      cells: cosines; the windows' patches side by side as the windows lie in the image.
+      cells: the windows' patches side by side as the windows lie in the image. With the protocol's
+        grouping 'soft_patches' their cosines with the classes, else their affinity to the groups.
       groups: the group with the highest affinity for each patch, likewise.
       embeddings: unit image embedding of each window, row by row.
-      image_cosines: of these embeddings with the classes.
+      group_cosines, image_cosines: of the groups and of the embedding of each window with the
+        classes.
       size, resized: (height, width) of the image as it came, and as it was segmented.
       tiles: number of windows along the height and the width.
       window, stride: of the windows, pixels.
     """
 
     index: int
-    cells: Float[np.ndarray, "h w C"]
+    cells: Float[np.ndarray, "h w scores"]
     groups: Integer[np.ndarray, "h w"]
     embeddings: Float[np.ndarray, "windows E"]
+    group_cosines: Float[np.ndarray, "windows K C"]
     image_cosines: Float[np.ndarray, "windows C"]
     size: tuple[int, int]
     resized: tuple[int, int]
@@ -91,6 +99,12 @@ class ImageScores:
         """Equal for images that can be worked on as one array."""
         return self.size, self.resized, self.cells.shape
 
+    def by_window(self) -> Float[np.ndarray, "windows h w scores"]:
+        """`cells`, window by window."""
+        (down, across), (h, w) = self.tiles, self.cells.shape[:2]
+        parts = self.cells.reshape(down, h // down, across, w // across, -1)
+        return parts.transpose(0, 2, 1, 3, 4).reshape(-1, h // down, w // across, parts.shape[-1])
+
     def group_map(self) -> Integer[np.ndarray, "H W"]:
         """The group of each pixel, for pictures of images that are one window."""
         rows, columns = (matrix.argmax(1) for matrix in self.weights(nearest=True))
@@ -107,7 +121,8 @@ class _Pending:
         self.parts: dict[int, tuple[np.ndarray, ...]] = {}
 
     def cut(self, image: np.ndarray) -> Iterator[np.ndarray]:
-        image, side = windows.resize_image(image, *self.resized), self.protocol.window
+        image = windows.resize_image(image, *self.resized, self.protocol.resize)
+        side = self.protocol.window
         for top, left in self.grid:
             yield image[top : top + side, left : left + side]
 
@@ -115,15 +130,17 @@ class _Pending:
         return len(self.parts) == len(self.grid)
 
     def scores(self) -> ImageScores:
-        parts = (self.parts[i] for i in sorted(self.parts))
-        cells, groups, embeddings, image_cosines = zip(*parts, strict=True)
+        parts = [self.parts[i] for i in sorted(self.parts)]
+        cells, groups, *rest = zip(*parts, strict=True)
+        embeddings, group_cosines, image_cosines = (np.stack(part) for part in rest)
         tiles = (len({top for top, _ in self.grid}), len({left for _, left in self.grid}))
         return ImageScores(
             index=self.index,
             cells=_side_by_side(cells, tiles),
             groups=_side_by_side(groups, tiles),
-            embeddings=np.stack(embeddings),
-            image_cosines=np.stack(image_cosines),
+            embeddings=embeddings,
+            group_cosines=group_cosines,
+            image_cosines=image_cosines,
             size=self.size,
             resized=self.resized,
             tiles=tiles,
@@ -164,8 +181,9 @@ def image_scores(
         pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
         index = np.pad(index, (0, padding), constant_values=-1)
         affinity, groups, embedding = encode(pixels, index)
-        grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1])
-        running.append((batch, _window_scores(affinity, groups, embedding, text, grid)))
+        grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
+        results = _window_scores(affinity, groups, embedding, text, grid, protocol.grouping)
+        running.append((batch, results))
 
     def finish() -> Iterator[ImageScores]:
         batch, results = running.popleft()
@@ -195,9 +213,13 @@ def without_index(encode: Callable[[np.ndarray], tuple[Any, Any, Any]]) -> Encod
     return lambda images, index: encode(images)
 
 
-@jax.jit(static_argnames="grid")
-def _window_scores(affinity, groups, embedding, text, grid):
+@jax.jit(static_argnames=("grid", "grouping"))
+def _window_scores(affinity, groups, embedding, text, grid, grouping):
+    affinity, embedding = jnp.asarray(affinity), readout.unit(embedding)
     nearest = jnp.argmax(affinity, -1).reshape(-1, *grid).astype(jnp.int32)
-    embedding = readout.unit(embedding)
-    whole = jnp.einsum("be,ce->bc", embedding, readout.unit(text), precision=readout.EXACT)
-    return readout.class_scores(affinity, groups, text, grid), nearest, embedding, whole
+    if grouping == "one_group":
+        cells = affinity.astype(jnp.float32).reshape(-1, *grid, affinity.shape[-1])
+    else:
+        cells = readout.class_scores(affinity, groups, text, grid)
+    whole = readout.cosines(embedding[:, None], text)[:, 0]
+    return cells, nearest, embedding, readout.cosines(groups, text), whole

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from ovseg_jax import sharding
 from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.errors import UserError
 from ovseg_jax.losses.mask_consistency import mask_logits
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.segmentation.protocol import Protocol
@@ -19,7 +20,46 @@ from ovseg_jax.weights.model_dir import SavedModel
 # Prompts encoded at once.
 TEXT_BATCH = 64
 
-AFFINITIES = ("binding", "features")
+
+def encode_images(
+    model: OVSegmentor, variables: Mapping[str, Any], images: Array, affinity: str
+) -> tuple[Array, Array, Array]:
+    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted.
+
+    Args:
+      images: uint8 [B, H, W, 3], or [B, L, D0] trunk features.
+      affinity: see `Protocol`.
+
+    Raises:
+      UserError: affinity "features" of a model without final patch tokens.
+    """
+    tokens = model.apply(variables, images, method="visual_tokens")
+    if affinity == "features":
+        if tokens.patches is None:
+            raise UserError(
+                "protocol: affinity 'features' needs patch tokens, but this model's second "
+                "stage has groups alone; use affinity 'binding'"
+            )
+        logits = mask_logits(tokens.patches, tokens.groups)
+        soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
+    else:
+        soft = tokens.affinity
+    groups = model.apply(variables, tokens.groups, method="project_image")
+    pooled = jnp.mean(tokens.groups, axis=1)
+    return soft, groups, model.apply(variables, pooled, method="project_image")
+
+
+def embed_prompts(
+    model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
+) -> Array:
+    """Embeddings [B, E] of prompts, as they are averaged over templates; to be jitted.
+
+    Args:
+      ids: int32 [B, M]. average: see `Protocol`.
+    """
+    text = model.apply(variables, ids, method="text_tokens")
+    method = "project_text" if average == "unit" else "embed_text"
+    return model.apply(variables, text.pooled, method=method)
 
 
 class ModelSegmenter:
@@ -28,9 +68,14 @@ class ModelSegmenter:
     Args:
       model, params: the module and its parameters, placed anywhere.
       tokenizer, text_length: of its text encoder.
-      affinity: A of Eq. 1. "binding": the soft map of Eq. 4. "features": the softmax over groups
-        of the encoder's final tokens, I G^T D^-0.5.
+      protocol: its `affinity` is A of Eq. 1 ("binding": the soft map of Eq. 4; "features": the
+        softmax over groups of the encoder's final tokens, I G^T D^-0.5), its `average` what is
+        averaged over templates.
+      batch_stats: running statistics of the model's batch norms, where it has any.
       mesh: where given, batches are split over it.
+
+    Raises:
+      UserError: affinity "features" of a model without final patch tokens.
     """
 
     def __init__(
@@ -40,29 +85,22 @@ class ModelSegmenter:
         tokenizer: Tokenizer,
         *,
         text_length: int,
-        affinity: str = "binding",
+        protocol: Protocol | None = None,
+        batch_stats: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
     ):
-        self.params = params
+        protocol = protocol or Protocol()
+        self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
         whole = sharding.replicated(mesh) if mesh is not None else None
 
-        def encode(params: Any, images: Array) -> tuple[Array, Array, Array]:
-            variables = {"params": params}
-            tokens = model.apply(variables, images, method="visual_tokens")
-            if affinity == "features":
-                logits = mask_logits(tokens.patches, tokens.groups)
-                soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
-            else:
-                soft = tokens.affinity
-            groups = model.apply(variables, tokens.groups, method="project_image")
-            pooled = jnp.mean(tokens.groups, axis=1)
-            return soft, groups, model.apply(variables, pooled, method="project_image")
+        def encode(variables: Any, images: Array) -> tuple[Array, Array, Array]:
+            return encode_images(model, variables, images, protocol.affinity)
 
-        def embed(params: Any, ids: Array) -> Array:
-            text = model.apply({"params": params}, ids, method="text_tokens")
-            return model.apply({"params": params}, text.pooled, method="project_text")
+        def embed(variables: Any, ids: Array) -> Array:
+            return embed_prompts(model, variables, ids, protocol.average)
 
+        self._model = model
         self._encode = jax.jit(encode, out_shardings=whole)
         self._embed = jax.jit(embed, out_shardings=whole)
 
@@ -74,7 +112,8 @@ class ModelSegmenter:
             saved.params,
             saved.tokenizer,
             text_length=saved.info["text_length"],
-            affinity=protocol.affinity,
+            protocol=protocol,
+            batch_stats=saved.batch_stats,
         )
 
     def encode(
@@ -82,10 +121,10 @@ class ModelSegmenter:
     ) -> tuple[Array, Array, Array]:
         """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]); groups and embedding are
         unit norm. Cached trunk features [B, L, D0] may stand in for the images."""
-        return self._encode(self.params, self._place(images))
+        return self._encode(self.variables, self._place(images))
 
     def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:
-        """Class embeddings: the mean over templates of the prompts' unit embeddings, unit norm."""
+        """Class embeddings: the mean over templates of the prompts' embeddings, unit norm."""
         prompts = [template.format(name) for name in names for template in templates]
         ids = self._tokenizer.encode(prompts, self._length)
         rows = []
@@ -93,9 +132,13 @@ class ModelSegmenter:
             part = ids[start : start + TEXT_BATCH]
             padded = np.zeros((TEXT_BATCH, ids.shape[1]), np.int32)
             padded[: len(part)] = part
-            rows.append(np.asarray(self._embed(self.params, padded))[: len(part)])
+            rows.append(np.asarray(self._embed(self.variables, padded))[: len(part)])
         embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1)
         return np.asarray(unit(jnp.asarray(embeddings.mean(1))))
+
+    def scale(self) -> float:
+        """The inverse temperature that the model learned, for a protocol whose scale is None."""
+        return float(self._model.apply(self.variables, method="logit_scale"))
 
     def _place(self, images: np.ndarray) -> Any:
         if self._mesh is None or len(images) % sharding.batch_shards(self._mesh):

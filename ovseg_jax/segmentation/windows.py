@@ -8,6 +8,7 @@ Any band of rows of any image can be computed from it, whatever the size of the 
 """
 
 import numpy as np
+from jaxtyping import Integer
 from PIL import Image
 
 from ovseg_jax.errors import UserError
@@ -26,11 +27,45 @@ def resized_shape(h: int, w: int, short_side: int, long_limit: int) -> tuple[int
     return max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
 
 
-def resize_image(image: UInt8[np.ndarray, "H W 3"], h: int, w: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Bilinear resize with Pillow (which averages over the source area when it shrinks)."""
+def resize_image(
+    image: UInt8[np.ndarray, "H W 3"], h: int, w: int, how: str = "antialiased"
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Bilinear resize.
+
+    Args:
+      how: "antialiased" averages over the source area where it shrinks (Pillow); "four_pixels"
+        looks at the four nearest pixels alone, to the bit as OpenCV's linear interpolation does.
+    """
     if image.shape[:2] == (h, w):
         return image
+    if how == "four_pixels":
+        return _four_pixels(image, h, w)
     return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+
+
+def _four_pixels(image: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Weights are multiples of 1/2048, and digits are cut in between, hence the shifts."""
+
+    def taps(pixels: int, cells: int) -> tuple[np.ndarray, ...]:
+        source = ((np.arange(pixels) + 0.5) * (cells / pixels) - 0.5).astype(np.float32)
+        low = np.floor(source)
+        part = source - low
+        weights = (np.rint(x * np.float32(2048)).astype(np.int32) for x in (1 - part, part))
+        return low.astype(int), *weights
+
+    def clip(index: np.ndarray, cells: int) -> np.ndarray:
+        return np.clip(index, 0, cells - 1)
+
+    left, keep, add = taps(w, image.shape[1])
+    outside = (left < 0) | (left >= image.shape[1] - 1)
+    keep, add = np.where(outside, 2048, keep), np.where(outside, 0, add)
+    full = image.astype(np.int32)
+    near, far = (full[:, clip(left + i, image.shape[1])] for i in (0, 1))
+    wide = near * keep[:, None].astype(np.int32) + far * add[:, None].astype(np.int32)
+    top, keep, add = taps(h, image.shape[0])
+    above, below = (wide[clip(top + i, image.shape[0])] >> 4 for i in (0, 1))
+    total = ((above * keep[:, None, None]) >> 16) + ((below * add[:, None, None]) >> 16)
+    return ((total + 2) >> 2).astype(np.uint8)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -54,33 +89,55 @@ def window_grid(h: int, w: int, window: int, stride: int) -> list[tuple[int, int
     return [(top, left) for top in tops for left in lefts]
 
 
-def grid_shape(h: int, w: int, length: int) -> tuple[int, int]:
+def grid_shape(h: int, w: int, length: int, rule: str = "exact") -> tuple[int, int]:
     """(rows, columns) of the `length` patches that a window of h x w pixels was cut into.
 
     Sides that are no multiple of the patch lose the remainder. The patch size need not be known:
     rows and columns both fall as it grows, so at most one grid has `length` patches.
 
+    Args:
+      rule: "exact", or "rounded_patch": the shorter side is divided by the rounded square root of
+        the pixels per patch, as the released model does. Where a side is far from a multiple of
+        the patch that is another grid, and where it is no grid at all, the exact one is taken.
+
     Raises:
       UserError: no square patch gives that many.
     """
+    if rule == "rounded_patch":
+        patch = round((h * w // length) ** 0.5)
+        if h > w:
+            rows, columns = length // max(w // patch, 1), w // patch
+        else:
+            rows, columns = h // patch, length // max(h // patch, 1)
+        if rows * columns == length:
+            return rows, columns
     for patch in range(int((h * w / length) ** 0.5), 0, -1):
         if (h // patch) * (w // patch) == length:
             return h // patch, w // patch
     raise UserError(f"{length} patches do not tile a window of {h} x {w} pixels")
 
 
-def bilinear_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"]:
-    """Matrix of one-dimensional bilinear interpolation from `cells` samples to `pixels`.
+def bilinear_taps(
+    pixels: int, cells: int
+) -> tuple[
+    Integer[np.ndarray, " pixels"], Integer[np.ndarray, " pixels"], Float[np.ndarray, " pixels"]
+]:
+    """(low, high, part): pixel i is (1 - part) * cell low + part * cell high, in one dimension.
 
-    Half-pixel centers, border values repeated, no antialiasing. Rows sum to one.
+    Half-pixel centers, border values repeated, no antialiasing.
     """
     source = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)
-    low = np.floor(source).astype(int)
-    high = np.minimum(low + 1, cells - 1)
-    weights = np.zeros((pixels, cells))
-    np.add.at(weights, (np.arange(pixels), low), 1 - (source - low))
-    np.add.at(weights, (np.arange(pixels), high), source - low)
-    return weights.astype(np.float32)
+    low = np.floor(source).astype(np.int32)
+    return low, np.minimum(low + 1, cells - 1), (source - low).astype(np.float32)
+
+
+def bilinear_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"]:
+    """Matrix of one-dimensional bilinear interpolation (see `bilinear_taps`); rows sum to one."""
+    low, high, part = bilinear_taps(pixels, cells)
+    weights = np.zeros((pixels, cells), np.float32)
+    np.add.at(weights, (np.arange(pixels), low), 1 - part)
+    np.add.at(weights, (np.arange(pixels), high), part)
+    return weights
 
 
 def nearest_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"]:

@@ -20,6 +20,7 @@ from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.report import MetricsWriter, Progress, train_line, trim_metrics
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.state import TrainState, new_state, next_phase_state, teacher_of
+from ovseg_jax.weights.initialize import init_statistics
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,10 @@ def _start(run: Run, checkpoints: Checkpoints, params: Any) -> tuple[TrainState,
     phase = run.phases[0]
     tx = run.optimizer(phase, params)
     _, shardings = run.state_layout(phase)
-    make = jax.jit(lambda p: new_state(p, tx, phase.frozen), out_shardings=shardings)
+    make = jax.jit(
+        lambda p: new_state(p, tx, phase.frozen, init_statistics(run.model)),
+        out_shardings=shardings,
+    )
     return make(params), 0
 
 
@@ -178,7 +182,7 @@ def _run_phase(
     compiled = run.compiled_step(phase)
     loader = run.loader(phase, step)
     meter = _Meter(phase.batch_size)
-    position = {"phase": phase.index}
+    position = {"phase": phase.index, "text_length": run.text_length}
     for batch in meter.timed(loader):
         state, metrics = compiled(state, sharding.put_batch(batch, run.mesh))
         step += 1
@@ -242,13 +246,14 @@ def _evaluate_and_keep_best(
             f"config.eval.every needs a tune split, and benchmark {name} has none: set it to 0"
         )
     protocol = Protocol.from_config(config.protocol)
-    segmenter = run.segmenter(evaluation_params(run, state), protocol.affinity)
+    segmenter = run.segmenter(evaluation_params(run, state), protocol, state.batch_stats)
     _, miou = calibrated(segmenter, tune, protocol, config.batch_size)
     writer.write(step, {f"eval/{name}_tune/miou": miou})
     run.progress.say(f"step {step}: mIoU on {name} tune {miou:.1f}")
     best = checkpoints.position(best=True)
     if best is None or miou > best["miou"]:
-        checkpoints.save(state, {**position, "miou": miou}, best=True)
+        metric = f"mIoU on the tune split of {name}"
+        checkpoints.save(state, {**position, "miou": miou, "metric": metric}, best=True)
 
 
 class _Meter:

@@ -24,21 +24,26 @@ class TrainState:
       skipped: steps skipped in a row because the loss or a gradient was not finite.
       params: all parameters, frozen ones too, nested.
       opt_state: moments and EMA teacher of the trainable parameters.
+      batch_stats: running statistics of the model's batch norms, nested; {} where it has none.
     """
 
     step: Any
     skipped: Any
     params: dict[str, Any]
     opt_state: Any
+    batch_stats: dict[str, Any]
 
 
 def new_state(
-    params: Mapping[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...]
+    params: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    batch_stats: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """A state at step 0. Call under jit (`place` does), so that no buffer is shared."""
     trainable, _ = groups.split(params, frozen)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, dict(params), tx.init(trainable))
+    return TrainState(zero, zero, dict(params), tx.init(trainable), dict(batch_stats or {}))
 
 
 def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:
@@ -73,7 +78,7 @@ def next_phase_state(
       teacher: "keep" goes on averaging, "reset" starts at the online model. Parameters that were
         frozen before start there in either case.
     """
-    fresh = new_state(state.params, tx, frozen)
+    fresh = new_state(state.params, tx, frozen, state.batch_stats)
     opt_state = fresh.opt_state
     if optimizer == "continue":
         opt_state = _carry_over(state.opt_state, opt_state)
@@ -81,7 +86,7 @@ def next_phase_state(
     if teacher == "keep":
         average = _carry_over(find_teacher(state.opt_state), average)
     opt_state = replace_teacher(opt_state, average)
-    return TrainState(state.step, state.skipped, fresh.params, opt_state)
+    return fresh.replace(step=state.step, skipped=state.skipped, opt_state=opt_state)
 
 
 def _carry_over(old: Any, new: Any) -> Any:

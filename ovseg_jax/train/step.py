@@ -36,22 +36,25 @@ def train_step(
     mask_weight: float,
     frozen: tuple[str, ...],
     mesh: Mesh | None,
+    noise: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient, update, teacher, metrics.
 
-    A non-finite loss or gradient leaves parameters, moments and teacher as they were and is
-    counted in `state.skipped`; the step number goes on, so that the next batch is another one.
+    A non-finite loss or gradient leaves parameters, moments, teacher and running statistics as they
+    were and is counted in `state.skipped`; the step number goes on, so that the next batch is
+    another one.
 
     Args:
       rate: learning rate as a function of the step. config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
+      noise: see `loss_terms`.
     """
     trainable, held = groups.split(state.params, frozen)
     teacher = teacher_of(state, frozen) if mask_weight > 0 else None
-    text_trains = "text_encoder" in trainable
+    text_dropout = "text_encoder" in trainable or config.loss.frozen_text_dropout
     rngs = step_rngs(config.seed, state.step)
 
-    def objective(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(trainable: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
         return loss_terms(
             model,
             groups.join(held, trainable),
@@ -59,12 +62,14 @@ def train_step(
             batch,
             config.loss,
             mask_weight=mask_weight,
-            text_trains=text_trains,
+            text_dropout=text_dropout,
             rngs=rngs,
             mesh=mesh,
+            statistics=state.batch_stats,
+            noise=noise,
         )
 
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
+    (loss, (metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
     learning_rate = rate(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, rate=learning_rate)
     # One number is not finite where any gradient is not (or where their squares overflow). Testing
@@ -72,9 +77,11 @@ def train_step(
     # update of every parameter.
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    changed = (optax.apply_updates(trainable, updates), opt_state)
-    kept_params, kept_opt = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), changed, (trainable, state.opt_state)
+    changed = (optax.apply_updates(trainable, updates), opt_state, batch_stats)
+    kept_params, kept_opt, kept_stats = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        changed,
+        (trainable, state.opt_state, state.batch_stats),
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics |= {
@@ -82,7 +89,8 @@ def train_step(
         "learning_rate": learning_rate,
         "skipped": skipped,
     }
-    new = TrainState(state.step + 1, skipped, groups.join(held, kept_params), kept_opt)
+    params = groups.join(held, kept_params)
+    new = TrainState(state.step + 1, skipped, params, kept_opt, kept_stats)
     return new, metrics
 
 

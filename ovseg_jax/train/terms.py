@@ -1,87 +1,30 @@
-"""From a batch to the loss terms: the one place that knows both the model and the losses."""
+"""From a batch to the loss terms: where model and losses meet (with `mask_terms`)."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
+from ovseg_jax.errors import UserError
 from ovseg_jax.losses.contrastive import candidate_pairs, false_negative_rate, info_nce
-from ovseg_jax.losses.mask_consistency import Regions, consistency_loss
 from ovseg_jax.losses.objective import total_loss, weighted_mean
-from ovseg_jax.models.ovsegmentor import OVSegmentor
-from ovseg_jax.models.vit import VisualTokens
-from ovseg_jax.shapes import Array, Bool, Float
-
-Batch = Mapping[str, Array]
-Params = Mapping[str, Any]
-
-TEXTS = ("caption", "masked", "prompt", "shared")
-
-
-@struct.dataclass
-class Texts:
-    """Sentence vectors of the captions, prompts and shared entities, token features of the masked
-    captions. Those that a step does not use are None."""
-
-    caption: Float[Array, "B Dt"]
-    prompt: Float[Array, "B Dt"] | None
-    masked: Float[Array, "B M Dt"] | None
-    masked_mask: Bool[Array, "B M"] | None
-    shared: Float[Array, "B Dt"] | None
-
-
-def merge(*parts: Array) -> Array:
-    """n arrays [B, ...] as one [n B, ...] whose rows of one example stay neighbors.
-
-    Concatenating would move every row to another device when the batch is split.
-    """
-    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-
-
-def unmerge(x: Any, count: int) -> list[Any]:
-    """Inverse of `merge`, over the leaves of a tree."""
-    leaves, structure = jax.tree.flatten(x)
-    apart = [leaf.reshape(-1, count, *leaf.shape[1:]) for leaf in leaves]
-    return [structure.unflatten([leaf[:, i] for leaf in apart]) for i in range(count)]
-
-
-def encode_texts(
-    model: OVSegmentor, params: Params, batch: Batch, kinds: tuple[str, ...], train: bool, rngs: Any
-) -> Texts:
-    """All the texts of a batch in one pass of the text encoder, or from the batch if cached.
-
-    Args:
-      kinds: which of `TEXTS` the step needs; "caption" always.
-      train: dropout on.
-    """
-    if "caption_pooled" in batch:
-
-        def cached(kind: str) -> Array | None:
-            return batch[f"{kind}_pooled"].astype(jnp.float32) if kind in kinds else None
-
-        masked = batch["masked_tokens"].astype(jnp.float32) if "masked" in kinds else None
-        mask = batch["masked_mask"] if "masked" in kinds else None
-        return Texts(cached("caption"), cached("prompt"), masked, mask, cached("shared"))
-    ids = merge(*(batch[f"{kind}_ids"] for kind in kinds))
-    text = model.apply({"params": params}, ids, train, method="text_tokens", rngs=rngs)
-    parts = dict(zip(kinds, unmerge(text, len(kinds)), strict=True))
-
-    def pooled(kind: str) -> Array | None:
-        return parts[kind].pooled if kind in parts else None
-
-    masked = parts.get("masked")
-    return Texts(
-        caption=pooled("caption"),
-        prompt=pooled("prompt"),
-        masked=masked.tokens if masked is not None else None,
-        masked_mask=masked.mask if masked is not None else None,
-        shared=pooled("shared"),
-    )
+from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
+from ovseg_jax.shapes import Array, Float
+from ovseg_jax.train.batches import Batch, merge, unmerge
+from ovseg_jax.train.calls import Calls, Params
+from ovseg_jax.train.mask_terms import (
+    FIRST,
+    SECOND,
+    check_mask_config,
+    mask_term,
+    online_images,
+    teacher_views,
+    view,
+)
+from ovseg_jax.train.texts import embed_sentences, encode_texts
 
 
 def images_of(batch: Batch, second: bool) -> tuple[Array, ...]:
@@ -89,6 +32,28 @@ def images_of(batch: Batch, second: bool) -> tuple[Array, ...]:
     stem = "image_features" if "image_features" in batch else "image"
     names = (stem, stem.replace("image", "image2")) if second else (stem,)
     return tuple(batch[name] for name in names)
+
+
+def grid_of(model: OVSegmentor, image: Array, patches: int) -> tuple[int, int]:
+    """(rows, columns) of an image's patches.
+
+    Args:
+      image: of the batch, or cached features, whose grid is a square.
+
+    Raises:
+      UserError: cached features of a grid that is no square.
+    """
+    if image.ndim == 4:
+        return image.shape[1] // model.image_encoder.patch, image.shape[2] // (
+            model.image_encoder.patch
+        )
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise UserError(
+            f"cached features of {patches} patches are no square image: set "
+            "config.data.cache_images = False"
+        )
+    return side, side
 
 
 def group_usage(affinity: Float[Array, "B L K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
@@ -107,10 +72,12 @@ def loss_terms(
     config: ConfigDict,
     *,
     mask_weight: float,
-    text_trains: bool,
+    text_dropout: bool,
     rngs: Mapping[str, Array],
     mesh: Mesh | None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+    statistics: Params | None = None,
+    noise: Mapping[str, Any] | None = None,
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], Params]]:
     """Eq. 13 on one batch.
 
     Args:
@@ -118,32 +85,37 @@ def loss_terms(
       batch: device arrays, see `ovseg_jax.data.pipeline`.
       config: the run's ``config.loss``.
       mask_weight: lambda of Eq. 13. At 0 the second image is not read and no teacher runs.
-      text_trains: dropout on in the text encoder.
+      text_dropout: dropout on in the text encoder.
+      statistics: running statistics of the model's batch norms; None where it has none.
+      noise: Gumbel noise in place of draws, for comparison with other code: "online" and "teacher"
+        map the images 0 and 1 of a pair to [B, L, K].
 
     Returns:
-      The total loss and the metrics, scalars.
+      The total loss; the metrics (scalars) and the running statistics after the step.
     """
-    variables = {"params": params}
+    check_mask_config(config)
+    call = Calls(model, params, statistics or {})
     with_entity, with_mask = config.entity_weight > 0, mask_weight > 0
     kinds = ("caption",)
     kinds += ("masked", "prompt") if with_entity else ()
     kinds += ("shared",) if with_mask else ()
-    texts = sharding.keep_split(encode_texts(model, params, batch, kinds, text_trains, rngs), mesh)
+    texts = encode_texts(call, batch, kinds, text_dropout, rngs, mesh)
     images = images_of(batch, with_mask)
-    visual = model.apply(variables, merge(*images), True, method="visual_tokens", rngs=rngs)
-    online: list[VisualTokens] = sharding.keep_split(unmerge(visual, len(images)), mesh)
-    first = online[0]
+    seen = online_images(config) if with_mask else (FIRST,)
+    visual = call(
+        "visual_tokens",
+        merge(*(images[i] for i in seen)),
+        True,
+        merge(*(noise["online"][i] for i in seen)) if noise is not None else None,
+        rngs=rngs,
+    )
+    tokens = dict(zip(seen, sharding.keep_split(unmerge(visual, len(seen)), mesh), strict=True))
 
-    def project_image(tokens: Array) -> Array:
-        return model.apply(variables, tokens, method="project_image")
-
-    def project_text(pooled: Array) -> Array:
-        return model.apply(variables, pooled, method="project_text")
-
-    scale = model.apply(variables, method="logit_scale")
+    scale = call("logit_scale")
     weight = batch["weight"]
-    z_image = project_image(jnp.mean(first.groups, axis=1))
-    z_text = project_text(texts.caption)
+    z_text = unit(embed_sentences(call, texts["caption"]))
+    embedded, first = view(call, tokens[FIRST])
+    z_image = unit(embedded)
     contrastive = weighted_mean(info_nce(z_image, z_text, scale, candidate_pairs(weight)), weight)
     nearest = jnp.argmax(jnp.einsum("ie,je->ij", z_image, z_text), axis=1)
     hits = (nearest == jnp.arange(nearest.shape[0])).astype(jnp.float32)
@@ -151,47 +123,40 @@ def loss_terms(
         "contrastive": contrastive,
         "image_to_text": weighted_mean(hits, weight),
         "temperature": 1.0 / scale,
-        "group_usage": group_usage(first.affinity, weight),
+        "group_usage": group_usage(first.tokens.affinity, weight),
     }
     entity = mask = None
     if with_entity:
         entity_weight = weight * batch["entity_weight"]
-        z_masked = model.apply(
-            variables, texts.masked, texts.masked_mask, first.groups, method="complete"
-        )
+        masked = texts["masked"]
+        if call.statistics:
+            embed_sentences(call, masked)  # for its part in the running statistics
+        z_prompt = unit(embed_sentences(call, texts["prompt"]))
+        z_masked = call("complete", masked.tokens, masked.mask, first.tokens.groups, True)
         sets = batch["entity_set"]
         pairs = candidate_pairs(entity_weight, sets if config.mask_equal_entities else None)
-        entity = weighted_mean(
-            info_nce(z_masked, project_text(texts.prompt), scale, pairs), entity_weight
-        )
+        entity = weighted_mean(info_nce(z_masked, z_prompt, scale, pairs), entity_weight)
         metrics["entity"] = entity
         metrics["entity_false_negatives"] = false_negative_rate(entity_weight, sets)
     if with_mask:
-        teacher_params = {**params, "image_encoder": teacher}
-        # The target is drawn without noise and without stochastic depth.
-        target = model.apply(
-            {"params": jax.lax.stop_gradient(teacher_params)},
-            merge(*images),
-            False,
-            method="visual_tokens",
-        )
-
-        def regions(tokens: VisualTokens) -> Regions:
-            return Regions(tokens.patches, tokens.groups, project_image(tokens.groups))
-
-        per_pair, extra = consistency_loss(
-            (regions(online[0]), regions(online[1])),
-            tuple(regions(tokens) for tokens in sharding.keep_split(unmerge(target, 2), mesh)),
-            jax.lax.stop_gradient(project_text(texts.shared)),
-            ratio=config.group_ratio,
-            threshold=config.mask_threshold,
-            backend=config.matching,
+        drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=mesh)
+        shared = embed_sentences(call, texts["shared"])
+        online = {FIRST: first}
+        if SECOND in seen:
+            online[SECOND] = view(call, tokens[SECOND])[1]
+            if call.statistics:
+                embed_sentences(call, texts["shared"])  # once for each direction
+        patches = first.tokens.affinity.shape[1]
+        mask, extra = mask_term(
+            online,
+            drawn,
+            shared,
+            batch,
+            config,
+            grid=grid_of(model, images[SECOND], patches),
             mesh=mesh,
         )
-        pair_weight = weight * batch["pair_weight"]
-        mask = weighted_mean(per_pair, pair_weight)
-        metrics["mask"] = mask
-        metrics["mask_target_fraction"] = weighted_mean(extra["target_fraction"], pair_weight)
+        metrics |= extra
     loss = total_loss(
         contrastive,
         entity,
@@ -199,4 +164,4 @@ def loss_terms(
         entity_weight=config.entity_weight,
         mask_weight=mask_weight,
     )
-    return loss, {"loss": loss, **metrics}
+    return loss, ({"loss": loss, **metrics}, call.statistics)

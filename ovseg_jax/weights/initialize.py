@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import bert, dinov2, vit
 from ovseg_jax.weights.convert_tree import convert
@@ -27,12 +28,27 @@ TRUNK = (
 )
 
 
-def init_params(model: OVSegmentor, key: jax.Array) -> Any:
-    """Random parameters, boxed with their logical axis names (`flax.linen.unbox` opens them)."""
+def init_variables(model: OVSegmentor, key: jax.Array) -> Any:
+    """All collections of the model at their start; see `init_params` and `init_statistics`."""
     patch = model.image_encoder.patch
     image = jnp.zeros((1, 2 * patch, 2 * patch, 3), jnp.uint8)
     ids = jnp.ones((1, 4), jnp.int32)
-    return model.init({"params": key}, image, ids)["params"]
+    return model.init({"params": key}, image, ids)
+
+
+def init_params(model: OVSegmentor, key: jax.Array) -> Any:
+    """Random parameters, boxed with their logical axis names (`flax.linen.unbox` opens them)."""
+    return init_variables(model, key)["params"]
+
+
+def init_statistics(model: OVSegmentor) -> dict[str, Any]:
+    """Running statistics of batch norms at their start (mean 0, variance 1); {} without any.
+
+    Abstract under `jax.eval_shape`.
+    """
+    if model.projector_norm != "batch":
+        return {}
+    return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
 
 
 def model_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:

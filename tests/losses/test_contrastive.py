@@ -1,12 +1,22 @@
 """Eq. 7 and 9 against plain NumPy, and what weights and excluded pairs do."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from reference import losses as reference
 
-from ovseg_jax.losses.contrastive import candidate_pairs, false_negative_rate, info_nce
-from ovseg_jax.losses.objective import total_loss, weighted_mean
+from ovseg_jax.losses.contrastive import (
+    candidate_pairs,
+    false_negative_rate,
+    info_nce,
+    multi_label_info_nce,
+)
+from ovseg_jax.losses.objective import divided_sum, total_loss, weighted_mean
+
+RELEASED = Path(__file__).parents[1] / "released"
 
 B, E = 6, 4
 
@@ -49,6 +59,58 @@ def test_matched_pairs_at_a_high_temperature_cost_nothing_and_stay_finite():
     assert loss < 1e-6 and np.isfinite(grad).all()
 
 
+def test_two_devices_of_the_released_training_are_one_global_batch():
+    arrays = np.load(RELEASED / "contrastive_2rank.npz")
+    a, b = (jnp.asarray(arrays[f"{name}_x"].reshape(6, -1)) for name in ("image", "text"))
+    a, b = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    pairs = jnp.ones((6, 6), bool)
+    for scale, name in ((jnp.exp(2.5), "ls2p5"), (100.0, "ls6_clamped")):
+        each = info_nce(a, b, jnp.float32(scale), pairs)
+        by_rank = each.reshape(2, 3).mean(1)
+        np.testing.assert_allclose(by_rank, arrays[f"loss_per_rank_{name}"], rtol=1e-5)
+    mean = jnp.mean(info_nce(a, b, jnp.exp(jnp.float32(2.5)), pairs))
+    np.testing.assert_allclose(mean, arrays["loss_global_batch_ls2p5"], rtol=1e-5)
+
+
+def test_several_texts_per_image():
+    rng = np.random.default_rng(8)
+    texts = rng.normal(size=(B, 3, E))
+    texts = jnp.asarray(texts / np.linalg.norm(texts, axis=-1, keepdims=True), jnp.float32)
+    a, keep, present = unit_rows(9), rng.random((B, B)) < 0.7, rng.random((B, 3)) < 0.7
+    present[1] = False
+    masks = jnp.asarray(keep), jnp.asarray(present)
+    got, grad = jax.value_and_grad(
+        lambda b: jnp.sum(multi_label_info_nce(a, b, jnp.float32(6.0), *masks))
+    )(texts)
+    want = reference.multi_label_info_nce(*numpy64(a, texts), 6.0, keep, present)
+    assert want[1] == 0 and (want > 0).sum() == B - 1
+    np.testing.assert_allclose(
+        multi_label_info_nce(a, texts, jnp.float32(6.0), *masks), want, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(grad[~present], 0)
+    assert np.isfinite(got) and np.isfinite(grad).all()
+    one = multi_label_info_nce(a, texts[:, :1], jnp.float32(6.0), masks[0], jnp.ones((B, 1), bool))
+    np.testing.assert_allclose(one, info_nce(a, texts[:, 0], jnp.float32(6.0), masks[0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dev", "dev2"])
+def test_the_released_multi_label_loss(name):
+    # Caption and completed answer are the two texts of each image.
+    arrays = np.load(RELEASED / f"{name}_eval_rest.npz")
+    image, *texts = (
+        arrays[key] / np.linalg.norm(arrays[key], axis=1, keepdims=True)
+        for key in ("out/image_x", "out/text_x", "entity/answer_text_x")
+    )
+    scale = jnp.asarray(arrays["out/logit_scale_exp_clamped"])
+    every = jnp.ones((len(image),) * 2, bool)
+    texts = jnp.asarray(np.stack(texts, 1))
+    present = jnp.ones(texts.shape[:2], bool)
+    values = multi_label_info_nce(jnp.asarray(image), texts, scale, every, present)
+    np.testing.assert_allclose(jnp.mean(values), arrays["out/multi_label_loss"], rtol=1e-5)
+    pairs = info_nce(jnp.asarray(image), texts[:, 0], scale, every)
+    np.testing.assert_allclose(jnp.mean(pairs), arrays["out/matching_loss"], rtol=1e-5)
+
+
 def test_candidate_pairs():
     weight = jnp.asarray([1.0, 0.0, 2.0, 1.0])
     sets = jnp.asarray([5, 5, 5, 7], jnp.int32)
@@ -85,6 +147,7 @@ def test_weighted_mean():
     np.testing.assert_allclose(mean, 3.0)
     np.testing.assert_allclose(grad, [1 / 3, 0, 2 / 3])
     assert weighted_mean(values, jnp.zeros(3)) == 0
+    np.testing.assert_allclose(divided_sum(values, weight, 3), 3.0)
 
 
 def test_equation_13():

@@ -40,7 +40,8 @@ def run(module, params, case, train=False):
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_equations_3_to_6(params, assignment, scale):
     module, case = make(assignment, scale), inputs()
-    bound, affinity = run(module, params, case)
+    binding = run(module, params, case)
+    bound, affinity = binding.groups, binding.affinity
     used = []
     for b in range(B):
         want, soft = reference.binding(
@@ -58,8 +59,8 @@ def test_equations_3_to_6(params, assignment, scale):
 
 def gradients(module, params, case):
     def total(p, groups, patches):
-        bound, _ = module.apply({"params": p}, groups, patches, False)
-        return jnp.sum(bound**2)
+        bound = module.apply({"params": p}, groups, patches, False)
+        return jnp.sum(bound.groups**2)
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(params, *case.values())
 
@@ -69,7 +70,7 @@ def test_an_empty_group_gets_no_update_and_finite_gradients(params, assignment):
     # A key and a query this far apart leave most groups without a patch, also softly.
     params = {**params, "query": jax.tree.map(lambda x: 1e3 * x, params["query"])}
     case = inputs()
-    _, affinity = run(make(assignment), params, case)
+    affinity = run(make(assignment), params, case).affinity
     assert (np.asarray(affinity).sum(1) < 1e-6).any()
     value, grads = gradients(make(assignment), params, case)
     assert np.isfinite(value)
@@ -105,9 +106,10 @@ def test_gumbel_noise_assigns_in_proportion_to_the_affinity(params):
     count = 4000
     case = {name: jnp.repeat(x[:1], count, 0) for name, x in inputs().items()}
     case["patches"] = case["patches"][:, :1]  # one patch, so that one group is updated
-    bound, affinity = run(make("hard"), params, case, train=True)
+    noisy = run(make("hard"), params, case, train=True)
+    bound, affinity = noisy.groups, noisy.affinity
     # The map that inference reads is Eq. 4's, without noise.
-    _, quiet = run(make("hard"), params, case)
+    quiet = run(make("hard"), params, case).affinity
     np.testing.assert_allclose(affinity, quiet, rtol=1e-5)
     idle = np.asarray(case["groups"]) + params["out"]["bias"]
     claimed = np.abs(np.asarray(bound) - idle).max(-1) > 1e-4
@@ -118,9 +120,11 @@ def test_gumbel_noise_assigns_in_proportion_to_the_affinity(params):
 
 def test_relabeling_the_groups_relabels_the_result(params):
     case, order = inputs(), np.array([2, 0, 3, 1])
-    bound, affinity = run(make("soft"), params, case)
+    binding = run(make("soft"), params, case)
+    bound, affinity = binding.groups, binding.affinity
     other = {**case, "groups": case["groups"][:, order]}
-    moved, moved_affinity = run(make("soft"), params, other)
+    after = run(make("soft"), params, other)
+    moved, moved_affinity = after.groups, after.affinity
     np.testing.assert_allclose(moved, bound[:, order], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(moved_affinity, affinity[..., order], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.asarray(affinity).sum(-1), 1, rtol=1e-5)

@@ -1,6 +1,7 @@
 """Parameter groups by regular expression: what is matched, and what is refused."""
 
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,3 +56,17 @@ def test_freezing_what_does_not_exist_is_a_user_error():
     with pytest.raises(UserError, match="frozen") as error:
         groups.split(TREE, ["^text"])
     assert "'^text'" in str(error.value)
+
+
+def test_decay_of_all_but_biases_and_norms(tiny_boxed):
+    # The released rule: no decay where a tensor has one axis or is called bias. Here layers are
+    # stacked, so the axes that count are those besides "layers", and the rule goes by name.
+    def exempt(path, leaf):
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        return path.endswith("bias") or len([n for n in names if n != "layers"]) == 1
+
+    flat = groups.flatten(tiny_boxed)
+    rules = [(r"/(bias|scale)$", 0.0), (".*", 1.0)]
+    found = groups.assign(list(flat), rules, "config.optimizer.decay_rules")
+    assert found == {path: 0.0 if exempt(path, leaf) else 1.0 for path, leaf in flat.items()}
+    assert found["log_scale"] == 1.0 and found["image_encoder/position"] == 1.0

@@ -22,6 +22,27 @@ def info_nce(a, b, scale, candidates):
     return out
 
 
+def multi_label_info_nce(a, b, scale, candidates, present):
+    """The same with several texts per image: mean over the texts that are there."""
+    count, out = len(a), np.zeros(len(a))
+    for i in range(count):
+        values = []
+        texts = [
+            (j, t)
+            for j in range(count)
+            if j == i or candidates[i, j]
+            for t in np.flatnonzero(present[j])
+        ]
+        images = [j for j in range(count) if j == i or candidates[j, i]]
+        for t in np.flatnonzero(present[i]):
+            positive = math.exp(scale * a[i] @ b[i, t])
+            to_text = positive / sum(math.exp(scale * a[i] @ b[j, u]) for j, u in texts)
+            to_image = positive / sum(math.exp(scale * a[j] @ b[i, t]) for j in images)
+            values.append(-0.5 * (math.log(to_text) + math.log(to_image)))
+        out[i] = np.mean(values) if values else 0.0
+    return out
+
+
 def nearest_groups(joint, entity, count):
     """Subgroups of one image: most similar to the entity first."""
     similarity = [g @ entity for g in joint]

@@ -92,11 +92,12 @@ def bert(p, ids, keep, depth, heads, eps):
 
 def decoder(p, tokens, keep, groups, heads, eps):
     """Eq. 8: projected caption tokens attend to themselves and then to the groups."""
-    x = dense(p["project"], tokens)
-    normed = layer_norm(p["self_norm"], x, eps)
-    x = x + attention(p["self_attention"], normed, normed, heads, keep)
-    x = x + attention(p["cross_attention"], layer_norm(p["cross_norm"], x, eps), groups, heads)
-    x = x + feed_forward(p["mlp"], layer_norm(p["mlp_norm"], x, eps))
+    x, layer = dense(p["project"], tokens), p["layer_0"]
+    normed = layer_norm(layer["self_norm"], x, eps)
+    x = x + attention(layer["self_attention"], normed, normed, heads, keep)
+    normed = layer_norm(layer["cross_norm"], x, eps)
+    x = x + attention(layer["cross_attention"], normed, groups, heads)
+    x = x + feed_forward(layer["mlp"], layer_norm(layer["mlp_norm"], x, eps))
     return layer_norm(p["norm"], x, eps)
 
 

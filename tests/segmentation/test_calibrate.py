@@ -23,6 +23,7 @@ def one_window(cells, size, image_cosines=(0.0,) * C):
         cells=cells,
         groups=np.zeros(cells.shape[:2], np.int32),
         embeddings=np.zeros((1, 2), np.float32),
+        group_cosines=np.zeros((1, 3, cells.shape[2]), np.float32),
         image_cosines=np.asarray([image_cosines], np.float32),
         size=size,
         resized=size,

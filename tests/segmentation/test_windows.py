@@ -1,5 +1,7 @@
 """Sizes and positions of windows, and the linear maps back to pixels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -116,3 +118,27 @@ def test_resize_image():
     assert windows.resize_image(image, 18, 6).shape == (18, 6, 3)
     flat = np.full((5, 8, 3), 77, np.uint8)
     np.testing.assert_array_equal(windows.resize_image(flat, 11, 3), np.full((11, 3, 3), 77))
+
+
+def test_a_window_of_odd_size_under_the_released_rule():
+    for h, w, patch in ((32, 35, 16), (16, 23, 8)):
+        # The rounded patch is larger than the true one, and both grids hold four patches.
+        length = (h // patch) * (w // patch)
+        assert windows.grid_shape(h, w, length) == (2, 2)
+        assert windows.grid_shape(h, w, length, "rounded_patch") == (1, 4)
+        assert windows.grid_shape(w, h, length, "rounded_patch") == (4, 1)
+    for h, w in ((448, 448), (205, 448), (448, 300), (64, 96)):
+        length = (h // 16) * (w // 16)
+        assert windows.grid_shape(h, w, length, "rounded_patch") == (h // 16, w // 16)
+    # 335 // 17 = 19 rows do not divide 400 patches: no grid at all, so the exact one.
+    assert windows.grid_shape(335, 335, 400, "rounded_patch") == (20, 20)
+
+
+def test_four_pixels_to_the_bit_of_opencv():
+    arrays = np.load(Path(__file__).with_name("opencv_resize.npz"))
+    for name in {key.partition("/")[0] for key in arrays.files}:
+        image, resized = arrays[f"{name}/image"], arrays[f"{name}/resized"]
+        found = windows.resize_image(image, *resized.shape[:2], "four_pixels")
+        np.testing.assert_array_equal(found, resized)
+        averaged = windows.resize_image(image, *resized.shape[:2])
+        assert (averaged != resized).any()

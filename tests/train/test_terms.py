@@ -8,8 +8,9 @@ from reference import losses as reference
 from reference.batches import B, make_batch
 
 from ovseg_jax.models.build import build_model
+from ovseg_jax.train.batches import merge, unmerge
 from ovseg_jax.train.step import step_rngs
-from ovseg_jax.train.terms import loss_terms, merge, unmerge
+from ovseg_jax.train.terms import loss_terms
 
 TEXTS = ("caption", "masked", "prompt", "shared")
 MASK_WEIGHT = 0.1
@@ -37,17 +38,18 @@ def run_terms(quiet, tiny_params):
     model, teacher, config, _ = quiet
 
     def run(params, teacher, batch):
-        return loss_terms(
+        loss, (metrics, _) = loss_terms(
             model,
             params,
             teacher,
             batch,
             config,
             mask_weight=MASK_WEIGHT,
-            text_trains=False,
+            text_dropout=False,
             rngs=step_rngs(0, 0),
             mesh=None,
         )
+        return loss, metrics
 
     compiled = jax.jit(run)
     return lambda batch: jax.device_get(compiled(tiny_params, teacher, batch))

@@ -1,0 +1,185 @@
+"""The mask term of a step: which image is seen by which model, and which form compares them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax import sharding
+from ovseg_jax.errors import UserError
+from ovseg_jax.losses.group_masks import COSTS, group_mask_loss
+from ovseg_jax.losses.mask_consistency import Regions, consistency_loss
+from ovseg_jax.losses.objective import divided_sum, weighted_mean
+from ovseg_jax.models.ovsegmentor import unit
+from ovseg_jax.models.vit import VisualTokens
+from ovseg_jax.shapes import Array, Float
+from ovseg_jax.train.batches import Batch, merge, unmerge
+from ovseg_jax.train.calls import Calls, Params
+
+CHOICES = {
+    "mask_maps": ("final_tokens", "binding"),
+    "mask_directions": ("both", "one"),
+    "mask_cost": COSTS,
+}
+
+# The images of a pair.
+FIRST, SECOND = 0, 1
+
+
+@struct.dataclass
+class View:
+    """One image of each pair by one model.
+
+    Attributes:
+      tokens: what the visual encoder gives.
+      embedded: the groups in the joint space as they come, [B, K, E].
+    """
+
+    tokens: VisualTokens
+    embedded: Float[Array, "B K E"]
+
+
+def check_mask_config(config: ConfigDict) -> None:
+    """Refuses a ``config.loss`` whose mask term cannot be computed.
+
+    Raises:
+      UserError: a field has none of its values, or two contradict each other.
+    """
+    for name, allowed in CHOICES.items():
+        if config[name] not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise UserError(f"config.loss.{name} is {config[name]!r}; it must be one of {listed}")
+    if config.mask_maps == "final_tokens" and config.mask_directions == "one":
+        raise UserError(
+            "config.loss.mask_directions = 'one' needs mask_maps = 'binding': the form on final "
+            "tokens (Eq. 12) is symmetric"
+        )
+
+
+def online_images(config: ConfigDict) -> tuple[int, ...]:
+    """Which images of a pair the online model must see (the teacher: see `teacher_views`)."""
+    return (FIRST,) if config.mask_directions == "one" else (FIRST, SECOND)
+
+
+def view(call: Calls, tokens: VisualTokens, params: Params | None = None) -> tuple[Array, View]:
+    """The image embedding [B, E] and the groups' own, projected in this order.
+
+    Both as they come. Where the projector has a batch norm, each call has its own statistics.
+    """
+    pooled = call("embed_image", jnp.mean(tokens.groups, axis=1), True, params=params)
+    return pooled, View(tokens, call("embed_image", tokens.groups, True, params=params))
+
+
+def teacher_views(
+    call: Calls,
+    teacher: Params,
+    images: Sequence[Array],
+    config: ConfigDict,
+    *,
+    rngs: Mapping[str, Array],
+    noise: Mapping[str, Any] | None,
+    mesh: Mesh | None,
+) -> dict[int, View]:
+    """The teacher's views of a pair; nothing flows back.
+
+    Args:
+      call: the online model; its projector serves the teacher too.
+      teacher: the visual encoder's moving average.
+      images: both images of the pair.
+      noise: see `loss_terms`.
+    """
+    seen = (SECOND,) if config.mask_directions == "one" else (SECOND, FIRST)
+    params = jax.lax.stop_gradient({**call.params, "image_encoder": teacher})
+    # With draws of its own: the online pass has the same shapes, and would draw the same.
+    rngs = {name: jax.random.fold_in(key, 1) for name, key in rngs.items()}
+    given = merge(*(noise["teacher"][i] for i in seen)) if noise is not None else None
+    tokens = call(
+        "visual_tokens",
+        merge(*(images[i] for i in seen)),
+        config.teacher_noise,
+        given,
+        rngs=rngs,
+        params=params,
+    )
+    parts = sharding.keep_split(unmerge(tokens, len(seen)), mesh)
+    return {
+        i: jax.lax.stop_gradient(view(call, part, params)[1])
+        for i, part in zip(seen, parts, strict=True)
+    }
+
+
+def mask_term(
+    online: Mapping[int, View],
+    teacher: Mapping[int, View],
+    entity: Float[Array, "B E"],
+    batch: Batch,
+    config: ConfigDict,
+    *,
+    grid: tuple[int, int],
+    mesh: Mesh | None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mask consistency over a batch of pairs (Eq. 10-12).
+
+    Args:
+      online, teacher: views by image.
+      entity: 'a photo of e' of the shared entity in the joint space, as it comes.
+      config: the run's ``config.loss``. `mask_maps`: "final_tokens" (the paper's, see
+        `mask_consistency`) or "binding" (the released model's, see `group_masks`, with
+        `detached_ratio`, `mask_size` in pixels and `mask_cost`). `mask_divisor`: 0 for the mean
+        over pairs; else their sum is divided by it.
+      grid: (rows, columns) of an image's patches.
+
+    Returns:
+      The loss and the metrics.
+    """
+    entity = jax.lax.stop_gradient(entity)
+    options = {"threshold": config.mask_threshold, "backend": config.matching, "mesh": mesh}
+    if config.mask_maps == "final_tokens":
+        per_pair, extra = consistency_loss(
+            (_regions(online[FIRST]), _regions(online[SECOND])),
+            (_regions(teacher[FIRST]), _regions(teacher[SECOND])),
+            unit(entity),
+            ratio=config.group_ratio,
+            **options,
+        )
+    else:
+        # A direction goes from an image by the online model to its partner by the teacher.
+        directions = [(online[i], teacher[1 - i]) for i in online_images(config)]
+        scores = [
+            jnp.einsum("bke,be->bk", jax.lax.stop_gradient(own.embedded), entity)
+            for own, _ in directions
+        ]
+        values, extra = group_mask_loss(
+            merge(*(own.tokens.query for own, _ in directions)),
+            merge(*(other.tokens.query for _, other in directions)),
+            merge(*(other.tokens.key for _, other in directions)),
+            merge(*scores),
+            grid=grid,
+            size=(config.mask_size, config.mask_size),
+            detached_ratio=config.detached_ratio,
+            cost=config.mask_cost,
+            **options,
+        )
+        count = len(directions)
+        per_pair = jnp.mean(values.reshape(-1, count), axis=1)
+        extra = {name: jnp.mean(x.reshape(-1, count), axis=1) for name, x in extra.items()}
+    weight = batch["weight"] * batch["pair_weight"]
+    fraction = weighted_mean(extra["target_fraction"], weight)
+    if config.mask_divisor:
+        loss = divided_sum(per_pair, weight, config.mask_divisor)
+    else:
+        loss = weighted_mean(per_pair, weight)
+    return loss, {"mask": loss, "mask_target_fraction": fraction}
+
+
+def _regions(one: View) -> Regions:
+    if one.tokens.patches is None:
+        raise UserError(
+            "config.loss.mask_maps = 'final_tokens' needs final patch tokens, which "
+            "config.model.image.second_stage = 'groups' does not give: use mask_maps = 'binding'"
+        )
+    return Regions(one.tokens.patches, one.tokens.groups, unit(one.embedded))

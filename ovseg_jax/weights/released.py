@@ -1,0 +1,271 @@
+"""Checkpoints of the released PyTorch model, both ways.
+
+Sizes come from the tensors; what these cannot tell (heads, epsilons) has the released values as
+defaults. What the released code stores without using it is kept apart (`extra_tensors`), so that
+`to_released` gives back every tensor that `from_released` was given, to the bit.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
+from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.optim.groups import flatten, nest
+from ovseg_jax.weights.initialize import init_variables
+from ovseg_jax.weights.released_names import (
+    DECODER,
+    IMAGE,
+    TEACHER,
+    TEXT,
+    UNUSED,
+    image_links,
+    model_links,
+)
+from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.two_way import read_links, write_links
+
+# Position embeddings are [L, D] where they came from an image checkpoint and [1, L, D] else. This
+# key among the extra tensors, with the axis's length, remembers the second form.
+POSITION_AXIS = "pos_embed.leading_axis"
+
+# What tensors cannot tell.
+TOLD = {
+    "heads": 8,
+    "second_heads": 8,
+    "decoder_heads": 8,
+    "text_heads": 12,
+    "grid": None,
+    "assignment": "hard",
+    "drop_path": 0.1,
+    "dropout": 0.1,
+    "image_eps": 1e-5,
+    "text_eps": 1e-12,
+    "pad_id": 0,
+    "dtype": "float32",
+    "matmul_dtype": "float32",
+    "remat": "none",
+}
+
+
+def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
+    """The ``config.model`` of a released checkpoint.
+
+    Args:
+      tensors: by released name; anything with a shape.
+      told: what the tensors cannot tell: `heads`, `second_heads` (before and after the binding),
+        `decoder_heads`, `text_heads`, `grid` (rows and columns of the position embeddings; None
+        for a square), `assignment`, `drop_path`, `dropout`, `image_eps`, `text_eps`, `pad_id`,
+        `dtype`, `matmul_dtype`, `remat`. Defaults are the released ones (`TOLD`).
+
+    Raises:
+      UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
+        contradict each other.
+    """
+    unknown = sorted(set(told) - set(TOLD))
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: not among what can be told: {', '.join(TOLD)}")
+    told = {**TOLD, **told}
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(
+                f"no released checkpoint: it has no tensor {name}. Its first tensors are "
+                f"{', '.join(list(tensors)[:3])}"
+            )
+        found = tuple(np.shape(tensors[name]))
+        if len(found) != axes:
+            raise UserError(f"{name} has shape {found}, but needs {axes} axes")
+        return found
+
+    def depth(prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        found = {int(match[1]) for match in map(pattern.match, tensors) if match}
+        return max(found) + 1 if found else 0
+
+    width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
+    positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
+    side = math.isqrt(positions)
+    grid = told["grid"] or (side, side)
+    if grid[0] * grid[1] != positions or not positions:
+        raise UserError(
+            f"{IMAGE}.pos_embed has {positions} positions, which is no grid of {grid[0]} x "
+            f"{grid[1]}; tell the grid's rows and columns"
+        )
+    vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
+    hidden, _, _ = shape("img_projector.linear_hidden.0.weight", 3)
+    joint, _, _ = shape("img_projector.linear_out.weight", 3)
+    options = {"remat": told["remat"], "unroll": 1}
+    fed = shape(f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", 2)[0]
+    decoder_fed, decoder_width = shape(f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight", 2)
+    return {
+        "image": {
+            "patch": patch,
+            "grid": tuple(grid),
+            "width": width,
+            "heads": told["heads"],
+            "mlp_ratio": fed / width,
+            "eps": told["image_eps"],
+            "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
+            "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
+            "group_layer": 0,
+            "num_groups": shape(f"{IMAGE}.layers.0.downsample.mlp_inter.fc2.weight", 2)[0],
+            "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
+            "binding": "grouping_block",
+            "second_stage": "groups",
+            "second_heads": told["second_heads"],
+            "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
+            "group_std": 0.02,
+            "trunk_width": 0,
+            "trunk_heads": 0,
+            "class_token": False,
+            "trunk_norm": False,
+            "layer_scale": None,
+            "assignment": told["assignment"],
+            "binding_scale": None,
+            "gumbel_temperature": 1.0,
+            "drop_path": told["drop_path"],
+            **options,
+        },
+        "text": {
+            "vocab_size": vocab,
+            "width": text_width,
+            "depth": depth(f"{TEXT}.encoder.layer"),
+            "heads": told["text_heads"],
+            "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
+            "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
+            "dropout": told["dropout"],
+            "eps": told["text_eps"],
+            **options,
+        },
+        "decoder": {
+            "width": decoder_width,
+            "heads": told["decoder_heads"],
+            "mlp_ratio": decoder_fed / decoder_width,
+            "eps": told["image_eps"],
+            "order": "cross_first",
+            "depth": depth(DECODER),
+            "mask_padding": False,
+        },
+        "joint_width": joint,
+        "projector_layers": 2,
+        "projector_width": hidden,
+        "projector_norm": "batch",
+        "projector_activation": "relu",
+        "projector_bias": True,
+        "text_pool": "cls",
+        "pad_id": told["pad_id"],
+        "temperature_init": 0.07,
+        "dtype": told["dtype"],
+        "matmul_dtype": told["matmul_dtype"],
+    }
+
+
+def extra_tensors(tensors: Tensors) -> Tensors:
+    """Tensors that the released code stores without using them, by released name.
+
+    They are kept beside the parameters for `to_released` alone.
+    """
+    unused = re.compile("|".join(f"(?:{pattern})" for pattern in UNUSED))
+    extra = {name: value for name, value in tensors.items() if unused.fullmatch(name)}
+    if np.ndim(tensors.get(f"{IMAGE}.pos_embed")) == 3:
+        extra[POSITION_AXIS] = np.asarray(1, np.int64)
+    return extra
+
+
+def from_released(
+    tensors: Tensors, config: Mapping[str, Any] | ConfigDict, origin: str = "the checkpoint"
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Our parameters from a released checkpoint's tensors.
+
+    Args:
+      tensors: by released name ("img_encoder...."; no "module." in front).
+      config: the ``config.model``, as `released_config` gives it.
+      origin: where the tensors come from, for messages.
+
+    Returns:
+      (parameters, running statistics, teacher), nested NumPy: the teacher is the visual encoder's
+      moving average, None where the checkpoint has none.
+
+    Raises:
+      UserError: one message that lists every tensor that is missing, unused or of another shape.
+    """
+    config = ConfigDict(dict(config))
+    flat = _flat_positions(tensors)
+    shapes = _shapes(config)
+    momentum = {name: x for name, x in flat.items() if name.startswith(f"{TEACHER}.")}
+    rest = {name: x for name, x in flat.items() if name not in momentum}
+    arrays = read_links(rest, model_links(config), shapes, extra_tensors(tensors), origin)
+    teacher = None
+    if momentum:
+        mine = {path: x for path, x in shapes.items() if path.startswith("image_encoder/")}
+        links = image_links(config["image"], TEACHER)
+        teacher = nest(read_links(momentum, links, mine, (), origin))["image_encoder"]
+    tree = nest(arrays)
+    return tree, tree.pop(STATISTICS), teacher
+
+
+def to_released(
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
+    teacher: Mapping[str, Any] | None = None,
+    extra: Tensors | None = None,
+) -> Tensors:
+    """A released checkpoint's tensors from our parameters; the inverse of `from_released`.
+
+    Args:
+      params, batch_stats, teacher: as `from_released` gives them.
+      extra: as `extra_tensors` gives them, where there are any.
+
+    Raises:
+      UserError: the model is of another form than the released one.
+    """
+    config = ConfigDict(dict(config))
+    wanted = {
+        "image.binding": (config.image.binding, "grouping_block"),
+        "image.second_stage": (config.image.second_stage, "groups"),
+        "decoder.order": (config.decoder.order, "cross_first"),
+        "projector_norm": (config.projector_norm, "batch"),
+    }
+    for field, (found, needed) in wanted.items():
+        if found != needed:
+            raise UserError(
+                f"only a model of the released form has released names: config.model.{field} is "
+                f"{found!r}, not {needed!r}"
+            )
+    tensors = write_links(_arrays({**params, STATISTICS: batch_stats}), model_links(config))
+    if teacher is not None:
+        links = image_links(config.image, TEACHER)
+        tensors |= write_links(_arrays({"image_encoder": teacher}), links)
+    extra = dict(extra or {})
+    if extra.pop(POSITION_AXIS, None) is not None:
+        for name in (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed"):
+            if name in tensors:
+                tensors[name] = tensors[name][None]
+    return tensors | extra
+
+
+def _arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+
+
+def _flat_positions(tensors: Tensors) -> Tensors:
+    """Position embeddings of both forms as [L, D]."""
+    names = (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed")
+    flat = {n: tensors[n][0] for n in names if n in tensors and np.ndim(tensors[n]) == 3}
+    return {**tensors, **flat}
+
+
+def _shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    model = build_model(config)
+    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    tree = {**nn.unbox(variables["params"]), STATISTICS: variables[STATISTICS]}
+    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}

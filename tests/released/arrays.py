@@ -1,0 +1,145 @@
+"""One set of arrays of the released code: tensors, inputs, options, and our model made of it."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ovseg_jax.models.build import build_model
+from ovseg_jax.weights.released import from_released, released_config
+
+HERE = Path(__file__).parent
+
+# File "SET_kind.npz"; a set need not have all of them, but these.
+NEEDED = ("weights", "weights_momentum", "inputs")
+COSTS = {"L2": "euclidean", "cosine": "cosine"}
+
+
+def sets_of(directory):
+    """Names of the sets in a directory, in order."""
+    found = [path.name.removesuffix("_inputs.npz") for path in Path(directory).glob("*_inputs.npz")]
+    return sorted(found)
+
+
+def relative(ours, theirs):
+    """|ours - theirs| / |theirs|, Euclidean norms, in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
+
+
+class ReleasedSet:
+    """The set `name` in `directory`.
+
+    Attributes:
+      meta: the set's options and how far float32 is from float64 in the released code.
+      config, model: our ``config.model`` (sizes inferred from the tensors) and model.
+      params, statistics, teacher: our arrays, converted.
+    """
+
+    def __init__(self, directory, name):
+        self.directory, self.name = Path(directory), name
+        self.meta = json.loads((self.directory / f"{name}_meta.json").read_text())
+        self.tensors = {**self.file("weights"), **self.file("weights_momentum")}
+        first, second = self.meta["config"]["img"]["num_heads"]
+        self.config = released_config(
+            self.tensors,
+            heads=first,
+            second_heads=second,
+            text_heads=self.meta["config"]["bert"]["num_attention_heads"],
+            drop_path=0.0,
+            dropout=0.0,
+        )
+        self.model = build_model(ConfigDict(self.config))
+        self.params, self.statistics, self.teacher = from_released(self.tensors, self.config)
+
+    def file(self, kind):
+        """The arrays of one file; a missing file is an error."""
+        with np.load(self.directory / f"{self.name}_{kind}.npz") as archive:
+            return dict(archive)
+
+    @functools.cached_property
+    def inputs(self):
+        """Images, token ids and noise."""
+        return self.file("inputs")
+
+    def image(self, key):
+        """An image input as [B, H, W, 3] (normalized already, float32)."""
+        return jnp.asarray(self.inputs[key].transpose(0, 2, 3, 1))
+
+    def ids(self, key):
+        """Token ids; their padding is what the recorded mask leaves out."""
+        ids, mask = self.inputs[f"{key}/input_ids"], self.inputs[f"{key}/attention_mask"]
+        assert np.array_equal(ids != self.config["pad_id"], mask == 1)
+        return jnp.asarray(ids, jnp.int32)
+
+    def noise(self, dual):
+        """Recorded Gumbel noise by model and image of the pair, [B, L, K]."""
+        keys = {"online": {0: "0_online_image"}, "teacher": {1: "1_momentum_cross"}}
+        if dual:
+            keys["teacher"][0] = "2_momentum_image"
+            keys["online"][1] = "3_online_cross"
+        return {
+            who: {
+                i: jnp.asarray(self.inputs[f"gumbel/{key}"][:, 0].transpose(0, 2, 1))
+                for i, key in images.items()
+            }
+            for who, images in keys.items()
+        }
+
+    def batch(self):
+        """The training batch."""
+        batch = {"image": self.image("image"), "image2": self.image("cross_image")}
+        names = {"caption": "text", "masked": "question", "prompt": "answer"}
+        for kind, key in {**names, "shared": "cross_entity"}.items():
+            batch[f"{kind}_ids"] = self.ids(key)
+        count = batch["image"].shape[0]
+        for name in ("weight", "entity_weight", "pair_weight"):
+            batch[name] = jnp.ones((count,), jnp.float32)
+        # All answers of the batch are negatives of one another, equal ones too.
+        return {**batch, "entity_set": jnp.arange(count, dtype=jnp.int32)}
+
+    def weights_of_losses(self):
+        """(entity_weight, mask_weight) of the total loss."""
+        options = self.meta["config"]["model"]
+        return options.get("entity_weight", 1.0), options.get("maskloss_weight", 0.1)
+
+    def loss_config(self, dual):
+        """Our ``config.loss``."""
+        options = self.meta["config"]["model"]
+        return ConfigDict(
+            {
+                "entity_weight": self.weights_of_losses()[0],
+                "mask_equal_entities": False,
+                "group_ratio": 0.5,
+                "mask_threshold": options.get("cross_threshold", 0.6),
+                "mask_maps": "binding",
+                "mask_directions": "both" if dual else "one",
+                # The recorded run is one device's: the sum over its batch, divided by K.
+                "mask_divisor": float(self.config["image"]["num_groups"]),
+                "mask_size": 224,
+                "mask_cost": COSTS[options.get("cost_type", "L2")],
+                "detached_ratio": options.get("group_ratio", 0.5),
+                "teacher_noise": True,
+                "frozen_text_dropout": True,
+                "matching": "host",
+            }
+        )
+
+    def run_config(self):
+        """The parts of a whole config that a train step reads."""
+        options = self.meta["optimizer"]
+        optimizer = {
+            "b1": options["betas"][0],
+            "b2": options["betas"][1],
+            "eps": options["eps"],
+            "clip_norm": self.meta["clip"],
+            "weight_decay": options["weight_decay"],
+            "decay_rules": ((r"/(bias|scale)$", 0.0), (".*", 1.0)),
+            "rate_rules": ((".*", 1.0),),
+            "ema_decay": options["ema"],
+        }
+        return ConfigDict({"seed": 0, "loss": self.loss_config(False), "optimizer": optimizer})

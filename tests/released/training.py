@@ -1,0 +1,213 @@
+"""Our training step, under the names of the released code's recorded values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.optim.groups import flatten
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.train.calls import Calls
+from ovseg_jax.train.mask_terms import teacher_views, view
+from ovseg_jax.train.state import new_state, teacher_of
+from ovseg_jax.train.step import step_rngs, train_step
+from ovseg_jax.train.terms import loss_terms
+from ovseg_jax.weights.released import to_released
+from released.arrays import relative
+
+LOSSES = {"matching": "contrastive", "entity": "entity", "mask": "mask"}
+RATE = "base_lr"
+# Entries of Adam's first step whose clipped gradient is smaller than this are rounding noise over
+# rounding noise: their step is plus or minus the learning rate.
+SMALLEST = 1e-6
+
+
+def passes(case, params, teacher, statistics):
+    """Values of each image and text pass of a training step in both directions."""
+    call = Calls(case.model, params, statistics)
+    rngs, config, noise = step_rngs(0, 0), case.loss_config(True), case.noise(True)
+    batch, values = case.batch(), {}
+
+    def record(name, pooled, seen):
+        tokens = seen.tokens
+        maps = {"soft": tokens.affinity, "hard": tokens.assigned}
+        values[f"{name}/image_x"], values[f"{name}/image_feat"] = pooled, seen.embedded
+        values[f"{name}/q"], values[f"{name}/k"] = tokens.query[:, None], tokens.key[:, None]
+        for kind, one in maps.items():
+            values[f"{name}/{kind}"] = one.transpose(0, 2, 1)[:, None]
+
+    def text(name, kind):
+        seen = call("text_tokens", batch[f"{kind}_ids"], True, rngs=rngs)
+        values[f"txt_{name}/text_x"] = call("embed_text", seen.pooled, True)
+        return seen
+
+    names = {0: "online_image", 1: "online_cross"}
+    groups = {}
+    for i, image in enumerate((batch["image"], batch["image2"])):
+        tokens = call("visual_tokens", image, True, noise["online"][i], rngs=rngs)
+        record(f"img_{names[i]}", *view(call, tokens))
+        groups[i] = tokens.groups
+    images = (batch["image"], batch["image2"])
+    drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=None)
+    for i, name in ((0, "momentum_image"), (1, "momentum_cross")):
+        pooled = call("embed_image", jnp.mean(drawn[i].tokens.groups, axis=1), True)
+        record(f"img_{name}", pooled, drawn[i])
+    text("caption", "caption")
+    question = text("question", "masked")
+    values["txt_question/text_feat_before_proj"] = question.tokens
+    text("answer", "prompt")
+    text("cross_entity", "shared")
+    text("cross_entity_again", "shared")
+
+    def decode(model, *args):
+        out = model.entity_decoder(*args)[:, 0]
+        return out, model.completion_projector(out, True)
+
+    (token, bridge), _ = case.model.apply(
+        {"params": params, "batch_stats": statistics},
+        question.tokens,
+        question.mask,
+        groups[0],
+        method=decode,
+        mutable=["batch_stats"],
+    )
+    values["entity/answer_token"], values["entity/bridge_out"] = token, bridge
+    return values
+
+
+def losses_and_gradients(case, params, teacher, statistics, dual):
+    """({released name of a loss: value}, {the same: gradient}, running statistics afterwards)."""
+    _, mask_weight = case.weights_of_losses()
+
+    def terms(params):
+        loss, (metrics, after) = loss_terms(
+            case.model,
+            params,
+            teacher,
+            case.batch(),
+            case.loss_config(dual),
+            mask_weight=mask_weight,
+            text_dropout=True,
+            rngs=step_rngs(0, 0),
+            mesh=None,
+            statistics=statistics,
+            noise=case.noise(dual),
+        )
+        values = {name: metrics[ours] for name, ours in LOSSES.items()}
+        return values, (loss, after)
+
+    values, pull, (loss, after) = jax.vjp(terms, params, has_aux=True)
+    zero = {name: jnp.zeros(()) for name in values}
+    pulled = {name: pull({**zero, name: jnp.ones(())})[0] for name in values}
+    entity_weight, mask_weight = case.weights_of_losses()
+    pulled["total"] = jax.tree.map(
+        lambda a, b, c: a + entity_weight * b + mask_weight * c, *(pulled[name] for name in LOSSES)
+    )
+    return {**values, "loss": loss}, pulled, after
+
+
+def released_names(case, tree, statistics=None, teacher=None):
+    """Arrays of the model's shape under released names."""
+    statistics = case.statistics if statistics is None else statistics
+    return to_released(tree, statistics, case.config, teacher)
+
+
+def statistic_errors(case, after, recorded, prefix):
+    """Relative error of the running statistics; their counts must be equal."""
+    ours, errors = released_names(case, case.params, after), {}
+    for key, theirs in recorded.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            errors[name] = relative(ours[name], theirs)
+            if name.endswith("num_batches_tracked"):
+                assert ours[name] == theirs, name
+    return errors
+
+
+def gradient_errors(case, pulled, recorded):
+    """Relative error of each recorded gradient "loss|parameter[|dual_..]".
+
+    A gradient that is zero in exact arithmetic (a bias in front of a softmax or a batch norm) is
+    compared with the size of the whole gradient instead of its own.
+    """
+    names = {loss: released_names(case, tree) for loss, tree in pulled.items()}
+    whole = {
+        loss: np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in flatten(tree).values()))
+        for loss, tree in pulled.items()
+    }
+    zero = set(case.meta["zero_gradient_params"])
+    errors = {}
+    for key, theirs in recorded.items():
+        loss, name = key.split("|")[:2]
+        ours = names[loss][name]
+        if name in zero:
+            errors[key] = float(np.linalg.norm(np.float64(ours) - theirs) / whole[loss])
+        else:
+            errors[key] = relative(ours, theirs)
+    return errors
+
+
+def optimizer_steps(case, count):
+    """States after `count` train steps on the recorded batch, and the metrics of each."""
+    config = case.run_config()
+    _, mask_weight = case.weights_of_losses()
+    tx = make_optimizer(config.optimizer, case.params)
+    rate = jnp.float32(case.meta["optimizer"][RATE])
+
+    def start(params, statistics, teacher):
+        from ovseg_jax.optim.ema_teacher import replace_teacher
+
+        state = new_state(params, tx, (), statistics)
+        average = {"image_encoder": jax.tree.map(jnp.array, teacher)}
+        return state.replace(opt_state=replace_teacher(state.opt_state, average))
+
+    state = jax.jit(start)(case.params, case.statistics, case.teacher)
+    step = jax.jit(
+        lambda state, batch, noise: train_step(
+            state,
+            batch,
+            model=case.model,
+            tx=tx,
+            rate=lambda _: rate,
+            config=config,
+            mask_weight=mask_weight,
+            frozen=(),
+            mesh=None,
+            noise=noise,
+        )
+    )
+    states, history = [], []
+    for _ in range(count):
+        state, metrics = step(state, case.batch(), case.noise(False))
+        states.append(state)
+        history.append(metrics)
+    return states, history
+
+
+def parameter_errors(case, state, recorded, prefix, gradients=None):
+    """Relative error of each recorded parameter after a step, the teacher's too.
+
+    Args:
+      gradients: the recorded gradients of the first step ("total|parameter"): where given, only
+        entries whose clipped gradient counts are compared (see `SMALLEST`), and parameters without
+        a gradient (the released code's unused ones) are left to the conversion's tests.
+    """
+    from ovseg_jax.weights.released import extra_tensors
+
+    ours = released_names(case, state.params, state.batch_stats, teacher_of(state, ()))
+    ours |= extra_tensors(case.tensors)
+    clip = min(1.0, case.meta["clip"] / (case.meta["total_grad_norm_dual_off"] + 1e-6))
+    errors = {}
+    for key, theirs in recorded.items():
+        if not key.startswith(prefix):
+            continue
+        name = key.removeprefix(prefix)
+        mine = np.asarray(ours[name])
+        online = name.replace("img_encoder_momentum", "img_encoder")
+        gradient = (gradients or {}).get(f"total|{online}")
+        if gradient is None:
+            errors[name] = relative(mine, theirs)
+            continue
+        counts = np.abs(gradient) * clip > SMALLEST
+        if counts.any():
+            errors[name] = relative(mine[counts], theirs[counts])
+    return errors
