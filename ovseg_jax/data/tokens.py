@@ -1,6 +1,6 @@
-"""The BERT tokenizer, offline, as fixed-length arrays of ids.
+"""The text encoder's tokenizer, offline, as fixed-length arrays of ids.
 
-The tokenizer is the `tokenizers` object that transformers' fast BERT tokenizer wraps. It is used
+The tokenizer is the `tokenizers` object that transformers' fast tokenizers wrap. It is used
 directly, because importing transformers pulls in torch where that is installed.
 """
 
@@ -14,27 +14,31 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from ovseg_jax.data.entities import MASK_TOKEN
+from ovseg_jax.data.token_files import find_family, load_backend
 from ovseg_jax.errors import UserError
 
 _PACKAGE = "package:"
 _HUB = "hub:"
-_SPECIAL = {"pad": "[PAD]", "mask": "[MASK]", "start": "[CLS]", "end": "[SEP]", "unknown": "[UNK]"}
 
 
 class Tokenizer:
-    """A WordPiece tokenizer with [CLS] text [SEP] around every sentence.
+    """A tokenizer with a start and an end token around every sentence: [CLS] text [SEP] for
+    BERT, <s> text </s> for RoBERTa.
 
     Attributes:
+      family: its special tokens.
+      pad_id, mask_id, end_id: ids of some of them.
       truncated: how many texts `encode` has cut since the object was made.
 
     Raises:
-      UserError: the directory has no tokenizer.json and no vocab.txt, or the vocabulary lacks a
-        special token.
+      UserError: the directory has no files of a tokenizer, or the vocabulary lacks a special
+        token.
     """
 
     def __init__(self, directory: str | Path):
         directory = Path(directory)
-        self._start(_load(directory), str(directory))
+        self._start(load_backend(directory), str(directory))
 
     def _start(self, backend: Any, origin: str) -> None:
         # Length is our own business; a tokenizer.json often brings limits along.
@@ -43,12 +47,10 @@ class Tokenizer:
         self._backend = backend
         self._lock = threading.Lock()
         self.truncated = 0
-        missing = [token for token in _SPECIAL.values() if backend.token_to_id(token) is None]
-        if missing:
-            raise UserError(f"the vocabulary of {origin} lacks {', '.join(missing)}; use BERT's")
-        self.pad_id: int = backend.token_to_id(_SPECIAL["pad"])
-        self.mask_id: int = backend.token_to_id(_SPECIAL["mask"])
-        self.end_id: int = backend.token_to_id(_SPECIAL["end"])
+        self.family = find_family(backend, origin)
+        self.pad_id: int = backend.token_to_id(self.family.pad)
+        self.mask_id: int = backend.token_to_id(self.family.mask)
+        self.end_id: int = backend.token_to_id(self.family.end)
 
     @classmethod
     def from_hub(cls, name: str) -> "Tokenizer":
@@ -76,22 +78,31 @@ class Tokenizer:
 
     def lengths(self, texts: Sequence[str]) -> Int32[np.ndarray, "texts"]:  # noqa: F821
         """Tokens of each text, special tokens included, before any truncation."""
-        encoded = self._backend.encode_batch_fast(list(texts))
-        return np.asarray([len(item.ids) for item in encoded], np.int32)
+        return np.asarray([len(item.ids) for item in self._encoded(texts)], np.int32)
+
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
+        if self.family.mask != MASK_TOKEN:
+            texts = [text.replace(MASK_TOKEN, self.family.mask) for text in texts]
+        return self._backend.encode_batch_fast(list(texts))
 
     def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
-        """Token ids, padded at the end; a longer text is cut and keeps [SEP] as its last token.
+        """Token ids, padded at the end; a longer text is cut and keeps the end token as its last.
 
-        The literal [MASK] in a text becomes the mask token. An empty text is [CLS] [SEP].
+        The literal [MASK] in a text becomes the mask token, whatever that is called. An empty
+        text is the start and the end token.
 
         Raises:
-          UserError: there is no room for [CLS] and [SEP].
+          UserError: there is no room for these two.
         """
         if length < 2:
-            raise UserError(f"a text length of {length} has no room for [CLS] and [SEP]; use >= 2")
+            family = self.family
+            raise UserError(
+                f"a text length of {length} has no room for {family.start} and {family.end}; "
+                "use >= 2"
+            )
         ids = np.full((len(texts), length), self.pad_id, np.int32)
         cut = 0
-        for row, item in enumerate(self._backend.encode_batch_fast(list(texts))):
+        for row, item in enumerate(self._encoded(texts)):
             tokens = item.ids
             ids[row, : len(tokens)] = tokens[:length]
             if len(tokens) > length:
@@ -108,12 +119,12 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(directory / "tokenizer.json"))
         config = {
-            "tokenizer_class": "BertTokenizer",
-            "pad_token": _SPECIAL["pad"],
-            "mask_token": _SPECIAL["mask"],
-            "cls_token": _SPECIAL["start"],
-            "sep_token": _SPECIAL["end"],
-            "unk_token": _SPECIAL["unknown"],
+            "tokenizer_class": self.family.transformers,
+            "pad_token": self.family.pad,
+            "mask_token": self.family.mask,
+            "cls_token": self.family.start,
+            "sep_token": self.family.end,
+            "unk_token": self.family.unknown,
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -168,19 +179,3 @@ def text_length(
         raise UserError("there are no texts to choose a text length from; check the data set")
     needed = int(counts[min(counts.size - 1, int(np.ceil(cover * counts.size)) - 1)])
     return max(1, -(-needed // multiple)) * multiple
-
-
-def _load(directory: Path) -> Any:
-    import tokenizers
-
-    if (directory / "tokenizer.json").is_file():
-        path = directory / "tokenizer.json"
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise UserError(f"{path} is no tokenizer ({error}); copy the file again") from error
-    if (directory / "vocab.txt").is_file():
-        return tokenizers.BertWordPieceTokenizer(str(directory / "vocab.txt"))._tokenizer
-    raise UserError(
-        f"{directory} has no tokenizer.json and no vocab.txt; give the folder of a BERT tokenizer"
-    )

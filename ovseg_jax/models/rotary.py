@@ -1,4 +1,4 @@
-"""Rotary positions of image patches (Su et al., 2021), in the form of DINOv3 (Simeoni et al., 2025).
+"""Rotary positions of patches (Su et al., 2021) in the form of DINOv3 (Simeoni et al., 2025).
 
 No parameter: queries and keys are turned by angles that depend on where their patch lies, relative
 to the sides of the image, so that any grid will do. Tokens that are no patch are not turned.
