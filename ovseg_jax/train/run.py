@@ -31,11 +31,17 @@ from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.phases import Phase, make_phases, rate_at
-from ovseg_jax.train.report import Progress
+from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
-from ovseg_jax.weights.initialize import TRUNK, init_params, initial_image, initial_text
-from ovseg_jax.weights.tensors import package_file
+from ovseg_jax.weights.initialize import (
+    TRUNK,
+    init_params,
+    initial_image,
+    initial_text,
+    start_table,
+)
+from ovseg_jax.weights.sources import find_weights
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000
@@ -70,13 +76,19 @@ class Run:
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
         shapes = {path: leaf.shape for path, leaf in flat.items()}
         where = groups.flatten(self.param_shardings)
+        init = self.config.model_init
+        resample_to = tuple(self.config.model.image.grid) if init.resample else None
         loaded: dict[str, np.ndarray] = {}
+        sources: dict[str, str] = {}
         for spec, read in (
-            (self.config.model_init.image, initial_image),
-            (self.config.model_init.text, initial_text),
+            (init.image, functools.partial(initial_image, resample_to=resample_to)),
+            (init.text, initial_text),
         ):
             if spec:
-                loaded |= read(spec, shapes)
+                found = read(spec, shapes)
+                loaded |= found
+                sources |= dict.fromkeys(found, spec)
+        self.progress.say(table(start_table(shapes, sources)))
         for path, value in loaded.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)
@@ -231,12 +243,19 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, "
             f"config.model.text.vocab_size is {config.model.text.vocab_size}"
         )
+    if tokenizer.pad_id != config.model.pad_id:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer!r} pads with token {tokenizer.pad_id}, "
+            f"config.model.pad_id is {config.model.pad_id}"
+        )
     source, entities = make_source(config.data)
     length = config.data.text_length or _measured_length(source, entities, tokenizer)
-    if length > config.model.text.max_positions:
+    text = config.model.text
+    if length > text.max_positions - text.position_offset:
         raise UserError(
             f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
-            f"{config.model.text.max_positions}"
+            f"{text.max_positions}"
+            + (f" less position_offset = {text.position_offset}" if text.position_offset else "")
         )
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
@@ -259,7 +278,7 @@ def _missing_weights(config: ConfigDict) -> list[str]:
         spec = config.model_init[field_name]
         try:
             if spec:
-                package_file(spec, f"config.model_init.{field_name}")
+                find_weights(spec, f"config.model_init.{field_name}")
         except UserError as error:
             missing.append(
                 f"{error}; an empty string (--config.model_init.{field_name}=) starts from "
