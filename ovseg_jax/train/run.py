@@ -39,6 +39,7 @@ from ovseg_jax.weights.initialize import (
     init_params,
     initial_image,
     initial_text,
+    remarks,
     start_table,
 )
 from ovseg_jax.weights.sources import find_weights
@@ -89,6 +90,8 @@ class Run:
                 loaded |= found
                 sources |= dict.fromkeys(found, spec)
         self.progress.say(table(start_table(shapes, sources)))
+        for remark in remarks(init, self.config.model):
+            self.progress.say(f"note: {remark}")
         for path, value in loaded.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import bert, vit, vit_names
 from ovseg_jax.weights.convert_tree import Rule, convert
+from ovseg_jax.weights.hub_config import image_remarks, text_remarks
 from ovseg_jax.weights.sources import find_weights, read_weights
 from ovseg_jax.weights.tensors import Tensors
 
@@ -21,6 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # The layers that see the image alone, with what comes before and directly after them.
 TRUNK = (
     "image_encoder/patch_embed/",
+    "image_encoder/embed_norm/",
     "image_encoder/position",
     "image_encoder/class_token",
     "image_encoder/register_tokens",
@@ -118,6 +121,20 @@ def _from_model(
     own = {name: value for name, value in tensors.items() if name.startswith(part)}
     wanted = {path: shape for path, shape in shapes.items() if path.startswith(part)}
     return convert(own, [Rule(path, (path,)) for path in wanted], wanted, (), origin)
+
+
+def remarks(init: ConfigDict, model: ConfigDict) -> list[str]:
+    """What the initial weights were made with and the model does otherwise; see `hub_config`.
+
+    Args:
+      init: ``config.model_init``. model: ``config.model``.
+    """
+    lines = []
+    for name, read in (("image", image_remarks), ("text", text_remarks)):
+        if init[name]:
+            path = find_weights(init[name], f"config.model_init.{name}")
+            lines += [f"{init[name]}: {line}" for line in read(path, model)]
+    return lines
 
 
 def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, ...]]:
