@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -34,15 +33,9 @@ from ovseg_jax.train.phases import Phase, make_phases, rate_at
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
-from ovseg_jax.weights.initialize import (
-    TRUNK,
-    init_params,
-    initial_image,
-    initial_text,
-    remarks,
-    start_table,
-)
+from ovseg_jax.weights.initialize import TRUNK, init_params
 from ovseg_jax.weights.sources import find_weights
+from ovseg_jax.weights.start import published_start
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000
@@ -77,22 +70,11 @@ class Run:
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
         shapes = {path: leaf.shape for path, leaf in flat.items()}
         where = groups.flatten(self.param_shardings)
-        init = self.config.model_init
-        resample_to = tuple(self.config.model.image.grid) if init.resample else None
-        loaded: dict[str, np.ndarray] = {}
-        sources: dict[str, str] = {}
-        for spec, read in (
-            (init.image, functools.partial(initial_image, resample_to=resample_to)),
-            (init.text, initial_text),
-        ):
-            if spec:
-                found = read(spec, shapes)
-                loaded |= found
-                sources |= dict.fromkeys(found, spec)
-        self.progress.say(table(start_table(shapes, sources)))
-        for remark in remarks(init, self.config.model):
+        start = published_start(self.config.model_init, self.config.model, shapes)
+        self.progress.say(table(start.rows))
+        for remark in start.remarks:
             self.progress.say(f"note: {remark}")
-        for path, value in loaded.items():
+        for path, value in start.values.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)
         if self.config.model_init.neck == "standardize":

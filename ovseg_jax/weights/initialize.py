@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import bert, vit, vit_names
 from ovseg_jax.weights.convert_tree import Rule, convert
-from ovseg_jax.weights.hub_config import image_remarks, text_remarks
 from ovseg_jax.weights.sources import find_weights, read_weights
 from ovseg_jax.weights.tensors import Tensors
 
@@ -121,46 +119,3 @@ def _from_model(
     own = {name: value for name, value in tensors.items() if name.startswith(part)}
     wanted = {path: shape for path, shape in shapes.items() if path.startswith(part)}
     return convert(own, [Rule(path, (path,)) for path in wanted], wanted, (), origin)
-
-
-def remarks(init: ConfigDict, model: ConfigDict) -> list[str]:
-    """What the initial weights were made with and the model does otherwise; see `hub_config`.
-
-    Args:
-      init: ``config.model_init``. model: ``config.model``.
-    """
-    lines = []
-    for name, read in (("image", image_remarks), ("text", text_remarks)):
-        if init[name]:
-            path = find_weights(init[name], f"config.model_init.{name}")
-            lines += [f"{init[name]}: {line}" for line in read(path, model)]
-    return lines
-
-
-def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """What starts from published weights and what does not, one row per group of parameters.
-
-    Args:
-      shapes: all the model's parameters.
-      sources: spec of the weights that filled a parameter, by path.
-
-    Returns:
-      rows (parameters, tensors, numbers, source), the first one the head. A module with one source
-      is one row; of another its parts are listed, a part of several sources once for each.
-    """
-    origin = {path: sources.get(path, "random") for path in shapes}
-    mixed: dict[str, set[str]] = {}
-    for path in shapes:
-        mixed.setdefault(path.split("/")[0], set()).add(origin[path])
-    counts: dict[tuple[str, str], list[int]] = {}
-    for path, shape in shapes.items():
-        names = path.split("/")
-        group = "/".join(names[:2]) if len(mixed[names[0]]) > 1 else names[0]
-        entry = counts.setdefault((group, origin[path]), [0, 0])
-        entry[0] += 1
-        entry[1] += int(np.prod(shape))
-    rows = [
-        (group, str(tensors), f"{numbers:,}", source)
-        for (group, source), (tensors, numbers) in sorted(counts.items())
-    ]
-    return [("parameters", "tensors", "numbers", "start from"), *rows]
