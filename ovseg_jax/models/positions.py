@@ -1,4 +1,8 @@
-"""Position embeddings learned on one patch grid, used on any other."""
+"""Position embeddings learned on one patch grid, used on any other.
+
+The scale is the ratio of the two grids, as in transformers. The first releases of DINO and DINOv2
+added 0.1 to the target before they took the ratio, which moves every sample by a little.
+"""
 
 import jax.numpy as jnp
 import numpy as np
