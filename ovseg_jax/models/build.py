@@ -8,6 +8,7 @@ from ovseg_jax.models.bert import BertEncoder
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import ACTIVATIONS
+from ovseg_jax.models.positions import RESIZING
 from ovseg_jax.models.stack import REMAT_POLICIES
 from ovseg_jax.models.vit import VisualEncoder
 
@@ -15,6 +16,8 @@ CHOICES = {
     "image.assignment": ("hard", "soft"),
     "image.binding": ("slot", "grouping_block"),
     "image.second_stage": ("groups_and_patches", "groups"),
+    "image.position": ("learned", "rope"),
+    "image.position_resize": tuple(RESIZING),
     "image.remat": tuple(REMAT_POLICIES),
     "text.remat": tuple(REMAT_POLICIES),
     "text_pool": ("eot", "cls", "mean"),
@@ -71,6 +74,19 @@ def check_model_config(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.image.group_layer = {image.group_layer} must lie between 0 and "
             f"first_layers = {image.first_layers}"
+        )
+    head_width = (image.trunk_width or image.width) // (image.trunk_heads or image.heads)
+    if image.position == "rope" and (not image.group_layer or head_width % 4):
+        raise UserError(
+            "config.model.image.position = 'rope' acts in the attention of the trunk: it needs "
+            f"group_layer > 0 (now {image.group_layer}) and heads whose width is a multiple of 4 "
+            f"(now {head_width})"
+        )
+    text = config.text
+    if text.position_offset < 0 or text.max_positions <= text.position_offset:
+        raise UserError(
+            f"config.model.text.position_offset = {text.position_offset} must lie between 0 and "
+            f"max_positions = {text.max_positions}"
         )
 
 

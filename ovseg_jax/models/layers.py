@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 
 TRUNCATED_NORMAL = nn.initializers.truncated_normal(0.02)
@@ -185,11 +186,19 @@ class MultiHeadAttention(nn.Module):
         queries: Float[Array, "B Q D"],
         context: Float[Array, "B T Dc"],
         mask: Bool[Array, "B T"] | None = None,
+        rotary: Rotary | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends from `queries` to `context`; keys where `mask` is False are never looked at."""
+        """Attends from `queries` to `context`.
+
+        Args:
+          mask: keys where it is False are never looked at.
+          rotary: turns queries and keys by their positions (then both are the same tokens).
+        """
         width = queries.shape[-1]
         query = self._heads("query", queries, width)
         key, value = (self._heads(name, context, width) for name in ("key", "value"))
+        if rotary is not None:
+            query, key = rotary(query), rotary(key)
         scale = (width // self.heads) ** -0.5
         logits = contract("bnqd,bntd->bnqt", query * scale, key, self.matmul_dtype)
         if mask is not None:

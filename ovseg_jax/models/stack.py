@@ -17,6 +17,7 @@ from ovseg_jax.models.layers import (
     MultiHeadAttention,
     layer_norm,
 )
+from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 
 REMAT_POLICIES = {
@@ -33,6 +34,7 @@ class PreNormLayer(nn.Module):
       heads, mlp_ratio, eps: of the layer.
       layer_scale: initial value of a per-channel factor on both branches, None for none.
       drop_path: whether the layer is built with stochastic depth at all.
+      rotary: rotary positions of its attention, None for none.
     """
 
     heads: int
@@ -43,6 +45,7 @@ class PreNormLayer(nn.Module):
     train: bool
     dtype: Any
     matmul_dtype: Any
+    rotary: Rotary | None = None
 
     @nn.compact
     def __call__(
@@ -62,7 +65,8 @@ class PreNormLayer(nn.Module):
             return x + branch
 
         normed = layer_norm("attention_norm", self.eps, self.dtype)(x)
-        attended = MultiHeadAttention(self.heads, name="attention", **options)(normed, normed, mask)
+        attention = MultiHeadAttention(self.heads, name="attention", **options)
+        attended = attention(normed, normed, mask, rotary=self.rotary)
         x = add(x, attended, "attention")
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
         hidden = int(x.shape[-1] * self.mlp_ratio)
@@ -131,7 +135,9 @@ class PreNormStack(nn.Module):
     matmul_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], train: bool, rotary: Rotary | None = None
+    ) -> Float[Array, "B T D"]:
         if self.depth == 0:
             return x
         stack = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat, unroll=self.unroll)
@@ -144,6 +150,7 @@ class PreNormStack(nn.Module):
             train,
             self.dtype,
             self.matmul_dtype,
+            rotary,
             name="layers",
         )
         return layers(x, jnp.asarray(self.drop_rates, jnp.float32))[0]

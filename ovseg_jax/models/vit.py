@@ -16,7 +16,8 @@ from flax import struct
 from ovseg_jax.models.binding import SlotBinding
 from ovseg_jax.models.grouping_block import GroupingBlock
 from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, layer_norm, logical
-from ovseg_jax.models.positions import resize_grid
+from ovseg_jax.models.positions import RESIZING, resize_grid
+from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.models.stack import PreNormStack
 from ovseg_jax.shapes import Array, Float, UInt8
 
@@ -73,6 +74,13 @@ class VisualEncoder(nn.Module):
       trunk_width, trunk_heads, trunk_eps: of the trunk, where it differs; 0 takes the encoder's.
       class_token: the trunk carries a class token (pretrained weights may need it); it is dropped
         where the groups join.
+      register_tokens: how many further tokens without a meaning the trunk carries (Darcet et al.,
+        2024); dropped there as well.
+      position: "learned" embeddings are added to the patches; "rope" turns queries and keys of the
+        trunk's attention instead (`Rotary`; for group_layer > 0).
+      position_resize: how learned embeddings get to another grid than `grid`: "bicubic" (DINO,
+        DINOv2) or "bicubic_antialias" (DINOv2 with registers).
+      rope_theta: see `Rotary`.
       trunk_norm: a LayerNorm ends the trunk (as the pretrained trunk ends in one).
       layer_scale: see `PreNormLayer`; applies to the trunk.
       assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
@@ -100,6 +108,10 @@ class VisualEncoder(nn.Module):
     trunk_width: int = 0
     trunk_heads: int = 0
     class_token: bool = False
+    register_tokens: int = 0
+    position: str = "learned"
+    position_resize: str = "bicubic"
+    rope_theta: float = 100.0
     trunk_norm: bool = False
     layer_scale: float | None = None
     assignment: str = "hard"
@@ -132,16 +144,16 @@ class VisualEncoder(nn.Module):
         self.patch_embed = Dense(trunk_width, (None, "embed"), **options)
         if self.patch_norm:
             self.embed_norm = layer_norm(None, self.eps, self.dtype)
-        self.position = self.param(
-            "position",
-            logical(TRUNCATED_NORMAL, None, "embed"),
-            (self.grid[0] * self.grid[1], trunk_width),
-            jnp.float32,
-        )
-        if self.class_token:
-            self.class_embed = self.param(
-                "class_token", logical(TRUNCATED_NORMAL, None, "embed"), (1, trunk_width)
-            )
+
+        def embeddings(name: str, rows: int) -> Array:
+            start = logical(TRUNCATED_NORMAL, None, "embed")
+            return self.param(name, start, (rows, trunk_width), jnp.float32)
+
+        if self.position == "learned":
+            self.position_table = embeddings("position", self.grid[0] * self.grid[1])
+        self.prefix = [embeddings("class_token", 1)] if self.class_token else []
+        if self.register_tokens:
+            self.prefix = [*self.prefix, embeddings("register_tokens", self.register_tokens)]
         layers = self.group_layer
         self.trunk_layers = stack(0, layers, self.trunk_heads or self.heads, self.layer_scale)
         if self.trunk_norm:
@@ -189,18 +201,24 @@ class VisualEncoder(nn.Module):
         rows, columns, p = height // self.patch, width // self.patch, self.patch
         pixels = image[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, 3)
         pixels = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * 3)
-        position = resize_grid(self.position, self.grid, (rows, columns))
-        x = self.patch_embed(pixels)
+        x, rotary = self.patch_embed(pixels), None
         if self.patch_norm:
             x = self.embed_norm(x)
-        x = x + position[None].astype(self.dtype)
-        if self.class_token:
-            token = jnp.broadcast_to(self.class_embed[None], (batch, 1, x.shape[-1]))
-            x = jnp.concatenate([token.astype(self.dtype), x], axis=1)
-        x = self.trunk_layers(x, train)
+        prefix = sum(len(tokens) for tokens in self.prefix)
+        if self.position == "rope":
+            rotary = Rotary(rows, columns, prefix, self.rope_theta)
+        else:
+            antialias = RESIZING[self.position_resize]
+            position = resize_grid(self.position_table, self.grid, (rows, columns), antialias)
+            x = x + position[None].astype(self.dtype)
+        if prefix:
+            tokens = jnp.concatenate(self.prefix).astype(self.dtype)
+            tokens = jnp.broadcast_to(tokens[None], (batch, *tokens.shape))
+            x = jnp.concatenate([tokens, x], axis=1)
+        x = self.trunk_layers(x, train, rotary)
         if self.trunk_norm:
             x = self.trunk_end(x)
-        return x[:, 1:] if self.class_token else x
+        return x[:, prefix:]
 
     def group(
         self,

@@ -9,12 +9,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
 from ovseg_jax.data.captions import distinct_prompts, shared_prompt, texts_of
@@ -26,6 +28,24 @@ from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights.initialize import TRUNK
+
+# Fields of the visual encoder that leave the trunk's output as it is. Any other one is part of the
+# key: heads, epsilons and positions change features, and no weight tells.
+AFTER_TRUNK = (
+    "second_layers",
+    "second_heads",
+    "second_stage",
+    "num_groups",
+    "group_tokens",
+    "group_std",
+    "binding_form",
+    "assignment",
+    "binding_scale",
+    "gumbel_temperature",
+    "drop_path",
+    "remat",
+    "unroll",
+)
 
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
@@ -42,6 +62,13 @@ def cache_key(params: Mapping[str, Any], prefixes: tuple[str, ...], **settings: 
             digest.update(path.encode())
             digest.update(np.ascontiguousarray(jax.device_get(leaf)))
     return digest.hexdigest()[:16]
+
+
+def settings_of(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """The fields of an unbound module, for a key."""
+    left_out = {*without, "parent", "name"}
+    names = [field.name for field in fields(module) if field.name not in left_out]
+    return {name: repr(getattr(module, name)) for name in names}
 
 
 def image_store(
@@ -70,7 +97,7 @@ def image_store(
         transform=dict(transform),
         views=views,
         seed=seed,
-        matmul_dtype=str(model.matmul_dtype),
+        trunk=settings_of(model.image_encoder, AFTER_TRUNK),
     )
     place = directory / f"images-{key}"
     if (found := FeatureStore.open(place, key)) is not None:
@@ -156,7 +183,8 @@ def text_store(
         templates=list(templates),
         length=length,
         pool=model.text_pool,
-        matmul_dtype=str(model.matmul_dtype),
+        pad_id=model.pad_id,
+        encoder=settings_of(model.text_encoder, ("dropout", "remat", "unroll")),
     )
     place = directory / f"texts-{key}"
     if (found := FeatureStore.open(place, key)) is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -33,17 +32,12 @@ from ovseg_jax.train import feature_cache
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.phases import Phase, make_phases, rate_at
-from ovseg_jax.train.report import Progress
+from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
-from ovseg_jax.weights.initialize import (
-    TRUNK,
-    init_params,
-    init_statistics,
-    initial_image,
-    initial_text,
-)
-from ovseg_jax.weights.tensors import package_file
+from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics
+from ovseg_jax.weights.sources import find_weights
+from ovseg_jax.weights.start import published_start
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000
@@ -78,14 +72,11 @@ class Run:
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
         shapes = {path: leaf.shape for path, leaf in flat.items()}
         where = groups.flatten(self.param_shardings)
-        loaded: dict[str, np.ndarray] = {}
-        for spec, read in (
-            (self.config.model_init.image, initial_image),
-            (self.config.model_init.text, initial_text),
-        ):
-            if spec:
-                loaded |= read(spec, shapes)
-        for path, value in loaded.items():
+        start = published_start(self.config.model_init, self.config.model, shapes)
+        self.progress.say(table(start.rows))
+        for remark in start.remarks:
+            self.progress.say(f"note: {remark}")
+        for path, value in start.values.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)
         if self.config.model_init.neck == "standardize":
@@ -256,12 +247,19 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, "
             f"config.model.text.vocab_size is {config.model.text.vocab_size}"
         )
+    if tokenizer.pad_id != config.model.pad_id:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer!r} pads with token {tokenizer.pad_id}, "
+            f"config.model.pad_id is {config.model.pad_id}"
+        )
     source, entities = make_source(config.data)
     length = config.data.text_length or _measured_length(source, entities, tokenizer)
-    if length > config.model.text.max_positions:
+    text = config.model.text
+    if length > text.max_positions - text.position_offset:
         raise UserError(
             f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
-            f"{config.model.text.max_positions}"
+            f"{text.max_positions}"
+            + (f" less position_offset = {text.position_offset}" if text.position_offset else "")
         )
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
@@ -284,7 +282,7 @@ def _missing_weights(config: ConfigDict) -> list[str]:
         spec = config.model_init[field_name]
         try:
             if spec:
-                package_file(spec, f"config.model_init.{field_name}")
+                find_weights(spec, f"config.model_init.{field_name}")
         except UserError as error:
             missing.append(
                 f"{error}; an empty string (--config.model_init.{field_name}=) starts from "

@@ -1,43 +1,101 @@
-"""BERT text encoders (bert-base-uncased, MiniLM, ...) under Hugging Face's tensor names."""
+"""Text encoders (BERT, MiniLM, RoBERTa, DistilBERT) under Hugging Face's tensor names."""
 
-from ovseg_jax.weights.convert_tree import Rule, transpose
+from collections.abc import Mapping
 
-# The pooler feeds next-sentence prediction, position ids are a constant, cls heads predict words.
-DROPPED = (r"pooler\..*", r"embeddings\.position_ids", r"cls\..*")
+import numpy as np
 
-_LINEAR = {
+from ovseg_jax.weights.convert_tree import Rule, convert, transpose
+from ovseg_jax.weights.tensors import Tensors
+
+ROOT = "text_encoder"
+ANCHOR = "embeddings.word_embeddings.weight"
+
+# The pooler feeds next-sentence prediction, position ids are a constant, heads predict words.
+DROPPED = (
+    r"pooler\..*",
+    r"embeddings\.(position_ids|token_type_ids)",
+    r"(cls|lm_head|classifier|qa_outputs|vocab_projector|vocab_transform|vocab_layer_norm)\..*",
+)
+
+_NORMS = ("attention_norm", "mlp_norm")
+_BERT = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
     "attention/value": "attention.self.value",
     "attention/out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
     "mlp/fc1": "intermediate.dense",
     "mlp/fc2": "output.dense",
+    "mlp_norm": "output.LayerNorm",
 }
-_NORM = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+_DISTILBERT = {
+    "attention/query": "attention.q_lin",
+    "attention/key": "attention.k_lin",
+    "attention/value": "attention.v_lin",
+    "attention/out": "attention.out_lin",
+    "attention_norm": "sa_layer_norm",
+    "mlp/fc1": "ffn.lin1",
+    "mlp/fc2": "ffn.lin2",
+    "mlp_norm": "output_layer_norm",
+}
+# RoBERTa's files have BERT's names.
+STYLES = {"encoder.layer.{}.": _BERT, "transformer.layer.{}.": _DISTILBERT}
 
 
-def bert_rules(layers: int) -> list[Rule]:
-    """Rules for the text encoder.
+def is_bert(tensors: Tensors) -> bool:
+    """Whether the names are those of a text encoder (any prefix removed)."""
+    return ANCHOR in tensors
+
+
+def _new_norm_names(tensors: Tensors) -> Tensors:
+    # Files converted from TensorFlow call the two vectors of a norm gamma and beta.
+    new = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+    result = {}
+    for name, value in tensors.items():
+        old = next((suffix for suffix in new if name.endswith(suffix)), None)
+        result[name if old is None else name.removesuffix(old) + new[old]] = value
+    return result
+
+
+def from_bert(
+    tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> dict[str, np.ndarray]:
+    """Parameters of the text encoder.
 
     Args:
-      layers: depth of the encoder.
+      tensors: with any prefix ("bert.", "roberta.", "distilbert.") removed.
+      shapes: all the model's parameters.
+      origin: where the tensors come from, for messages.
+
+    Raises:
+      UserError: lists every tensor that is missing, left over or misshapen.
     """
-    stack = "text_encoder/layers"
+    tensors = _new_norm_names(tensors)
+    wanted = {path: shape for path, shape in shapes.items() if path.startswith(f"{ROOT}/")}
+    layers = shapes[f"{ROOT}/layers/mlp/fc1/bias"][0]
+    return convert(tensors, _rules(tensors, wanted, layers), wanted, DROPPED, origin)
 
-    def names(suffix: str) -> tuple[str, ...]:
-        return tuple(f"encoder.layer.{index}.{suffix}" for index in range(layers))
 
+def _rules(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], layers: int) -> list[Rule]:
+    distilled = any(name.startswith("transformer.layer.") for name in tensors)
+    layer, parts = list(STYLES.items())[distilled]
     rules = [
-        Rule("text_encoder/word", ("embeddings.word_embeddings.weight",)),
-        Rule("text_encoder/position", ("embeddings.position_embeddings.weight",)),
-        Rule("text_encoder/token_type", ("embeddings.token_type_embeddings.weight",)),
-        Rule("text_encoder/embed_norm/scale", ("embeddings.LayerNorm.weight",)),
-        Rule("text_encoder/embed_norm/bias", ("embeddings.LayerNorm.bias",)),
+        Rule(f"{ROOT}/word", (ANCHOR,)),
+        Rule(f"{ROOT}/position", ("embeddings.position_embeddings.weight",)),
+        Rule(f"{ROOT}/embed_norm/scale", ("embeddings.LayerNorm.weight",)),
+        Rule(f"{ROOT}/embed_norm/bias", ("embeddings.LayerNorm.bias",)),
     ]
-    for ours, theirs in _LINEAR.items():
-        rules.append(Rule(f"{stack}/{ours}/kernel", names(f"{theirs}.weight"), transpose, True))
-        rules.append(Rule(f"{stack}/{ours}/bias", names(f"{theirs}.bias"), stack=True))
-    for ours, theirs in _NORM.items():
-        rules.append(Rule(f"{stack}/{ours}/scale", names(f"{theirs}.weight"), stack=True))
-        rules.append(Rule(f"{stack}/{ours}/bias", names(f"{theirs}.bias"), stack=True))
+    if f"{ROOT}/token_type" in wanted:
+        rules.append(Rule(f"{ROOT}/token_type", ("embeddings.token_type_embeddings.weight",)))
+    for ours, theirs in parts.items():
+        weights, biases = (
+            tuple(f"{layer.format(index)}{theirs}.{kind}" for index in range(layers))
+            for kind in ("weight", "bias")
+        )
+        path = f"{ROOT}/layers/{ours}"
+        if ours in _NORMS:
+            rules.append(Rule(f"{path}/scale", weights, stack=True))
+        else:
+            rules.append(Rule(f"{path}/kernel", weights, transpose, True))
+        rules.append(Rule(f"{path}/bias", biases, stack=True))
     return rules

@@ -1,7 +1,6 @@
-"""Starting parameters from published weights: the visual trunk and the text encoder."""
+"""Starting parameters from published weights: the visual encoder and the text encoder."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,16 +12,20 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten
-from ovseg_jax.weights import bert, dinov2, vit
-from ovseg_jax.weights.convert_tree import convert
-from ovseg_jax.weights.tensors import Tensors, package_file, read_tensors
+from ovseg_jax.weights import bert, vit, vit_names
+from ovseg_jax.weights.convert_tree import Rule, convert
+from ovseg_jax.weights.sources import find_weights, read_weights
+from ovseg_jax.weights.tensors import Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# The layers that see the image alone, with what comes before and directly after them.
 TRUNK = (
     "image_encoder/patch_embed/",
+    "image_encoder/embed_norm/",
     "image_encoder/position",
     "image_encoder/class_token",
+    "image_encoder/register_tokens",
     "image_encoder/trunk_layers/",
     "image_encoder/trunk_end/",
 )
@@ -67,62 +70,68 @@ def strip_prefix(tensors: Tensors, anchor: str) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def _weights_path(spec: str, field: str) -> Path:
-    path = package_file(spec, field)
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def initial_image(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
+def initial_image(
+    spec: str, shapes: Shapes, resample_to: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
     """Parameters of the visual encoder from `config.model_init.image`.
 
-    A DINOv2 backbone fills the trunk; a plain ViT (DINO, DeiT) all the encoder's layers. Group
-    tokens, binding and neck stay random.
+    A published ViT fills the trunk or all layers, see `weights.vit`; group tokens, binding and
+    neck stay random. A model of ours fills the whole visual encoder.
 
     Args:
-      spec: a .safetensors, .npz or .onnx file, or a directory with model.safetensors; a path or
-        "package:NAME/...".
+      spec: see `weights.sources.find_weights`: a .safetensors, .npz or .onnx file, a folder with
+        safetensors, a model directory, or a hub id.
       shapes: all the model's parameters.
+      resample_to: the model's grid (rows, columns), to resample patch embedding and positions of
+        another size to it; None refuses weights of another size.
 
     Returns:
       path to array, for the parameters that the weights fill.
 
     Raises:
-      UserError: the weights cannot be read or do not fit; names every tensor at fault.
+      UserError: the weights cannot be found or read, or do not fit; names every tensor at fault.
     """
     field = "config.model_init.image"
-    path = _weights_path(spec, field)
-    tensors = read_tensors(path)
-    for anchor in vit.ANCHORS:
+    path = find_weights(spec, field)
+    tensors = read_weights(path, field, "dino")
+    ours = _from_model(tensors, shapes, "image_encoder/", str(path))
+    if ours is not None:
+        return ours
+    for anchor in vit_names.ANCHORS:
         tensors = strip_prefix(tensors, anchor)
-    if dinov2.is_dinov2(tensors):
-        wanted = {name: shape for name, shape in shapes.items() if name.startswith(TRUNK)}
-        rules = dinov2.dinov2_rules(_depth(shapes, "trunk_layers"))
-        return convert(dinov2.separate_positions(tensors), rules, wanted, dinov2.DROPPED, str(path))
-    if vit.is_vit(tensors):
-        tensors = vit.split_qkv(tensors)
-        fresh = tuple(f"image_encoder/{name}" for name in ("group_token", "binding/", "neck/"))
-        wanted = {
-            name: shape
-            for name, shape in shapes.items()
-            if name.startswith("image_encoder/") and not name.startswith(fresh)
-        }
-        stacks = {name: _depth(shapes, name) for name in ("trunk_layers", "first", "second")}
-        rules = vit.vit_rules(tensors, stacks, shapes["image_encoder/position"][0])
-        return convert(tensors, rules, wanted, vit.DROPPED, str(path))
-    raise UserError(
-        f"{field}: {path} holds neither a DINOv2 backbone nor a plain ViT under names that are "
-        f"known; its first tensors are {', '.join(list(tensors)[:3])}"
-    )
-
-
-def _depth(shapes: Shapes, stack: str) -> int:
-    return shapes.get(f"image_encoder/{stack}/layers/mlp/fc1/bias", (0,))[0]
+    found = vit.from_vit(tensors, shapes, str(path), resample_to)
+    if found is None:
+        raise UserError(
+            f"{field}: {path} holds no ViT under names that are known (DINO, DeiT, DINOv2 or "
+            "DINOv3 as released or from Hugging Face) and no model of ours; its first tensors are "
+            f"{', '.join(list(tensors)[:3])}"
+        )
+    return found
 
 
 def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
     """Parameters of the text encoder from `config.model_init.text`; see `initial_image`."""
-    path = _weights_path(spec, "config.model_init.text")
-    tensors = strip_prefix(read_tensors(path), "embeddings.word_embeddings.weight")
-    wanted = {name: shape for name, shape in shapes.items() if name.startswith("text_encoder/")}
-    layers = shapes["text_encoder/layers/mlp/fc1/bias"][0]
-    return convert(tensors, bert.bert_rules(layers), wanted, bert.DROPPED, str(path))
+    field = "config.model_init.text"
+    path = find_weights(spec, field)
+    tensors = read_weights(path, field, "bert")
+    ours = _from_model(tensors, shapes, "text_encoder/", str(path))
+    if ours is not None:
+        return ours
+    tensors = strip_prefix(tensors, bert.ANCHOR)
+    if not bert.is_bert(tensors):
+        raise UserError(
+            f"{field}: {path} holds no BERT, RoBERTa or DistilBERT ({bert.ANCHOR} is missing) and "
+            f"no model of ours; its first tensors are {', '.join(list(tensors)[:3])}"
+        )
+    return bert.from_bert(tensors, shapes, str(path))
+
+
+def _from_model(
+    tensors: Tensors, shapes: Shapes, part: str, origin: str
+) -> dict[str, np.ndarray] | None:
+    """The parameters under `part` of a model of ours; None where the names are not ours."""
+    if not any(name.startswith(part) for name in tensors):
+        return None
+    own = {name: value for name, value in tensors.items() if name.startswith(part)}
+    wanted = {path: shape for path, shape in shapes.items() if path.startswith(part)}
+    return convert(own, [Rule(path, (path,)) for path in wanted], wanted, (), origin)

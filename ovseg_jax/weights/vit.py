@@ -1,65 +1,108 @@
-"""Plain ViTs (DINO, DeiT) under the names of their own release or of Hugging Face.
+"""Published ViTs (DINO, DeiT, MAE, DINOv2, DINOv3, ...) as our visual encoder.
 
-Unlike a DINOv2 trunk, which stays in front of the groups, such a ViT fills the whole visual
-encoder: its first layers go before the binding, the others after it (paper, Sec. 4.1).
+Where the encoder's trunk ends in a norm of its own (`trunk_norm`), the whole ViT becomes the
+trunk, in front of the groups. Otherwise it is laid over all layers: the first ones before the
+binding, the others after it (paper, Sec. 4.1: layers 0-5 and 6-11 of DINO), and its final norm
+becomes the encoder's. Group tokens, binding and neck are never part of it.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from math import isqrt
 
 import numpy as np
 
-from ovseg_jax.weights.convert_tree import Rule, transpose
+from ovseg_jax.errors import UserError
+from ovseg_jax.weights import vit_tensors
+from ovseg_jax.weights.convert_tree import Rule, convert, transpose
 from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.vit_names import DROPPED, STYLES, Style, find_style
 
-# The class token has no place beside the groups; classifier and pooler heads are not used.
-DROPPED = (r"(embeddings\.)?cls_token", r"pooler\..*", r"head\..*", r"classifier\..*")
+Shapes = Mapping[str, tuple[int, ...]]
 
-_RELEASE = {
-    "patch": "patch_embed.proj",
-    "position": "pos_embed",
-    "norm": "norm",
-    "layer": "blocks.{}.",
-    "attention_norm": "norm1",
-    "attention/out": "attn.proj",
-    "mlp_norm": "norm2",
-    "mlp/fc1": "mlp.fc1",
-    "mlp/fc2": "mlp.fc2",
-}
-_HUGGING_FACE = {
-    "patch": "embeddings.patch_embeddings.projection",
-    "position": "embeddings.position_embeddings",
-    "norm": "layernorm",
-    "layer": "encoder.layer.{}.",
-    "attention_norm": "layernorm_before",
-    "attention/query": "attention.attention.query",
-    "attention/key": "attention.attention.key",
-    "attention/value": "attention.attention.value",
-    "attention/out": "attention.output.dense",
-    "mlp_norm": "layernorm_after",
-    "mlp/fc1": "intermediate.dense",
-    "mlp/fc2": "output.dense",
-}
-ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+ROOT = "image_encoder"
+STACKS = ("trunk_layers", "first", "second")
+BARE = ("class_token", "register_tokens", "position")
 
 
-def is_vit(tensors: Tensors) -> bool:
-    """Whether the names are those of a plain ViT (any prefix removed)."""
-    return "blocks.0.attn.qkv.weight" in tensors or (
-        "encoder.layer.0.layernorm_before.weight" in tensors
-    )
+def stack_depth(shapes: Shapes, stack: str) -> int:
+    """Layers of a stack of the visual encoder; 0 where it is empty."""
+    return shapes.get(f"{ROOT}/{stack}/layers/mlp/fc1/bias", (0,))[0]
 
 
-def split_qkv(tensors: Tensors) -> Tensors:
-    """Fused query-key-value maps as three, under "attn.query" and so on; the rest as it is."""
-    result: Tensors = {}
-    for name, value in tensors.items():
-        if ".attn.qkv." not in name:
-            result[name] = value
-            continue
-        for part, piece in zip(("query", "key", "value"), np.split(value, 3), strict=True):
-            result[name.replace(".qkv.", f".{part}.")] = piece
-    return result
+def from_vit(
+    tensors: Tensors, shapes: Shapes, origin: str, resample_to: tuple[int, int] | None = None
+) -> dict[str, np.ndarray] | None:
+    """Parameters of the visual encoder from a published ViT.
+
+    Args:
+      tensors: with any prefix removed.
+      shapes: all the model's parameters.
+      origin: where the tensors come from, for messages.
+      resample_to: the model's grid, where patch size and positions shall be resampled to it.
+
+    Returns:
+      path to array, for the parameters that a ViT fills; None where the tensors are no ViT's.
+
+    Raises:
+      UserError: lists every tensor that is missing, left over or misshapen.
+    """
+    tensors = vit_tensors.one_name_for_registers(vit_tensors.split_fused(tensors))
+    name = find_style(tensors, origin)
+    if name is None:
+        return None
+    style = STYLES[name]
+    if name == "dinov2":
+        tensors = _name_onnx_positions(tensors)
+    as_trunk = f"{ROOT}/trunk_end/scale" in shapes
+    stacks = STACKS[:1] if as_trunk else STACKS
+    patches = shapes.get(f"{ROOT}/position", (0,))[0]
+    patch = isqrt(shapes[f"{ROOT}/patch_embed/kernel"][0] // 3)
+    tensors = vit_tensors.zero_key_biases(tensors, style)
+    tensors = vit_tensors.separate_positions(tensors, style, patches)
+    layers = _layers(shapes, stacks)
+    for stack, indices in layers.items():
+        if f"{ROOT}/{stack}/layers/attention_scale/scale" not in shapes:
+            tensors = vit_tensors.fold_layer_scale(tensors, style, indices)
+    found = _patch_and_grid(tensors, style)
+    if resample_to is not None:
+        tensors = vit_tensors.resample(tensors, style, patch, resample_to)
+    rules = _rules(shapes, style, layers, "trunk_end" if as_trunk else "norm")
+    dropped = list(DROPPED)
+    if not as_trunk:
+        # Beside the groups there is no place for the class token and registers.
+        dropped += [name.replace(".", r"\.") for name in style.bare[:2]]
+    wanted = {path: shape for path, shape in shapes.items() if path.startswith(_filled(stacks))}
+    try:
+        return convert(tensors, rules, wanted, dropped, origin)
+    except UserError as error:
+        if resample_to is None and found != (patch, patches):
+            raise UserError(
+                f"{error}\n(these weights: patches of {found[0]} pixels, {found[1]} positions; the "
+                f"model: {patch} and {patches}. Either give the model the weights' "
+                "config.model.image.patch and grid, or set config.model_init.resample = True)"
+            ) from None
+        raise
+
+
+def _filled(stacks: tuple[str, ...]) -> tuple[str, ...]:
+    parts = ("patch_embed/", *BARE, "trunk_end/", *(f"{stack}/" for stack in stacks))
+    norm = () if len(stacks) == 1 else ("norm/",)
+    return tuple(f"{ROOT}/{part}" for part in parts + norm)
+
+
+def _layers(shapes: Shapes, stacks: tuple[str, ...]) -> dict[str, range]:
+    layers, start = {}, 0
+    for stack in stacks:
+        depth = stack_depth(shapes, stack)
+        if depth:
+            layers[stack] = range(start, start + depth)
+        start += depth
+    return layers
+
+
+def _patch_and_grid(tensors: Tensors, style: Style) -> tuple[int, int]:
+    kernel, position = tensors.get(f"{style.patch}.weight"), tensors.get(style.bare[2])
+    return (0 if kernel is None else kernel.shape[-1], 0 if position is None else len(position))
 
 
 def _patch_kernel(weight: np.ndarray) -> np.ndarray:
@@ -67,63 +110,53 @@ def _patch_kernel(weight: np.ndarray) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
 
 
-def _without_class(position: np.ndarray, patches: int) -> np.ndarray:
-    return position[0, position.shape[1] - patches :]
+def _rows(value: np.ndarray) -> np.ndarray:
+    return value.reshape(-1, value.shape[-1])
 
 
-def vit_rules(tensors: Tensors, stacks: dict[str, int], patches: int) -> list[Rule]:
-    """Rules for the visual encoder.
-
-    Args:
-      tensors: with fused maps split.
-      stacks: name of each stack ("trunk_layers", "first", "second") and its depth, in order.
-      patches: patches of the stored position grid.
-    """
-    ours = "blocks.0.norm1.weight" in tensors
-    names = dict(_RELEASE) if ours else dict(_HUGGING_FACE)
-    if ours:
-        names |= {f"attention/{part}": f"attn.{part}" for part in ("query", "key", "value")}
-    root = "image_encoder"
+def _rules(shapes: Shapes, style: Style, layers: dict[str, range], norm: str) -> list[Rule]:
     rules = [
-        Rule(f"{root}/patch_embed/kernel", (f"{names['patch']}.weight",), _patch_kernel),
-        Rule(f"{root}/patch_embed/bias", (f"{names['patch']}.bias",)),
-        Rule(f"{root}/position", (names["position"],), partial(_without_class, patches=patches)),
-        Rule(f"{root}/norm/scale", (f"{names['norm']}.weight",)),
-        Rule(f"{root}/norm/bias", (f"{names['norm']}.bias",)),
+        Rule(f"{ROOT}/patch_embed/kernel", (f"{style.patch}.weight",), _patch_kernel),
+        Rule(f"{ROOT}/patch_embed/bias", (f"{style.patch}.bias",)),
+        Rule(f"{ROOT}/{norm}/scale", (f"{style.norm}.weight",)),
+        Rule(f"{ROOT}/{norm}/bias", (f"{style.norm}.bias",)),
     ]
-    start = 0
-    for stack, depth in stacks.items():
-        layers = [names["layer"].format(index) for index in range(start, start + depth)]
-        start += depth
-        if not depth:
-            continue
+    for ours, theirs in zip(BARE, style.bare, strict=True):
+        if f"{ROOT}/{ours}" in shapes:
+            rules.append(Rule(f"{ROOT}/{ours}", (theirs,), _rows))
+    for stack, indices in layers.items():
+        root = f"{ROOT}/{stack}/layers"
 
-        def add(
-            target: str,
-            suffix: str,
-            change: Callable[[np.ndarray], np.ndarray] | None,
-            stack: str = stack,
-            layers: list[str] = layers,
-        ) -> None:
-            sources = tuple(f"{layer}{suffix}" for layer in layers)
-            path = f"{root}/{stack}/layers/{target}"
-            rules.append(
-                Rule(path, sources, stack=True)
-                if change is None
-                else Rule(path, sources, change, True)
-            )
+        def names(suffix: str, indices: range = indices) -> tuple[str, ...]:
+            return tuple(style.layer.format(index) + suffix for index in indices)
 
-        for key in ("attention_norm", "mlp_norm"):
-            add(f"{key}/scale", f"{names[key]}.weight", None)
-            add(f"{key}/bias", f"{names[key]}.bias", None)
-        for key in (
-            "attention/query",
-            "attention/key",
-            "attention/value",
-            "attention/out",
-            "mlp/fc1",
-            "mlp/fc2",
-        ):
-            add(f"{key}/kernel", f"{names[key]}.weight", transpose)
-            add(f"{key}/bias", f"{names[key]}.bias", None)
+        for ours, theirs in style.layer_parts().items():
+            weight = f"{root}/{ours}/{'scale' if ours.endswith('norm') else 'kernel'}"
+            # A norm's weight is a vector, its own transpose.
+            rules.append(Rule(weight, names(f"{theirs}.weight"), transpose, True))
+            rules.append(Rule(f"{root}/{ours}/bias", names(f"{theirs}.bias"), stack=True))
+        for ours, theirs in zip(("attention", "mlp"), style.scales, strict=True):
+            path = f"{root}/{ours}_scale/scale"
+            if path in shapes:
+                rules.append(Rule(path, names(theirs), stack=True))
     return rules
+
+
+def _name_onnx_positions(tensors: Tensors) -> Tensors:
+    """Position embeddings of an ONNX export under their name.
+
+    Such a file holds the class token's part and the patches' as constants of the Concat and the
+    Reshape that once assembled them.
+    """
+    if STYLES["dinov2"].bare[2] in tensors:
+        return tensors
+    tensors = dict(tensors)
+    parts = {name.rstrip("0123456789").removesuffix("_"): name for name in tensors}
+    head, tail = parts.get("embeddings.Concat"), parts.get("embeddings.Reshape")
+    if head is None or tail is None:
+        return tensors  # the conversion will say that they are missing
+    first, rest = tensors.pop(head), tensors.pop(tail)
+    width = first.shape[-1]
+    both = [first.reshape(1, 1, width), rest.reshape(1, -1, width)]
+    tensors[STYLES["dinov2"].bare[2]] = np.concatenate(both, axis=1)
+    return tensors

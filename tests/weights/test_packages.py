@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from make_dinov2_golden import STEP, golden_image
+from make_minilm_golden import LENGTH, SENTENCES
 
 from ovseg_jax.data.tokens import find_tokenizer
 from ovseg_jax.flags import load_config
@@ -36,6 +37,18 @@ def test_trunk_equals_the_onnx_graph(quickstart):
     tokens = np.asarray(trunk(variables, golden_image()))[:, ::STEP]
     error = np.linalg.norm(tokens - expected) / np.linalg.norm(expected)
     assert error < 1e-5
+
+
+def test_text_encoder_equals_pytorch(quickstart):
+    """Real weights on real sentences: every token's last hidden state, padding's too."""
+    config, model, variables = quickstart
+    golden = np.load(Path(__file__).with_name("minilm_golden.npz"))
+    ids = find_tokenizer(config.data.tokenizer).encode(SENTENCES, LENGTH)
+    np.testing.assert_array_equal(ids, golden["ids"])
+    encode = jax.jit(lambda v, ids: model.apply(v, ids, method="text_tokens").tokens)
+    tokens = np.asarray(encode(variables, ids))
+    error = np.linalg.norm(tokens - golden["hidden"]) / np.linalg.norm(golden["hidden"])
+    assert error < 1e-5  # seen: 2e-6
 
 
 def test_text_encoder_knows_which_sentences_mean_the_same(quickstart):

@@ -1,0 +1,104 @@
+"""Where initial weights come from: a file, a folder, a Python package, or the Hugging Face hub."""
+
+import json
+import re
+from pathlib import Path
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.weights.tensors import Tensors, package_file, read_tensors
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_HUB = "hub:"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
+_HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", "*.json", "*.txt")
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def find_weights(spec: str, field: str) -> Path:
+    """The file or folder that a weight spec names; a hub id is downloaded (or found in the cache).
+
+    Args:
+      spec: a path; "package:NAME/inside"; else a hub id, "OWNER/NAME" or "hub:NAME".
+      field: config field it comes from, for messages.
+
+    Raises:
+      UserError: nothing is there; says what was tried and what to do.
+    """
+    if spec.startswith("package:"):
+        return package_file(spec, field)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    name = spec.removeprefix(_HUB)
+    if name == spec and (
+        not _HUB_ID.fullmatch(spec) or path.suffix in (*_PICKLES, ".npz", ".onnx")
+    ):
+        raise UserError(f"{field} = {spec!r}: there is no such file or directory")
+    return _download(name, spec, field)
+
+
+def _download(name: str, spec: str, field: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{field} = {spec!r}: there is no such path, and as the name of a model on the Hugging "
+            f"Face hub it could not be downloaded ({reason}). Check the spelling; or, from a "
+            f"machine with a network, run  hf download {name} --local-dir DIR  , copy DIR here "
+            f"and set {field} = DIR"
+        ) from None
+
+
+def read_weights(path: Path, field: str, kind: str) -> Tensors:
+    """All tensors of a file or of a folder with one, or several numbered, safetensors files.
+
+    Args:
+      field: config field it comes from. kind: "dino" or "bert", how `convert` calls such weights.
+
+    Raises:
+      UserError: no weights are there, or they cannot be read.
+    """
+    if path.suffix in _PICKLES:
+        raise UserError(_advice(path, field, kind))
+    if not path.is_dir():
+        return read_tensors(path)
+    if (path / WHOLE).is_file():
+        return read_tensors(path / WHOLE)
+    if (path / INDEX).is_file():
+        return _read_shards(path)
+    pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise UserError(_advice(pickles[0], field, kind))
+    raise UserError(f"{field}: the folder {path} has neither {WHOLE} nor {INDEX}")
+
+
+def _advice(path: Path, field: str, kind: str) -> str:
+    return (
+        f"{field}: {path} is a PyTorch file; convert it once:  "
+        f"python -m ovseg_jax.convert {kind} --checkpoint={path} --out=WEIGHTS  and give WEIGHTS"
+    )
+
+
+def _read_shards(directory: Path) -> Tensors:
+    index = directory / INDEX
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted({Path(str(file)).name for file in places.values()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is no index of weights ({error!r}); copy it again") from None
+    absent = [file for file in files if not (directory / file).is_file()]
+    if absent:
+        raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
+    tensors: Tensors = {}
+    for file in files:
+        tensors |= read_tensors(directory / file)
+    missing = sorted(set(places) - set(tensors))
+    if missing:
+        raise UserError(f"{index} names tensors that its files do not hold: {', '.join(missing)}")
+    return tensors

@@ -1,0 +1,36 @@
+"""Cached features belong to the weights and to the settings that no weight tells."""
+
+import jax.numpy as jnp
+import pytest
+
+from ovseg_jax.models.build import build_model
+from ovseg_jax.train.feature_cache import AFTER_TRUNK, cache_key, settings_of
+
+
+def keys(config):
+    model, params = build_model(config.model), {"image_encoder": {"position": jnp.zeros(3)}}
+    return (
+        cache_key(params, ("image_encoder/",), trunk=settings_of(model.image_encoder, AFTER_TRUNK)),
+        cache_key(params, ("text_encoder/",), encoder=settings_of(model.text_encoder)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "changed"),
+    [
+        ("image.heads", 2, (True, False)),
+        ("image.eps", 1e-5, (True, False)),
+        ("image.position_resize", "bicubic_antialias", (True, False)),
+        ("image.num_groups", 5, (False, False)),
+        ("image.unroll", 2, (False, False)),
+        ("text.heads", 3, (False, True)),
+        ("text.position_offset", 2, (False, True)),
+        ("matmul_dtype", "bfloat16", (True, True)),
+    ],
+)
+def test_a_setting_that_changes_features_changes_the_key(tiny_config, field, value, changed):
+    before = keys(tiny_config)
+    assert before == keys(tiny_config)
+    tiny_config.model.update_from_flattened_dict({field: value})
+    after = keys(tiny_config)
+    assert tuple(a != b for a, b in zip(before, after, strict=True)) == changed

@@ -1,0 +1,88 @@
+"""The tiny models of golden/*.npz: their files' names and arrays, and our config for each."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ovseg_jax.models.build import build_model
+from ovseg_jax.optim.groups import nest
+from ovseg_jax.weights.initialize import model_shapes
+
+GOLDEN = Path(__file__).with_name("golden")
+
+TEXT = {"vocab_size": 40, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "eps": 1e-3}
+TEXT |= {"max_positions": 16}
+TEXT_FIELDS = {
+    "bert": {},
+    "roberta": {"position_offset": 2, "token_types": 1},
+    "distilbert": {"token_types": 0, "eps": 1e-12},
+}
+IMAGE = {"patch": 8, "grid": (4, 4), "trunk_width": 24, "trunk_heads": 3, "mlp_ratio": 2.0}
+IMAGE |= {"eps": 1e-3, "group_layer": 2, "class_token": True, "trunk_norm": True}
+IMAGE_FIELDS = {
+    "vit": {},
+    "dinov2": {"layer_scale": 1.0},
+    "dinov2_registers": {
+        "layer_scale": 1.0,
+        "register_tokens": 3,
+        "position_resize": "bicubic_antialias",
+    },
+    "dinov3": {"layer_scale": 1.0, "register_tokens": 2, "position": "rope"},
+}
+
+
+def read(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file, see `make_transformers_golden`."""
+    return dict(np.load(GOLDEN / f"{name}.npz"))
+
+
+def file_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights under the names of their files."""
+    return {name: arrays[f"file|{name}"] for name in arrays["file_names"].tolist()}
+
+
+def module_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same weights under the names of their modules."""
+    both = zip(arrays["file_names"].tolist(), arrays["module_names"].tolist(), strict=True)
+    return {module: arrays[f"file|{file}"] for file, module in both}
+
+
+def build(config, name: str, **changes):
+    """Our model for a golden one, and its parameters' shapes; `changes` go over its fields."""
+    if name in TEXT_FIELDS:
+        config.model.text.update({**TEXT, **TEXT_FIELDS[name], **changes})
+        config.model.pad_id = 1 if name == "roberta" else 0
+    else:
+        config.model.image.update({**IMAGE, **IMAGE_FIELDS[name], **changes})
+    model = build_model(config.model)
+    return model, model_shapes(model)
+
+
+def variables(shapes, found: dict[str, np.ndarray]) -> dict:
+    """Parameters with `found` in place and zeros elsewhere."""
+    zeros = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    return {"params": nest(zeros | found)}
+
+
+def hidden_states(model, params, arrays: dict[str, np.ndarray]) -> list[tuple]:
+    """(ours, theirs) for each input: all text tokens, or all patches."""
+    if "mask.0" in arrays:
+        run = jax.jit(
+            lambda p, ids, mask: model.apply(p, ids, mask, method=lambda m, *x: m.text_encoder(*x))
+        )
+        return [(np.asarray(run(params, arrays["input.0"], arrays["mask.0"])), arrays["output.0"])]
+    run = jax.jit(
+        lambda p, x: model.apply(p, x, method=lambda m, x: m.image_encoder.trunk(x, False))
+    )
+    pairs = []
+    for index in range(sum(name.startswith("input.") for name in arrays)):
+        pixels, theirs = arrays[f"input.{index}"], arrays[f"output.{index}"]
+        ours = np.asarray(run(params, pixels.transpose(0, 2, 3, 1)))
+        pairs.append((ours, theirs[:, -ours.shape[1] :]))
+    return pairs
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """‖ours − theirs‖ / ‖theirs‖."""
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
