@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "binding": "slot",
             "second_stage": "groups_and_patches",
             "second_heads": 0,
+            "later_stages": (),
             "patch_norm": False,
             "group_std": 0.02,
             "trunk_width": 0,
@@ -53,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "remat": "dots",
             "unroll": 1,
         },
+        "text_form": "bert",
         "text": {
             "vocab_size": 30522,
             "width": 768,
