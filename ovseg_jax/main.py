@@ -119,7 +119,7 @@ def _evaluate_state(
     """Calibrates on a tune split where there is one, evaluates, writes the result files."""
     config = run.config.eval
     protocol = Protocol.from_config(config.protocol)
-    segmenter = run.segmenter(evaluation_params(run, state), protocol)
+    segmenter = run.segmenter(evaluation_params(run, state), protocol, state.batch_stats)
     tune = tune_split(names[0], config) if names else None
     tuned = {}
     if tune is not None:

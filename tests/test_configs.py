@@ -16,12 +16,13 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.phases import make_phases, rate_at
 from ovseg_jax.train.state import new_state
 from ovseg_jax.train.step import train_step
-from ovseg_jax.weights.initialize import init_params
+from ovseg_jax.weights.initialize import init_params, init_statistics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
     "quickstart.py": ("", "scratch", "contrastive", "entity", "mask", "both"),
     "vitb.py": ("", "smoke"),
+    "vitb_released.py": ("", "smoke"),
     "vits.py": ("", "smoke"),
 }
 
@@ -30,6 +31,7 @@ PARAMETERS = {
     "quickstart.py": 46_155_265,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,
+    "vitb_released.py": 235_745_673,
     "vits.py": 134_208_385,
 }
 
@@ -67,7 +69,10 @@ def test_every_phase_traces(name):
             continue
         seen.add((phase.mask_weight > 0, phase.frozen))
         tx = make_optimizer(config.optimizer, *groups.split(params, phase.frozen))
-        state = jax.eval_shape(lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen), params)
+        state = jax.eval_shape(
+            lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen, init_statistics(model)),
+            params,
+        )
         new, metrics = jax.eval_shape(
             lambda s, b, tx=tx, phase=phase: train_step(
                 s,

@@ -246,7 +246,7 @@ def _evaluate_and_keep_best(
             f"config.eval.every needs a tune split, and benchmark {name} has none: set it to 0"
         )
     protocol = Protocol.from_config(config.protocol)
-    segmenter = run.segmenter(evaluation_params(run, state), protocol)
+    segmenter = run.segmenter(evaluation_params(run, state), protocol, state.batch_stats)
     _, miou = calibrated(segmenter, tune, protocol, config.batch_size)
     writer.write(step, {f"eval/{name}_tune/miou": miou})
     run.progress.say(f"step {step}: mIoU on {name} tune {miou:.1f}")

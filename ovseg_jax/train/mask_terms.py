@@ -177,4 +177,9 @@ def mask_term(
 
 
 def _regions(one: View) -> Regions:
+    if one.tokens.patches is None:
+        raise UserError(
+            "config.loss.mask_maps = 'final_tokens' needs final patch tokens, which "
+            "config.model.image.second_stage = 'groups' does not give: use mask_maps = 'binding'"
+        )
     return Regions(one.tokens.patches, one.tokens.groups, unit(one.embedded))

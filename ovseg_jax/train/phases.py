@@ -1,5 +1,6 @@
 """Phases as data: what changes in the course of a run, from the config."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +106,26 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
                 mask_weight=float(values["mask_weight"]),
                 frozen=tuple(values["frozen"]),
                 transform=dict(values["transform"] or config.data.transform),
-                schedule=values["learning_rate"],
+                schedule=_schedule(values["learning_rate"], config, where),
                 optimizer=values["optimizer"],
                 teacher=values["teacher"],
                 start_from=values["start_from"],
             )
         )
     return phases
+
+
+def _schedule(
+    fields: Mapping[str, Any] | ConfigDict | None, config: ConfigDict, where: str
+) -> ConfigDict | None:
+    """A phase's learning rate; what it leaves out is as in the run's."""
+    if fields is None:
+        return None
+    common = config.optimizer.learning_rate.to_dict()
+    for key in fields:
+        if key not in common:
+            raise UserError(f"{where}.learning_rate.{key} is no field{nearest(key, list(common))}")
+    return ConfigDict({**common, **dict(fields)})
 
 
 def rate_at(step: Array, config: ConfigDict, phase: Phase, total: int) -> jax.Array:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
+from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.phases import Phase, make_phases, rate_at
 from ovseg_jax.train.report import Progress
@@ -158,6 +159,12 @@ class Run:
     def fill_caches(self, params: Any) -> None:
         """Computes (or finds) the feature caches that the config asks for."""
         data, cache = self.config.data, Path(self.config.data.cache_dir)
+        if data.cache_texts and self.config.model.projector_norm == "batch":
+            raise UserError(
+                "config.data.cache_texts keeps sentence vectors alone, but a batch norm "
+                "(config.model.projector_norm = 'batch') also sees all tokens in training: set "
+                "config.data.cache_texts = False"
+            )
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
             transforms = {json.dumps(phase.transform, default=list) for phase in self.phases}
@@ -198,14 +205,22 @@ class Run:
                     f"{len(moving) - 1} more) to train"
                 )
 
-    def segmenter(self, params: Any, protocol: Protocol) -> ModelSegmenter:
-        """The model with `params`, for evaluation."""
+    def segmenter(
+        self, params: Any, protocol: Protocol, batch_stats: Mapping[str, Any] | None = None
+    ) -> ModelSegmenter:
+        """The model for evaluation.
+
+        Args:
+          params: its parameters. batch_stats: its running statistics, those at the start of
+            training where None.
+        """
         return ModelSegmenter(
             self.model,
             params,
             self.tokenizer,
             text_length=self.prompt_length(),
             protocol=protocol,
+            batch_stats=init_statistics(self.model) if batch_stats is None else batch_stats,
             mesh=self.mesh,
         )
 
@@ -232,6 +247,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         raise UserError(
             f"config.model_init.neck is {config.model_init.neck!r}; it must be standardize or empty"
         )
+    check_mask_config(config.loss)
     mesh = sharding.make_mesh(**config.mesh)
     model = build_model(config.model)
     tokenizer = find_tokenizer(config.data.tokenizer)

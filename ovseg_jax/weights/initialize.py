@@ -46,6 +46,8 @@ def init_statistics(model: OVSegmentor) -> dict[str, Any]:
 
     Abstract under `jax.eval_shape`.
     """
+    if model.projector_norm != "batch":
+        return {}
     return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
 
 
