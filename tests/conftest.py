@@ -115,6 +115,7 @@ def make_tiny_config() -> ConfigDict:
     config.loss = {
         "entity_weight": 1.0,
         "mask_equal_entities": False,
+        "noun_weight": 0.0,
         "group_ratio": 0.5,
         "mask_threshold": 0.96,
         "mask_maps": "final_tokens",
