@@ -35,6 +35,7 @@ class PreNormLayer(nn.Module):
       layer_scale: initial value of a per-channel factor on both branches, None for none.
       drop_path: whether the layer is built with stochastic depth at all.
       rotary: rotary positions of its attention, None for none.
+      causal: see `MultiHeadAttention`. activation: see `FeedForward`.
     """
 
     heads: int
@@ -46,6 +47,8 @@ class PreNormLayer(nn.Module):
     dtype: Any
     matmul_dtype: Any
     rotary: Rotary | None = None
+    causal: bool = False
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(
@@ -65,12 +68,13 @@ class PreNormLayer(nn.Module):
             return x + branch
 
         normed = layer_norm("attention_norm", self.eps, self.dtype)(x)
-        attention = MultiHeadAttention(self.heads, name="attention", **options)
+        attention = MultiHeadAttention(self.heads, causal=self.causal, name="attention", **options)
         attended = attention(normed, normed, mask, rotary=self.rotary)
         x = add(x, attended, "attention")
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        return add(x, FeedForward(hidden, name="mlp", **options)(normed), "mlp"), None
+        hidden = round(x.shape[-1] * self.mlp_ratio)
+        fed = FeedForward(hidden, activation=self.activation, name="mlp", **options)(normed)
+        return add(x, fed, "mlp"), None
 
 
 class PostNormLayer(nn.Module):
@@ -121,6 +125,7 @@ class PreNormStack(nn.Module):
 
     Attributes:
       drop_rates: stochastic-depth rate of each layer, length `depth`.
+      causal, activation: see `PreNormLayer`.
     """
 
     depth: int
@@ -133,6 +138,8 @@ class PreNormStack(nn.Module):
     unroll: int
     dtype: Any
     matmul_dtype: Any
+    causal: bool = False
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(
@@ -151,6 +158,8 @@ class PreNormStack(nn.Module):
             self.dtype,
             self.matmul_dtype,
             rotary,
+            self.causal,
+            self.activation,
             name="layers",
         )
         return layers(x, jnp.asarray(self.drop_rates, jnp.float32))[0]
