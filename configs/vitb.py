@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "binding": "slot",
             "second_stage": "groups_and_patches",
             "second_heads": 0,
+            "later_stages": (),
             "patch_norm": False,
             "group_std": 0.02,
             "trunk_width": 0,
@@ -53,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "remat": "dots",
             "unroll": 1,
         },
+        "text_form": "bert",
         "text": {
             "vocab_size": 30522,
             "width": 768,
@@ -98,6 +100,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tokenizer": "weights/bert-base-uncased",
         "text_length": 0,
         "templates": (),
+        "nouns": 0,
         "transform": {
             "kind": "crop",
             "size": 224,
@@ -116,6 +119,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.loss = {
         "entity_weight": 1.0,
         "mask_equal_entities": False,
+        "noun_weight": 0.0,
         "group_ratio": 0.5,
         "mask_threshold": 0.65,
         "mask_maps": "final_tokens",

@@ -61,6 +61,7 @@ def make_tiny_config() -> ConfigDict:
             "binding": "slot",
             "second_stage": "groups_and_patches",
             "second_heads": 0,
+            "later_stages": (),
             "patch_norm": False,
             "group_std": 1.0,
             "mlp_ratio": 2.0,
@@ -77,6 +78,7 @@ def make_tiny_config() -> ConfigDict:
             "drop_path": 0.0,
             **precision,
         },
+        "text_form": "bert",
         "text": {
             "vocab_size": 48,
             "width": 24,
@@ -113,6 +115,7 @@ def make_tiny_config() -> ConfigDict:
     config.loss = {
         "entity_weight": 1.0,
         "mask_equal_entities": False,
+        "noun_weight": 0.0,
         "group_ratio": 0.5,
         "mask_threshold": 0.96,
         "mask_maps": "final_tokens",

@@ -20,6 +20,7 @@ from ovseg_jax.weights.initialize import init_params, init_statistics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
+    "groupvit.py": ("", "own_text", "smoke"),
     "quickstart.py": ("", "scratch", "contrastive", "entity", "mask", "both"),
     "vitb.py": ("", "smoke"),
     "vitb_released.py": ("", "smoke"),
@@ -28,6 +29,8 @@ VARIANTS = {
 
 # Parameters of the whole model, in units: a golden table that a change of architecture must edit.
 PARAMETERS = {
+    "groupvit.py": 144_569_617,
+    "groupvit.py:own_text": 55_726_609,
     "quickstart.py": 46_155_265,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,
@@ -93,6 +96,7 @@ def test_every_phase_traces(name):
         )
         assert metrics["loss"].shape == ()
         assert ("mask" in metrics) == (phase.mask_weight > 0)
+        assert ("nouns" in metrics) == (config.loss.noun_weight > 0)
         assert ("entity" in metrics) == (config.loss.entity_weight > 0)
 
 
@@ -112,6 +116,9 @@ def _batch(config, phase, count=16, length=24):
     else:
         for name in ("image", "image2"):
             batch[name] = array((size, size, 3), np.uint8)
+    if config.data.nouns:
+        batch["noun_ids"] = array((config.data.nouns, length), np.int32)
+        batch["noun_present"] = array((config.data.nouns,), np.bool_)
     if config.data.cache_texts:
         for name in ("caption_pooled", "prompt_pooled", "shared_pooled"):
             batch[name] = array((width,), np.float16)

@@ -2,8 +2,8 @@
 
 The record of a slot comes from `record_index`. Everything random about the example comes from
 `example_rng(seed, epoch, key)`, drawn in this order: the prompt template, the partner (entity,
-then record), the view or the augmentation of the image, that of the partner's image. So cached
-and uncached texts use the same template, and cached and uncached images the same partner.
+then record), the view or the augmentation of the image, that of the partner's image, the nouns. So
+cached and uncached texts use the same template, and cached and uncached images the same partner.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
 from ovseg_jax.data.captions import shared_prompt, texts_of
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.noun_texts import noun_sentences
 from ovseg_jax.data.order import example_rng, record_index
 from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.records import Record, RecordSource, keys_of
@@ -99,6 +100,7 @@ class Examples:
         self._first, self._steps = first_step, last_step - first_step
         self._images, self._texts = image_store, text_store
         self._templates = tuple(spec.get("templates") or TRAINING)
+        self._nouns = int(spec.get("nouns", 0)) if text_store is None else 0
         self._length = 0 if text_store is not None else int(_need(spec, "text_length"))
         self._transform = {} if image_store is not None else dict(_need(spec, "transform"))
         if text_store is None and tokenizer is None:
@@ -151,6 +153,9 @@ class Examples:
                 self.failures.add(error.key, error.cause)
                 shared = None
         texts = self._text(index, record, template)
+        if self._nouns:
+            sentences = noun_sentences(record.caption, self._nouns, self._templates, rng)
+            texts |= self._noun_ids(sentences)
         return self._assemble(index, (image, second, texts, record.entities), shared)
 
     def _assemble(
@@ -228,7 +233,7 @@ class Examples:
 
     def _no_text(self) -> Example:
         if self._texts is None:
-            return self._encode("", "", "")
+            return self._encode("", "", "") | (self._noun_ids([]) if self._nouns else {})
         tokens = self._texts["masked_tokens"]
         width = self._texts["caption_pooled"].shape[-1]
         mask = np.zeros(tokens.shape[1], bool)
@@ -245,6 +250,14 @@ class Examples:
         assert self._tokenizer is not None
         ids = self._tokenizer.encode([caption, masked, prompt], self._length)
         return {"caption_ids": ids[0], "masked_ids": ids[1], "prompt_ids": ids[2]}
+
+    def _noun_ids(self, sentences: list[str]) -> Example:
+        assert self._tokenizer is not None
+        empty = [""] * (self._nouns - len(sentences))
+        return {
+            "noun_ids": self._tokenizer.encode(sentences + empty, self._length),
+            "noun_present": np.arange(self._nouns) < len(sentences),
+        }
 
     def _shared_text(self, shared: int | None) -> Example:
         if self._texts is not None:

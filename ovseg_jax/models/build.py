@@ -6,9 +6,11 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.bert import BertEncoder
 from ovseg_jax.models.entity_decoder import EntityDecoder
+from ovseg_jax.models.layers import FEED_FORWARD_ACTIVATIONS
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import ACTIVATIONS
 from ovseg_jax.models.stack import REMAT_POLICIES
+from ovseg_jax.models.text_transformer import CausalTextEncoder
 from ovseg_jax.models.vit import VisualEncoder
 
 CHOICES = {
@@ -26,6 +28,8 @@ CHOICES = {
     "matmul_dtype": ("float32", "bfloat16"),
 }
 
+TEXT_FORMS = {"bert": BertEncoder, "causal": CausalTextEncoder}
+
 
 def check_model_config(config: ConfigDict) -> None:
     """Refuses a model that cannot be built.
@@ -33,7 +37,18 @@ def check_model_config(config: ConfigDict) -> None:
     Raises:
       UserError: a field has none of its values, or sizes do not divide.
     """
-    for name, allowed in CHOICES.items():
+    form = config.get("text_form", "bert")
+    if form not in TEXT_FORMS:
+        raise UserError(
+            f"config.model.text_form is {form!r}; it must be one of "
+            + ", ".join(map(repr, TEXT_FORMS))
+        )
+    choices = dict(CHOICES)
+    if config.decoder is None:
+        del choices["decoder.order"]
+    if form == "causal":
+        choices["text.activation"] = tuple(FEED_FORWARD_ACTIVATIONS)
+    for name, allowed in choices.items():
         node = config
         for part in name.split("."):
             node = node[part]
@@ -49,8 +64,9 @@ def check_model_config(config: ConfigDict) -> None:
             image.trunk_heads or image.heads,
         ),
         "text.width": (config.text.width, config.text.heads),
-        "decoder.width": (config.decoder.width, config.decoder.heads),
     }
+    if config.decoder is not None:
+        widths["decoder.width"] = (config.decoder.width, config.decoder.heads)
     for name, (width, heads) in widths.items():
         if width % heads:
             raise UserError(f"config.model.{name} = {width} is not a multiple of its {heads} heads")
@@ -65,7 +81,15 @@ def check_model_config(config: ConfigDict) -> None:
             "config.model.projector_norm = 'batch' normalizes between two layers: set "
             "config.model.projector_layers = 2"
         )
-    if config.decoder.depth < 1:
+    if image.get("later_stages") and (image.binding, image.second_stage) != (
+        "grouping_block",
+        "groups",
+    ):
+        raise UserError(
+            "config.model.image.later_stages needs binding = 'grouping_block' and second_stage = "
+            "'groups': later stages see groups alone"
+        )
+    if config.decoder is not None and config.decoder.depth < 1:
         raise UserError(f"config.model.decoder.depth = {config.decoder.depth} must be at least 1")
     if not 0 <= image.group_layer <= image.first_layers:
         raise UserError(
@@ -88,10 +112,13 @@ def build_model(config: ConfigDict) -> OVSegmentor:
     image = dict(config.image)
     image["binding_form"] = image.pop("binding")
     image["grid"] = tuple(image["grid"])
+    image["later_stages"] = tuple(tuple(stage) for stage in image.get("later_stages", ()))
+    text_encoder = TEXT_FORMS[config.get("text_form", "bert")]
+    decoder = config.decoder
     return OVSegmentor(
         image_encoder=VisualEncoder(**image, **options),
-        text_encoder=BertEncoder(**config.text, **options),
-        entity_decoder=EntityDecoder(**config.decoder, **options),
+        text_encoder=text_encoder(**config.text, **options),
+        entity_decoder=None if decoder is None else EntityDecoder(**decoder, **options),
         joint_width=config.joint_width,
         projector_layers=config.projector_layers,
         projector_width=config.projector_width,

@@ -167,17 +167,27 @@ def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     return jax.nn.gelu(x, approximate=False)
 
 
+def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """The approximation `x sigmoid(1.702 x)` that CLIP's text encoder was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+FEED_FORWARD_ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention, softmax over the keys (Vaswani et al., 2017).
 
     Attributes:
       heads: number of heads; must divide the width of the queries.
+      causal: each token looks at itself and the tokens before it alone.
       dtype, matmul_dtype: see `Dense`.
     """
 
     heads: int
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -194,6 +204,9 @@ class MultiHeadAttention(nn.Module):
         logits = contract("bnqd,bntd->bnqt", query * scale, key, self.matmul_dtype)
         if mask is not None:
             logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        if self.causal:
+            earlier = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+            logits = jnp.where(earlier[None, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1)
         mixed = contract("bnqt,bntd->bnqd", weights, value, self.matmul_dtype)
         mixed = mixed.astype(self.dtype).transpose(0, 2, 1, 3).reshape(queries.shape)
@@ -214,16 +227,19 @@ class FeedForward(nn.Module):
 
     Attributes:
       hidden: width between the two maps.
+      activation: a key of `FEED_FORWARD_ACTIVATIONS`.
     """
 
     hidden: int
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc1", **options)(x))
+        hidden = Dense(self.hidden, ("embed", "mlp"), name="fc1", **options)(x)
+        hidden = FEED_FORWARD_ACTIVATIONS[self.activation](hidden)
         return Dense(x.shape[-1], ("mlp", "embed"), name="fc2", **options)(hidden)
 
 

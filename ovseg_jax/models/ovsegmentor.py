@@ -10,6 +10,7 @@ from flax import struct
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.projector import Projector
+from ovseg_jax.models.text_transformer import CausalTextEncoder, up_to_end
 from ovseg_jax.models.vit import VisualEncoder, VisualTokens, normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, Int
 
@@ -35,7 +36,8 @@ class OVSegmentor(nn.Module):
     """The whole model. Its methods are the pieces that training and inference are made of.
 
     Attributes:
-      image_encoder, text_encoder, entity_decoder: the towers.
+      image_encoder, text_encoder, entity_decoder: the towers; without a decoder there is no
+        `complete` and no completion projector (GroupViT).
       joint_width: E.
       projector_layers, projector_width, projector_norm, projector_activation, projector_bias: of
         the image, text and completion projectors, see `Projector`. With a batch norm, projecting in
@@ -46,8 +48,8 @@ class OVSegmentor(nn.Module):
     """
 
     image_encoder: VisualEncoder
-    text_encoder: BertEncoder
-    entity_decoder: EntityDecoder
+    text_encoder: BertEncoder | CausalTextEncoder
+    entity_decoder: EntityDecoder | None
     joint_width: int = 256
     projector_layers: int = 1
     projector_width: int = 512
@@ -75,7 +77,8 @@ class OVSegmentor(nn.Module):
 
         self.image_projector = projector()
         self.text_projector = projector()
-        self.completion_projector = projector()
+        if self.entity_decoder is not None:
+            self.completion_projector = projector()
         start = -math.log(self.temperature_init)
         self.log_scale = self.param("log_scale", nn.initializers.constant(start), (), jnp.float32)
 
@@ -102,8 +105,12 @@ class OVSegmentor(nn.Module):
         return self.image_encoder.group(features, train, noise)
 
     def text_tokens(self, ids: Int[Array, "B M"], train: bool = False) -> TextTokens:
-        """Text features of token ids, padded with `pad_id`."""
-        mask = ids != self.pad_id
+        """Text features of token ids, padded with `pad_id`; for a `CausalTextEncoder`, with
+        anything after the end token."""
+        if isinstance(self.text_encoder, CausalTextEncoder):
+            mask = up_to_end(ids, self.text_encoder.end_id)
+        else:
+            mask = ids != self.pad_id
         tokens = self.text_encoder(ids, mask, train)
         return TextTokens(tokens, mask, pool_tokens(tokens, mask, self.text_pool))
 
@@ -151,7 +158,8 @@ class OVSegmentor(nn.Module):
         """Touches every parameter once; used to initialize them."""
         visual = self.visual_tokens(image, train)
         text = self.text_tokens(ids, train)
-        completed = self.complete(text.tokens, text.mask, visual.groups)
         z_image = self.project_image(jnp.mean(visual.groups, axis=1))
-        scores = self.logit_scale() * z_image @ (self.project_text(text.pooled) + completed).T
-        return scores
+        z_text = self.project_text(text.pooled)
+        if self.entity_decoder is not None:
+            z_text = z_text + self.complete(text.tokens, text.mask, visual.groups)
+        return self.logit_scale() * z_image @ z_text.T

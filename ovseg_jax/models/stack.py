@@ -33,6 +33,7 @@ class PreNormLayer(nn.Module):
       heads, mlp_ratio, eps: of the layer.
       layer_scale: initial value of a per-channel factor on both branches, None for none.
       drop_path: whether the layer is built with stochastic depth at all.
+      causal: see `MultiHeadAttention`. activation: see `FeedForward`.
     """
 
     heads: int
@@ -43,6 +44,8 @@ class PreNormLayer(nn.Module):
     train: bool
     dtype: Any
     matmul_dtype: Any
+    causal: bool = False
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(
@@ -62,11 +65,13 @@ class PreNormLayer(nn.Module):
             return x + branch
 
         normed = layer_norm("attention_norm", self.eps, self.dtype)(x)
-        attended = MultiHeadAttention(self.heads, name="attention", **options)(normed, normed, mask)
+        attention = MultiHeadAttention(self.heads, causal=self.causal, name="attention", **options)
+        attended = attention(normed, normed, mask)
         x = add(x, attended, "attention")
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        return add(x, FeedForward(hidden, name="mlp", **options)(normed), "mlp"), None
+        hidden = round(x.shape[-1] * self.mlp_ratio)
+        fed = FeedForward(hidden, activation=self.activation, name="mlp", **options)(normed)
+        return add(x, fed, "mlp"), None
 
 
 class PostNormLayer(nn.Module):
@@ -117,6 +122,7 @@ class PreNormStack(nn.Module):
 
     Attributes:
       drop_rates: stochastic-depth rate of each layer, length `depth`.
+      causal, activation: see `PreNormLayer`.
     """
 
     depth: int
@@ -129,6 +135,8 @@ class PreNormStack(nn.Module):
     unroll: int
     dtype: Any
     matmul_dtype: Any
+    causal: bool = False
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
@@ -144,6 +152,8 @@ class PreNormStack(nn.Module):
             train,
             self.dtype,
             self.matmul_dtype,
+            self.causal,
+            self.activation,
             name="layers",
         )
         return layers(x, jnp.asarray(self.drop_rates, jnp.float32))[0]

@@ -15,7 +15,8 @@ from flax import struct
 
 from ovseg_jax.models.binding import SlotBinding
 from ovseg_jax.models.grouping_block import GroupingBlock
-from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, layer_norm, logical
+from ovseg_jax.models.grouping_stage import GroupingStage
+from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, contract, layer_norm, logical
 from ovseg_jax.models.positions import resize_grid
 from ovseg_jax.models.stack import PreNormStack
 from ovseg_jax.shapes import Array, Float, UInt8
@@ -33,15 +34,16 @@ class VisualTokens:
       patches: [B, L, D], likewise; None where the second half sees the groups alone.
       affinity: the soft map of Eq. 4, [B, L, K].
       assigned: the map that patches were averaged with, see `Binding`.
-      query, key: [B, K, D] and [B, L, D], the two sides of Eq. 4's product.
+      query, key: [B, K, D] and [B, L, D], the two sides of Eq. 4's product; None after several
+        bindings, where affinity and assigned are the products of their maps.
     """
 
     groups: Float[Array, "B K D"]
     patches: Float[Array, "B L D"] | None
     affinity: Float[Array, "B L K"]
     assigned: Float[Array, "B L K"]
-    query: Float[Array, "B K D"]
-    key: Float[Array, "B L D"]
+    query: Float[Array, "B K D"] | None
+    key: Float[Array, "B L D"] | None
 
 
 def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -65,6 +67,9 @@ class VisualEncoder(nn.Module):
       binding_form: "slot" (`SlotBinding`, Eq. 3-6 as printed; N = K) or "grouping_block"
         (`GroupingBlock`, which mixes N tokens down to K first).
       second_stage: what the layers after the binding see: "groups_and_patches" (Eq. 2) or "groups".
+      later_stages: further grouping stages between the binding and the second half, as
+        (group tokens, groups, layers) each; they need the grouping block and a second half that
+        sees groups alone. The model's groups are those of the last stage.
       second_heads: of those layers, where they have others; 0 takes `heads`.
       patch_norm: a LayerNorm follows the patch embedding.
       group_std: standard deviation of the initial group tokens. At 0.02 they start nearly alike and
@@ -91,6 +96,7 @@ class VisualEncoder(nn.Module):
     group_tokens: int = 0
     binding_form: str = "slot"
     second_stage: str = "groups_and_patches"
+    later_stages: tuple[tuple[int, int, int], ...] = ()
     second_heads: int = 0
     patch_norm: bool = False
     group_std: float = 0.02
@@ -114,7 +120,9 @@ class VisualEncoder(nn.Module):
     def setup(self) -> None:
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         trunk_width = self.trunk_width or self.width
-        rates = np.linspace(0.0, self.drop_path, self.first_layers + self.second_layers)
+        later_layers = sum(layers for _, _, layers in self.later_stages)
+        total = self.first_layers + later_layers + self.second_layers
+        rates = np.linspace(0.0, self.drop_path, total)
 
         def stack(start: int, stop: int, heads: int, layer_scale: float | None) -> PreNormStack:
             return PreNormStack(
@@ -155,9 +163,10 @@ class VisualEncoder(nn.Module):
             jnp.float32,
         )
         self.first = stack(layers, self.first_layers, self.heads, None)
-        if self.binding_form == "grouping_block":
-            self.binding = GroupingBlock(
-                self.num_groups,
+
+        def grouping_block(groups: int) -> GroupingBlock:
+            return GroupingBlock(
+                groups,
                 self.heads,
                 self.mlp_ratio,
                 self.eps,
@@ -166,13 +175,22 @@ class VisualEncoder(nn.Module):
                 self.binding_scale,
                 **options,
             )
+
+        if self.binding_form == "grouping_block":
+            self.binding = grouping_block(self.num_groups)
         else:
             self.binding = SlotBinding(
                 self.assignment, self.binding_scale, self.gumbel_temperature, self.eps, **options
             )
+        stages, start = [], self.first_layers
+        for count, groups, layers in self.later_stages:
+            part = stack(start, start + layers, self.heads, None)
+            stages.append(GroupingStage(count, part, grouping_block(groups), self.eps, **options))
+            start += layers
+        self.stages = tuple(stages)
         self.second = stack(
-            self.first_layers,
-            self.first_layers + self.second_layers,
+            start,
+            total,
             self.second_heads or self.heads,
             None,
         )
@@ -221,8 +239,16 @@ class VisualEncoder(nn.Module):
             self.group_token[None], (x.shape[0], *self.group_token.shape)
         ).astype(self.dtype)
         x = self.first(jnp.concatenate([x, tokens], axis=1), train)
-        bound = self.binding(x[:, count:], x[:, :count], train, noise)
+        tokens = x[:, count:]
+        bound = self.binding(tokens, x[:, :count], train, noise)
         maps = (bound.affinity, bound.assigned, bound.query, bound.key)
+        for stage in self.stages:
+            bound, tokens = stage(bound.groups, tokens, train)
+            affinity, assigned = (
+                contract("bls,bsk->blk", before, after, jnp.float32)
+                for before, after in zip(maps, (bound.affinity, bound.assigned), strict=False)
+            )
+            maps = (affinity, assigned, None, None)
         if self.second_stage == "groups":
             return VisualTokens(self.norm(self.second(bound.groups, train)), None, *maps)
         x = jnp.concatenate([x[:, :count], bound.groups], axis=1)

@@ -32,6 +32,7 @@ from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
+from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import Phase, make_phases, rate_at
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
@@ -143,6 +144,7 @@ class Run:
                 "text_length": self.text_length,
                 "transform": phase.transform,
                 "templates": self.templates(),
+                "nouns": data.nouns,
             },
             batch_size=phase.batch_size,
             seed=self.config.seed,
@@ -248,6 +250,12 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"config.model_init.neck is {config.model_init.neck!r}; it must be standardize or empty"
         )
     check_mask_config(config.loss)
+    check_noun_config(config)
+    if config.loss.entity_weight > 0 and config.model.decoder is None:
+        raise UserError(
+            "config.loss.entity_weight > 0 needs an entity decoder, but config.model.decoder is "
+            "None: set config.loss.entity_weight = 0"
+        )
     mesh = sharding.make_mesh(**config.mesh)
     model = build_model(config.model)
     tokenizer = find_tokenizer(config.data.tokenizer)

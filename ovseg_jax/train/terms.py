@@ -24,6 +24,7 @@ from ovseg_jax.train.mask_terms import (
     teacher_views,
     view,
 )
+from ovseg_jax.train.noun_terms import embed_with_nouns, noun_batch, noun_term
 from ovseg_jax.train.texts import embed_sentences, encode_texts
 
 
@@ -99,7 +100,10 @@ def loss_terms(
     kinds = ("caption",)
     kinds += ("masked", "prompt") if with_entity else ()
     kinds += ("shared",) if with_mask else ()
-    texts = encode_texts(call, batch, kinds, text_dropout, rngs, mesh)
+    nouns: tuple[str, ...] = ()
+    if config.get("noun_weight", 0.0) > 0:
+        batch, nouns = noun_batch(batch)
+    texts = encode_texts(call, batch, kinds + nouns, text_dropout, rngs, mesh)
     images = images_of(batch, with_mask)
     seen = online_images(config) if with_mask else (FIRST,)
     visual = call(
@@ -113,7 +117,10 @@ def loss_terms(
 
     scale = call("logit_scale")
     weight = batch["weight"]
-    z_text = unit(embed_sentences(call, texts["caption"]))
+    if nouns:
+        z_text, z_nouns = embed_with_nouns(call, texts, nouns)
+    else:
+        z_text = unit(embed_sentences(call, texts["caption"]))
     embedded, first = view(call, tokens[FIRST])
     z_image = unit(embedded)
     contrastive = weighted_mean(info_nce(z_image, z_text, scale, candidate_pairs(weight)), weight)
@@ -164,4 +171,7 @@ def loss_terms(
         entity_weight=config.entity_weight,
         mask_weight=mask_weight,
     )
+    if nouns:
+        metrics["nouns"] = noun_term(z_image, z_nouns, scale, batch)
+        loss = loss + config.noun_weight * metrics["nouns"]
     return loss, ({"loss": loss, **metrics}, call.statistics)

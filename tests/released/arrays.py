@@ -2,10 +2,12 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.build import build_model
@@ -13,15 +15,33 @@ from ovseg_jax.weights.released import from_released, released_config
 
 HERE = Path(__file__).parent
 
-# File "SET_kind.npz"; a set need not have all of them, but these.
-NEEDED = ("weights", "weights_momentum", "inputs")
+# A folder with whole sets, to be compared too.
+ENVIRONMENT = "OVSEG_RELEASED_ARRAYS"
 COSTS = {"L2": "euclidean", "cosine": "cosine"}
+# How many times the recorded distance of the released code's own float32 from its float64 ours may
+# have, where that is more than the usual limit: both are rounded, and the recorded one is the
+# largest of single entries.
+COARSER = 4.0
 
 
 def sets_of(directory):
     """Names of the sets in a directory, in order."""
     found = [path.name.removesuffix("_inputs.npz") for path in Path(directory).glob("*_inputs.npz")]
     return sorted(found)
+
+
+def all_sets(*here):
+    """`pytest` parameters (folder, name): the sets `here`, and all in the folder of ENVIRONMENT."""
+    found = [(HERE, name) for name in here]
+    if os.environ.get(ENVIRONMENT):
+        folder = Path(os.environ[ENVIRONMENT])
+        names = sets_of(folder)
+        assert names, f"{ENVIRONMENT}={folder} holds no set (SET_inputs.npz and others)"
+        found += [(folder, name) for name in names]
+    return [
+        pytest.param(pair, id=f"{pair[1]}-{'here' if pair[0] == HERE else 'elsewhere'}")
+        for pair in found
+    ]
 
 
 def relative(ours, theirs):
@@ -43,7 +63,9 @@ class ReleasedSet:
     def __init__(self, directory, name):
         self.directory, self.name = Path(directory), name
         self.meta = json.loads((self.directory / f"{name}_meta.json").read_text())
-        self.tensors = {**self.file("weights"), **self.file("weights_momentum")}
+        self.tensors = self.file("weights")
+        if (self.directory / f"{name}_weights_momentum.npz").is_file():
+            self.tensors |= self.file("weights_momentum")
         first, second = self.meta["config"]["img"]["num_heads"]
         self.config = released_config(
             self.tensors,
@@ -60,6 +82,24 @@ class ReleasedSet:
         """The arrays of one file; a missing file is an error."""
         with np.load(self.directory / f"{self.name}_{kind}.npz") as archive:
             return dict(archive)
+
+    def check(self, group, errors, usual):
+        """Fails where a relative error exceeds its limit.
+
+        The limit is `usual`, or `COARSER` times the released code's own rounding where the set
+        records more than that.
+        """
+        assert errors, "nothing was compared"
+        noise = self.meta["float32_noise"].get(group, {})
+        failed = {}
+        for name, error in errors.items():
+            distance, size = (float(x) for x in noise.get(name, (0.0, 1.0)))
+            limit = max(usual, COARSER * distance / max(size, 1e-30))
+            if not error <= limit:
+                failed[name] = f"{error:.1e} > {limit:.1e}"
+        worst = max(errors, key=errors.get)
+        print(f"{self.name} {group}: {len(errors)} compared, worst {worst} {errors[worst]:.1e}")
+        assert not failed, failed
 
     @functools.cached_property
     def inputs(self):

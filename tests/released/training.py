@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ovseg_jax.optim.ema_teacher import replace_teacher
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.calls import Calls
@@ -11,11 +12,10 @@ from ovseg_jax.train.mask_terms import teacher_views, view
 from ovseg_jax.train.state import new_state, teacher_of
 from ovseg_jax.train.step import step_rngs, train_step
 from ovseg_jax.train.terms import loss_terms
-from ovseg_jax.weights.released import to_released
+from ovseg_jax.weights.released import extra_tensors, to_released
 from released.arrays import relative
 
 LOSSES = {"matching": "contrastive", "entity": "entity", "mask": "mask"}
-RATE = "base_lr"
 # Entries of Adam's first step whose clipped gradient is smaller than this are rounding noise over
 # rounding noise: their step is plus or minus the learning rate.
 SMALLEST = 1e-6
@@ -151,11 +151,9 @@ def optimizer_steps(case, count):
     config = case.run_config()
     _, mask_weight = case.weights_of_losses()
     tx = make_optimizer(config.optimizer, case.params)
-    rate = jnp.float32(case.meta["optimizer"][RATE])
+    rate = jnp.float32(case.meta["optimizer"]["base_lr"])
 
     def start(params, statistics, teacher):
-        from ovseg_jax.optim.ema_teacher import replace_teacher
-
         state = new_state(params, tx, (), statistics)
         average = {"image_encoder": jax.tree.map(jnp.array, teacher)}
         return state.replace(opt_state=replace_teacher(state.opt_state, average))
@@ -183,16 +181,16 @@ def optimizer_steps(case, count):
     return states, history
 
 
-def parameter_errors(case, state, recorded, prefix, gradients=None):
+def parameter_errors(case, state, recorded, prefix, gradients):
     """Relative error of each recorded parameter after a step, the teacher's too.
 
-    Args:
-      gradients: the recorded gradients of the first step ("total|parameter"): where given, only
-        entries whose clipped gradient counts are compared (see `SMALLEST`), and parameters without
-        a gradient (the released code's unused ones) are left to the conversion's tests.
-    """
-    from ovseg_jax.weights.released import extra_tensors
+    Parameters whose gradient is zero in exact arithmetic are left out, and entries whose clipped
+    gradient does not count (see `SMALLEST`). Parameters that the released code never trains are
+    among those compared: they must not have moved.
 
+    Args:
+      gradients: the recorded gradients of the first step, "total|parameter".
+    """
     ours = released_names(case, state.params, state.batch_stats, teacher_of(state, ()))
     ours |= extra_tensors(case.tensors)
     clip = min(1.0, case.meta["clip"] / (case.meta["total_grad_norm_dual_off"] + 1e-6))
@@ -201,13 +199,15 @@ def parameter_errors(case, state, recorded, prefix, gradients=None):
         if not key.startswith(prefix):
             continue
         name = key.removeprefix(prefix)
-        mine = np.asarray(ours[name])
         online = name.replace("img_encoder_momentum", "img_encoder")
-        gradient = (gradients or {}).get(f"total|{online}")
-        if gradient is None:
-            errors[name] = relative(mine, theirs)
+        if online in case.meta["zero_gradient_params"]:
             continue
-        counts = np.abs(gradient) * clip > SMALLEST
+        counts = np.ones(theirs.shape, bool)
+        if f"total|{online}" in gradients:
+            counts = np.abs(gradients[f"total|{online}"]) * clip > SMALLEST
+        if online in case.meta["zero_gradient_slices"]:
+            start, stop = case.meta["zero_gradient_slices"][online]["key_slice"]
+            counts[start:stop] = False
         if counts.any():
-            errors[name] = relative(mine[counts], theirs[counts])
+            errors[name] = relative(np.asarray(ours[name])[counts], theirs[counts])
     return errors

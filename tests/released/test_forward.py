@@ -1,0 +1,36 @@
+"""The released model's forward pass in evaluation, from converted weights.
+
+Every recorded value is compared by |ours - theirs| / |theirs| (Euclidean norms over the array) with
+the limit 1e-5; the group that each patch is assigned to must be the same everywhere.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from released import forward
+from released.arrays import ReleasedSet, all_sets
+
+LIMIT = 1e-5
+# Of GroupViT, whose own tests have it.
+ELSEWHERE = ("out/multi_label_loss",)
+
+
+@pytest.fixture(scope="module", params=all_sets("dev", "dev2"))
+def case(request):
+    return ReleasedSet(*request.param)
+
+
+def test_visual_encoder(case):
+    recorded = case.file("eval_image")
+    ours = jax.jit(lambda params: forward.image_values(case, params))(case.params)
+    errors = forward.errors_of(ours, recorded) | forward.position_errors(case, recorded)
+    case.check("eval", errors, LIMIT)
+    groups = np.argmax(ours["grouping/hard"][:, 0], axis=1)
+    np.testing.assert_array_equal(groups, forward.hard_indices(recorded))
+
+
+def test_joint_space_text_decoder_and_losses(case):
+    recorded = case.file("eval_rest")
+    ours = jax.jit(lambda params: forward.rest_values(case, params))(case.params)
+    case.check("eval", forward.errors_of(ours, recorded, ELSEWHERE), LIMIT)
