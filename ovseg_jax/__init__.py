@@ -1,3 +1,32 @@
-"""OVSegmentor in JAX: open-vocabulary segmentation learned from captions alone."""
+"""OVSegmentor in JAX: open-vocabulary segmentation learned from captions alone.
+
+import ovseg_jax
+
+model = ovseg_jax.load("runs/quickstart/model")
+found = model.segment("street.jpg", ["car", "traffic light"])
+found.labels  # [height, width]: 0 background, 1 car, 2 traffic light
+found.scores  # how sure the model is of each class, 0 to 1
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def load(model_dir: Any) -> Any:
+    """The model in a model directory, ready to segment.
+
+    Args:
+      model_dir: path of a directory that training, `ovseg_jax.convert` or `ovseg_jax.export` wrote.
+
+    Returns:
+      A `segmentation.loaded.LoadedModel`; its method `segment(image, classes)` is all that most
+      uses need.
+
+    Raises:
+      ovseg_jax.errors.UserError: the directory is absent, incomplete or damaged.
+    """
+    # Here, so that importing the package alone stays light.
+    from ovseg_jax.segmentation.loaded import LoadedModel
+
+    return LoadedModel(model_dir)

@@ -141,6 +141,7 @@ def _write_model(
     run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
 ) -> None:
     params = jax.tree.map(_whole, evaluation_params(run, state))
+    batch_stats = jax.tree.map(_whole, state.batch_stats)
     if jax.process_index() != 0:
         return
     config = run.config
@@ -172,6 +173,7 @@ def _write_model(
             if name in config.eval
         },
         provenance=provenance,
+        batch_stats=batch_stats,
     )
 
 

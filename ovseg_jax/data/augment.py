@@ -40,7 +40,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = opened.size
             if width * height > max_pixels:
                 raise UnreadableImage("too large", f"{width}x{height} pixels")
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            return to_rgb(ImageOps.exif_transpose(opened))
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -55,7 +55,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnreadableImage("damaged", f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: transparent parts white, 16-bit gray scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these modes at 255 instead of scaling them.
         values = np.asarray(image, np.float64)

@@ -4,7 +4,10 @@ Parameters carry logical axis names ("embed", "mlp", "heads", "vocab", "joint", 
 `ovseg_jax.sharding` turns the names into mesh axes.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,8 +36,35 @@ def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     Returns:
       The contraction, float32.
     """
-    if jax.default_backend() == "cpu" and not _is_fast_on_cpu(spec):
-        dtype = jnp.float32
+    if dtype != jnp.float32 and not _is_fast_on_cpu(spec):
+        if _EVERY_PLATFORM.get():
+            exact, rounded = (
+                functools.partial(_einsum, spec, dtype=kind) for kind in (jnp.float32, dtype)
+            )
+            return jax.lax.platform_dependent(a, b, cpu=exact, default=rounded)
+        if jax.default_backend() == "cpu":
+            dtype = jnp.float32
+    return _einsum(spec, a, b, dtype)
+
+
+@contextlib.contextmanager
+def every_platform() -> Iterator[None]:
+    """Within it `contract` traces a program that is right on every platform, not on this one alone.
+
+    For programs that are written to a file. A choice inside the program hides its products from
+    the policies of rematerialization, so training does without.
+    """
+    token = _EVERY_PLATFORM.set(True)
+    try:
+        yield
+    finally:
+        _EVERY_PLATFORM.reset(token)
+
+
+_EVERY_PLATFORM = contextvars.ContextVar("every_platform", default=False)
+
+
+def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 

@@ -21,6 +21,47 @@ from ovseg_jax.weights.model_dir import SavedModel
 TEXT_BATCH = 64
 
 
+def encode_images(
+    model: OVSegmentor, variables: Mapping[str, Any], images: Array, affinity: str
+) -> tuple[Array, Array, Array]:
+    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted.
+
+    Args:
+      images: uint8 [B, H, W, 3], or [B, L, D0] trunk features.
+      affinity: see `Protocol`.
+
+    Raises:
+      UserError: affinity "features" of a model without final patch tokens.
+    """
+    tokens = model.apply(variables, images, method="visual_tokens")
+    if affinity == "features":
+        if tokens.patches is None:
+            raise UserError(
+                "protocol: affinity 'features' needs patch tokens, but this model's second "
+                "stage has groups alone; use affinity 'binding'"
+            )
+        logits = mask_logits(tokens.patches, tokens.groups)
+        soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
+    else:
+        soft = tokens.affinity
+    groups = model.apply(variables, tokens.groups, method="project_image")
+    pooled = jnp.mean(tokens.groups, axis=1)
+    return soft, groups, model.apply(variables, pooled, method="project_image")
+
+
+def embed_prompts(
+    model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
+) -> Array:
+    """Embeddings [B, E] of prompts, as they are averaged over templates; to be jitted.
+
+    Args:
+      ids: int32 [B, M]. average: see `Protocol`.
+    """
+    text = model.apply(variables, ids, method="text_tokens")
+    method = "project_text" if average == "unit" else "embed_text"
+    return model.apply(variables, text.pooled, method=method)
+
+
 class ModelSegmenter:
     """Implements `segmentation.scores.Segmenter` for one set of parameters.
 
@@ -54,25 +95,10 @@ class ModelSegmenter:
         whole = sharding.replicated(mesh) if mesh is not None else None
 
         def encode(variables: Any, images: Array) -> tuple[Array, Array, Array]:
-            tokens = model.apply(variables, images, method="visual_tokens")
-            if protocol.affinity == "features":
-                if tokens.patches is None:
-                    raise UserError(
-                        "protocol: affinity 'features' needs patch tokens, but this model's second "
-                        "stage has groups alone; use affinity 'binding'"
-                    )
-                logits = mask_logits(tokens.patches, tokens.groups)
-                soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
-            else:
-                soft = tokens.affinity
-            groups = model.apply(variables, tokens.groups, method="project_image")
-            pooled = jnp.mean(tokens.groups, axis=1)
-            return soft, groups, model.apply(variables, pooled, method="project_image")
+            return encode_images(model, variables, images, protocol.affinity)
 
         def embed(variables: Any, ids: Array) -> Array:
-            text = model.apply(variables, ids, method="text_tokens")
-            method = "project_text" if protocol.average == "unit" else "embed_text"
-            return model.apply(variables, text.pooled, method=method)
+            return embed_prompts(model, variables, ids, protocol.average)
 
         self._model = model
         self._encode = jax.jit(encode, out_shardings=whole)
@@ -87,6 +113,7 @@ class ModelSegmenter:
             saved.tokenizer,
             text_length=saved.info["text_length"],
             protocol=protocol,
+            batch_stats=saved.batch_stats,
         )
 
     def encode(

@@ -58,17 +58,23 @@ class Checkpoints:
             ),
         )
 
-    def position(self, *, best: bool = False) -> dict[str, Any] | None:
-        """The record saved with the latest (or best) checkpoint; None where there is none."""
+    def steps(self, *, best: bool = False) -> list[int]:
+        """Steps of the checkpoints that exist, in order."""
+        return sorted((self._best if best else self._latest).all_steps())
+
+    def position(self, *, best: bool = False, step: int | None = None) -> dict[str, Any] | None:
+        """The record saved with a checkpoint, by default the latest (or best); None without any."""
         manager = self._best if best else self._latest
-        step = manager.latest_step()
+        step = manager.latest_step() if step is None else step
         if step is None:
             return None
         restored = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
         return {**restored.position, "step": step}
 
-    def restore(self, abstract: TrainState, *, best: bool = False) -> TrainState:
-        """The latest (or best) state, laid out as `abstract` says.
+    def restore(
+        self, abstract: TrainState, *, best: bool = False, step: int | None = None
+    ) -> TrainState:
+        """A state, by default the latest (or best), laid out as `abstract` says.
 
         Args:
           abstract: shapes, dtypes and shardings of the phase that the state was saved in. Another
@@ -78,7 +84,7 @@ class Checkpoints:
           UserError: the checkpoint does not fit; lists the leaves that differ.
         """
         manager = self._best if best else self._latest
-        step = manager.latest_step()
+        step = manager.latest_step() if step is None else step
         saved = manager.item_metadata(step).state
         wanted = _shapes(abstract)
         found = _shapes(saved.tree if hasattr(saved, "tree") else saved)

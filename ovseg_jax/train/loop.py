@@ -182,7 +182,7 @@ def _run_phase(
     compiled = run.compiled_step(phase)
     loader = run.loader(phase, step)
     meter = _Meter(phase.batch_size)
-    position = {"phase": phase.index}
+    position = {"phase": phase.index, "text_length": run.text_length}
     for batch in meter.timed(loader):
         state, metrics = compiled(state, sharding.put_batch(batch, run.mesh))
         step += 1
@@ -252,7 +252,8 @@ def _evaluate_and_keep_best(
     run.progress.say(f"step {step}: mIoU on {name} tune {miou:.1f}")
     best = checkpoints.position(best=True)
     if best is None or miou > best["miou"]:
-        checkpoints.save(state, {**position, "miou": miou}, best=True)
+        metric = f"mIoU on the tune split of {name}"
+        checkpoints.save(state, {**position, "miou": miou, "metric": metric}, best=True)
 
 
 class _Meter:

@@ -1,7 +1,10 @@
 """The model directory: weights, config, tokenizer and provenance, with no pickle anywhere.
 
-``model.safetensors``  all parameters under their paths
-``config.json``        the model's config, the protocol it was calibrated for, provenance
+``model.safetensors``  all parameters under their paths; batch norms' running statistics under
+                       "batch_stats/..."; what another program's checkpoint held beyond the
+                       model, kept to give it back, under "extra/..."
+``config.json``        the model's config, the protocol it was calibrated for, provenance, and
+                       digests of everything, itself included
 ``tokenizer.json``     and its companions
 ``README.md``          the same for people
 """
@@ -10,27 +13,33 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import linen as nn
+from jaxtyping import Int32
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import model_shapes
-from ovseg_jax.weights.tensors import read_tensors
+from ovseg_jax.weights.initialize import init_variables
+from ovseg_jax.weights.tensors import read_tensors, write_safetensors
 
 FORMAT = "ovseg_jax model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+README = "README.md"
+EXTRA = "extra"
+SELF = "this_file_sha256"
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class SavedModel:
 
     Attributes:
       model, params: the module and its parameters (NumPy, nested).
+      batch_stats: running statistics of its batch norms, nested; {} where it has none.
+      extras: other arrays by name, see `save_model`.
       tokenizer: of its text encoder.
       info: what config.json holds: "model", "protocol", "text_length",
         "benchmarks", "provenance".
@@ -46,6 +57,8 @@ class SavedModel:
 
     model: OVSegmentor
     params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    extras: dict[str, np.ndarray]
     tokenizer: Tokenizer
     info: dict[str, Any]
 
@@ -55,46 +68,93 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class NoTokenizer(Tokenizer):
+    """Stands in a model directory that was written without a tokenizer; says so when it is used."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
+        """Raises UserError."""
+        raise UserError(
+            f"{self._directory} has no tokenizer, without which no class can be named: copy the "
+            "tokenizer.json (or vocab.txt) of the model's text encoder there, or convert again "
+            "with --tokenizer=DIR"
+        )
+
+
+def _self_digest(info: Mapping[str, Any]) -> str:
+    """Digest of what config.json says, whatever its layout."""
+    rest = {key: value for key, value in info.items() if key != SELF}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def save_model(
     directory: str | Path,
     params: Mapping[str, Any],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     model: Mapping[str, Any],
     protocol: Mapping[str, Any],
     text_length: int,
     benchmarks: Mapping[str, Mapping[str, Any]],
     provenance: Mapping[str, Any],
+    batch_stats: Mapping[str, Any] | None = None,
+    extras: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes a model directory; an older one of the same name is replaced whole.
 
     Args:
+      tokenizer: of the text encoder; None where there is none to be had.
       params: nested parameters. model: the ``config.model`` they belong to.
       protocol: how to segment with it (`segmentation.protocol.Protocol.as_dict`).
       text_length: tokens that class prompts are padded to in evaluation.
       benchmarks: fields of the benchmarks it was evaluated on, so that the same can be done again.
       provenance: plain values: where data and initial weights came from, steps, scores.
+      batch_stats: running statistics of batch norms, nested, where the model has any.
+      extras: arrays by name that the model does not use, kept as they are.
+
+    Raises:
+      UserError: the directory cannot be written.
     """
-    target = Path(directory)
+    try:
+        _save(
+            Path(directory),
+            {
+                **{path: np.asarray(x, np.float32) for path, x in flatten(params).items()},
+                **{f"{STATISTICS}/{k}": x for k, x in flatten(batch_stats or {}).items()},
+                **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
+            },
+            tokenizer,
+            {
+                "model": dict(model),
+                "protocol": dict(protocol),
+                "text_length": text_length,
+                "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
+                "provenance": dict(provenance),
+            },
+        )
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
+
+
+def _save(
+    target: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
+) -> None:
     building = target.with_name(f".{target.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     # Not `ascontiguousarray`, which makes a scalar a vector.
-    arrays = {k: np.asarray(v, np.float32, order="C") for k, v in flatten(params).items()}
-    save_file(arrays, building / WEIGHTS)
-    info = {
-        "format": FORMAT,
-        "version": VERSION,
-        "weights_sha256": _digest(building / WEIGHTS),
-        "model": dict(model),
-        "protocol": dict(protocol),
-        "text_length": text_length,
-        "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
-        "provenance": dict(provenance),
-    }
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+    write_safetensors(building / WEIGHTS, arrays)
+    if tokenizer is not None:
+        tokenizer.save(building)
+    (building / README).write_text(_readme(info, arrays), encoding="utf-8")
+    files = {path.name: _digest(path) for path in sorted(building.iterdir())}
+    del files[README]
+    info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
+    info[SELF] = _self_digest(info)
     (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(building)
-    (building / "README.md").write_text(_readme(info, arrays), encoding="utf-8")
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -118,22 +178,27 @@ def load_model(directory: str | Path) -> SavedModel:
         raise UserError(f"{directory} is no model directory: {', '.join(missing)} is missing")
     try:
         info = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind, version, digest = info["format"], info["version"], info["weights_sha256"]
+        kind, version, files = info["format"], info["version"], dict(info["files_sha256"])
         config = ConfigDict(info["model"])
-    except (ValueError, KeyError, TypeError) as error:
+        info = {**info, "text_length": int(info["text_length"])}
+        for key in ("protocol", "benchmarks", "provenance"):
+            dict(info[key])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / CONFIG} is damaged or no model config: {error!r}") from None
     if kind != FORMAT or version != VERSION:
         raise UserError(
             f"{directory / CONFIG} says {kind!r} version {version}; this program reads "
             f"{FORMAT!r} version {VERSION}"
         )
-    if _digest(directory / WEIGHTS) != digest:
+    _check_digests(directory, info, files)
+    try:
+        model = build_model(config)
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{directory / WEIGHTS} is not the file that {CONFIG} was written with: it was "
-            "truncated or changed; copy the directory again"
-        )
-    model = build_model(config)
-    tensors, shapes = read_tensors(directory / WEIGHTS), model_shapes(model)
+            f"{directory / CONFIG}: its model cannot be built by this version: {error}"
+        ) from None
+    tensors, shapes = read_tensors(directory / WEIGHTS), _variable_shapes(model)
+    extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
     faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
     faults += [f"{name} is not in the model" for name in sorted(set(tensors) - set(shapes))]
     faults += [
@@ -143,11 +208,49 @@ def load_model(directory: str | Path) -> SavedModel:
     ]
     if faults:
         raise UserError(f"{directory / WEIGHTS} does not fit {CONFIG}:\n  " + "\n  ".join(faults))
-    return SavedModel(model, nest(tensors), find_tokenizer(str(directory)), info)
+    params = nest(tensors)
+    return SavedModel(
+        model=model,
+        params=params,
+        batch_stats=params.pop(STATISTICS, {}),
+        extras={name.removeprefix(f"{EXTRA}/"): x for name, x in extras.items()},
+        tokenizer=_tokenizer_of(directory),
+        info=info,
+    )
+
+
+def _tokenizer_of(directory: Path) -> Tokenizer:
+    files = ("tokenizer.json", "vocab.txt", "vocab.json")
+    present = any((directory / name).is_file() for name in files)
+    return find_tokenizer(str(directory)) if present else NoTokenizer(directory)
+
+
+def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    if SELF in info and _self_digest(info) != info[SELF]:
+        raise UserError(
+            f"{directory / CONFIG} was changed after it was written. Copy the directory again; or, "
+            f"where you changed it on purpose, remove its field {SELF!r}"
+        )
+    for name, digest in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{directory} is no complete model directory: {name} is missing")
+        if _digest(path) != digest:
+            raise UserError(
+                f"{path} is not the file that {CONFIG} was written with: it was truncated or "
+                "changed; copy the directory again"
+            )
+
+
+def _variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
+    """Name in the weights file and shape of every parameter and running statistic."""
+    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
+    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
 
 def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    count = sum(array.size for array in arrays.values())
+    count = sum(x.size for name, x in arrays.items() if not name.startswith(f"{EXTRA}/"))
     lines = [
         "# OVSegmentor model",
         "",

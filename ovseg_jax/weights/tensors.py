@@ -1,17 +1,22 @@
 """Tensor files of other libraries as plain NumPy dicts: safetensors, npz, ONNX initializers."""
 
 import importlib.util
+import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from ovseg_jax.errors import UserError
 
 Tensors = dict[str, np.ndarray]
+
+# Endings of PyTorch's files; `weights.state_dict` reads them, for `ovseg_jax.convert` alone.
+PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 # What the readers raise on damaged files; a TypeError for a single array that is called .npz.
 UNREADABLE = (
@@ -71,7 +76,21 @@ def read_tensors(path: Path) -> Tensors:
             return _read_onnx(path)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); is the file complete?") from None
+    if kind in PYTORCH:
+        raise UserError(
+            f"{path} is a PyTorch file: turn it into safetensors once, with "
+            f"python -m ovseg_jax.convert dino|bert --checkpoint={path} --out=..."
+        )
     raise UserError(f"{path}: weights are read from .safetensors, .npz or .onnx, not {kind!r}")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes contiguous arrays, readable for whoever may read a new file of this user."""
+    save_file(dict(tensors), path)
+    # The library makes files that their owner alone may read.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _read_onnx(path: Path) -> Tensors:

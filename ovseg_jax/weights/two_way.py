@@ -136,7 +136,10 @@ def read_links(
             if wrong:
                 continue
             if link.stacked:
-                result[target] = np.stack(parts).astype(form.dtype, copy=False)
+                # In row-major order at once: stacked transposes would come out column-major, and
+                # need twice the memory when they are written.
+                result[target] = np.empty((len(parts), *inner), form.dtype)
+                np.stack(parts, out=result[target], casting="unsafe")
             else:
                 result[target] = np.array(parts[0], form.dtype, order="C")
     used = [name for link in links for name in link.sources]

@@ -1,0 +1,133 @@
+"""Published weights into files that everything else here reads, and back.
+
+``python -m ovseg_jax.convert released --checkpoint=FILE.pth --out=MODEL_DIR --tokenizer=DIR``
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from ovseg_jax import flags
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.published import released_protocol
+from ovseg_jax.weights.published import (
+    RELEASED_TOKENIZER,
+    WRITERS,
+    Told,
+    model_dir_to_released,
+    released_to_model_dir,
+    tower_to_safetensors,
+)
+from ovseg_jax.weights.released import TOLD
+
+ABOUT = """Convert published weights. PyTorch is not needed; a file that would run code is refused.
+
+  convert released --checkpoint=FILE --out=MODEL_DIR    the released OVSegmentor
+  convert released --model=MODEL_DIR --to=pth --out=FILE.pth    and back, to the bit
+  convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model_init.image
+  convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model_init.text
+
+FILE is .pth, .pt, .bin, .ckpt, .npz or .safetensors. `convert KIND --help` lists the flags.
+"""
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+_whole_numbers.__name__ = "list of whole numbers"
+
+ENTRY = flags.Flag(
+    "entry", default="", help="entry of the checkpoint that holds the weights; found by default"
+)
+RELEASED = (
+    flags.Flag("checkpoint", help="file with the released weights"),
+    flags.Flag("out", required=True, help="model directory, or (--model) file, to write"),
+    ENTRY,
+    flags.Flag("model", help="model directory to convert back, in place of --checkpoint"),
+    flags.Flag("to", default="pth", choices=tuple(WRITERS), help="form of the file, with --model"),
+    flags.Flag(
+        "tokenizer",
+        default="",
+        help=f"folder of the tokenizer; {RELEASED_TOKENIZER} downloads the released one",
+    ),
+    flags.Flag(
+        "heads",
+        _whole_numbers,
+        default=(TOLD["heads"], TOLD["second_heads"]),
+        help="attention heads of the visual encoder before and after the binding",
+    ),
+    flags.Flag("decoder_heads", int, default=TOLD["decoder_heads"], help="of the entity decoder"),
+    flags.Flag("text_heads", int, default=TOLD["text_heads"], help="of the text encoder"),
+    flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default a square"),
+    flags.Flag("background_threshold", float, default=0.95, help="see config.eval.protocol"),
+    flags.Flag("short_side", int, default=448, help="images are segmented at this short side"),
+    flags.Flag("text_length", int, default=77, help="tokens of a class prompt at most"),
+)
+TOWER = (
+    flags.Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
+    flags.Flag("out", required=True, help="folder, or FILE.safetensors"),
+    ENTRY,
+)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    kind, *rest = argv or [""]
+    if kind in ("--help", "-h"):
+        print(ABOUT)
+        return 0
+    if kind not in KINDS:
+        names = ", ".join(KINDS)
+        raise UserError(f"convert what? Say one of {names} first{flags.nearest(kind, list(KINDS))}")
+    spec, run = KINDS[kind]
+    for line in run(kind, flags.parse(rest, spec, ABOUT)):
+        print(line)
+    return 0
+
+
+def _released(kind: str, args: SimpleNamespace) -> list[str]:
+    out = Path(args.out)
+    if bool(args.checkpoint) == bool(args.model):
+        raise UserError("convert released takes exactly one of --checkpoint and --model")
+    if args.model:
+        return model_dir_to_released(Path(args.model), out, args.to)
+    heads = _pair("heads", args.heads)
+    protocol = released_protocol().replace(
+        threshold=args.background_threshold, short_side=args.short_side
+    )
+    told = Told(
+        model={
+            "heads": heads[0],
+            "second_heads": heads[1],
+            "decoder_heads": args.decoder_heads,
+            "text_heads": args.text_heads,
+            "grid": args.grid and _pair("grid", args.grid),
+        },
+        protocol=protocol.as_dict(),
+        tokenizer=args.tokenizer,
+        text_length=args.text_length,
+    )
+    lines = released_to_model_dir(Path(args.checkpoint), out, told, args.entry)
+    return [*lines, f"model: {out}"]
+
+
+def _pair(flag: str, numbers: Sequence[int]) -> tuple[int, int]:
+    if len(numbers) != 2 or min(numbers) < 1:
+        raise UserError(f"--{flag} takes two whole numbers, for example --{flag}=8,8")
+    return numbers[0], numbers[1]
+
+
+def _tower(kind: str, args: SimpleNamespace) -> list[str]:
+    return tower_to_safetensors(kind, Path(args.checkpoint), Path(args.out), args.entry)
+
+
+KINDS: dict[str, tuple[Sequence[flags.Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
+    "released": (RELEASED, _released),
+    "dino": (TOWER, _tower),
+    "bert": (TOWER, _tower),
+}
+
+
+if __name__ == "__main__":
+    flags.run(main)

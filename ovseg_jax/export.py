@@ -1,0 +1,126 @@
+"""A run, or a step of it, as a model directory, and models as StableHLO.
+
+``python -m ovseg_jax.export --workdir=runs/quickstart --out=MODEL_DIR --step=best --weights=ema``
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+
+import ovseg_jax
+from ovseg_jax import flags
+from ovseg_jax.data.tokens import find_tokenizer
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.stablehlo import write_programs
+from ovseg_jax.train.saved_run import SavedRun, read_run
+from ovseg_jax.weights.model_dir import load_model, save_model
+
+ABOUT = """Write a model directory from a run.
+
+  export --workdir=RUN --out=MODEL_DIR [--step=N|best|latest] [--weights=online|ema]
+  export --workdir=RUN --out=MODEL_DIR --stablehlo     with programs in MODEL_DIR/stablehlo
+  export --model=MODEL_DIR --out=DIR --stablehlo       the programs of a model directory
+
+`best` is the checkpoint with the highest mIoU on the tune split of the run's first benchmark,
+never on a split that is reported.
+"""
+
+FLAGS = (
+    flags.Flag("workdir", help="work directory of a run"),
+    flags.Flag("model", help="model directory, in place of --workdir, with --stablehlo"),
+    flags.Flag("out", required=True, help="model directory to write"),
+    flags.Flag("step", default="latest", help="latest, best or a number"),
+    flags.Flag(
+        "weights",
+        default="online",
+        choices=("online", "ema"),
+        help="ema: the teacher's visual encoder, the rest online",
+    ),
+    flags.Flag("stablehlo", bool, default=False, help="also write StableHLO programs"),
+    flags.Flag("image_size", int, default=0, help="of StableHLO, pixels; 0: the protocol's window"),
+)
+
+# What a finished run found by calibration and noted in its own model directory.
+CALIBRATED = ("protocol", "benchmarks")
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    args = flags.parse(argv, FLAGS, ABOUT)
+    if bool(args.workdir) == bool(args.model):
+        raise UserError("export takes exactly one of --workdir and --model")
+    out = Path(args.out)
+    if args.model:
+        if not args.stablehlo:
+            raise UserError("--model is a model directory already; say --stablehlo, or --workdir")
+        _programs(Path(args.model), out, args)
+        return 0
+    run = read_run(Path(args.workdir), args.step)
+    print(_write(run, Path(args.workdir), out, args.weights))
+    if args.stablehlo:
+        _programs(out, out / "stablehlo", args)
+    return 0
+
+
+def _write(run: SavedRun, workdir: Path, out: Path, weights: str) -> str:
+    """Writes the model directory; returns a line that says which checkpoint it is."""
+    config, position = run.config, run.position
+    step = position["step"]
+    which = f"step {step}, {weights} weights"
+    provenance: dict[str, Any] = {
+        "written_by": f"ovseg_jax {ovseg_jax.__version__}",
+        "run": workdir.name,
+        "steps": step,
+        "weights": weights,
+        "seed": config.seed,
+        "image_init": config.model_init.image or "random",
+        "text_init": config.model_init.text or "random",
+    }
+    if "miou" in position:
+        metric = position.get("metric", "mIoU on a tune split")
+        provenance |= {"chosen_by": metric, "chosen_score": position["miou"]}
+        which += f", best by {metric} ({position['miou']:.1f} %)"
+    finished = _finished(workdir)
+    protocol, benchmarks = config.eval.protocol, {}
+    if finished is not None:
+        protocol, benchmarks = (finished[key] for key in CALIBRATED)
+        provenance["protocol_from"] = "the calibration at the end of the run"
+        words = finished["provenance"].get("calibrated_words")
+        provenance |= {"calibrated_words": words} if words else {}
+    length = position.get("text_length") or config.data.text_length
+    if not length and finished is None:
+        raise UserError(f"{workdir} does not say how long its texts are: finish the run first")
+    state = run.state
+    save_model(
+        out,
+        jax.device_get(run.params(weights)),
+        find_tokenizer(config.data.tokenizer),
+        model=json.loads(config.model.to_json_best_effort()),
+        protocol=Protocol.from_config(protocol).as_dict(),
+        text_length=max(16, length) if length else finished["text_length"],
+        benchmarks=benchmarks,
+        provenance=provenance,
+        batch_stats=jax.device_get(state.batch_stats),
+    )
+    return f"model: {out} ({which})"
+
+
+def _finished(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "model" / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _programs(model: Path, out: Path, args: SimpleNamespace) -> None:
+    saved = load_model(model)
+    protocol = Protocol.from_config(saved.info["protocol"])
+    size = args.image_size or protocol.window
+    signature = write_programs(saved, protocol, out, size)
+    print(f"StableHLO: {out}, images of {size} x {size}, for {', '.join(signature['platforms'])}")
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,151 @@
+"""A model as StableHLO: two programs that run where this package is not installed.
+
+``image.stablehlo``  images to groups, assignment and image embedding
+``text.stablehlo``   token ids to class embeddings
+``weights.npz``      the programs' first argument
+``signature.json``   arguments and results
+``README.md``        how to call them
+
+They are compiled where they are called, for cpu, cuda or tpu, with any batch size.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.layers import every_platform
+from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.optim.groups import flatten, nest
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.segmenter import embed_prompts, encode_images
+from ovseg_jax.shapes import Array
+from ovseg_jax.weights.model_dir import SavedModel
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# The parts of the model that each program needs; every method of the model reads the temperature.
+PARTS = {
+    "image": ("image_encoder/", "image_projector/", f"{STATISTICS}/image_projector/", "log_scale"),
+    "text": ("text_encoder/", "text_projector/", f"{STATISTICS}/text_projector/", "log_scale"),
+}
+
+_README = """# A segmentation model as StableHLO
+
+Needs jax, numpy and flatbuffers, nothing else.
+
+    import json
+    import jax, jax.export
+    import numpy as np
+
+    signature = json.load(open("signature.json"))
+    weights = dict(np.load("weights.npz"))
+
+    def program(name):
+        exported = jax.export.deserialize(open(signature[name]["program"], "rb").read())
+        own = {{key: weights[key] for key in signature[name]["weights"]}}
+        return jax.jit(lambda x: exported.call(own, x))
+
+    assignment, groups, embedding = program("image")(images)  # uint8 [batch, {size}, {size}, 3]
+    classes = program("text")(ids)  # int32 [prompts, {length}]
+
+A patch's cosine with a class is the sum over groups of assignment times the cosine of group and
+class. Class embeddings of several prompts are averaged, then divided by their norm. Token ids
+come from the tokenizer of the model directory, padded to {length} with {pad}.
+"""
+
+
+def write_programs(
+    saved: SavedModel, protocol: Protocol, directory: Path, image_size: int
+) -> dict[str, Any]:
+    """Writes the files of the module's docstring.
+
+    Args:
+      protocol: says which assignment and which class embedding.
+      image_size: height and width of the images, pixels.
+
+    Returns:
+      The signature.
+
+    Raises:
+      UserError: flatbuffers is missing, or the directory cannot be written.
+    """
+    arrays = flatten({**saved.params, STATISTICS: saved.batch_stats})
+    patch = saved.model.image_encoder.patch
+    if image_size < patch:
+        raise UserError(f"--image_size={image_size} is less than one patch of {patch} pixels")
+    length, pad = saved.info["text_length"], saved.model.pad_id
+
+    def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, Array, Array]:
+        return encode_images(saved.model, _variables(weights), images, protocol.affinity)
+
+    def text(weights: Mapping[str, Array], ids: Array) -> Array:
+        return embed_prompts(saved.model, _variables(weights), ids, protocol.average)
+
+    programs = {
+        "image": (image, (image_size, image_size, 3), jnp.uint8),
+        "text": (text, (length,), jnp.int32),
+    }
+    signature: dict[str, Any] = {"platforms": PLATFORMS, "protocol": protocol.as_dict()}
+    written: dict[str, bytes] = {}
+    for name, (function, shape, dtype) in programs.items():
+        own = {key: x for key, x in arrays.items() if key.startswith(PARTS[name])}
+        exported, content = _exported(function, own, shape, dtype)
+        written[name] = content
+        signature[name] = {
+            "program": f"{name}.stablehlo",
+            "arguments": ["weights", "images" if name == "image" else "ids"],
+            "input": {"shape": ["batch", *shape], "dtype": np.dtype(dtype).name},
+            "weights": sorted(own),
+            "results": [
+                {"name": label, "shape": [str(size) for size in out.shape], "dtype": out.dtype.name}
+                for label, out in zip(
+                    ("assignment", "groups", "embedding") if name == "image" else ("embedding",),
+                    exported.out_avals,
+                    strict=True,
+                )
+            ],
+        }
+    signature["text"]["pad_id"] = pad
+    signature["text"]["average"] = protocol.average
+    needed = {key for name in programs for key in signature[name]["weights"]}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in written.items():
+            (directory / f"{name}.stablehlo").write_bytes(content)
+        np.savez(directory / "weights.npz", **{key: arrays[key] for key in sorted(needed)})
+        (directory / "signature.json").write_text(
+            json.dumps(signature, indent=2) + "\n", encoding="utf-8"
+        )
+        readme = _README.format(size=image_size, length=length, pad=pad)
+        (directory / "README.md").write_text(readme, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
+    return signature
+
+
+def _variables(weights: Mapping[str, Array]) -> dict[str, Any]:
+    tree = nest(dict(weights))
+    return {STATISTICS: tree.pop(STATISTICS, {}), "params": tree}
+
+
+def _exported(
+    function: Any, weights: Mapping[str, np.ndarray], shape: tuple[int, ...], dtype: Any
+) -> tuple[Any, bytes]:
+    sizes = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
+    with every_platform():
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(
+            {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in weights.items()},
+            jax.ShapeDtypeStruct(sizes, dtype),
+        )
+    try:
+        return exported, bytes(exported.serialize())
+    except ImportError:
+        raise UserError(
+            "writing StableHLO needs the package flatbuffers: pip install 'ovseg_jax[export]'"
+        ) from None

@@ -1,0 +1,130 @@
+"""ovseg_jax.load: what people call."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ovseg_jax
+from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.loaded import read_image
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.scores import image_scores, without_index
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.weights.model_dir import load_model, save_model
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", ".", "sky"]
+# Distractors must differ from the classes for the text encoder too.
+WORDS += ["person", "grass", "wall", "car", "tree", "floor", "bird", "water", "flower"]
+PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, shared_tiny_config, tiny_params):
+    folder = tmp_path_factory.mktemp("loaded")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    protocol = Protocol(
+        short_side=32, window=32, stride=16, scale=20.0, threshold=0.12, order="upsample_first"
+    )
+    save_model(
+        folder / "model",
+        tiny_params,
+        Tokenizer(folder),
+        model=json.loads(shared_tiny_config.model.to_json_best_effort()),
+        protocol=protocol.as_dict(),
+        text_length=8,
+        benchmarks={},
+        provenance={"calibrated_words": 9},
+    )
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return ovseg_jax.load(str(directory))
+
+
+def test_labels_and_scores_are_those_of_the_pieces(directory, model):
+    found = model.segment(PIXELS, ["cat", "dog"])
+    saved = load_model(directory)
+    protocol = Protocol.from_config(saved.info["protocol"])
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
+    # "cat" and "dog" are themselves on the list of everyday words.
+    words = ["cat", "dog", "sky", "person", "grass", "wall", "car", "tree", "floor"]
+    text = segmenter.text(words, protocol.templates)
+    scored = image_scores(without_index(segmenter.encode), text, [PIXELS], protocol, 1)
+    ((one, labels),) = label_maps(scored, protocol, classes=2)
+    np.testing.assert_array_equal(found.labels, labels)
+    assert found.labels.shape == (40, 56) and found.classes == ("cat", "dog")
+    assert len(np.unique(labels)) > 1
+    exponents = np.exp(20.0 * one.cells.astype(np.float64))
+    p = exponents / exponents.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found.scores, p.max((0, 1))[:2], rtol=1e-4)
+    np.testing.assert_allclose(found.areas, [(labels == 1).mean(), (labels == 2).mean()])
+
+
+def test_background_threshold_and_words(model):
+    without = model.segment(PIXELS, ["cat", "dog"], background=False)
+    assert set(np.unique(without.labels)) <= {1, 2}
+    assert not model.segment(PIXELS, ["cat", "dog"], threshold=1.1).labels.any()
+    # Two words that compete alone, and no threshold: nothing is left for the background.
+    alone = model.segment(PIXELS, ["cat", "dog"], threshold=0.0, words=2)
+    np.testing.assert_array_equal(alone.labels, without.labels)
+    only = model.segment(PIXELS, ["cat"])
+    assert 0 < only.scores[0] < 1
+
+
+def test_every_kind_of_image_is_the_same_image(model, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS).save(path)
+    wanted = model.segment(PIXELS, ["cat"])
+    with Image.open(path) as opened:
+        for image in (path, str(path), opened):
+            found = model.segment(image, ["cat"])
+            np.testing.assert_array_equal(found.labels, wanted.labels)
+            np.testing.assert_array_equal(found.scores, wanted.scores)
+    gray = np.ascontiguousarray(PIXELS[..., 0])
+    np.testing.assert_array_equal(read_image(gray), np.stack([gray] * 3, -1))
+    turned = Image.fromarray(PIXELS)
+    turned.getexif()[0x0112] = 6  # to be turned by a quarter
+    assert read_image(turned).shape == (56, 40, 3)
+
+
+def test_many_images_each_with_its_number(model):
+    images = [PIXELS, PIXELS[:, ::-1], PIXELS[:33, :33], PIXELS]
+    found = dict(model.segment_each(images, ["cat", "dog"], batch_size=2))
+    assert sorted(found) == [0, 1, 2, 3]
+    for index, image in enumerate(images):
+        alone = model.segment(image, ["cat", "dog"])
+        assert found[index].labels.shape == image.shape[:2]
+        np.testing.assert_allclose(found[index].scores, alone.scores, rtol=1e-4)
+
+
+BAD = {
+    "is a list of names": lambda m, p: m.segment(PIXELS, "cat"),
+    "no classes": lambda m, p: m.segment(PIXELS, []),
+    "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
+    "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),
+    r"\[3, 40, 56\]": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "is empty": lambda m, p: m.segment(PIXELS[:0], ["cat"]),
+    "cannot be read: No such": lambda m, p: m.segment("/no.jpg", ["cat"]),
+    "no image that can be read": lambda m, p: m.segment(__file__, ["cat"]),
+    "no such directory": lambda m, p: ovseg_jax.load(p / "none"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_input(reason, model, tmp_path):
+    with pytest.raises(UserError, match=reason):
+        BAD[reason](model, tmp_path)
+
+
+def test_importing_the_package_is_light():
+    code = "import ovseg_jax, sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "numpy", "flax", "PIL"} & set(done.stdout.split())

@@ -1,0 +1,280 @@
+"""Conversion on the command line: released weights there and back to the bit, towers, errors.
+
+The checkpoint is the released code's own: `tests/released/dev2_weights*.npz`.
+"""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ovseg_jax import convert, flags
+from ovseg_jax.errors import UserError
+from ovseg_jax.weights import released
+from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.published import read_checkpoint
+from ovseg_jax.weights.torch_writer import write_torch
+
+ROOT = Path(__file__).parents[1]
+RELEASED = ROOT / "tests" / "released"
+META = json.loads((RELEASED / "dev2_meta.json").read_text())["config"]
+HEADS = [
+    f"--heads={META['img']['num_heads'][0]},{META['img']['num_heads'][1]}",
+    f"--text_heads={META['bert']['num_attention_heads']}",
+]
+# Constants that BERT's own checkpoints hold; the released code carries them along.
+IDS = {"text_encoder.transformer.embeddings.position_ids": np.arange(5)[None]}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "."]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """Online and averaged weights of the released model, and what it stores beside them."""
+    names = ("dev2_weights", "dev2_weights_momentum")
+    return {k: x for n in names for k, x in np.load(RELEASED / f"{n}.npz").items()} | IDS
+
+
+@pytest.fixture(scope="module")
+def files(tensors, tmp_path_factory):
+    """The checkpoint in every form that is read."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_torch(folder / "bare.pth", tensors)
+    wrapped = {f"module.{name}": value for name, value in tensors.items()}
+    write_torch(folder / "wrapped.pth", wrapped, "model")
+    np.savez(folder / "arrays.npz", **tensors)
+    save_file(wrapped, folder / "tensors.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    return folder
+
+
+def run(*arguments):
+    return convert.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", ["bare.pth", "wrapped.pth", "arrays.npz", "tensors.safetensors"])
+def test_released_there_and_back_is_exact_to_the_bit(name, files, tensors, tmp_path, capsys):
+    model, back = tmp_path / "model", tmp_path / "back.pth"
+    assert run("released", f"--checkpoint={files / name}", f"--out={model}", *HEADS) == 0
+    said = capsys.readouterr().out
+    assert f"{len(tensors)} tensors read" in said and "logit_scale_mask" in said
+    assert "no tokenizer" in said and "no moving average" not in said
+    assert run("released", f"--model={model}", "--to=pth", f"--out={back}") == 0
+    found = read_checkpoint(back).tensors
+    assert found.keys() == tensors.keys()
+    for key, wanted in tensors.items():
+        assert (found[key].shape, found[key].dtype) == (wanted.shape, wanted.dtype), key
+        assert found[key].tobytes() == wanted.tobytes(), key
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_back_to_other_forms(form, files, tensors, tmp_path):
+    model, back = tmp_path / "model", tmp_path / f"back.{form}"
+    run("released", f"--checkpoint={files / 'bare.pth'}", f"--out={model}", *HEADS)
+    run("released", f"--model={model}", f"--to={form}", f"--out={back}")
+    found = read_checkpoint(back).tensors
+    assert {k: x.tobytes() for k, x in found.items()} == {
+        k: x.tobytes() for k, x in tensors.items()
+    }
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_positions_with_a_leading_axis_come_back_with_it(tensors, tmp_path):
+    names = ("img_encoder.pos_embed", "img_encoder_momentum.pos_embed")
+    changed = tensors | {
+        name: tensors[name].reshape(1, *tensors[name].shape[-2:]) for name in names
+    }
+    write_torch(tmp_path / "a.pth", changed)
+    run("released", f"--checkpoint={tmp_path / 'a.pth'}", f"--out={tmp_path / 'm'}", *HEADS)
+    run("released", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'b.pth'}")
+    found = read_checkpoint(tmp_path / "b.pth").tensors
+    assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in changed.items()}
+
+
+def test_what_the_model_directory_says(files, tensors, tokenizer, tmp_path):
+    arguments = ["--background_threshold=0.4", "--text_length=9", f"--tokenizer={tokenizer}"]
+    checkpoint = files / "wrapped.pth"
+    run("released", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'm'}", *HEADS, *arguments)
+    saved = load_model(tmp_path / "m")
+    told = {"heads": META["img"]["num_heads"][0], "second_heads": META["img"]["num_heads"][1]}
+    told["text_heads"] = META["bert"]["num_attention_heads"]
+    assert saved.info["model"] == json.loads(json.dumps(released.released_config(tensors, **told)))
+    assert saved.info["protocol"]["threshold"] == 0.4
+    assert saved.info["protocol"]["grouping"] == "one_group"
+    assert saved.info["text_length"] == 9
+    provenance = saved.info["provenance"]
+    assert provenance["converted_from"] == "wrapped.pth" and provenance["entry"] == "model"
+    assert len(provenance["sha256"]) == 64
+    assert set(IDS) < set(provenance["kept_unused"]) and provenance["dropped"] == []
+    assert saved.tokenizer.encode(["a cat."], 6).tolist() == [[2, 5, 8, 10, 3, 0]]
+    params, stats, teacher = released.from_released(tensors, saved.info["model"])
+    np.testing.assert_array_equal(
+        saved.params["image_encoder"]["position"], params["image_encoder"]["position"]
+    )
+    np.testing.assert_array_equal(saved.extras["teacher/norm/scale"], teacher["norm"]["scale"])
+    norm = saved.batch_stats["image_projector"]["norm"]
+    np.testing.assert_array_equal(norm["variance"], stats["image_projector"]["norm"]["variance"])
+
+
+def test_every_tensor_at_fault_is_listed(tensors, tmp_path):
+    broken = dict(tensors)
+    del broken["img_encoder.norm.weight"]
+    broken["img_encoder.surprise"] = np.zeros(3, np.float32)
+    broken["text_encoder.transformer.embeddings.LayerNorm.bias"] = np.zeros(3, np.float32)
+    np.savez(tmp_path / "x.npz", **broken)
+    with pytest.raises(UserError) as error:
+        run("released", f"--checkpoint={tmp_path / 'x.npz'}", f"--out={tmp_path / 'm'}", *HEADS)
+    for name in ("norm.weight is missing", "img_encoder.surprise has no place", "LayerNorm.bias"):
+        assert name in str(error.value)
+    assert not (tmp_path / "m").exists()
+
+
+# ---- towers
+
+
+def tower(prefix, *names):
+    rng = np.random.default_rng(0)
+    return {f"{prefix}{name}": rng.normal(size=(4, 3)).astype(np.float32) for name in names}
+
+
+def test_dino(tmp_path, capsys):
+    weights = tower("backbone.", "patch_embed.proj.weight", "norm.bias") | {
+        "backbone.cls_token": np.ones((1, 1, 4), ml_dtypes.bfloat16) * 1.5
+    }
+    write_torch(tmp_path / "dino.pth", {f"module.{k}": v for k, v in weights.items()}, "teacher")
+    out = tmp_path / "weights"
+    assert run("dino", f"--checkpoint={tmp_path / 'dino.pth'}", f"--out={out}") == 0
+    assert str(out / "model.safetensors") in capsys.readouterr().out
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == weights.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(found[name], value.astype(np.float32))
+        assert found[name].dtype == np.float32
+
+
+def test_bert_takes_its_tokenizer_along(tmp_path):
+    source, out = tmp_path / "bert-base", tmp_path / "out"
+    source.mkdir()
+    weights = tower("bert.", "embeddings.word_embeddings.weight")
+    write_torch(source / "pytorch_model.bin", weights)
+    for name in ("vocab.txt", "config.json", "unrelated.txt"):
+        (source / name).write_text(name)
+    assert run("bert", f"--checkpoint={source}", f"--out={out}") == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("model.safetensors", "vocab.txt", "config.json")
+    }
+    one = tmp_path / "one.safetensors"
+    assert run("bert", f"--checkpoint={source / 'pytorch_model.bin'}", f"--out={one}") == 0
+    assert one.read_bytes() == (out / "model.safetensors").read_bytes()
+    np.testing.assert_array_equal(load_file(one)[next(iter(weights))], next(iter(weights.values())))
+
+
+# ---- errors
+
+
+def errors(files):
+    checkpoint = f"--checkpoint={files / 'bare.pth'}"
+    return {
+        "convert what": [],
+        "did you mean 'released'": ["relased"],
+        "exactly one of --checkpoint and --model": ["released", "--out=x"],
+        "exactly one of": ["released", checkpoint, "--model=y", "--out=x"],
+        "missing --out": ["released", checkpoint],
+        "there is no such file": ["released", "--checkpoint=/no.pth", "--out=x"],
+        "no such directory": ["released", "--model=/no", "--out=x"],
+        "--to is one of pth": ["released", "--model=/no", "--out=x", "--to=onnx"],
+        "two whole numbers": ["released", checkpoint, "--out=x", "--heads=8"],
+        "not a valid list of whole numbers": ["released", checkpoint, "--out=x", "--heads=a,b"],
+        "not a multiple of": ["released", checkpoint, "--out=x", "--heads=7,7"],
+        "no entry 'ema'": ["released", checkpoint, "--out=x", "--entry=ema"],
+        "has no entries": [
+            *("released", f"--checkpoint={files / 'arrays.npz'}", "--out=x", "--entry=ema")
+        ],
+        "has no tokenizer.json": [
+            "released",
+            checkpoint,
+            "--out=x",
+            f"--tokenizer={files}",
+            *HEADS,
+        ],
+        "no checkpoint that convert dino knows": [
+            *("dino", f"--checkpoint={files / 'evil.pth'}", "--out=x")
+        ],
+        "posix.system, which would run code": [
+            *("bert", f"--checkpoint={files / 'code.bin'}", "--out=x")
+        ],
+    }
+
+
+NAMES = list(errors(Path("x")))
+
+
+@pytest.mark.parametrize("reason", NAMES)
+def test_bad_input_is_one_clear_error(reason, files, tmp_path, monkeypatch, capsys):
+    write_torch(files / "evil.pth", {"w": np.zeros(3, np.float32)})
+    with (files / "code.bin").open("wb") as file:
+        for part in (0x1950A86A20F9469CFC6C, 1001, {}):
+            file.write(pickle.dumps(part, 2))
+        file.write(b"cposix\nsystem\n(S'touch ran'\ntR.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", *errors(files)[reason]])
+    with pytest.raises(SystemExit) as stop:
+        flags.run(convert.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and reason in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_of_another_vocabulary(files, tmp_path, tokenizer):
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    words = VOCABULARY + [f"w{index}" for index in range(500)]
+    (larger / "vocab.txt").write_text("\n".join(words) + "\n")
+    arguments = [f"--checkpoint={files / 'bare.pth'}", f"--out={tmp_path / 'm'}", *HEADS]
+    with pytest.raises(UserError, match=f"has {len(words)} tokens"):
+        run("released", *arguments, f"--tokenizer={larger}")
+
+
+def test_a_model_of_another_form_has_no_released_names(tmp_path, tiny_params, shared_tiny_config):
+    save_model(
+        tmp_path / "m",
+        tiny_params,
+        None,
+        model=json.loads(shared_tiny_config.model.to_json_best_effort()),
+        protocol={},
+        text_length=8,
+        benchmarks={},
+        provenance={},
+    )
+    with pytest.raises(UserError, match="only a model of the released form"):
+        run("released", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")
+
+
+def test_as_a_process(files, tmp_path):
+    def call(*arguments):
+        command = [sys.executable, "-m", "ovseg_jax.convert", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = call(
+        "released", f"--checkpoint={files / 'wrapped.pth'}", f"--out={tmp_path / 'm'}", *HEADS
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"model: {tmp_path / 'm'}" in done.stdout
+    load_model(tmp_path / "m")
+    done = call("released", f"--model={tmp_path}", f"--out={tmp_path / 'x.pth'}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "no model directory" in done.stderr
+    helped = call("--help")
+    assert helped.returncode == 0 and "convert dino" in helped.stdout
