@@ -232,7 +232,7 @@ def to_released(
     wanted = {
         "image.binding": (config.image.binding, "grouping_block"),
         "image.second_stage": (config.image.second_stage, "groups"),
-        "decoder.order": (config.decoder.order, "cross_first"),
+        "decoder.order": (config.decoder and config.decoder.order, "cross_first"),
         "projector_norm": (config.projector_norm, "batch"),
     }
     for field, (found, needed) in wanted.items():
