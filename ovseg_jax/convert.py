@@ -6,24 +6,21 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.published import released_protocol
-from ovseg_jax.weights.published import (
-    RELEASED_TOKENIZER,
-    WRITERS,
-    Told,
-    model_dir_to_released,
-    released_to_model_dir,
-    tower_to_safetensors,
-)
-from ovseg_jax.weights.released import TOLD
+from ovseg_jax.weights import groupvit, released
+from ovseg_jax.weights.checkpoint_files import WRITERS
+from ovseg_jax.weights.published import PUBLISHED, Told, from_model_dir, to_model_dir
+from ovseg_jax.weights.towers import tower_to_safetensors
 
 ABOUT = """Convert published weights. PyTorch is not needed; a file that would run code is refused.
 
   convert released --checkpoint=FILE --out=MODEL_DIR    the released OVSegmentor
   convert released --model=MODEL_DIR --to=pth --out=FILE.pth    and back, to the bit
+  convert groupvit --checkpoint=FILE --out=MODEL_DIR    GroupViT, its authors' or Hugging Face's
   convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model_init.image
   convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model_init.text
 
@@ -40,29 +37,50 @@ _whole_numbers.__name__ = "list of whole numbers"
 ENTRY = flags.Flag(
     "entry", default="", help="entry of the checkpoint that holds the weights; found by default"
 )
+
+
+def _model_flags(kind: str) -> tuple[flags.Flag, ...]:
+    """The flags that all published models share."""
+    return (
+        flags.Flag("checkpoint", help="file with the published weights"),
+        flags.Flag("out", required=True, help="model directory, or (--model) file, to write"),
+        ENTRY,
+        flags.Flag("model", help="model directory to convert back, in place of --checkpoint"),
+        flags.Flag("to", default="pth", choices=tuple(WRITERS), help="of the file, with --model"),
+        flags.Flag(
+            "tokenizer",
+            default="",
+            help=f"folder of the tokenizer, or (downloaded) {PUBLISHED[kind].tokenizer}",
+        ),
+        flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default square"),
+        flags.Flag("background_threshold", float, default=0.95, help="see config.eval.protocol"),
+        flags.Flag("short_side", int, default=448, help="images are segmented at this short side"),
+        flags.Flag("text_length", int, default=77, help="tokens of a class prompt at most"),
+    )
+
+
 RELEASED = (
-    flags.Flag("checkpoint", help="file with the released weights"),
-    flags.Flag("out", required=True, help="model directory, or (--model) file, to write"),
-    ENTRY,
-    flags.Flag("model", help="model directory to convert back, in place of --checkpoint"),
-    flags.Flag("to", default="pth", choices=tuple(WRITERS), help="form of the file, with --model"),
-    flags.Flag(
-        "tokenizer",
-        default="",
-        help=f"folder of the tokenizer; {RELEASED_TOKENIZER} downloads the released one",
-    ),
+    *_model_flags("released"),
     flags.Flag(
         "heads",
         _whole_numbers,
-        default=(TOLD["heads"], TOLD["second_heads"]),
+        default=(released.TOLD["heads"], released.TOLD["second_heads"]),
         help="attention heads of the visual encoder before and after the binding",
     ),
-    flags.Flag("decoder_heads", int, default=TOLD["decoder_heads"], help="of the entity decoder"),
-    flags.Flag("text_heads", int, default=TOLD["text_heads"], help="of the text encoder"),
-    flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default a square"),
-    flags.Flag("background_threshold", float, default=0.95, help="see config.eval.protocol"),
-    flags.Flag("short_side", int, default=448, help="images are segmented at this short side"),
-    flags.Flag("text_length", int, default=77, help="tokens of a class prompt at most"),
+    *(
+        flags.Flag(
+            f"{part}_heads", int, default=released.TOLD[f"{part}_heads"], help=f"of the {what}"
+        )
+        for part, what in (("decoder", "entity decoder"), ("text", "text encoder"))
+    ),
+)
+GROUPVIT = (
+    *_model_flags("groupvit"),
+    flags.Flag(
+        "heads", int, default=groupvit.TOLD["heads"], help="attention heads of the visual encoder"
+    ),
+    flags.Flag("text_heads", int, default=0, help="of the text encoder; 0: one for 64 channels"),
+    flags.Flag("activation", default=groupvit.TOLD["activation"], help="of the text encoder"),
 )
 TOWER = (
     flags.Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
@@ -87,28 +105,32 @@ def main(argv: list[str]) -> int:
 
 
 def _released(kind: str, args: SimpleNamespace) -> list[str]:
+    heads = _pair("heads", args.heads)
+    told = {"heads": heads[0], "second_heads": heads[1], "decoder_heads": args.decoder_heads}
+    return _model(kind, args, {**told, "text_heads": args.text_heads})
+
+
+def _groupvit(kind: str, args: SimpleNamespace) -> list[str]:
+    told = {name: getattr(args, name) for name in ("heads", "text_heads", "activation")}
+    return _model(kind, args, told)
+
+
+def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
     out = Path(args.out)
     if bool(args.checkpoint) == bool(args.model):
-        raise UserError("convert released takes exactly one of --checkpoint and --model")
+        raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
     if args.model:
-        return model_dir_to_released(Path(args.model), out, args.to)
-    heads = _pair("heads", args.heads)
+        return from_model_dir(kind, Path(args.model), out, args.to)
     protocol = released_protocol().replace(
-        threshold=args.background_threshold, short_side=args.short_side
+        name=kind, threshold=args.background_threshold, short_side=args.short_side
     )
-    told = Told(
-        model={
-            "heads": heads[0],
-            "second_heads": heads[1],
-            "decoder_heads": args.decoder_heads,
-            "text_heads": args.text_heads,
-            "grid": args.grid and _pair("grid", args.grid),
-        },
+    everything = Told(
+        model={**told, "grid": args.grid and _pair("grid", args.grid)},
         protocol=protocol.as_dict(),
         tokenizer=args.tokenizer,
         text_length=args.text_length,
     )
-    lines = released_to_model_dir(Path(args.checkpoint), out, told, args.entry)
+    lines = to_model_dir(kind, Path(args.checkpoint), out, everything, args.entry)
     return [*lines, f"model: {out}"]
 
 
@@ -124,6 +146,7 @@ def _tower(kind: str, args: SimpleNamespace) -> list[str]:
 
 KINDS: dict[str, tuple[Sequence[flags.Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
     "released": (RELEASED, _released),
+    "groupvit": (GROUPVIT, _groupvit),
     "dino": (TOWER, _tower),
     "bert": (TOWER, _tower),
 }

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights import released
+from ovseg_jax.weights import groupvit, released
+from ovseg_jax.weights.checkpoint_files import read_checkpoint
 from ovseg_jax.weights.model_dir import load_model, save_model
-from ovseg_jax.weights.published import read_checkpoint
 from ovseg_jax.weights.torch_writer import write_torch
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def test_released_there_and_back_is_exact_to_the_bit(name, files, tensors, tmp_p
     assert run("released", f"--checkpoint={files / name}", f"--out={model}", *HEADS) == 0
     said = capsys.readouterr().out
     assert f"{len(tensors)} tensors read" in said and "logit_scale_mask" in said
-    assert "no tokenizer" in said and "no moving average" not in said
+    assert "no tokenizer" in said and "with a moving average" in said
     assert run("released", f"--model={model}", "--to=pth", f"--out={back}") == 0
     found = read_checkpoint(back).tensors
     assert found.keys() == tensors.keys()
@@ -140,6 +140,33 @@ def test_every_tensor_at_fault_is_listed(tensors, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("names", ["original", "transformers"])
+def test_groupvit_there_and_back_is_exact_to_the_bit(names, tmp_path, capsys):
+    arrays = dict(np.load(ROOT / "tests" / "groupvit" / "tiny.npz"))
+    tensors = {k.removeprefix("weights/"): x for k, x in arrays.items() if "weights/" in k}
+    if names == "original":
+        config = groupvit.groupvit_config(tensors, heads=4, text_heads=4)
+        read = groupvit.from_groupvit(tensors, config)
+        tensors = groupvit.to_groupvit(*read, config, names)
+        tensors["multi_label_logit_scale"] = np.float32(2.5) * np.ones((), np.float32)
+    else:
+        tensors["text_model.embeddings.position_ids"] = np.arange(7)[None]
+    write_torch(tmp_path / "a.pth", {f"module.{k}": x for k, x in tensors.items()}, "model")
+    arguments = [f"--checkpoint={tmp_path / 'a.pth'}", "--heads=4", "--text_heads=4"]
+    assert run("groupvit", *arguments, f"--out={tmp_path / 'm'}") == 0
+    assert "1 of them serve nothing" in capsys.readouterr().out
+    saved = load_model(tmp_path / "m")
+    assert saved.info["model"]["text"]["heads"] == 4 and saved.info["model"]["decoder"] is None
+    assert run("groupvit", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'b.pth'}") == 0
+    found = read_checkpoint(tmp_path / "b.pth").tensors
+    assert found.keys() == tensors.keys()
+    for key, wanted in tensors.items():
+        assert (found[key].shape, found[key].dtype) == (wanted.shape, wanted.dtype), key
+        assert found[key].tobytes() == wanted.tobytes(), key
+    with pytest.raises(UserError, match="only a model of the released form"):
+        run("released", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'c.pth'}")
+
+
 # ---- towers
 
 
@@ -188,7 +215,7 @@ def errors(files):
     return {
         "convert what": [],
         "did you mean 'released'": ["relased"],
-        "exactly one of --checkpoint and --model": ["released", "--out=x"],
+        "released takes exactly one of --checkpoint and --model": ["released", "--out=x"],
         "exactly one of": ["released", checkpoint, "--model=y", "--out=x"],
         "missing --out": ["released", checkpoint],
         "there is no such file": ["released", "--checkpoint=/no.pth", "--out=x"],
@@ -260,6 +287,8 @@ def test_a_model_of_another_form_has_no_released_names(tmp_path, tiny_params, sh
     )
     with pytest.raises(UserError, match="only a model of the released form"):
         run("released", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")
+    with pytest.raises(UserError, match="only a model of GroupViT's form"):
+        run("groupvit", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")
 
 
 def test_as_a_process(files, tmp_path):

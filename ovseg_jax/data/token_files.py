@@ -1,4 +1,4 @@
-"""Tokenizer files as people have them: tokenizer.json, or the vocabulary of BERT or RoBERTa.
+"""Tokenizer files as people have them: tokenizer.json, or the vocabulary of BERT, RoBERTa or CLIP.
 
 A text encoder's tokenizer frames every sentence and has names of its own for the tokens that are
 no words; `FAMILIES` lists the kinds that are understood.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ovseg_jax.data import clip_tokens
 from ovseg_jax.errors import UserError
 
 
@@ -19,7 +20,8 @@ class Family:
     Attributes:
       name: as people call it.
       transformers: the class that reads it in transformers.
-      pad, mask, start, end, unknown: texts of the special tokens.
+      pad, mask, start, end, unknown: texts of the special tokens. Without a mask token ("") what
+        is masked is left out of a text.
     """
 
     name: str
@@ -32,7 +34,8 @@ class Family:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        return self.pad, self.mask, self.start, self.end, self.unknown
+        every = (self.pad, self.mask, self.start, self.end, self.unknown)
+        return tuple(dict.fromkeys(token for token in every if token))
 
     def missing(self, backend: Any) -> list[str]:
         """Those of its tokens that the vocabulary of a `tokenizers` object lacks."""
@@ -41,7 +44,16 @@ class Family:
 
 BERT = Family("BERT", "BertTokenizer", "[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]")
 ROBERTA = Family("RoBERTa", "RobertaTokenizer", "<pad>", "<mask>", "<s>", "</s>", "<unk>")
-FAMILIES = (BERT, ROBERTA)
+CLIP = Family(
+    "CLIP",
+    "CLIPTokenizer",
+    clip_tokens.END,
+    "",
+    clip_tokens.START,
+    clip_tokens.END,
+    clip_tokens.END,
+)
+FAMILIES = (BERT, ROBERTA, CLIP)
 
 
 def find_family(backend: Any, origin: str) -> Family:
@@ -51,7 +63,7 @@ def find_family(backend: Any, origin: str) -> Family:
       UserError: its vocabulary has the special tokens of none, or it does not put them around a
         sentence.
     """
-    family = min(FAMILIES, key=lambda family: len(family.missing(backend)))
+    family = min(FAMILIES, key=lambda family: len(family.missing(backend)) / len(family.tokens))
     missing = family.missing(backend)
     if missing:
         kinds = " or ".join(f"{family.name}'s" for family in FAMILIES)
@@ -88,6 +100,8 @@ def load_backend(directory: Path) -> Any:
         return words._tokenizer
     if pieces.is_file() and merges.is_file():
         try:
+            if clip_tokens.START in json.loads(pieces.read_text(encoding="utf-8")):
+                return clip_tokens.clip_backend(pieces, merges)
             return _byte_level(pieces, merges, _settings(directory).get("add_prefix_space", False))
         except Exception as error:
             raise UserError(
@@ -95,7 +109,7 @@ def load_backend(directory: Path) -> Any:
             ) from error
     raise UserError(
         f"{directory} has no tokenizer.json and no vocab.txt (BERT) or vocab.json with merges.txt "
-        "(RoBERTa); give the folder of the text encoder's tokenizer"
+        "(RoBERTa, CLIP); give the folder of the text encoder's tokenizer"
     )
 
 

@@ -24,11 +24,11 @@ _HUB = "hub:"
 
 class Tokenizer:
     """A tokenizer with a start and an end token around every sentence: [CLS] text [SEP] for
-    BERT, <s> text </s> for RoBERTa.
+    BERT, <s> text </s> for RoBERTa, <|startoftext|> text <|endoftext|> for CLIP.
 
     Attributes:
       family: its special tokens.
-      pad_id, mask_id, end_id: ids of some of them.
+      pad_id, mask_id, end_id: ids of some of them; the mask's is -1 where there is none.
       truncated: how many texts `encode` has cut since the object was made.
 
     Raises:
@@ -49,7 +49,7 @@ class Tokenizer:
         self.truncated = 0
         self.family = find_family(backend, origin)
         self.pad_id: int = backend.token_to_id(self.family.pad)
-        self.mask_id: int = backend.token_to_id(self.family.mask)
+        self.mask_id: int = backend.token_to_id(self.family.mask) if self.family.mask else -1
         self.end_id: int = backend.token_to_id(self.family.end)
 
     @classmethod
@@ -88,8 +88,8 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
         """Token ids, padded at the end; a longer text is cut and keeps the end token as its last.
 
-        The literal [MASK] in a text becomes the mask token, whatever that is called. An empty
-        text is the start and the end token.
+        The literal [MASK] in a text becomes the mask token, whatever that is called (nothing,
+        where the vocabulary has none). An empty text is the start and the end token.
 
         Raises:
           UserError: there is no room for these two.
@@ -126,6 +126,7 @@ class Tokenizer:
             "sep_token": self.family.end,
             "unk_token": self.family.unknown,
         }
+        config = {name: token for name, token in config.items() if token}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def read_run(workdir: Path, step: str) -> SavedRun:
                 f"{workdir / 'config.json'} has only {len(phases)} phases"
             )
         frozen = tuple(phases[position["phase"]].get("frozen") or ())
-        state = checkpoints.restore(_abstract(config, frozen), best=best, step=number)
+        state = checkpoints.restore(abstract_run_state(config, frozen), best=best, step=number)
     finally:
         checkpoints.close()
     return SavedRun(config, state, frozen, position)
@@ -76,11 +76,18 @@ def _config_of(workdir: Path) -> ConfigDict:
     if not path.is_file() or not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} is no run: it has no config.json with checkpoints/")
     try:
-        config = ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+        config = ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8"))))
         assert isinstance(config.model, Mapping | ConfigDict) and config.phases
     except (ValueError, AttributeError, AssertionError) as error:
         raise UserError(f"{path} is damaged or no config of a run: {error!r}") from None
     return config
+
+
+def _with_tuples(value: Any) -> Any:
+    """What JSON gives, with tuples for lists, as config files have them."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _choose(checkpoints: Checkpoints, step: str, workdir: Path) -> tuple[bool, int]:
@@ -101,7 +108,12 @@ def _choose(checkpoints: Checkpoints, step: str, workdir: Path) -> tuple[bool, i
     raise UserError(f"--step is latest, best or a number, not {step!r}; there are: {have}")
 
 
-def _abstract(config: ConfigDict, frozen: tuple[str, ...]) -> TrainState:
+def abstract_run_state(config: ConfigDict, frozen: tuple[str, ...]) -> TrainState:
+    """Shapes and dtypes of a run's state, for one device.
+
+    Args:
+      frozen: patterns of the parameters that do not train in the phase of the state.
+    """
     model = build_model(config.model)
     params = nn.unbox(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     tx = make_optimizer(config.optimizer, *groups.split(params, frozen))

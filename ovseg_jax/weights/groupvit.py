@@ -229,7 +229,7 @@ def to_groupvit(
     """
     forms = {
         "image.binding": (config["image"]["binding"], "grouping_block"),
-        "text_form": (config["text_form"], "causal"),
+        "text_form": (config.get("text_form"), "causal"),
         "decoder": (config["decoder"], None),
         "projector_norm": (config["projector_norm"], "batch"),
     }

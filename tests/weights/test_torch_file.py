@@ -262,6 +262,19 @@ def test_a_tensor_that_does_not_lie_in_the_file(reason, tmp_path):
         read_state_dict(path)
 
 
+def test_a_view_of_a_storage_in_an_old_stream(tmp_path):
+    begin = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    view = b"X\x01\0\0\0vK\x01K\x02\x87tQ"  # the storage's elements 1 and 2
+    body = tensor_pickle(shape=(2,), strides=(1,)).replace(b"tQ", view, 1)
+    parts = [*(pickle.dumps(x, 2) for x in begin), body, pickle.dumps(["0"], 2)]
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"".join(parts) + struct.pack("<q", 4) + DATA)
+    same(read_state_dict(path).tensors["w"], np.array([1, 2], np.float32))
+    path.write_bytes(b"".join(parts) + struct.pack("<q", 4) + DATA[:-1])
+    with pytest.raises(UserError, match="ends within storage '0'"):
+        read_state_dict(path)
+
+
 def test_the_other_byte_order(tmp_path):
     entries = {"data/0": np.arange(4, dtype=">f4").tobytes(), "byteorder": "big"}
     path = archive_of(tmp_path / "x.pth", tensor_pickle(), entries)

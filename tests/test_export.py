@@ -1,0 +1,285 @@
+"""Export: which checkpoint and which weights, and StableHLO that runs without this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovseg_jax import export, flags
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import load_config
+from ovseg_jax.models.layers import contract, every_platform
+from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
+from ovseg_jax.optim.groups import flatten
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.saved_run import abstract_run_state
+from ovseg_jax.weights.model_dir import load_model, save_model
+
+ROOT = Path(__file__).parents[1]
+FROZEN = (r"^text_encoder/",)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = load_config(ROOT / "tests" / "tiny.py")
+    config.phases[1]["frozen"] = FROZEN
+    config.model.update(projector_layers=2, projector_norm="batch")
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, config):
+    """A run as it lies on disk: steps 2 (the best one), 4 and 6; 4 and 6 with a frozen text
+    encoder. Every array of step s is s + 1/4, those of the teacher s + 1/2."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    checkpoints = Checkpoints(folder / "checkpoints")
+    for step in (2, 4, 6):
+        phase = 0 if step == 2 else 1
+        state = abstract_run_state(config, FROZEN if phase else ())
+
+        def fill(value):
+            return lambda x: jnp.full(x.shape, value, x.dtype)
+
+        teacher = jax.tree.map(fill(step + 0.5), find_teacher(state.opt_state))
+        state = jax.tree.map(fill(step + 0.25), state)
+        state = state.replace(
+            step=jnp.asarray(step, jnp.int32), opt_state=replace_teacher(state.opt_state, teacher)
+        )
+        position = {"phase": phase, "text_length": 24}
+        if step == 2:
+            metric = {"miou": 31.5, "metric": "mIoU on the tune split of scenes"}
+            checkpoints.save(state, {**position, **metric}, best=True)
+        else:
+            checkpoints.save(state, position)
+    checkpoints.close()
+    return folder
+
+
+def run(*arguments):
+    return export.main([str(argument) for argument in arguments])
+
+
+CHOICES = {
+    (): (6, "online"),
+    ("--step=latest", "--weights=ema"): (6, "ema"),
+    ("--step=4",): (4, "online"),
+    ("--step=best",): (2, "online"),
+    ("--step=2", "--weights=ema"): (2, "ema"),
+}
+
+
+@pytest.mark.parametrize("arguments", CHOICES)
+def test_the_checkpoint_and_the_weights_that_were_asked_for(
+    arguments, workdir, config, tmp_path, capsys
+):
+    step, weights = CHOICES[arguments]
+    out = tmp_path / "model"
+    assert run(f"--workdir={workdir}", f"--out={out}", *arguments) == 0
+    said = capsys.readouterr().out
+    saved = load_model(out)
+    for path, value in flatten(saved.params).items():
+        teacher = weights == "ema" and path.startswith("image_encoder/")
+        assert (value == step + (0.5 if teacher else 0.25)).all(), path
+    for path, value in flatten(saved.batch_stats).items():
+        assert (value == (step if path.endswith("count") else step + 0.25)).all()
+    assert f"step {step}, {weights} weights" in said
+    provenance = saved.info["provenance"]
+    assert (provenance["steps"], provenance["weights"]) == (step, weights)
+    if step == 2:
+        assert "best by mIoU on the tune split of scenes (31.5 %)" in said
+        assert provenance["chosen_by"] == "mIoU on the tune split of scenes"
+    else:
+        assert "chosen_by" not in provenance
+    assert saved.info["text_length"] == 24
+    wanted = Protocol.from_config(config.eval.protocol).as_dict()
+    assert saved.info["protocol"] == wanted
+    assert saved.tokenizer.vocab_size == 30522
+
+
+def test_the_calibration_of_a_finished_run_is_taken_over(workdir, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(f"--workdir={workdir}", f"--out={first}")
+    saved = load_model(first)
+    save_model(
+        workdir / "model",
+        saved.params,
+        saved.tokenizer,
+        model=saved.info["model"],
+        protocol={**saved.info["protocol"], "threshold": 0.3},
+        text_length=24,
+        benchmarks={"scenes": {"count": 8}},
+        provenance={"calibrated_words": 13},
+        batch_stats=saved.batch_stats,
+    )
+    try:
+        run(f"--workdir={workdir}", f"--out={second}")
+    finally:
+        for path in (workdir / "model").iterdir():
+            path.unlink()
+        (workdir / "model").rmdir()
+    info = load_model(second).info
+    assert info["protocol"]["threshold"] == 0.3
+    assert info["benchmarks"] == {"scenes": {"count": 8}}
+    assert info["provenance"]["calibrated_words"] == 13
+    assert "calibration" in info["provenance"]["protocol_from"]
+
+
+ERRORS = {
+    "exactly one of --workdir and --model": ["--out=x"],
+    "exactly one of": ["--out=x", "--workdir=y", "--model=z"],
+    "missing --out": ["--workdir=RUN"],
+    "is no run": ["--workdir=/nonexistent", "--out=x"],
+    "it has: 4, 6; best: 2": ["--workdir=RUN", "--out=x", "--step=5"],
+    "--step is latest, best or a number": ["--workdir=RUN", "--out=x", "--step=last"],
+    "--weights is one of online, ema": ["--workdir=RUN", "--out=x", "--weights=teacher"],
+    "is a model directory already": ["--model=/nonexistent", "--out=x"],
+    "there is no such directory": ["--model=/nonexistent", "--out=x", "--stablehlo"],
+}
+
+
+@pytest.mark.parametrize("reason", ERRORS)
+def test_bad_input_is_one_clear_error(reason, workdir, tmp_path, monkeypatch, capsys):
+    arguments = [argument.replace("RUN", str(workdir)) for argument in ERRORS[reason]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        flags.run(export.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and reason in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_config_is_refused(workdir, tmp_path, config):
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "checkpoints").symlink_to(workdir / "checkpoints")
+    changed = json.loads(config.to_json_best_effort())
+    changed["model"]["joint_width"] = 12
+    (other / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="does not fit this config"):
+        run(f"--workdir={other}", f"--out={tmp_path / 'm'}")
+    (other / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged or no config of a run"):
+        run(f"--workdir={other}", f"--out={tmp_path / 'm'}")
+
+
+# ---- StableHLO
+
+CALLER = """
+import json, sys
+import jax, jax.export
+import numpy as np
+
+folder, inputs, outputs = sys.argv[1:]
+signature = json.load(open(f"{folder}/signature.json"))
+weights = dict(np.load(f"{folder}/weights.npz"))
+
+def program(name):
+    exported = jax.export.deserialize(open(f"{folder}/{signature[name]['program']}", "rb").read())
+    assert exported.platforms == ("cpu", "cuda", "tpu"), exported.platforms
+    own = {key: weights[key] for key in signature[name]["weights"]}
+    return jax.jit(lambda x: exported.call(own, x))
+
+image, text = program("image"), program("text")
+found = {}
+for key, value in np.load(inputs).items():
+    name = "image" if key.startswith("images") else "text"
+    results = image(value) if name == "image" else (text(value),)
+    for label, result in zip(signature[name]["results"], results, strict=True):
+        shape = [len(value) if size == "batch" else int(size) for size in label["shape"]]
+        assert list(result.shape) == shape and result.dtype.name == label["dtype"]
+        found[f"{key}/{label['name']}"] = result
+np.savez(outputs, **found)
+imported = {name.partition(".")[0] for name in sys.modules}
+assert not imported & {"ovseg_jax", "flax", "optax", "orbax", "ml_collections"}, imported
+assert "flatbuffers" in imported
+"""
+
+
+@pytest.mark.parametrize("matmul_dtype", ["float32", "bfloat16"])
+def test_programs_agree_with_the_model_where_only_jax_is(
+    matmul_dtype, tmp_path, tiny_config, tiny_params
+):
+    config = tiny_config.model
+    config.update(matmul_dtype=matmul_dtype, dtype=matmul_dtype)
+    protocol = Protocol(window=32, short_side=32, stride=16)
+    save_model(
+        tmp_path / "m",
+        tiny_params,
+        None,
+        model=json.loads(config.to_json_best_effort()),
+        protocol=protocol.as_dict(),
+        text_length=8,
+        benchmarks={},
+        provenance={},
+    )
+    out = tmp_path / "programs"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    }
+
+    def call(*command):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    # In a process of its own, as the annotations that tests check know no symbolic sizes.
+    arguments = [f"--model={tmp_path / 'm'}", f"--out={out}", "--stablehlo"]
+    said = call("-m", "ovseg_jax.export", *arguments).stdout
+    assert "images of 32 x 32, for cpu, cuda, tpu" in said
+    rng = np.random.default_rng(0)
+    inputs = {f"images{size}": rng.integers(0, 255, (size, 32, 32, 3), np.uint8) for size in (1, 3)}
+    for size in (2, 5):
+        inputs[f"ids{size}"] = rng.integers(1, 48, (size, 8)).astype(np.int32)
+        inputs[f"ids{size}"][0, 4:] = 0  # padding
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    call("-c", CALLER, out, tmp_path / "inputs.npz", tmp_path / "outputs.npz")
+    found = np.load(tmp_path / "outputs.npz")
+
+    segmenter = ModelSegmenter.of_saved(load_model(tmp_path / "m"), protocol)
+    tolerance = 1e-5 if matmul_dtype == "float32" else 3e-2
+    for key, value in inputs.items():
+        if key.startswith("images"):
+            names, wanted = ("assignment", "groups", "embedding"), segmenter.encode(value)
+        else:
+            names, wanted = ("embedding",), (segmenter._embed(segmenter.variables, value),)
+        for name, array in zip(names, wanted, strict=True):
+            np.testing.assert_allclose(found[f"{key}/{name}"], array, atol=tolerance)
+    assert (out / "README.md").read_text().count("deserialize") == 1
+
+
+def test_a_program_for_every_platform_rounds_where_the_hardware_does():
+    # On CPU some products are computed in float32; what is exported for the others is not.
+    a = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
+    b = jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)
+
+    def product(a, b):
+        return contract("bqd,bkd->bqk", a, b, jnp.bfloat16)
+
+    def operands(platform, every):
+        fresh = jax.jit(lambda a, b: product(a, b))
+        if every:
+            with every_platform():
+                exported = jax.export.export(fresh, platforms=[platform])(a, b)
+        else:
+            exported = jax.export.export(fresh, platforms=[platform])(a, b)
+        lines = exported.mlir_module().splitlines()
+        return ["bf16" in line for line in lines if "stablehlo.dot_general" in line]
+
+    assert operands("cpu", True) == [False] and operands("tpu", True) == [True]
+    assert operands("cuda", True) == [True]
+    assert operands("tpu", False) == [False]  # the choice is made where the trace is
