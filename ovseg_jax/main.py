@@ -190,7 +190,7 @@ def _summary(
     """The table at the end of a run: this model, an untrained one, all background."""
     untrained = {}
     if config.eval.untrained:
-        segmenter = run.segmenter(run.initial_params(), protocol.affinity)
+        segmenter = run.segmenter(run.initial_params(announce=False), protocol.affinity)
         for name in names:
             tune = tune_split(name, config.eval)
             fitted = protocol

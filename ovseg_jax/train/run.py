@@ -62,8 +62,12 @@ class Run:
         """Steps of the whole run."""
         return self.phases[-1].last
 
-    def initial_params(self) -> dict[str, Any]:
-        """Random parameters from the seed, published weights laid over them, sharded."""
+    def initial_params(self, announce: bool = True) -> dict[str, Any]:
+        """Random parameters from the seed, published weights laid over them, sharded.
+
+        Args:
+          announce: say which parameters start from what.
+        """
         make = jax.jit(
             lambda key: nn.unbox(init_params(self.model, key)), out_shardings=self.param_shardings
         )
@@ -71,9 +75,9 @@ class Run:
         shapes = {path: leaf.shape for path, leaf in flat.items()}
         where = groups.flatten(self.param_shardings)
         start = published_start(self.config.model_init, self.config.model, shapes)
-        self.progress.say(table(start.rows))
-        for remark in start.remarks:
-            self.progress.say(f"note: {remark}")
+        if announce:
+            notes = [f"note: {remark}" for remark in start.remarks]
+            self.progress.say("\n".join([table(start.rows), *notes]))
         for path, value in start.values.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)
