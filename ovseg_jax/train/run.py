@@ -239,12 +239,11 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         )
     source, entities = make_source(config.data)
     length = config.data.text_length or _measured_length(source, entities, tokenizer)
-    text = config.model.text
-    if length > text.max_positions - text.position_offset:
+    text, offset = config.model.text, config.model.text.get("position_offset", 0)
+    if length > text.max_positions - offset:
         raise UserError(
             f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
-            f"{text.max_positions}"
-            + (f" less position_offset = {text.position_offset}" if text.position_offset else "")
+            f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
         )
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
