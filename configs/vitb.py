@@ -2,10 +2,10 @@
 
     python -m ovseg_jax.main --config=configs/vitb.py --workdir=runs/vitb
 
-Needs training records (config.data.records.dir), DINO ViT-B/16 and bert-base-uncased weights as
-safetensors (config.model_init.image, .text) and the BERT tokenizer; what is missing is listed at
-once. Published with it: VOC 53.8, Context 20.4, COCO Object 25.1, ADE20K 5.6 mIoU. Not yet
-trained with this code: time and score are unknown.
+Needs training records (config.data.records.dir), DINO ViT-B/16 and bert-base-uncased weights
+(config.model_init.image, .text: a safetensors file, a Hugging Face folder or a hub id) and the BERT
+tokenizer; what is missing is listed at once. Published with it: VOC 53.8, Context 20.4,
+COCO Object 25.1, ADE20K 5.6 mIoU. Not yet trained with this code: time and score are unknown.
 
 ``:smoke`` takes four real steps of the full-size model on scenes with random weights:
 

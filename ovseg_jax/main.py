@@ -192,7 +192,7 @@ def _summary(
     """The table at the end of a run: this model, an untrained one, all background."""
     untrained = {}
     if config.eval.untrained:
-        segmenter = run.segmenter(run.initial_params(), protocol)
+        segmenter = run.segmenter(run.initial_params(announce=False), protocol)
         for name in names:
             tune = tune_split(name, config.eval)
             fitted = protocol

@@ -53,7 +53,7 @@ def metrics_of(workdir):
 
 def test_training_writes_everything(trained):
     workdir, done = trained
-    assert "start from" in done.stderr and "text_encoder" in done.stderr
+    assert done.stderr.count("start from") == 1
     lines = metrics_of(workdir)
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]

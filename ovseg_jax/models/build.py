@@ -106,11 +106,11 @@ def check_model_config(config: ConfigDict) -> None:
             f"group_layer > 0 (now {image.group_layer}) and heads whose width is a multiple of 4 "
             f"(now {head_width})"
         )
-    text = config.text
-    if text.position_offset < 0 or text.max_positions <= text.position_offset:
+    text, offset = config.text, config.text.get("position_offset", 0)
+    if not 0 <= offset < text.max_positions:
         raise UserError(
-            f"config.model.text.position_offset = {text.position_offset} must lie between 0 and "
-            f"max_positions = {text.max_positions}"
+            f"config.model.text.position_offset = {offset} must lie between 0 and max_positions = "
+            f"{text.max_positions}"
         )
 
 

@@ -35,6 +35,7 @@ AFTER_TRUNK = (
     "second_layers",
     "second_heads",
     "second_stage",
+    "later_stages",
     "num_groups",
     "group_tokens",
     "group_std",

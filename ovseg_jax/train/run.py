@@ -65,8 +65,12 @@ class Run:
         """Steps of the whole run."""
         return self.phases[-1].last
 
-    def initial_params(self) -> dict[str, Any]:
-        """Random parameters from the seed, published weights laid over them, sharded."""
+    def initial_params(self, announce: bool = True) -> dict[str, Any]:
+        """Random parameters from the seed, published weights laid over them, sharded.
+
+        Args:
+          announce: say which parameters start from what.
+        """
         make = jax.jit(
             lambda key: nn.unbox(init_params(self.model, key)), out_shardings=self.param_shardings
         )
@@ -74,9 +78,9 @@ class Run:
         shapes = {path: leaf.shape for path, leaf in flat.items()}
         where = groups.flatten(self.param_shardings)
         start = published_start(self.config.model_init, self.config.model, shapes)
-        self.progress.say(table(start.rows))
-        for remark in start.remarks:
-            self.progress.say(f"note: {remark}")
+        if announce:
+            notes = [f"note: {remark}" for remark in start.remarks]
+            self.progress.say("\n".join([table(start.rows), *notes]))
         for path, value in start.values.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)
@@ -262,12 +266,11 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         )
     source, entities = make_source(config.data)
     length = config.data.text_length or _measured_length(source, entities, tokenizer)
-    text = config.model.text
-    if length > text.max_positions - text.position_offset:
+    text, offset = config.model.text, config.model.text.get("position_offset", 0)
+    if length > text.max_positions - offset:
         raise UserError(
             f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
-            f"{text.max_positions}"
-            + (f" less position_offset = {text.position_offset}" if text.position_offset else "")
+            f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
         )
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
