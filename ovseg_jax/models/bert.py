@@ -77,14 +77,14 @@ class BertEncoder(nn.Module):
 
         length = ids.shape[1]
         x = jnp.take(table("word", self.vocab_size, "vocab"), ids, axis=0)
-        # Padding's own embedding never trains. (It could only where padded positions are read.)
-        x = jnp.where(mask[..., None], x, jax.lax.stop_gradient(x))
         positions = table("position", self.max_positions, None)
         if self.position_offset:
             real = mask.astype(jnp.int32)
             numbers = jnp.cumsum(real, axis=1) * real + (self.position_offset - 1)
             x = x + jnp.take(positions, numbers, axis=0)
-        else:
+        # Padding's own embeddings never train. (They could only where padded positions are read.)
+        x = jnp.where(mask[..., None], x, jax.lax.stop_gradient(x))
+        if not self.position_offset:
             x = x + positions[:length][None]
         if self.token_types:
             # Captions are single sentences: every token has type 0.
