@@ -20,6 +20,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ovseg_jax.flags import load_config
+from ovseg_jax.segmentation.published import groupvit_protocol
 
 VARIANTS = ("", "own_text", "smoke")
 
@@ -83,17 +84,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.phases = ({"name": "align", "epochs": 30, "batch_size": 4096, "mask_weight": 0.0},)
     if variant == "smoke":
         config.phases = ({"name": "align", "steps": 4, "batch_size": 8, "mask_weight": 0.0},)
-    config.eval.protocol.update(
-        name="groupvit",
-        scale=None,
-        threshold=0.95,
-        order="upsample_first",
-        grouping="one_group",
-        image_classes=5,
-        cap_threshold=True,
-        average="raw",
-        resize="four_pixels",
-        grid="rounded_patch",
-        thresholds={"voc": 0.95, "context": 0.35, "coco_object": 0.95},
-    )
+    with config.ignore_type():
+        config.eval.protocol = groupvit_protocol().as_dict()
     return config

@@ -5,6 +5,7 @@ from ovseg_jax.segmentation.protocol import Protocol
 # Below these a pixel is background. Where the paper has other values (VOC 2012: 0.9), these are
 # what the published numbers were computed with. ADE20K has no background.
 THRESHOLDS = {"voc": 0.95, "context": 0.35, "coco_object": 0.9}
+GROUPVIT_THRESHOLDS = {"voc": 0.95, "context": 0.35, "coco_object": 0.95}
 
 
 def released_protocol(scale: float | None = None) -> Protocol:
@@ -35,4 +36,13 @@ def released_protocol(scale: float | None = None) -> Protocol:
         average="raw",
         resize="four_pixels",
         grid="rounded_patch",
+    )
+
+
+def groupvit_protocol(scale: float | None = None) -> Protocol:
+    """GroupViT's rule: that of `released_protocol`, with other thresholds."""
+    return released_protocol(scale).replace(
+        name="groupvit",
+        threshold=GROUPVIT_THRESHOLDS["voc"],
+        thresholds=dict(GROUPVIT_THRESHOLDS),
     )

@@ -111,7 +111,7 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
             "grid": tuple(grid),
             "width": width,
             "heads": told["heads"],
-            "mlp_ratio": fed / width,
+            "mlp_ratio": _ratio(fed, width),
             "eps": told["image_eps"],
             "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
             "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
@@ -148,7 +148,7 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
         "decoder": {
             "width": decoder_width,
             "heads": told["decoder_heads"],
-            "mlp_ratio": decoder_fed / decoder_width,
+            "mlp_ratio": _ratio(decoder_fed, decoder_width),
             "eps": told["image_eps"],
             "order": "cross_first",
             "depth": depth(DECODER),
@@ -251,6 +251,12 @@ def to_released(
             if name in tensors:
                 tensors[name] = tensors[name][None]
     return tensors | extra
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The quotient whose product with the width, cut to an integer, is `hidden` again."""
+    ratio = hidden / width
+    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import readout, windows
-from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config, style_of, to_groupvit
+from ovseg_jax.weights.groupvit import (
+    from_groupvit,
+    groupvit_config,
+    style_of,
+    to_groupvit,
+)
 
 PREFIX = "weights/"
 
@@ -148,7 +153,7 @@ def test_the_authors_names_hold_the_same_model(tensors, config):
     assert original["img_projector.linear_out.weight"].shape == (10, 20, 1)
     told = {"heads": 4, "text_heads": 4}
     assert groupvit_config(original, **told) == config
-    original["multi_label_logit_scale"] = np.float32(0)  # stored where it is not shared
+    original["multi_label_logit_scale"] = np.zeros((), np.float32)  # stored where it is not shared
     again, again_statistics = from_groupvit(original, config)
     ours, theirs = ((params, statistics), (again, again_statistics))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)

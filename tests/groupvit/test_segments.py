@@ -1,0 +1,79 @@
+"""A GroupViT with its own text encoder as a model directory: read back, it segments images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+
+from ovseg_jax.data.clip_tokens import END, START
+from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.published import groupvit_protocol
+from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config
+from ovseg_jax.weights.model_dir import load_model, save_model
+
+PREFIX = "weights/"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Whole words as tokens, framed as in CLIP."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["a", "photo", "of", "dog", "cat", "sky"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary |= {START: 97, END: 98}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=END))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.RobertaProcessing((END, 98), (START, 97))
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    arrays = np.load(Path(__file__).with_name("tiny.npz"))
+    tensors = {k.removeprefix(PREFIX): arrays[k] for k in arrays.files if k.startswith(PREFIX)}
+    config = groupvit_config(tensors, heads=4, text_heads=4)
+    params, statistics = from_groupvit(tensors, config)
+    protocol = groupvit_protocol().replace(short_side=32, window=32, stride=16)
+    target = tmp_path_factory.mktemp("models") / "groupvit"
+    save_model(
+        target,
+        params,
+        tokenizer,
+        model=config,
+        protocol=protocol.as_dict(),
+        text_length=12,
+        benchmarks={},
+        provenance={},
+        batch_stats=statistics,
+    )
+    return load_model(target), protocol
+
+
+def test_the_model_comes_back_whole(saved):
+    model, _ = saved
+    assert model.model.entity_decoder is None
+    assert model.model.image_encoder.later_stages == ((3, 3, 1),)
+    assert json.loads(json.dumps(model.info))["model"]["text_form"] == "causal"
+
+
+def test_it_segments(saved):
+    model, protocol = saved
+    segmenter = ModelSegmenter.of_saved(model, protocol)
+    protocol = with_scale(protocol, segmenter)
+    np.testing.assert_allclose(protocol.scale, np.exp(1.3), rtol=1e-5)
+    text = segmenter.text(["dog", "cat", "sky"], ("a photo of a {}", "{}"))
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
+    ids = model.tokenizer.encode(["a photo of a dog", "dog"], 12)
+    assert ids[0].tolist()[:7] == [97, 0, 1, 2, 0, 3, 98] and (ids[1][2:] == 98).all()
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    scored = image_scores(without_index(segmenter.encode), text, [image], protocol, 2)
+    ((scores, labels),) = label_maps(scored, protocol)
+    assert labels.shape == (40, 60) and scores.cells.shape[-1] == 3
+    assert set(np.unique(labels)) <= {0, 1, 2, 3} and (labels > 0).any()

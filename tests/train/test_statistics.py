@@ -1,0 +1,134 @@
+"""A step of a model with batch norms: one device or eight, and what a refused step leaves."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from reference.batches import make_batch
+
+from ovseg_jax import sharding
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
+from ovseg_jax.optim.groups import flatten
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.train.mask_terms import check_mask_config
+from ovseg_jax.train.state import new_state, next_phase_state, state_shardings
+from ovseg_jax.train.step import compile_step, train_step
+from ovseg_jax.weights.initialize import init_params, init_statistics
+
+# Calls in a step: caption, masked, prompt and shared sentences, each as a vector and as tokens;
+# the first image by the online model and the second by the teacher, likewise; one completion.
+CALLS = {"text_projector": 8, "image_projector": 4, "completion_projector": 1}
+
+
+@pytest.fixture(scope="module")
+def released_tiny(shared_tiny_config):
+    config = shared_tiny_config.copy_and_resolve_references().unlock()
+    config.model.image.update(
+        binding="grouping_block",
+        second_stage="groups",
+        group_tokens=6,
+        num_groups=4,
+        first_layers=1,
+        second_layers=0,
+    )
+    config.model.decoder.update(width=24, order="cross_first", mask_padding=False)
+    config.model.update(
+        projector_layers=2,
+        projector_norm="batch",
+        projector_activation="relu",
+        projector_bias=True,
+        text_pool="cls",
+    )
+    config.loss.update(
+        mask_maps="binding",
+        mask_directions="one",
+        mask_cost="euclidean",
+        mask_threshold=0.6,
+        mask_size=32,
+        mask_divisor=16.0,
+        teacher_noise=True,
+        frozen_text_dropout=True,
+    )
+    config.optimizer.rate_rules = ((".*", 1.0),)
+    return config
+
+
+@pytest.fixture(scope="module")
+def steps(released_tiny):
+    """On a number of devices: (initial state, compiled step); and the state after one step."""
+    config, model = released_tiny, build_model(released_tiny.model)
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
+    tx = make_optimizer(config.optimizer, params)
+    start = jax.device_get(jax.jit(lambda p: new_state(p, tx, (), init_statistics(model)))(params))
+
+    @functools.cache
+    def make(devices):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        step = functools.partial(
+            train_step,
+            model=model,
+            tx=tx,
+            rate=lambda step: np.float32(1e-3) + 0 * step.astype(np.float32),
+            config=config,
+            mask_weight=0.1,
+            frozen=(),
+            mesh=mesh,
+        )
+        shardings = state_shardings(start, sharding.parameter_shardings(boxed, mesh), mesh)
+        compiled = compile_step(step, shardings, mesh)
+        return lambda state: compiled(
+            jax.device_put(state, shardings), sharding.put_batch(make_batch(0), mesh)
+        )
+
+    return start, make
+
+
+def test_eight_devices_keep_the_statistics_of_one(steps):
+    start, make = steps
+    (one, losses), (eight, others) = (jax.device_get(make(n)(start)) for n in (1, 8))
+    for name in ("contrastive", "entity", "mask"):
+        np.testing.assert_allclose(losses[name], others[name], rtol=1e-4, err_msg=name)
+    for a, b in zip(*(jax.tree.leaves(x.batch_stats) for x in (one, eight)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    counts = {name: calls["norm"]["count"] for name, calls in one.batch_stats.items()}
+    assert counts == CALLS
+    before, after = flatten(start.batch_stats), flatten(one.batch_stats)
+    assert all(np.any(before[path] != after[path]) for path in before)
+
+
+def test_a_refused_step_leaves_the_statistics(steps):
+    start, make = steps
+    broken = start.replace(params={**start.params, "log_scale": np.float32(np.nan)})
+    state, metrics = jax.device_get(make(1)(broken))
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, start.batch_stats)
+
+
+def test_a_phase_hands_its_statistics_on(steps, released_tiny):
+    start, _ = steps
+    ended = start.replace(
+        batch_stats=jax.tree.map(lambda x: x + np.ones((), x.dtype), start.batch_stats)
+    )
+    tx = make_optimizer(released_tiny.optimizer, start.params)
+    state = next_phase_state(ended, tx, (), optimizer="fresh", teacher="reset")
+    jax.tree.map(np.testing.assert_array_equal, dict(state.batch_stats), ended.batch_stats)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_maps": "pixels"}, "config.loss.mask_maps is 'pixels'"),
+        ({"mask_directions": "first"}, "'both', 'one'"),
+        ({"mask_cost": "L2"}, "'euclidean', 'cosine'"),
+        ({"mask_maps": "final_tokens"}, "needs mask_maps = 'binding'"),
+    ],
+)
+def test_a_mask_term_that_cannot_be_computed(released_tiny, changes, message):
+    config = released_tiny.loss.copy_and_resolve_references()
+    config.update(changes)
+    with pytest.raises(UserError, match=message):
+        check_mask_config(config)
