@@ -10,7 +10,7 @@ from typing import Any
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.published import released_protocol
+from ovseg_jax.segmentation.published import groupvit_protocol, released_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.checkpoint_files import WRITERS
 from ovseg_jax.weights.published import PUBLISHED, Told, from_model_dir, to_model_dir
@@ -34,6 +34,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 _whole_numbers.__name__ = "list of whole numbers"
 
+PROTOCOLS = {"released": released_protocol, "groupvit": groupvit_protocol}
 ENTRY = flags.Flag(
     "entry", default="", help="entry of the checkpoint that holds the weights; found by default"
 )
@@ -53,7 +54,11 @@ def _model_flags(kind: str) -> tuple[flags.Flag, ...]:
             help=f"folder of the tokenizer, or (downloaded) {PUBLISHED[kind].tokenizer}",
         ),
         flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default square"),
-        flags.Flag("background_threshold", float, default=0.95, help="see config.eval.protocol"),
+        flags.Flag(
+            "background_threshold",
+            float,
+            help="probability below which a pixel is background; default: that of each benchmark",
+        ),
         flags.Flag("short_side", int, default=448, help="images are segmented at this short side"),
         flags.Flag("text_length", int, default=77, help="tokens of a class prompt at most"),
     )
@@ -121,9 +126,9 @@ def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
         raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
     if args.model:
         return from_model_dir(kind, Path(args.model), out, args.to)
-    protocol = released_protocol().replace(
-        name=kind, threshold=args.background_threshold, short_side=args.short_side
-    )
+    protocol = PROTOCOLS[kind]().replace(short_side=args.short_side)
+    if args.background_threshold is not None:
+        protocol = protocol.replace(threshold=args.background_threshold, thresholds={})
     everything = Told(
         model={**told, "grid": args.grid and _pair("grid", args.grid)},
         protocol=protocol.as_dict(),

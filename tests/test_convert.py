@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, flags
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.published import groupvit_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.checkpoint_files import read_checkpoint
 from ovseg_jax.weights.model_dir import load_model, save_model
@@ -111,6 +112,7 @@ def test_what_the_model_directory_says(files, tensors, tokenizer, tmp_path):
     told["text_heads"] = META["bert"]["num_attention_heads"]
     assert saved.info["model"] == json.loads(json.dumps(released.released_config(tensors, **told)))
     assert saved.info["protocol"]["threshold"] == 0.4
+    assert saved.info["protocol"]["thresholds"] == {}  # it holds for every benchmark
     assert saved.info["protocol"]["grouping"] == "one_group"
     assert saved.info["text_length"] == 9
     provenance = saved.info["provenance"]
@@ -157,6 +159,7 @@ def test_groupvit_there_and_back_is_exact_to_the_bit(names, tmp_path, capsys):
     assert "1 of them serve nothing" in capsys.readouterr().out
     saved = load_model(tmp_path / "m")
     assert saved.info["model"]["text"]["heads"] == 4 and saved.info["model"]["decoder"] is None
+    assert saved.info["protocol"]["thresholds"] == groupvit_protocol().thresholds
     assert run("groupvit", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'b.pth'}") == 0
     found = read_checkpoint(tmp_path / "b.pth").tensors
     assert found.keys() == tensors.keys()

@@ -262,6 +262,13 @@ def test_programs_agree_with_the_model_where_only_jax_is(
     assert (out / "README.md").read_text().count("deserialize") == 1
 
 
+def test_without_the_package_that_writes_programs(workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(UserError, match=r"pip install 'ovseg_jax\[export\]'"):
+        run(f"--workdir={workdir}", f"--out={tmp_path / 'm'}", "--stablehlo")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_program_for_every_platform_rounds_where_the_hardware_does():
     # On CPU some products are computed in float32; what is exported for the others is not.
     a = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)

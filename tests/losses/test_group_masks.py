@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import group_masks as reference
 
+from ovseg_jax import sharding
 from ovseg_jax.losses import group_masks as losses
 from ovseg_jax.losses.mask_consistency import mask_logits
 from ovseg_jax.losses.matching import match
@@ -197,3 +198,20 @@ def test_mistakes():
         ours(*case(), cost="l1")
     with pytest.raises(ValueError, match="does not hold 15"):
         ours(*case(), grid=(4, 4))
+
+
+def test_eight_devices_give_what_one_gives():
+    rows = [jnp.concatenate([case(seed)[i] for seed in range(8)]) for i in range(4)]
+    mesh = sharding.make_mesh()
+    split = sharding.batch_sharding(mesh)
+
+    def run(q1, q2, k2, scores, mesh):
+        def total(q):
+            return jnp.mean(ours(q, q2, k2, scores, mesh=mesh)[0])
+
+        return jax.value_and_grad(total)(q1)
+
+    one = jax.jit(lambda *a: run(*a, None))(*rows)
+    many = jax.jit(lambda *a: run(*a, mesh))(*(jax.device_put(x, split) for x in rows))
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
