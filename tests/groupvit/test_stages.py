@@ -12,6 +12,7 @@ import pytest
 
 from ovseg_jax.models.vit import VisualEncoder
 from ovseg_jax.optim.groups import flatten, nest
+from ovseg_jax.segmentation import readout, windows
 from ovseg_jax.weights.groupvit_names import image_links
 from ovseg_jax.weights.two_way import read_links, write_links
 
@@ -108,6 +109,17 @@ def test_maps_and_their_product(case):
         np.testing.assert_array_equal(np.argmax(binding.assigned, -1), hard.argmax(-1))
     assert relative(bindings[0].affinity, recorded["attn0/composed_tokens_BxHxLxG"][:, 0]) < 1e-5
     assert relative(tokens.affinity, recorded["attn1/composed_tokens_BxHxLxG"][:, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["nonsquare"], indirect=True)
+def test_the_map_at_the_size_of_the_image(case):
+    recorded, tokens, _ = case
+    name = "get_attn_maps1_1xHxWxG"
+    size = recorded[name].shape[1:3]
+    grid = windows.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
+    cells = tokens.affinity.reshape(1, *grid, -1)
+    matrices = (windows.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
+    assert relative(readout.spread(cells, *matrices), recorded[name]) < 1e-5
 
 
 def test_the_gradient_reaches_every_parameter_through_both_stages(encoder, params):

@@ -23,6 +23,8 @@ FILES = {
     "dev_eval_rest.npz": None,
     "dev_inputs.npz": (2000, "image"),
     "dev_eval_image.npz": (13000, "grouping/(soft|hard)"),
+    "dev_train_dual_on.npz": (13000, "img_momentum_.*/k|mask_.*"),
+    "dev_seg.npz": (0, "(?!seg0/attn_map_upsampled).*"),
     "dev2_meta.json": None,
     "dev2_weights.npz": None,
     "dev2_weights_momentum.npz": None,
@@ -37,6 +39,12 @@ FILES = {
     "dev2_optim_step1.npz": (7000, ".*(pos_embed|word_embeddings.weight)"),
     "dev2_optim_ema_step1.npz": (2500, ""),
     "dev2_optim_step2.npz": (7000, ""),
+    "dev2_seg.npz": None,
+    "groupvit2_weights.npz": None,
+    "groupvit2_eval.npz": (0, "(?!.*/get_attn_maps0).*"),
+    "contrastive_2rank.npz": None,
+    "miou.npz": None,
+    "lr_schedule.json": None,
 }
 
 

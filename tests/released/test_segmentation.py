@@ -17,7 +17,7 @@ import pytest
 from ovseg_jax.segmentation import one_group, readout, windows
 from released.arrays import HERE, ReleasedSet, relative
 
-PARTS = ("weights.npz", "weights_momentum.npz", "inputs.npz", "seg.npz", "eval_rest.npz")
+PARTS = ("weights.npz", "inputs.npz", "seg.npz", "eval_rest.npz", "meta.json")
 IMAGE_CLASSES = 5
 
 
@@ -82,8 +82,8 @@ def released(request):
     return Segmentation(*request.param)
 
 
-def test_a_set_is_there():
-    assert SETS
+def test_both_sets_are_there():
+    assert {name for _, name in SETS} >= {"dev", "dev2"}
 
 
 def test_class_embeddings(released):

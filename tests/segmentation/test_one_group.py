@@ -71,8 +71,11 @@ def released(request):
 def test_values_of_the_released_rule(released):
     # Within 1e-5 of the norm.
     stage, soft, size, cosines, scale, _ = released
-    matrices = (windows.bilinear_weights(n, m) for n, m in zip(size, soft.shape[1:3], strict=True))
-    assert relative(readout.spread(soft, *matrices)[0], stage["attn_map_upsampled"]) < 1e-5
+    if "attn_map_upsampled" in stage:  # the largest one is not kept
+        matrices = [
+            windows.bilinear_weights(n, m) for n, m in zip(size, soft.shape[1:3], strict=True)
+        ]
+        assert relative(readout.spread(soft, *matrices)[0], stage["attn_map_upsampled"]) < 1e-5
     first = one_group.group_probabilities(*cosines, scale, 0)[0]
     assert relative(first, stage["group_affinity_unmasked_softmax"]) < 1e-5
     both = one_group.group_probabilities(*cosines, scale, 5)[0]
