@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.tensors import Tensors, package_file, read_tensors
+from ovseg_jax.weights.tensors import PYTORCH, Tensors, package_file, read_tensors
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -14,7 +14,6 @@ _HUB = "hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
 _HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", "*.json", "*.txt")
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def find_weights(spec: str, field: str) -> Path:
@@ -33,9 +32,7 @@ def find_weights(spec: str, field: str) -> Path:
     if path.exists():
         return path
     name = spec.removeprefix(_HUB)
-    if name == spec and (
-        not _HUB_ID.fullmatch(spec) or path.suffix in (*_PICKLES, ".npz", ".onnx")
-    ):
+    if name == spec and (not _HUB_ID.fullmatch(spec) or path.suffix in (*PYTORCH, ".npz", ".onnx")):
         raise UserError(f"{field} = {spec!r}: there is no such file or directory")
     return _download(name, spec, field)
 
@@ -64,7 +61,7 @@ def read_weights(path: Path, field: str, kind: str) -> Tensors:
     Raises:
       UserError: no weights are there, or they cannot be read.
     """
-    if path.suffix in _PICKLES:
+    if path.suffix in PYTORCH:
         raise UserError(_advice(path, field, kind))
     if not path.is_dir():
         return read_tensors(path)
@@ -72,7 +69,7 @@ def read_weights(path: Path, field: str, kind: str) -> Tensors:
         return read_tensors(path / WHOLE)
     if (path / INDEX).is_file():
         return _read_shards(path)
-    pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file for file in path.iterdir() if file.suffix in PYTORCH)
     if pickles:
         raise UserError(_advice(pickles[0], field, kind))
     raise UserError(f"{field}: the folder {path} has neither {WHOLE} nor {INDEX}")

@@ -29,7 +29,7 @@ def test_dinov2_is_laid_over_both_halves_with_its_layer_scale_folded_in(
     tmp_path, tiny_config, binding
 ):
     """Also where the second half sees the groups alone; class token and registers have no place."""
-    if "binding" in tiny_config.model.image and binding == "grouping_block":
+    if binding == "grouping_block":
         tiny_config.model.image.update(binding=binding, second_stage="groups")
     tensors = file_tensors(read("dinov2_registers"))
     _, shapes = halves(tiny_config)
