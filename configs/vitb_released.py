@@ -16,6 +16,7 @@ Where this is not the released training:
   is chosen on the tune split of the first of config.eval.benchmarks.
 * The completion projector's batch norm has the statistics of the whole batch, as the other two;
   there, those of each GPU.
+* New linear maps start Xavier-uniform; there, truncated normal with deviation 0.02.
 * Captions are shuffled anew each epoch; prompts are whole sentences; entities are found as
   `ovseg_jax.data.entities` does.
 * Rates are those of 8 GPUs: batches of 8 x 256 and 8 x 128, base rates times batch / 4096.

@@ -20,7 +20,8 @@ class BatchNorm(nn.Module):
 
     In training each call normalizes with its own statistics and moves the running ones a step of
     `momentum` towards them: several calls in one training step are several moves, in their order.
-    Under jit with a batch that is split over devices, the statistics are the global batch's.
+    Under jit with a batch that is split over devices, the statistics are the global batch's. Every
+    row counts: padding, where tokens are projected, and examples of weight 0.
 
     The running statistics are `mean`, `variance` (unbiased) and `count`, the number of calls, in
     the collection "batch_stats"; outside training they normalize.

@@ -125,3 +125,34 @@ def test_what_cannot_be_a_released_checkpoint(case, shared_tiny_config):
         released.released_config(tensors)
     with pytest.raises(UserError, match="config.model.image.binding is 'slot'"):
         released.to_released({}, {}, shared_tiny_config.model)
+
+
+def test_other_sizes_and_a_text_encoder_wider_than_the_image(case):
+    """A model of our own, of other sizes, under released names and back; sizes found again."""
+    config = ConfigDict(case.config)
+    config.image.update(
+        width=24, heads=3, second_heads=2, patch=5, grid=(3, 3), group_tokens=7, num_groups=3
+    )
+    config.image.update(first_layers=3, second_layers=2, patch_norm=False)
+    config.text.update(width=32, heads=2, depth=3, mlp_width=50)
+    config.decoder.update(width=24, depth=1)
+    variables = jax.eval_shape(
+        lambda key: init_variables(build_model(config), key), jax.random.key(0)
+    )
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return np.asarray(rng.integers(-99, 99, leaf.shape), leaf.dtype)
+
+    params, statistics = (
+        jax.tree.map(draw, nn.unbox(variables[name])) for name in ("params", "batch_stats")
+    )
+    tensors = released.to_released(params, statistics, config)
+    assert tensors["align_proj_text.weight"].shape == (24, 32)
+    assert "align_proj_img.weight" not in tensors
+    told = {"heads": 3, "second_heads": 2, "text_heads": 2, "drop_path": 0.0, "dropout": 0.0}
+    assert ConfigDict(released.released_config(tensors, **told)) == config
+    for ours, again in zip(
+        (params, statistics), released.from_released(tensors, config), strict=False
+    ):
+        jax.tree.map(np.testing.assert_array_equal, ours, again)
