@@ -15,7 +15,7 @@ from ovseg_jax import flags
 from ovseg_jax.data.tokens import find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.stablehlo import write_programs
+from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.saved_run import SavedRun, read_run
 from ovseg_jax.weights.model_dir import load_model, save_model
 
@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
     if bool(args.workdir) == bool(args.model):
         raise UserError("export takes exactly one of --workdir and --model")
     out = Path(args.out)
+    if args.stablehlo:
+        check_can_be_written()  # before anything that takes time
     if args.model:
         if not args.stablehlo:
             raise UserError("--model is a model directory already; say --stablehlo, or --workdir")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax import export, flags
+from ovseg_jax import convert, export, flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.layers import contract, every_platform
@@ -206,23 +206,40 @@ assert "flatbuffers" in imported
 """
 
 
-@pytest.mark.parametrize("matmul_dtype", ["float32", "bfloat16"])
-def test_programs_agree_with_the_model_where_only_jax_is(
-    matmul_dtype, tmp_path, tiny_config, tiny_params
-):
+@pytest.fixture
+def paper(tmp_path, tiny_config, tiny_params):
+    """A model of the paper's form that rounds to bfloat16."""
     config = tiny_config.model
-    config.update(matmul_dtype=matmul_dtype, dtype=matmul_dtype)
-    protocol = Protocol(window=32, short_side=32, stride=16)
+    # Soft: where two groups are near each other, rounding would decide between them.
+    config.image.assignment = "soft"
+    config.update(matmul_dtype="bfloat16", dtype="bfloat16")
     save_model(
         tmp_path / "m",
         tiny_params,
         None,
         model=json.loads(config.to_json_best_effort()),
-        protocol=protocol.as_dict(),
+        protocol=Protocol(window=32, short_side=32, stride=16).as_dict(),
         text_length=8,
         benchmarks={},
         provenance={},
     )
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A model of the released form: batch norms, class embeddings that are not yet normalized."""
+    weights = ROOT / "tests" / "released" / "dev2_weights.npz"
+    arguments = [f"--checkpoint={weights}", "--heads=4,4", "--text_heads=4", "--text_length=8"]
+    convert.main(["released", *arguments, f"--out={tmp_path / 'm'}"])
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "tolerance"), [("paper", 32, 3e-2), ("released", 56, 1e-5)]
+)
+def test_programs_agree_with_the_model_where_only_jax_is(form, size, tolerance, tmp_path, request):
+    model = request.getfixturevalue(form)
     out = tmp_path / "programs"
     environment = {
         **os.environ,
@@ -238,28 +255,39 @@ def test_programs_agree_with_the_model_where_only_jax_is(
         return done
 
     # In a process of its own, as the annotations that tests check know no symbolic sizes.
-    arguments = [f"--model={tmp_path / 'm'}", f"--out={out}", "--stablehlo"]
+    arguments = [f"--model={model}", f"--out={out}", "--stablehlo", f"--image_size={size}"]
     said = call("-m", "ovseg_jax.export", *arguments).stdout
-    assert "images of 32 x 32, for cpu, cuda, tpu" in said
+    assert f"images of {size} x {size}, for cpu, cuda, tpu" in said
     rng = np.random.default_rng(0)
-    inputs = {f"images{size}": rng.integers(0, 255, (size, 32, 32, 3), np.uint8) for size in (1, 3)}
-    for size in (2, 5):
-        inputs[f"ids{size}"] = rng.integers(1, 48, (size, 8)).astype(np.int32)
-        inputs[f"ids{size}"][0, 4:] = 0  # padding
+    inputs = {
+        f"images{batch}": rng.integers(0, 255, (batch, size, size, 3), np.uint8) for batch in (1, 3)
+    }
+    for batch in (2, 5):
+        inputs[f"ids{batch}"] = rng.integers(1, 48, (batch, 8)).astype(np.int32)
+        inputs[f"ids{batch}"][0, 4:] = 0  # padding
     np.savez(tmp_path / "inputs.npz", **inputs)
     call("-c", CALLER, out, tmp_path / "inputs.npz", tmp_path / "outputs.npz")
     found = np.load(tmp_path / "outputs.npz")
 
-    segmenter = ModelSegmenter.of_saved(load_model(tmp_path / "m"), protocol)
-    tolerance = 1e-5 if matmul_dtype == "float32" else 3e-2
+    saved = load_model(model)
+    protocol = Protocol.from_config(saved.info["protocol"])
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
     for key, value in inputs.items():
         if key.startswith("images"):
             names, wanted = ("assignment", "groups", "embedding"), segmenter.encode(value)
         else:
             names, wanted = ("embedding",), (segmenter._embed(segmenter.variables, value),)
         for name, array in zip(names, wanted, strict=True):
-            np.testing.assert_allclose(found[f"{key}/{name}"], array, atol=tolerance)
+            scale = np.abs(array).max()
+            np.testing.assert_allclose(found[f"{key}/{name}"], array, atol=tolerance * scale)
     assert (out / "README.md").read_text().count("deserialize") == 1
+
+
+def test_without_the_package_that_writes_programs(workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(UserError, match=r"pip install 'ovseg_jax\[export\]'"):
+        run(f"--workdir={workdir}", f"--out={tmp_path / 'm'}", "--stablehlo")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_program_for_every_platform_rounds_where_the_hardware_does():

@@ -120,6 +120,24 @@ def test_model_directory_evaluates_like_the_run(trained, tmp_path):
     assert found["iou"].keys() == result["iou"].keys()
 
 
+def test_export_of_the_last_step_is_the_model_of_the_run(trained, tmp_path):
+    workdir, _ = trained
+    out = tmp_path / "exported"
+    done = call("export", f"--workdir={workdir}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert f"model: {out} (step 6, online weights)" in done.stdout
+    one, other = ((path / "model.safetensors").read_bytes() for path in (workdir / "model", out))
+    assert one == other
+    protocol, length = (
+        [json.loads((path / "config.json").read_text())[key] for path in (workdir / "model", out)]
+        for key in ("protocol", "text_length")
+    )
+    assert protocol[0] == protocol[1] and length[0] == length[1]
+    missing = call("export", f"--workdir={workdir}", f"--out={out}", "--step=best")
+    assert missing.returncode == 2
+    assert "it has: 4, 6; no best" in missing.stderr
+
+
 def test_predict_writes_masks(trained, tmp_path):
     workdir, _ = trained
     picture = tmp_path / "a picture.png"

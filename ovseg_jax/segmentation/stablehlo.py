@@ -60,6 +60,16 @@ come from the tokenizer of the model directory, padded to {length} with {pad}.
 """
 
 
+def check_can_be_written() -> None:
+    """Raises UserError where the package is missing that jax.export writes files with."""
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "writing StableHLO needs the package flatbuffers: pip install 'ovseg_jax[export]'"
+        ) from None
+
+
 def write_programs(
     saved: SavedModel, protocol: Protocol, directory: Path, image_size: int
 ) -> dict[str, Any]:
@@ -75,6 +85,7 @@ def write_programs(
     Raises:
       UserError: flatbuffers is missing, or the directory cannot be written.
     """
+    check_can_be_written()
     arrays = flatten({**saved.params, STATISTICS: saved.batch_stats})
     patch = saved.model.image_encoder.patch
     if image_size < patch:
@@ -143,9 +154,4 @@ def _exported(
             {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in weights.items()},
             jax.ShapeDtypeStruct(sizes, dtype),
         )
-    try:
-        return exported, bytes(exported.serialize())
-    except ImportError:
-        raise UserError(
-            "writing StableHLO needs the package flatbuffers: pip install 'ovseg_jax[export]'"
-        ) from None
+    return exported, bytes(exported.serialize())
