@@ -13,6 +13,7 @@ M     text tokens
 C     classes
 D     width of a tower
 E     width of the joint image-text space (256 in the paper)
+T     tokens of any kind; in ``losses.contrastive``, texts of one image
 N     attention heads; in ``losses.matching``, independent assignment problems
 ====  =========================================================
 

@@ -35,7 +35,7 @@ class CrossAttentionBlock(nn.Module):
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         attention = MultiHeadAttention(self.heads, name="attention", **options)
         x = queries + attention(queries, context, mask)
-        hidden = int(queries.shape[-1] * self.mlp_ratio)
+        hidden = round(queries.shape[-1] * self.mlp_ratio)
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
         x = x + FeedForward(hidden, name="mlp", **options)(normed)
         return layer_norm("norm", self.eps, self.dtype)(x)

@@ -35,7 +35,7 @@ class SelfFirstLayer(nn.Module):
         normed = layer_norm("cross_norm", self.eps, self.dtype)(x)
         x = x + MultiHeadAttention(self.heads, name="cross_attention", **options)(normed, groups)
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
+        hidden = round(x.shape[-1] * self.mlp_ratio)
         return x + FeedForward(hidden, name="mlp", **options)(normed)
 
 

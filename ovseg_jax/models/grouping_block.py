@@ -110,7 +110,7 @@ class GroupingBlock(nn.Module):
         update = weighted_mean(assigned, value, self.matmul_dtype, self.count_offset)
         update = update.astype(self.dtype)
         bound = mixed + Dense(width, ("heads", "embed"), name="out", **options)(update)
-        fed = FeedForward(int(width * self.mlp_ratio), name="mlp", **options)(
+        fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **options)(
             norm("mlp_norm", bound)
         )
         return Binding(bound + fed, affinity, assigned, query, key)

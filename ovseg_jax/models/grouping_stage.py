@@ -34,10 +34,10 @@ class GroupingStage(nn.Module):
     @nn.compact
     def __call__(
         self,
-        segments: Float[Array, "B S D"],
-        earlier: Float[Array, "B N D"],
+        segments: Float[Array, "B segments D"],
+        earlier: Float[Array, "B earlier D"],
         train: bool,
-    ) -> tuple[Binding, Float[Array, "B T D"]]:
+    ) -> tuple[Binding, Float[Array, "B tokens D"]]:
         """Args:
           segments: groups that the stage before gave.
           earlier: that stage's group tokens after its layers, before its grouping block.

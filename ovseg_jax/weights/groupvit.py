@@ -96,7 +96,7 @@ def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
 
     vision = IMAGE_PREFIX[style]
     if style == ORIGINAL:
-        patch, position = "patch_embed.proj.weight", "pos_embed"
+        patch, position, embed_norm = "patch_embed.proj.weight", "pos_embed", "patch_embed.norm"
         word = shape("text_encoder.token_embedding.weight", 2)
         max_positions = shape("text_encoder.positional_embedding", 2)[0]
         text_blocks = "text_encoder.transformer.resblocks"
@@ -105,7 +105,7 @@ def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
         joint = shape("img_projector.linear_out.weight", 3)[0]
     else:
         patch = "embeddings.patch_embeddings.projection.weight"
-        position = "embeddings.position_embeddings"
+        position, embed_norm = "embeddings.position_embeddings", "embeddings.layernorm"
         word = shape("text_model.embeddings.token_embedding.weight", 2)
         max_positions = shape("text_model.embeddings.position_embedding.weight", 2)[0]
         text_blocks = "text_model.encoder.layers"
@@ -146,7 +146,7 @@ def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
             "binding": "grouping_block",
             "second_stage": "groups",
             "second_heads": 0,
-            "patch_norm": True,
+            "patch_norm": f"{vision}.{embed_norm}.weight" in tensors,
             "group_std": 0.02,
             "trunk_width": 0,
             "trunk_heads": 0,

@@ -89,7 +89,7 @@ def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
     patch, embed_norm, position, last = (f"{prefix}.{name}" for name in names)
     links = [
         *linear(f"{ours}/patch_embed", patch, form="patch"),
-        *norm(f"{ours}/embed_norm", embed_norm),
+        *(norm(f"{ours}/embed_norm", embed_norm) if image["patch_norm"] else ()),
         Link((f"{ours}/position",), (position,), "token"),
         *norm(f"{ours}/norm", last),
     ]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -10,6 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from ovseg_jax.data.clip_tokens import END, START
 from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.published import groupvit_protocol
 from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
@@ -77,3 +80,31 @@ def test_it_segments(saved):
     ((scores, labels),) = label_maps(scored, protocol)
     assert labels.shape == (40, 60) and scores.cells.shape[-1] == 3
     assert set(np.unique(labels)) <= {0, 1, 2, 3} and (labels > 0).any()
+
+
+def test_prompts_are_averaged_before_or_after_their_norm(saved):
+    model, protocol = saved
+    names, templates = ["dog", "sky"], ("a photo of a {}", "{}")
+    ids = model.tokenizer.encode([t.format(n) for n in names for t in templates], 12)
+    variables = jax.tree.map(
+        jnp.asarray, {"params": model.params, "batch_stats": model.batch_stats}
+    )
+    pooled = model.model.apply(variables, jnp.asarray(ids), method="text_tokens").pooled
+    raw = np.asarray(model.model.apply(variables, pooled, method="embed_text"))
+    raw = raw.reshape(2, 2, -1).astype(np.float64)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    expected = {"raw": unit(raw.mean(1)), "unit": unit(unit(raw).mean(1))}
+    assert np.abs(expected["raw"] - expected["unit"]).max() > 1e-3
+    for average, embeddings in expected.items():
+        segmenter = ModelSegmenter.of_saved(model, protocol.replace(average=average))
+        np.testing.assert_allclose(segmenter.text(names, templates), embeddings, atol=1e-5)
+
+
+def test_no_affinity_of_final_tokens_where_there_are_none(saved):
+    model, protocol = saved
+    segmenter = ModelSegmenter.of_saved(model, protocol.replace(affinity="features"))
+    with pytest.raises(UserError, match="use affinity 'binding'"):
+        segmenter.encode(np.zeros((1, 32, 32, 3), np.uint8))

@@ -1,8 +1,11 @@
-"""Two grouping stages against the authors' code: what each stage gives, on two image shapes.
+"""Grouping stages against the authors' code: what each stage gives, on images of several shapes.
 
-Within 1e-5 of the norm, assignments equal.
+Within 1e-5 of the norm, assignments equal. Every set SET_{meta.json,weights.npz,eval.npz} beside
+the released arrays is compared, and those in the folder that OVSEG_RELEASED_ARRAYS names.
 """
 
+import json
+import os
 from pathlib import Path
 
 import jax
@@ -17,20 +20,14 @@ from ovseg_jax.weights.groupvit_names import image_links
 from ovseg_jax.weights.two_way import read_links, write_links
 
 RELEASED = Path(__file__).parents[1] / "released"
-IMAGE = {
-    "patch": 8,
-    "grid": (8, 8),
-    "width": 48,
-    "heads": 4,
-    "eps": 1e-5,
-    "first_layers": 2,
-    "group_tokens": 12,
-    "num_groups": 12,
-    "later_stages": ((4, 4, 1),),
-    "second_layers": 1,
-    "second_stage": "groups",
-    "patch_norm": True,
-}
+
+
+def all_sets():
+    for folder in (RELEASED, *map(Path, filter(None, [os.environ.get("OVSEG_RELEASED_ARRAYS")]))):
+        for path in sorted(folder.glob("*_eval.npz")):
+            stem = path.name.removesuffix("_eval.npz")
+            if (folder / f"{stem}_weights.npz").is_file():
+                yield folder / stem
 
 
 def relative(ours, theirs):
@@ -39,41 +36,70 @@ def relative(ours, theirs):
     return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return VisualEncoder(**IMAGE, binding_form="grouping_block")
+class Stages:
+    """One set: our encoder with its weights, and the recorded arrays."""
 
+    def __init__(self, stem):
+        meta = json.loads(stem.with_name(f"{stem.name}_meta.json").read_text())
+        sizes = meta["config"]
+        side = sizes["img_size"] // sizes["patch_size"]
+        depths, tokens = sizes["depths"], sizes["num_group_tokens"]
+        stages = list(zip(tokens, sizes["num_output_groups"], depths, strict=False))
+        image = {
+            "patch": sizes["patch_size"],
+            "grid": (side, side),
+            "width": sizes["embed_dim"],
+            "heads": sizes["num_heads"][0],
+            "second_heads": sizes["num_heads"][-1],
+            "eps": 1e-5,
+            "first_layers": depths[0],
+            "group_tokens": tokens[0],
+            "num_groups": stages[0][1],
+            "later_stages": tuple(stages[1:]),
+            "second_layers": depths[-1],
+            "second_stage": "groups",
+            "patch_norm": meta["patch_norm"],
+        }
+        self.encoder = VisualEncoder(**image, binding_form="grouping_block")
+        self.recorded = dict(np.load(stem.with_name(f"{stem.name}_eval.npz")))
+        tensors = np.load(stem.with_name(f"{stem.name}_weights.npz"))
+        tensors = {f"img_encoder.{name}": tensors[name] for name in tensors.files}
+        blank = jnp.zeros((1, sizes["img_size"], sizes["img_size"], 3))
+        abstract = jax.eval_shape(self.encoder.init, jax.random.key(0), blank)["params"]
+        shapes = {f"image_encoder/{k}": x.unbox().shape for k, x in flatten(abstract).items()}
+        links = image_links(image, "original")
+        arrays = read_links(tensors, links, shapes, (), "the checkpoint")
+        for name, tensor in write_links(arrays, links).items():
+            np.testing.assert_array_equal(tensor, tensors[name])
+        self.params = jax.tree.map(jnp.asarray, nest(arrays)["image_encoder"])
+        self.size = sizes["img_size"]
 
-@pytest.fixture(scope="module")
-def params(encoder):
-    file = np.load(RELEASED / "groupvit2_weights.npz")
-    tensors = {f"img_encoder.{name}": file[name] for name in file.files}
-    image = jnp.zeros((1, 64, 64, 3))
-    abstract = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
-    shapes = {
-        f"image_encoder/{path}": leaf.unbox().shape for path, leaf in flatten(abstract).items()
-    }
-    links = image_links(IMAGE, "original")
-    arrays = read_links(tensors, links, shapes, (), "the checkpoint")
-    for name, tensor in write_links(arrays, links).items():
-        np.testing.assert_array_equal(tensor, tensors[name])
-    return jax.tree.map(jnp.asarray, nest(arrays)["image_encoder"])
-
-
-@pytest.fixture(scope="module", params=["square", "nonsquare"])
-def case(request, encoder, params):
-    """(recorded values, ours, what every submodule gave)."""
-    file = np.load(RELEASED / "groupvit2_eval.npz")
-    prefix = f"{request.param}/"
-    recorded = {k.removeprefix(prefix): file[k] for k in file.files if k.startswith(prefix)}
-    image = jnp.asarray(file[f"input/{request.param}"].transpose(0, 2, 3, 1))
-    run = jax.jit(
-        lambda params, image: encoder.apply(
-            {"params": params}, image, capture_intermediates=True, mutable=["intermediates"]
+    def run(self, name):
+        """(recorded values of an input, our tokens, what every submodule gave)."""
+        prefix = f"{name}/"
+        values = {
+            k.removeprefix(prefix): x for k, x in self.recorded.items() if k.startswith(prefix)
+        }
+        apply = jax.jit(
+            lambda params, image: self.encoder.apply(
+                {"params": params}, image, capture_intermediates=True, mutable=["intermediates"]
+            )
         )
-    )
-    tokens, seen = run(params, image)
-    return recorded, tokens, seen["intermediates"]
+        image = jnp.asarray(self.recorded[f"input/{name}"].transpose(0, 2, 3, 1))
+        tokens, seen = apply(self.params, image)
+        return values, tokens, seen["intermediates"]
+
+
+@pytest.fixture(scope="module", params=list(all_sets()), ids=lambda stem: stem.name)
+def stages(request):
+    return Stages(request.param)
+
+
+@pytest.fixture(scope="module")
+def cases(stages):
+    names = [k.partition("/")[2] for k in stages.recorded if k.startswith("input/")]
+    assert names
+    return [stages.run(name) for name in names]
 
 
 def only(node, *path):
@@ -82,55 +108,72 @@ def only(node, *path):
     return node["__call__"][0]
 
 
-def test_each_stage(case):
-    recorded, tokens, seen = case
-    first = only(seen, "binding")
-    later, carried = only(seen, "stages_0")
-    count = first.affinity.shape[1]
-    assert relative(first.groups, recorded["stage0/x_out"]) < 1e-5
-    assert relative(only(seen, "first")[:, count:], recorded["stage0/group_token_out"]) < 1e-5
-    projected = only(seen, "stages_0", "projector")
-    assert relative(projected, recorded["stage1/group_projector_out"]) < 1e-5
-    assert relative(later.groups, recorded["stage1/x_out"]) < 1e-5
-    assert relative(carried, recorded["stage1/group_token_out"]) < 1e-5
-    assert relative(only(seen, "second"), recorded["stage2/x_out"]) < 1e-5
-    assert relative(tokens.groups, recorded["feat"]) < 1e-5
-    assert relative(jnp.mean(tokens.groups, axis=1), recorded["x"]) < 1e-5
+def bindings_of(seen):
+    later = [name for name in sorted(seen) if name.startswith("stages_")]
+    return [only(seen, "binding"), *(only(seen, name)[0] for name in later)], later
 
 
-def test_maps_and_their_product(case):
-    recorded, tokens, seen = case
-    bindings = [only(seen, "binding"), only(seen, "stages_0")[0]]
-    for index, binding in enumerate(bindings):
-        soft, hard = (
-            recorded[f"attn{index}/{kind}"][:, 0].transpose(0, 2, 1) for kind in ("soft", "hard")
-        )
-        assert relative(binding.affinity, soft) < 1e-5
-        np.testing.assert_array_equal(np.argmax(binding.assigned, -1), hard.argmax(-1))
-    assert relative(bindings[0].affinity, recorded["attn0/composed_tokens_BxHxLxG"][:, 0]) < 1e-5
-    assert relative(tokens.affinity, recorded["attn1/composed_tokens_BxHxLxG"][:, 0]) < 1e-5
+def test_a_set_is_there():
+    assert RELEASED / "groupvit2" in list(all_sets())
 
 
-@pytest.mark.parametrize("case", ["nonsquare"], indirect=True)
-def test_the_map_at_the_size_of_the_image(case):
-    recorded, tokens, _ = case
-    name = "get_attn_maps1_1xHxWxG"
-    size = recorded[name].shape[1:3]
-    grid = windows.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
-    cells = tokens.affinity.reshape(1, *grid, -1)
-    matrices = (windows.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
-    assert relative(readout.spread(cells, *matrices), recorded[name]) < 1e-5
+def test_each_stage(cases):
+    for recorded, tokens, seen in cases:
+        bindings, later = bindings_of(seen)
+        count = bindings[0].affinity.shape[1]
+        learned = [only(seen, "first")[:, count:], *(only(seen, name)[1] for name in later)]
+        for index, (binding, mine) in enumerate(zip(bindings, learned, strict=True)):
+            assert relative(binding.groups, recorded[f"stage{index}/x_out"]) < 1e-5
+            assert relative(mine, recorded[f"stage{index}/group_token_out"]) < 1e-5
+        for index, name in enumerate(later, 1):
+            projected = only(seen, name, "projector")
+            assert relative(projected, recorded[f"stage{index}/group_projector_out"]) < 1e-5
+        assert relative(only(seen, "second"), recorded[f"stage{len(bindings)}/x_out"]) < 1e-5
+        assert relative(tokens.groups, recorded["feat"]) < 1e-5
+        assert relative(jnp.mean(tokens.groups, axis=1), recorded["x"]) < 1e-5
 
 
-def test_the_gradient_reaches_every_parameter_through_both_stages(encoder, params):
-    image = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+def test_maps_and_their_product(cases):
+    for recorded, tokens, seen in cases:
+        bindings, _ = bindings_of(seen)
+        product = 1.0
+        for index, binding in enumerate(bindings):
+            soft, hard = (
+                recorded[f"attn{index}/{kind}"][:, 0].transpose(0, 2, 1)
+                for kind in ("soft", "hard")
+            )
+            assert relative(binding.affinity, soft) < 1e-5
+            np.testing.assert_array_equal(np.argmax(binding.assigned, -1), hard.argmax(-1))
+            affinity = np.asarray(binding.affinity)
+            product = affinity if index == 0 else product @ affinity
+            composed = recorded[f"attn{index}/composed_tokens_BxHxLxG"][:, 0]
+            assert relative(product, composed) < 1e-5
+        assert relative(tokens.affinity, composed) < 1e-5
+
+
+def test_the_map_at_the_size_of_the_image(cases):
+    found = 0
+    for recorded, tokens, seen in cases:
+        name = f"get_attn_maps{len(bindings_of(seen)[0]) - 1}_1xHxWxG"
+        if name in recorded:
+            found += 1
+            size = recorded[name].shape[1:3]
+            grid = windows.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
+            cells = tokens.affinity.reshape(1, *grid, -1)
+            matrices = (windows.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
+            assert relative(readout.spread(cells, *matrices), recorded[name]) < 1e-5
+    assert found
+
+
+def test_the_gradient_reaches_every_parameter_through_all_stages(stages):
+    image = jax.random.normal(jax.random.key(1), (2, stages.size, stages.size, 3))
 
     def loss(params):
         rngs = {"gumbel": jax.random.key(2), "dropout": jax.random.key(3)}
-        tokens = encoder.apply({"params": params}, image, True, rngs=rngs)
+        tokens = stages.encoder.apply({"params": params}, image, True, rngs=rngs)
         return jnp.sum(jnp.sin(3 * tokens.groups))
 
-    grads = flatten(jax.jit(jax.grad(loss))(params))
+    grads = flatten(jax.jit(jax.grad(loss))(stages.params))
     silent = {path for path, grad in grads.items() if np.abs(grad).max() < 1e-3}
     # Nothing changes with a constant added to all keys (softmax over keys), to all queries of an
     # assignment (softmax over groups), or to all channels of tokens that pass a norm.

@@ -40,6 +40,7 @@ FILES = {
     "dev2_optim_ema_step1.npz": (2500, ""),
     "dev2_optim_step2.npz": (7000, ""),
     "dev2_seg.npz": None,
+    "groupvit2_meta.json": None,
     "groupvit2_weights.npz": None,
     "groupvit2_eval.npz": (0, "(?!.*/get_attn_maps0).*"),
     "contrastive_2rank.npz": None,
