@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     with config.ignore_type():
         config.model.decoder = None
-    config.model_init.image = ""
+    config.model.image_init = ""
     if variant == "own_text":
         config.model.text_form = "causal"
         config.model.text = {
@@ -69,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "remat": "none",
             "unroll": 1,
         }
-        config.model_init.text = ""
+        config.model.text_init = ""
         config.data.tokenizer = "weights/clip"
     config.data.text_length = 77
     config.data.nouns = 3

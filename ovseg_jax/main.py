@@ -37,6 +37,7 @@ from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
 from ovseg_jax.train.run import Run, config_hash, make_run
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.start import architecture
 
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
 
@@ -150,8 +151,8 @@ def _write_model(
         "trained_on": f"{run.source.name} ({len(run.source)} records, {run.source.fingerprint()})",
         "steps": int(state.step),
         "seed": config.seed,
-        "image_init": config.model_init.image or "random",
-        "text_init": config.model_init.text or "random",
+        "image_init": config.model.image_init or "random",
+        "text_init": config.model.text_init or "random",
         **{f"miou_{name}": result["miou"] for name, result in results.items()},
         **{
             key: value
@@ -164,7 +165,7 @@ def _write_model(
         workdir / "model",
         params,
         run.tokenizer,
-        model=json.loads(config.model.to_json_best_effort()),
+        model=architecture(config.model),
         protocol=protocol.as_dict(),
         text_length=run.prompt_length(),
         benchmarks={

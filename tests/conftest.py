@@ -16,8 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_use_fusion_emitters=false",
     ]
 )
-# XLA's CPU pool has one thread a device, and a device may wait in two collectives at once: on a busy
-# machine four devices then hold all threads, and the other four never start.
+# XLA's CPU pool has one thread a device, and a device may wait in two collectives at once: on a
+# busy machine four devices then hold all threads, and the other four never start.
 os.environ["NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -31,7 +31,7 @@ VARIANTS = {
 PARAMETERS = {
     "groupvit.py": 144_569_617,
     "groupvit.py:own_text": 55_726_609,
-    "quickstart.py": 46_155_265,
+    "quickstart.py": 45_721_153,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,
     "vitb_released.py": 235_745_673,

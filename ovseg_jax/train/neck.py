@@ -41,7 +41,7 @@ def standardized_neck(
     """
     if "neck" not in params["image_encoder"]:
         raise UserError(
-            "config.model_init.neck = 'standardize' needs a neck: give the trunk another width "
+            "config.model.neck_init = 'standardize' needs a neck: give the trunk another width "
             "than the encoder (config.model.image.trunk_width)"
         )
     images = []

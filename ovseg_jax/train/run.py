@@ -77,14 +77,14 @@ class Run:
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
         shapes = {path: leaf.shape for path, leaf in flat.items()}
         where = groups.flatten(self.param_shardings)
-        start = published_start(self.config.model_init, self.config.model, shapes)
+        start = published_start(self.config.model, shapes)
         if announce:
             notes = [f"note: {remark}" for remark in start.remarks]
             self.progress.say("\n".join([table(start.rows), *notes]))
         for path, value in start.values.items():
             flat[path] = jax.device_put(value, where[path])
         params = groups.nest(flat)
-        if self.config.model_init.neck == "standardize":
+        if self.config.model.neck_init == "standardize":
             transform = self.phases[0].transform
             return standardized_neck(self.model, params, self.source, transform, self.config.seed)
         return params
@@ -240,9 +240,9 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             + "\nWithout data and weights, try the variant that needs neither: "
             "--config=configs/vitb.py:smoke, or --config=configs/quickstart.py"
         )
-    if config.model_init.neck not in ("", "standardize"):
+    if config.model.neck_init not in ("", "standardize"):
         raise UserError(
-            f"config.model_init.neck is {config.model_init.neck!r}; it must be standardize or empty"
+            f"config.model.neck_init is {config.model.neck_init!r}; it must be standardize or empty"
         )
     check_mask_config(config.loss)
     check_noun_config(config)
@@ -290,13 +290,13 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
 def _missing_weights(config: ConfigDict) -> list[str]:
     missing = []
     for field_name in ("image", "text"):
-        spec = config.model_init[field_name]
+        spec = config.model[f"{field_name}_init"]
         try:
             if spec:
-                find_weights(spec, f"config.model_init.{field_name}")
+                find_weights(spec, f"config.model.{field_name}_init")
         except UserError as error:
             missing.append(
-                f"{error}; an empty string (--config.model_init.{field_name}=) starts from "
+                f"{error}; an empty string (--config.model.{field_name}_init=) starts from "
                 "random weights"
             )
     try:

@@ -73,7 +73,7 @@ def strip_prefix(tensors: Tensors, anchor: str) -> Tensors:
 def initial_image(
     spec: str, shapes: Shapes, resample_to: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Parameters of the visual encoder from `config.model_init.image`.
+    """Parameters of the visual encoder from `config.model.image_init`.
 
     A published ViT fills the trunk or all layers, see `weights.vit`; group tokens, binding and
     neck stay random. A model of ours fills the whole visual encoder.
@@ -91,7 +91,7 @@ def initial_image(
     Raises:
       UserError: the weights cannot be found or read, or do not fit; names every tensor at fault.
     """
-    field = "config.model_init.image"
+    field = "config.model.image_init"
     path = find_weights(spec, field)
     tensors = read_weights(path, field, "dino")
     ours = _from_model(tensors, shapes, "image_encoder/", str(path))
@@ -110,8 +110,8 @@ def initial_image(
 
 
 def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
-    """Parameters of the text encoder from `config.model_init.text`; see `initial_image`."""
-    field = "config.model_init.text"
+    """Parameters of the text encoder from `config.model.text_init`; see `initial_image`."""
+    field = "config.model.text_init"
     path = find_weights(spec, field)
     tensors = read_weights(path, field, "bert")
     ours = _from_model(tensors, shapes, "text_encoder/", str(path))

@@ -1,6 +1,6 @@
 """Patch embeddings and position embeddings for another patch size and grid than their own.
 
-Done once, to the weights, where `config.model_init.resample` asks for it. A model that keeps the
+Done once, to the weights, where `config.model.resample_init` asks for it. A model that keeps the
 weights' patch size and grid needs none of it: positions then follow the image while it runs.
 """
 

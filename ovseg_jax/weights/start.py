@@ -1,7 +1,9 @@
 """What a run's parameters start from, for the run and for people: values, a table, remarks."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,6 +11,16 @@ from ml_collections import ConfigDict
 from ovseg_jax.weights.hub_config import image_remarks, text_remarks
 from ovseg_jax.weights.initialize import Shapes, initial_image, initial_text
 from ovseg_jax.weights.sources import find_weights
+
+# Fields of ``config.model`` that say what its parameters start from. They describe a run, not the
+# model: a model directory leaves them out.
+INIT_FIELDS = ("image_init", "text_init", "resample_init", "neck_init")
+
+
+def architecture(model: ConfigDict) -> dict[str, Any]:
+    """``config.model`` without `INIT_FIELDS`, as plain values."""
+    plain = json.loads(model.to_json_best_effort())
+    return {name: value for name, value in plain.items() if name not in INIT_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -26,11 +38,11 @@ class Start:
     remarks: list[str]
 
 
-def published_start(init: ConfigDict, model: ConfigDict, shapes: Shapes) -> Start:
+def published_start(model: ConfigDict, shapes: Shapes) -> Start:
     """Reads the weights that a run begins with; what they do not fill stays random.
 
     Args:
-      init: ``config.model_init``. model: ``config.model``. shapes: all the model's parameters.
+      model: ``config.model``, with `INIT_FIELDS`. shapes: all the model's parameters.
 
     Raises:
       UserError: weights cannot be found or read, or do not fit.
@@ -39,17 +51,17 @@ def published_start(init: ConfigDict, model: ConfigDict, shapes: Shapes) -> Star
     sources: dict[str, str] = {}
     remarks: list[str] = []
     for name, described in (("image", image_remarks), ("text", text_remarks)):
-        spec = init[name]
+        spec = model[f"{name}_init"]
         if not spec:
             continue
         if name == "image":
-            grid = tuple(model.image.grid) if init.resample else None
+            grid = tuple(model.image.grid) if model.resample_init else None
             found = initial_image(spec, shapes, grid)
         else:
             found = initial_text(spec, shapes)
         values |= found
         sources |= dict.fromkeys(found, spec)
-        path = find_weights(spec, f"config.model_init.{name}")
+        path = find_weights(spec, f"config.model.{name}_init")
         remarks += [f"{spec}: {line}" for line in described(path, model)]
     return Start(values, start_table(shapes, sources), remarks)
 

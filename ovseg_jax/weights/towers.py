@@ -1,4 +1,5 @@
-"""Published visual trunks and text encoders as safetensors, for `config.model_init`."""
+"""Published visual trunks and text encoders as safetensors, for `config.model.image_init` and
+`text_init`."""
 
 import shutil
 from pathlib import Path

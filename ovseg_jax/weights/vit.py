@@ -79,7 +79,7 @@ def from_vit(
             raise UserError(
                 f"{error}\n(these weights: patches of {found[0]} pixels, {found[1]} positions; the "
                 f"model: {patch} and {patches}. Either give the model the weights' "
-                "config.model.image.patch and grid, or set config.model_init.resample = True)"
+                "config.model.image.patch and grid, or set config.model.resample_init = True)"
             ) from None
         raise
 

@@ -127,7 +127,7 @@ def test_a_vit_of_another_depth_is_refused(tmp_path, plain):
 
 def test_weights_of_another_kind_are_refused(tmp_path, plain):
     path = write(tmp_path, draw(bert_shapes()))
-    with pytest.raises(UserError, match="config.model_init.image") as error:
+    with pytest.raises(UserError, match="config.model.image_init") as error:
         initial_image(path, plain)
     assert path in str(error.value)
 

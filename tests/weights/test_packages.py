@@ -25,8 +25,8 @@ def quickstart():
     model = build_model(config.model)
     shapes = model_shapes(model)
     flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-    flat |= initial_image(config.model_init.image, shapes)
-    flat |= initial_text(config.model_init.text, shapes)
+    flat |= initial_image(config.model.image_init, shapes)
+    flat |= initial_text(config.model.text_init, shapes)
     return config, model, {"params": nest(flat)}
 
 

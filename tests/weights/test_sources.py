@@ -114,7 +114,7 @@ def test_without_a_network_one_message_says_what_to_do(shapes, monkeypatch):
         "no such path",
         "no route to the hub",
         "hf download owner/tiny-bert",
-        "model_init.text",
+        "model.text_init",
     ):
         assert part in message
     assert "\n" not in message
@@ -126,7 +126,7 @@ def test_a_mistyped_path_is_never_looked_for_on_the_hub(shapes, spec, monkeypatc
         raise AssertionError("asked the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", forbidden)
-    with pytest.raises(UserError, match="config.model_init.image"):
+    with pytest.raises(UserError, match="config.model.image_init"):
         initial_image(spec, shapes)
 
 

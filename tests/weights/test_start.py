@@ -28,18 +28,18 @@ def specs(tmp_path):
     text = {"model_type": "roberta", "num_attention_heads": 3, "layer_norm_eps": 1e-3}
     text |= {"pad_token_id": 1, "hidden_act": "gelu"}
     return {
-        "image": folder(tmp_path / "dinov3", "dinov3", image),
-        "text": folder(tmp_path / "roberta", "roberta", text),
-        "resample": False,
-        "neck": "",
+        "image_init": folder(tmp_path / "dinov3", "dinov3", image),
+        "text_init": folder(tmp_path / "roberta", "roberta", text),
+        "resample_init": False,
+        "neck_init": "",
     }
 
 
 def test_the_table_counts_everything_once(tiny_config, specs):
     build(tiny_config, "dinov3")
     _, shapes = build(tiny_config, "roberta")
-    tiny_config.model_init = specs
-    start = published_start(tiny_config.model_init, tiny_config.model, shapes)
+    tiny_config.model.update(specs)
+    start = published_start(tiny_config.model, shapes)
     head, *rows = start.rows
     assert head == ("parameters", "tensors", "numbers", "start from")
     assert sum(int(row[1]) for row in rows) == len(shapes)
@@ -47,9 +47,9 @@ def test_the_table_counts_everything_once(tiny_config, specs):
     assert sum(int(row[2].replace(",", "")) for row in rows) == total
     table = {row[0]: row[3] for row in rows}
     assert len(table) == len(rows)
-    assert table["text_encoder"] == specs["text"]
-    assert table["image_encoder/trunk_layers"] == specs["image"]
-    assert table["image_encoder/register_tokens"] == specs["image"]
+    assert table["text_encoder"] == specs["text_init"]
+    assert table["image_encoder/trunk_layers"] == specs["image_init"]
+    assert table["image_encoder/register_tokens"] == specs["image_init"]
     assert table["image_encoder/binding"] == table["image_projector"] == "random"
     assert start.remarks == []
     assert set(start.values) == {
@@ -67,8 +67,8 @@ def test_what_weights_cannot_tell_is_compared_with_their_config(tiny_config, spe
     build(tiny_config, "dinov3", trunk_heads=2, eps=1e-5, rope_theta=50.0)
     _, shapes = build(tiny_config, "roberta", eps=1e-12, position_offset=1)
     tiny_config.model.pad_id = 0
-    tiny_config.model_init = specs
-    start = published_start(tiny_config.model_init, tiny_config.model, shapes)
+    tiny_config.model.update(specs)
+    start = published_start(tiny_config.model, shapes)
     said = "\n".join(start.remarks)
     for part in (
         "num_attention_heads = 3, config.model.image.trunk_heads is 2",
@@ -92,7 +92,7 @@ def test_a_run_prints_the_table_and_starts_from_the_weights(tmp_path, capsys):
         table = rng.normal(size=(rows, 24)).astype(np.float32)
         tensors[f"embeddings.{name}_embeddings.weight"] = table
     save_file(tensors, tmp_path / "model.safetensors")
-    config.model_init.text = str(tmp_path)
+    config.model.text_init = str(tmp_path)
     run = make_run(config, Progress())
     params = run.initial_params()
     np.testing.assert_array_equal(params["text_encoder"]["position"], table)

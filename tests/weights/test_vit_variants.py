@@ -79,7 +79,7 @@ def test_other_sizes_are_refused_or_resampled(tmp_path, tiny_config):
     tensors = file_tensors(read("vit"))
     path = save(tmp_path, tensors)
     _, shapes = build(tiny_config, "vit", patch=14, grid=(6, 5))
-    with pytest.raises(UserError, match="model_init.resample = True") as error:
+    with pytest.raises(UserError, match="model.resample_init = True") as error:
         initial_image(path, shapes)
     for fault in ("patch_embed/kernel", "image_encoder/position", "8 pixels, 16 positions"):
         assert fault in str(error.value)
