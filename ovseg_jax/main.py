@@ -96,14 +96,16 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
         progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
         return 0
     if jax.process_index() == 0:
-        sheet = write_pictures(
-            segmenter,
-            benchmark_of(names[0], config.eval),
-            protocol,
-            workdir / "pictures",
-            count=config.eval.pictures,
-            group_count=config.model.image.num_groups,
-        )
+        sheet: Path | str = "none (config.eval.pictures = 0)"
+        if config.eval.pictures:
+            sheet = write_pictures(
+                segmenter,
+                benchmark_of(names[0], config.eval),
+                protocol,
+                workdir / "pictures",
+                count=config.eval.pictures,
+                group_count=config.model.image.num_groups,
+            )
         print(_summary(run, names, protocol, results, config))
         print(
             f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"

@@ -65,6 +65,12 @@ def cache_key(params: Mapping[str, Any], prefixes: tuple[str, ...], **settings: 
     return digest.hexdigest()[:16]
 
 
+def view_seed(transform: Mapping[str, Any], seed: int) -> int | None:
+    """The seed that views depend on: None where nothing is drawn, so that runs of any seed share
+    the cache."""
+    return None if transform["kind"] == "none" else seed
+
+
 def settings_of(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, str]:
     """The fields of an unbound module, for a key."""
     left_out = {*without, "parent", "name"}
@@ -97,7 +103,7 @@ def image_store(
         source=source.fingerprint(),
         transform=dict(transform),
         views=views,
-        seed=seed,
+        seed=view_seed(transform, seed),
         trunk=settings_of(model.image_encoder, AFTER_TRUNK),
     )
     place = directory / f"images-{key}"

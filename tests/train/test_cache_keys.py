@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import pytest
 
+from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.models.build import build_model
-from ovseg_jax.train.feature_cache import AFTER_TRUNK, cache_key, settings_of
+from ovseg_jax.train.feature_cache import AFTER_TRUNK, cache_key, image_store, settings_of
+from ovseg_jax.train.report import Progress
 
 
 def keys(config):
@@ -34,3 +36,22 @@ def test_a_setting_that_changes_features_changes_the_key(tiny_config, field, val
     tiny_config.model.update_from_flattened_dict({field: value})
     after = keys(tiny_config)
     assert tuple(a != b for a, b in zip(before, after, strict=True)) == changed
+
+
+@pytest.mark.parametrize(("kind", "folders"), [("none", 1), ("crop", 2)])
+def test_runs_of_any_seed_share_views_that_draw_nothing(
+    tmp_path, tiny_model, tiny_params, kind, folders
+):
+    source, transform = ScenesSource("train", 2, 0, 32), {"kind": kind, "size": 32}
+    for seed in (0, 1, 1):
+        image_store(
+            tmp_path,
+            tiny_model,
+            tiny_params,
+            source,
+            transform,
+            views=1,
+            seed=seed,
+            progress=Progress(quiet=True).count,
+        )
+    assert len(list(tmp_path.iterdir())) == folders
