@@ -1,7 +1,8 @@
 """What one training example is on disk and in memory, and where records come from.
 
 A *record source* is anything with the members of `RecordSource`. On disk, a folder of records
-holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`.
+holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`; one
+that `ovseg_jax.prepare` wrote also an entity -> records index.
 One stored record is the msgpack array `[1, key, caption, image, [entity ids]]`: a layout
 version, two strings, bytes, and integers. Nothing in a folder is a pickle.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import msgpack
+import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
 import ovseg_jax
@@ -25,10 +27,13 @@ from ovseg_jax.data.manifest import (
     verify_files,
     write_manifest,
 )
+from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.errors import UserError
 
 RECORD_LAYOUT = 1
 INDEX_NAME = "index.jsonl"
+# Starts and records of a `PairIndex`.
+ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,11 @@ def unpack_record(data: bytes) -> Record:
     return Record(image=image, caption=caption, key=key, entities=tuple(entities))
 
 
+def index_line(record: Record) -> str:
+    """The line of a record in the index of a folder; ASCII."""
+    return json.dumps([record.key, record.caption]) + "\n"
+
+
 class MemorySource:
     """A list of records as a record source, for tests and small experiments."""
 
@@ -186,7 +196,7 @@ def write_records(
             for position in members:
                 record = source[position]
                 writer.write(pack_record(record))
-                index.write(json.dumps([record.key, record.caption]) + "\n")
+                index.write(index_line(record))
                 keys.append(record.key)
             writer.close()
             shards.append(describe_file(path, len(members)))
@@ -255,6 +265,15 @@ class ArrayRecordSource:
           UserError: naming the first file that differs.
         """
         verify_files(self.directory, self.manifest)
+
+    def entity_index(self) -> PairIndex | None:
+        """Entity -> records, on disk, for the entities of the manifest; None if not stored."""
+        if not self.manifest.files:
+            return None
+        starts, records = (
+            np.load(self.directory / name, mmap_mode="r") for name in ENTITY_INDEX_NAMES
+        )
+        return PairIndex(starts, records)
 
     def keys(self) -> list[str]:
         return [key for key, _ in self._index()]
