@@ -25,8 +25,9 @@ FAST = CaptionFilter(SET)
 # Everything that a rule of the tokenizer looks at, and words that the rules cut.
 PARTS = st.sampled_from(
     "dog Dogs puppies fire hydrants can not cannot wanna gonna gimme more'n d'ye 't is tis 'tis "
-    "'twas T-shirt tee shirts glass of water don't dog's dogs' o'clock s mask [MASK] x 5 5,000 e.g. "
-    "\u00e9t\u00e9 \U0001f415 \u72ac \u2026 \u2013 \u2019 \u201c \u201d \u00ab \u2018 \u201a \u2032".split()
+    "'twas T-shirt tee shirts glass of water don't dog's dogs' o'clock s mask [MASK] x 5 "
+    "5,000 e.g. \u00e9t\u00e9 \U0001f415 \u72ac \u2026 \u2013 \u2019 \u201c \u201d \u00ab \u2018 "
+    "\u201a \u2032".split()
     + list(" \t\n\u00a0\u2003\x1c,.;:!?()[]{}<>\"'`-_/*&@#$%+=|~^\\")
     + ["--", "...", "''", "``", ". ", ", ", " 's ", "' ", " '", ".)", "). ", "fire. hydrant"]
 )
@@ -51,7 +52,11 @@ def test_any_text_is_read_alike(text):
 
 
 def test_the_fast_way_is_taken(monkeypatch):
-    captions = ["A dog's bowl, (near) the fire hydrants.", 'the "puppy" don\u2019t', "no such thing"]
+    captions = [
+        "A dog's bowl, (near) the fire hydrants.",
+        'the "puppy" don\u2019t',
+        "no such thing",
+    ]
     expected = [SET.find(caption) for caption in captions]
     fast = CaptionFilter(SET)
     monkeypatch.setattr(SET, "find", None)

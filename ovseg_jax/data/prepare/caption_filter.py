@@ -18,7 +18,7 @@ _QUOTES = r"'\u2018\u2019"
 # A quote that a rule of the tokenizer may join with its neighbor across a blank.
 _ENTANGLED = re.compile(rf"(?<!\w)[{_QUOTES}]|[{_QUOTES}](?!\w)")
 # The tokenizer gets blanks in their place.
-_DOUBLE = re.compile("[\"`\u201c\u201d\u201e\u00ab\u00bb]")
+_DOUBLE = re.compile('["`\u201c\u201d\u201e\u00ab\u00bb]')
 
 
 class CaptionFilter:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt64
 from array_record.python import array_record_module
+from jaxtyping import Int64, UInt64
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file

@@ -4,6 +4,7 @@ import html
 import io
 import re
 import unicodedata
+import warnings
 from dataclasses import dataclass
 
 from PIL import Image
@@ -145,21 +146,36 @@ def _check_key(key: str) -> None:
 
 def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str, ...]]:
     """(size, remarks) of an image that training can decode: it is decoded here once."""
+    with warnings.catch_warnings():
+        # Pillow warns of much that is odd about an image; what matters here is counted.
+        warnings.simplefilter("ignore")
+        try:
+            image = decode(data, MAX_PIXELS)
+        except UnreadableImage as error:
+            raise _Dropped(causes.UNREADABLE + error.cause) from error
+        if min(image.size) < rules.min_side:
+            raise _Dropped(causes.SMALL_IMAGE)
+        # The header once more: `decode` returns pixels alone.
+        with Image.open(io.BytesIO(data)) as header:
+            return image.size, _image_remarks(header)
+
+
+def _image_remarks(header: Image.Image) -> tuple[str, ...]:
+    remarks = []
+    if header.mode in causes.MODES:
+        remarks.append(causes.MODES[header.mode])
+    if _is_animated(header):
+        remarks.append(causes.ANIMATED)
+    if header.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        remarks.append(causes.EXIF_ROTATED)
+    if header.has_transparency_data:
+        remarks.append(causes.TRANSPARENT)
+    return tuple(remarks)
+
+
+def _is_animated(header: Image.Image) -> bool:
     try:
-        image = decode(data, MAX_PIXELS)
-    except UnreadableImage as error:
-        raise _Dropped(causes.UNREADABLE + error.cause) from error
-    if min(image.size) < rules.min_side:
-        raise _Dropped(causes.SMALL_IMAGE)
-    # The header once more: `decode` returns pixels alone.
-    with Image.open(io.BytesIO(data)) as header:
-        remarks = []
-        if header.mode in causes.MODES:
-            remarks.append(causes.MODES[header.mode])
-        if getattr(header, "is_animated", False):
-            remarks.append(causes.ANIMATED)
-        if header.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            remarks.append(causes.EXIF_ROTATED)
-        if header.has_transparency_data:
-            remarks.append(causes.TRANSPARENT)
-    return image.size, tuple(remarks)
+        return bool(getattr(header, "is_animated", False))
+    except Exception:
+        # Frames after the first are damaged: Pillow raises nearly anything. The first is whole.
+        return True

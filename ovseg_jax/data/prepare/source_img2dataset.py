@@ -92,9 +92,7 @@ def _caption(files: dict[str, bytes], listed: str | None) -> str | bytes | None:
     return caption if isinstance(caption, str) else listed
 
 
-def _samples(
-    path: Path, images: bool
-) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
+def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
     """(key, extension -> content) of neighboring members of a tar that differ in extension alone.
 
     The content is None for a pair that the end of a damaged tar cuts off.

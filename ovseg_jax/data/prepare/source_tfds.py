@@ -34,7 +34,9 @@ class TfdsSource:
         builder = self._builder()
         if self._split not in builder.info.splits:
             known = ", ".join(builder.info.splits) or "none: prepare the set first"
-            raise UserError(f"the TFDS set {self._set} has no split {self._split!r}; it has {known}")
+            raise UserError(
+                f"the TFDS set {self._set} has no split {self._split!r}; it has {known}"
+            )
         kinds = {path: type(part).__name__ for path, part in _leaves(builder.info.features)}
         self._image = _first(kinds, "Image", lambda path: True)
         self._caption = _first(
