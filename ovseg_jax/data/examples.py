@@ -290,7 +290,9 @@ class Examples:
 
 def _stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:
     """The index that `ovseg_jax.prepare` stored, if it is of these entities."""
-    if not isinstance(source, ArrayRecordSource) or source.manifest.entities != entity_set.table:
+    if not isinstance(source, ArrayRecordSource) or list(source.manifest.entities.items()) != list(
+        entity_set.table.items()
+    ):
         return None
     return source.entity_index()
 
