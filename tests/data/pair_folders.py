@@ -1,4 +1,4 @@
-"""Inputs for tests of preparation: images of all kinds, and folders as other programs write them."""
+"""Inputs for tests of preparation: images, and folders as other programs write them."""
 
 import io
 import json

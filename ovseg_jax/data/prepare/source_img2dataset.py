@@ -73,7 +73,7 @@ class Img2DatasetSource:
                 continue
             seen.add(key)
             row = rows.get(key)
-            image = next((files[kind] for kind in IMAGES if kind in files), None)
+            image = next((files[k] for k in IMAGES if images and k in files), None)
             yield RawPair(key, _caption(files, row.caption if row else None), image)
         for key, row in rows.items():
             if key not in seen:

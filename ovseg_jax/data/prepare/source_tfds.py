@@ -4,7 +4,7 @@ The set must have been prepared with `file_format='array_record'`. An image with
 gives a pair for each.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,22 @@ class TfdsSource:
             raise UserError(
                 f"the TFDS set {self._set} has no split {self._split!r}; it has {known}"
             )
-        kinds = {path: type(part).__name__ for path, part in _leaves(builder.info.features)}
-        self._image = _first(kinds, "Image", lambda path: True)
-        self._caption = _first(
-            kinds, "Text", lambda path: any(word in "/".join(path) for word in _CAPTIONS)
-        )
+        leaves = list(_leaves(builder.info.features))
+        images = [path for path, part, depth in leaves if _is(part, "Image") and not depth]
+        captions = [
+            path
+            for path, part, depth in leaves
+            if _is(part, "Text") and depth < 2 and any(w in "/".join(path) for w in _CAPTIONS)
+        ]
+        names = ["/".join(path) for path, _, _ in leaves]
+        self._image = images[0] if images else None
+        self._caption = captions[0] if captions else None
         if self._image is None or self._caption is None:
             raise UserError(
                 f"the TFDS set {self._set} has no {'image' if self._image is None else 'caption'} "
-                f"among its features: {', '.join('/'.join(path) for path in kinds)}"
+                f"among its features: {', '.join(names)}"
             )
-        keys = [path for path in kinds if "/".join(path) in _KEYS]
-        self._key = min(keys, key=lambda path: _KEYS.index("/".join(path)), default=None)
+        self._key = next(((name,) for name in _KEYS if name in builder.info.features.keys()), None)
         self._data: Any = None
 
     def _builder(self) -> Any:
@@ -110,20 +114,22 @@ class TfdsSource:
         return {**self.__dict__, "_data": None}
 
 
-def _leaves(features: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(names, feature) of every feature; a sequence counts as what it is a sequence of."""
-    inner = getattr(features, "feature", None)
-    if isinstance(features, Mapping):
-        for name in features:
-            yield from _leaves(features[name], (*path, name))
-    elif inner is not None:
-        yield from _leaves(inner, path)
+def _leaves(
+    features: Any, path: tuple[str, ...] = (), depth: int = 0
+) -> Iterator[tuple[tuple[str, ...], Any, int]]:
+    """(names, feature, how many sequences it is in) of every feature."""
+    inner = getattr(features, "feature", None)  # of a sequence
+    if inner is not None:
+        yield from _leaves(inner, path, depth + 1)
+    elif hasattr(features, "keys"):
+        for name in features.keys():
+            yield from _leaves(features[name], (*path, name), depth)
     else:
-        yield path, features
+        yield path, features, depth
 
 
-def _first(kinds: dict[tuple[str, ...], str], kind: str, fits: Any) -> tuple[str, ...] | None:
-    return next((path for path, name in kinds.items() if name == kind and fits(path)), None)
+def _is(feature: Any, kind: str) -> bool:
+    return type(feature).__name__ == kind
 
 
 def _at(example: Any, path: tuple[str, ...] | None) -> Any:
