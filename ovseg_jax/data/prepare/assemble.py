@@ -73,7 +73,7 @@ def _copy_without(part: Path, kept: Bool[np.ndarray, "n"], path: Path) -> None:
 
 
 def write_index(
-    out: Path, work: Path, parts: list[int], duplicates: Duplicates, tally: Tally
+    out: Path, work: Path, parts: int, duplicates: Duplicates, tally: Tally
 ) -> tuple[FileInfo, str]:
     """Writes the index of keys and captions; moves duplicates to the dropped ones in `tally`.
 
@@ -85,7 +85,7 @@ def write_index(
 
     def keys(stream) -> Iterator[str]:
         nonlocal count
-        for part in parts:
+        for part in range(parts):
             dropped = set(duplicates.of(part).tolist())
             with PartPaths(work, part).index.open(encoding="ascii") as lines:
                 for position, line in enumerate(lines):

@@ -5,12 +5,13 @@ from html import escape
 
 import numpy as np
 
+Number = int | float
 _INK, _PALE, _FILL = "#222", "#777", "#3b6ea5"
 _ROW, _LABEL, _WIDTH, _NUMBER = 18, 250, 420, 80
 _COLUMNS_HEIGHT = 160
 
 
-def _svg(width: float, height: float, body: Sequence[str]) -> str:
+def _svg(width: Number, height: Number, body: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
         f'viewBox="0 0 {width:g} {height:g}" font-family="sans-serif" font-size="12">'
@@ -19,11 +20,11 @@ def _svg(width: float, height: float, body: Sequence[str]) -> str:
     )
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", color: str = _INK) -> str:
+def _text(x: Number, y: Number, words: str, anchor: str = "start", color: str = _INK) -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{color}">{escape(words)}</text>'
 
 
-def _box(x: float, y: float, width: float, height: float, color: str, title: str) -> str:
+def _box(x: Number, y: Number, width: Number, height: Number, color: str, title: str) -> str:
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}">'
         f"<title>{escape(title)}</title></rect>"

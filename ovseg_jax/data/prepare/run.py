@@ -58,9 +58,10 @@ def prepare(
     Raises:
       UserError: the folder holds something else, or no pair is left.
     """
+    processes = LocalPool(workers)
     shards = source.shards()
     plan = _plan(source, shards, choice, rules)
-    with _work_folder(out, plan) as work, LocalPool(workers) as pool:
+    with _work_folder(out, plan) as work, processes as pool:
         entities = _entities(source, shards, choice, rules, work, pool, say)
         tally = _make_parts(source, shards, entities, rules, work, pool, say)
         found = _find_duplicates(work, len(shards), tally.kept, pool)
@@ -187,7 +188,7 @@ def _finish(
     for info, counts in pool.map(assemble.finish_shard, jobs):
         infos.append(info)
         statistics += counts
-    index, keys_sha256 = assemble.write_index(out, work, full, found, tally)
+    index, keys_sha256 = assemble.write_index(out, work, parts, found, tally)
     files = assemble.write_entity_index(out, work, full, found, statistics.entities)
     EntitySet(entities.table).to_json(
         out / ENTITIES_NAME, source=entities.source, counts=entities.counts
