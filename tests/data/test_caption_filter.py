@@ -15,12 +15,25 @@ TABLE = {
     "can": [],
     "t-shirt": ["tee shirt"],
     "not": [],
+    "wan": [],
     "s": [],
     "mask": [],
     "glass of water": [],
 }
 SET = EntitySet(TABLE)
-FAST = CaptionFilter(SET)
+# Without words that the tokenizer cuts off others, most captions are settled at a glance.
+GLANCE_SET = EntitySet({"dog": [], "t-shirt": [], "fire hydrant": [], "glass of water": []})
+BOTH = [(CaptionFilter(SET), SET), (CaptionFilter(GLANCE_SET), GLANCE_SET)]
+
+
+def assert_read_alike(text):
+    for fast, exact in BOTH:
+        assert fast.find(text) == exact.find(text)
+
+
+def test_both_ways_are_tried():
+    assert [fast._runs is None for fast, _ in BOTH] == [True, False]
+
 
 # Everything that a rule of the tokenizer looks at, and words that the rules cut.
 PARTS = st.sampled_from(
@@ -29,26 +42,55 @@ PARTS = st.sampled_from(
     "5,000 e.g. \u00e9t\u00e9 \U0001f415 \u72ac \u2026 \u2013 \u2019 \u201c \u201d \u00ab \u2018 "
     "\u201a \u2032".split()
     + list(" \t\n\u00a0\u2003\x1c,.;:!?()[]{}<>\"'`-_/*&@#$%+=|~^\\")
-    + ["--", "...", "''", "``", ". ", ", ", " 's ", "' ", " '", ".)", "). ", "fire. hydrant"]
+    + [
+        "--",
+        "...",
+        "''",
+        "``",
+        "n't",
+        "N\u2019T ",
+        "_",
+        ". ",
+        ", ",
+        " 's ",
+        "' ",
+        " '",
+        ".)",
+        "). ",
+        "fire. hydrant",
+    ]
 )
 
 
 @settings(max_examples=1500)
 @given(st.lists(PARTS, max_size=14).map("".join))
 def test_any_mixture_of_signs_is_read_alike(text):
-    assert FAST.find(text) == SET.find(text)
+    assert_read_alike(text)
+
+
+ENDS = st.sampled_from(
+    [".", ". )", ".)>", "..", "'s.", "'s. ]", "n't.", " wanna.", "\u2019s.", "'.", ".'", ". )."]
+)
+
+
+@settings(max_examples=600)
+@given(st.lists(PARTS, max_size=3).map("".join), ENDS)
+def test_any_end_is_read_alike(text, end):
+    assert_read_alike(text + end)
+    assert_read_alike(text + " dog" + end)
+    assert_read_alike(text + " fire" + end)
 
 
 @settings(max_examples=300)
 @given(st.lists(PARTS, max_size=12).map(" ".join))
 def test_any_mixture_of_words_is_read_alike(text):
-    assert FAST.find(text) == SET.find(text)
+    assert_read_alike(text)
 
 
 @settings(max_examples=200)
 @given(st.text(max_size=60))
 def test_any_text_is_read_alike(text):
-    assert FAST.find(text) == SET.find(text)
+    assert_read_alike(text)
 
 
 def test_the_fast_way_is_taken(monkeypatch):
@@ -61,7 +103,7 @@ def test_the_fast_way_is_taken(monkeypatch):
     fast = CaptionFilter(SET)
     monkeypatch.setattr(SET, "find", None)
     assert [fast.find(caption) for caption in captions] == expected
-    assert expected == [(0, 2, 6), (0,), ()]
+    assert [len(found) for found in expected] == [3, 1, 0]
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -70,9 +112,8 @@ def test_forgetting_changes_nothing(monkeypatch, most):
     fast = CaptionFilter(SET)
     text = "a dog and a fire hydrant and a dog and two glasses of water, a glass of water"
     for _ in range(3):
-        assert fast.find(text) == SET.find(text) == (0, 2, 8)
+        assert fast.find(text) == SET.find(text) == (0, 2, 9)
     assert len(fast._words) <= most
-    assert len(fast._cold) <= most
 
 
 def test_forms_of_signs_are_found_too():

@@ -10,8 +10,8 @@ from jaxtyping import Int64
 
 from ovseg_jax.data.prepare.parts import PartPaths, read_digests
 
-# Keys in a bucket, about: 24 MB and a second.
-_PER_BUCKET = 2**20
+# Keys in a bucket, about: 10 MB while it is searched.
+_PER_BUCKET = 2**17
 
 
 def bucket_count(records: int) -> int:
