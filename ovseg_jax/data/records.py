@@ -9,7 +9,7 @@ version, two strings, bytes, and integers. Nothing in a folder is a pickle.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -82,6 +82,15 @@ def keys_of(source: RecordSource) -> list[str]:
     if callable(keys):
         return list(keys())
     return [source[index].key for index in range(len(source))]
+
+
+def sample_captions(source: RecordSource, most: int) -> list[str]:
+    """Up to about `most` captions, evenly spread over the records."""
+    sample = getattr(source, "caption_sample", None)
+    if callable(sample):
+        return sample(most)
+    captions = source.captions()
+    return captions[:: max(1, len(captions) // most)]
 
 
 def key_digest(keys: Iterable[str]) -> str:
@@ -281,19 +290,33 @@ class ArrayRecordSource:
     def captions(self) -> list[str]:
         return [caption for _, caption in self._index()]
 
-    def _index(self) -> list[list[str]]:
+    def caption_sample(self, most: int) -> list[str]:
+        """Up to about `most` captions, evenly spread; unlike `captions()`, the rest is not kept."""
+        step = max(1, len(self) // most)
+        return [row[1] for number, row in enumerate(self._index()) if number % step == 0]
+
+    def _index(self) -> Iterator[list[str]]:
+        """[key, caption] of every record, after the keys were checked; one at a time in memory."""
         path = self.directory / self.manifest.index.file
+        count = 0
+
+        def keys(rows: Iterator[list[str]]) -> Iterator[str]:
+            nonlocal count
+            for row in rows:
+                count += 1
+                yield row[0]
+
         try:
-            rows = [json.loads(line) for line in path.read_text("ascii").splitlines()]
-            if len(rows) != len(self) or key_digest(key for key, _ in rows) != (
-                self.manifest.keys_sha256
-            ):
+            with path.open(encoding="ascii") as stream:
+                digest = key_digest(keys(json.loads(line) for line in stream))
+            if count != len(self) or digest != self.manifest.keys_sha256:
                 raise ValueError("its keys are not those of the manifest")
-        except (ValueError, TypeError, OSError) as error:
+            with path.open(encoding="ascii") as stream:
+                yield from (json.loads(line) for line in stream)
+        except (ValueError, TypeError, LookupError, OSError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); copy the file again, or write the records again"
             ) from error
-        return rows
 
     def fingerprint(self) -> str:
         return self.manifest.digest()[:16]

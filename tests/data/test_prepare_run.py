@@ -17,6 +17,7 @@ from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.prepare import assemble, causes, duplicates
 from ovseg_jax.data.prepare import run as run_module
 from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
+from ovseg_jax.data.prepare.pool import LocalPool
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
@@ -358,3 +359,23 @@ def test_many_duplicates_are_warned_of(tmp_path):
     assert report["dropped"] == {causes.DUPLICATE: 2}
     assert "number each shard from 0" in report["warnings"][0]
     assert len(ArrayRecordSource(tmp_path / "out").manifest.shards) == 1
+
+
+def test_worker_that_dies_is_explained():
+    with LocalPool(1) as pool, pytest.raises(UserError, match="worker process died.*goes on"):
+        list(pool.map(os._exit, [(1,)]))
+
+
+def test_pool_keeps_the_order_and_runs_ahead_by_little():
+    taken = []
+
+    def arguments():
+        for number in range(12):
+            taken.append(number)
+            yield (number, 2)
+
+    with LocalPool(1) as pool:
+        results = pool.map(pow, arguments())
+        assert next(results) == 0
+        assert len(taken) == 2
+        assert [0, *results] == [number**2 for number in range(12)]

@@ -24,7 +24,7 @@ def page(report: Mapping[str, Any]) -> str:
         *(f"<p><b>Warning:</b> {escape(text)}</p>" for text in report["warnings"]),
         "<h2>Dropped, by cause</h2>",
         _dropped(report),
-        "<h2>Kept, with a remark</h2>",
+        "<h2>Remarks on pairs that passed the rules</h2>",
         _table([(escape(k), f"{v:,}") for k, v in report["remarks"].items()]),
         "<h2>Damaged shards</h2>",
         _list(report["damaged_shards"]),

@@ -15,7 +15,7 @@ class Tally:
     Attributes:
       dropped: cause -> pairs.
       examples: cause -> the first keys.
-      remarks: what was unusual about pairs that were kept -> pairs.
+      remarks: what was unusual about pairs that passed the rules (duplicates too) -> pairs.
       damage: what was wrong with whole shards, in words.
     """
 
