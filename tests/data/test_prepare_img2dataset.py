@@ -222,6 +222,20 @@ def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("prefix", ["./", "folder/", "./a/b/"])
+def test_tar_that_was_packed_again(tmp_path, prefix):
+    write_img2dataset(tmp_path, 0, PAIRS, FAILED)
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for key, caption, image in PAIRS:
+            add_file(archive, f"{prefix}{key}.jpg", image)
+            add_file(archive, f"{prefix}{key}.txt", caption.encode())
+    pairs, damage = contents(tmp_path)
+    assert [key.rpartition("/")[2] for key, *_ in as_found(pairs)] == [key for key, *_ in PAIRS]
+    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
+    assert not by_cause(pairs, causes.LOST)
+    assert not damage
+
+
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         Img2DatasetSource(tmp_path / "none")

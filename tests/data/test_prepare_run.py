@@ -361,6 +361,26 @@ def test_many_duplicates_are_warned_of(tmp_path):
     assert len(ArrayRecordSource(tmp_path / "out").manifest.shards) == 1
 
 
+def test_names_that_are_no_utf8_can_be_reported(tmp_path):
+    path = write_img2dataset(tmp_path / "in", 0, [_pair(0)])
+    os.rename(path, os.fsencode(path.parent) + b"/1\xff.tar")
+    report = run(tmp_path / "in", tmp_path / "out")
+    assert report["damaged_shards"][0].startswith("1\\udcff.tar: ")
+    assert "udcff.tar" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_run_killed_at_its_very_end_leaves_no_work(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        _fail_at(patch, run_module.shutil, "rmtree", 0)
+        with pytest.raises(Killed):
+            run(folder, out)
+    assert len(ArrayRecordSource(out)) > 0
+    with pytest.raises(UserError, match="already holds records"):
+        run(folder, out)
+    assert not (out / ".work").exists()
+
+
 def test_worker_that_dies_is_explained():
     with LocalPool(1) as pool, pytest.raises(UserError, match="worker process died.*goes on"):
         list(pool.map(os._exit, [(1,)]))

@@ -134,7 +134,7 @@ def make_part(
     with paths.index.open("w", encoding="ascii") as index:
         for item in source.read(shard):
             if isinstance(item, Damage):
-                tally.damage.append(f"{shard.name}: {item.what}")
+                tally.damaged(shard.name, item.what)
                 continue
             verdict = judge(item, rules, entities)
             record = verdict.record

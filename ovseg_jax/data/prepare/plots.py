@@ -57,8 +57,8 @@ def columns(values: Mapping[str, int], unit: str) -> str:
         body.append(_box(x, top, step - 1, height, _FILL, f"{name} {unit}: {value}"))
         if number % every == 0:
             body.append(_text(x, _COLUMNS_HEIGHT + 14, name, color=_PALE))
-    body.append(_text(0, _COLUMNS_HEIGHT + 32, unit))
-    return _svg(len(values) * step + 60, _COLUMNS_HEIGHT + 40, body)
+    body.append(_text(0, _COLUMNS_HEIGHT + 32, f"{unit}; the highest column: {most:,}"))
+    return _svg(max(320, len(values) * step + 60), _COLUMNS_HEIGHT + 40, body)
 
 
 def squares(names: Sequence[str], counts: Mapping[tuple[str, str], int]) -> str:

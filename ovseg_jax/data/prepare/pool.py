@@ -2,6 +2,7 @@
 
 import collections
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +34,11 @@ class LocalPool:
         if self._workers:
             # Not forked: threads of this process (progress, libraries) would not survive it.
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self._workers, mp_context=context)
+            # Ctrl-C ends workers at once and without a traceback of their own.
+            default = (signal.SIGINT, signal.SIG_DFL)
+            self._executor = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=signal.signal, initargs=default
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -89,6 +89,7 @@ def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """OUT/.work, held against a second run, with this plan and no other."""
     work = out / WORK_NAME
     if (out / MANIFEST_NAME).exists():
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
         raise UserError(f"{out} already holds records; choose another folder, or empty it")
     if out.is_dir() and any(out.iterdir()) and not work.is_dir():
         raise UserError(f"{out} is not empty; choose another folder, or empty it")

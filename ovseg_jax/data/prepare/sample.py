@@ -49,7 +49,7 @@ def dry_run(
     for shard in chosen:
         for item in islice(source.read(shard), pairs // len(chosen)):
             if isinstance(item, Damage):
-                tally.damage.append(f"{shard.name}: {item.what}")
+                tally.damaged(shard.name, item.what)
                 continue
             verdict = judge(item, rules, matcher)
             if verdict.record is None:

@@ -23,7 +23,9 @@ def _url_name(cell: str, row: int) -> str:
 NAMINGS: dict[str, Callable[[str, int], str]] = {
     "path in the table": lambda cell, row: cell,
     "end of the URL": _url_name,
-    "MD5 of the URL": lambda cell, row: hashlib.md5(cell.encode()).hexdigest(),
+    "MD5 of the URL": lambda cell, row: hashlib.md5(
+        cell.encode(), usedforsecurity=False
+    ).hexdigest(),
     "SHA-256 of the URL": lambda cell, row: hashlib.sha256(cell.encode()).hexdigest(),
     "number of the row, 9 digits": lambda cell, row: f"{row:09d}",
     "number of the row": lambda cell, row: str(row),

@@ -66,13 +66,14 @@ class Img2DatasetSource:
                 yield item
                 continue
             key, files = item
+            # A tar that was packed again has folders before the names.
+            listed = key if key in rows else key.rpartition("/")[2]
             if files is None:  # begun, and cut off by the end of the tar
-                if key not in rows:
-                    seen.add(key)
+                if listed not in rows:
                     yield RawPair(key, None, cause=causes.LOST)
                 continue
-            seen.add(key)
-            row = rows.get(key)
+            seen.add(listed)
+            row = rows.get(listed)
             image = next((files[k] for k in IMAGES if images and k in files), None)
             yield RawPair(key, _caption(files, row.caption if row else None), image)
         for key, row in rows.items():
@@ -130,7 +131,7 @@ def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes] |
 
 def _split(name: str) -> tuple[str, str]:
     """'a/000.jpg' -> ('a/000', 'jpg'); the key ends at the first period of the file name."""
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, kind = base.partition(".")
     return folder + slash + stem, kind.lower()
 

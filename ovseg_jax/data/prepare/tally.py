@@ -44,10 +44,14 @@ class Tally:
         self.dropped[cause] += 1
         self._example(key, cause)
 
+    def damaged(self, shard: str, what: str) -> None:
+        """Notes what is wrong with a shard."""
+        self.damage.append(_printable(f"{shard}: {what}"))
+
     def _example(self, key: str, cause: str) -> None:
         keys = self.examples.setdefault(cause, [])
         if len(keys) < _EXAMPLES:
-            keys.append(key.encode("utf-8", "backslashreplace").decode())
+            keys.append(_printable(key))
 
     def add(self, other: "Tally") -> None:
         """Adds the counts of a later shard."""
@@ -76,3 +80,8 @@ class Tally:
         """Inverse of `to_json`."""
         counters = {name: Counter(document[name]) for name in ("dropped", "remarks")}
         return cls(**{**document, **counters})
+
+
+def _printable(name: str) -> str:
+    """A name of a file or pair whose bytes may be no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
