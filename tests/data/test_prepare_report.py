@@ -127,6 +127,7 @@ def test_dry_run_builds_entities_of_the_sample(folder, capsys):
         (["--out=x"], "missing --source"),
         (["--source=scenes:5"], "missing --out"),
         (["--source=scenes:5", "--out=x", "--workers=-1"], "--workers=-1"),
+        (["--source=scenes:5", "--out=gs://b/x"], "--out=gs://b/x must be a folder of this"),
         (["--source=scenes:5", "--out=x", "--min_side=0"], "--min_side=0"),
         (["--source=scenes:5", "--out=x", "--entities=y"], "none of: published"),
         (["--source=zip:5", "--out=x"], "none of: img2dataset"),
