@@ -6,13 +6,17 @@ are found without being listed. Ids are positions in the table.
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ovseg_jax.data.plurals import plurals
 from ovseg_jax.data.words import word_at, word_spans, words
 from ovseg_jax.errors import UserError
 
 MASK_TOKEN = "[MASK]"
+FORMAT = "ovseg_jax entities"
+VERSION = 1
 
 
 class EntitySet:
@@ -68,19 +72,26 @@ class EntitySet:
         """
         positions = word_spans(caption)
         tokens = [word_at(caption, position) for position in positions]
-        masked = _literal_positions(caption, MASK_TOKEN)
+        for start in _literal_positions(caption, MASK_TOKEN):
+            for at, (left, _) in enumerate(positions):
+                if start <= left < start + len(MASK_TOKEN):
+                    tokens[at] = ""  # no form begins with it
+        return [
+            (positions[first][0], positions[last][1], identity)
+            for first, last, identity in self._mentions(tokens)
+        ]
+
+    def _mentions(self, tokens: Sequence[str]) -> list[tuple[int, int, int]]:
+        """(first word, last word, entity id) of every mention among the words of a caption."""
         found = []
         at = 0
         while at < len(tokens):
             taken = 1
-            inside_mask = any(
-                start <= positions[at][0] < start + len(MASK_TOKEN) for start in masked
-            )
-            longest = 0 if inside_mask else self._longest.get(tokens[at], 0)
+            longest = self._longest.get(tokens[at], 0)
             for length in range(min(longest, len(tokens) - at), 0, -1):
                 identity = self._ids.get(tuple(tokens[at : at + length]))
                 if identity is not None:
-                    found.append((positions[at][0], positions[at + length - 1][1], identity))
+                    found.append((at, at + length - 1, identity))
                     taken = length
                     break
             at += taken
@@ -90,33 +101,78 @@ class EntitySet:
         """Sorted ids of the entities that the caption names, each once."""
         return tuple(sorted({identity for _, _, identity in self.spans(caption)}))
 
-    def to_json(self, path: str | Path) -> None:
-        """Writes the table as one JSON object, name -> forms, in id order."""
-        Path(path).write_text(json.dumps(self.table, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    def among(self, tokens: Sequence[str]) -> tuple[int, ...]:
+        """`find` for a caption that is words already (`words.words`); knows no mask token."""
+        return tuple(sorted({identity for _, _, identity in self._mentions(tokens)}))
+
+    def first_words(self) -> frozenset[str]:
+        """The words that a form, listed or a plural, can begin with."""
+        return frozenset(self._longest)
+
+    def vocabulary(self) -> frozenset[str]:
+        """Every word of every form, plurals too."""
+        return frozenset(word for tokens in self._ids for word in tokens)
+
+    def to_json(
+        self, path: str | Path, *, source: str = "", counts: Mapping[str, int] | None = None
+    ) -> None:
+        """Writes the table as a file that a person can read, edit and give back.
+
+        Args:
+          source: where the entities come from.
+          counts: entity name -> how often it was found; for the reader alone.
+        """
+        document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": source}
+        if counts is not None:
+            document["counts"] = dict(counts)
+        document["entities"] = self.table
+        text = json.dumps(document, indent=1, ensure_ascii=False)
+        Path(path).write_text(text + "\n", "utf-8")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "EntitySet":
         """Reads a table that `to_json`, or a person, wrote.
 
+        The file is what `to_json` writes, or only the object of names and forms in it.
+
         Raises:
           UserError: the file is missing or is not an object of lists of strings.
         """
         try:
-            table = json.loads(Path(path).read_text("utf-8"))
+            document = json.loads(Path(path).read_text("utf-8"))
         except FileNotFoundError as error:
             raise UserError(f"there is no entity file at {path}; check the path") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as JSON ({error}); correct the file") from error
-        well_formed = isinstance(table, dict) and all(
-            isinstance(forms, list) and all(isinstance(form, str) for form in forms)
-            for forms in table.values()
-        )
-        if not well_formed:
+        return cls(_table_of(document, path))
+
+    @classmethod
+    def published(cls) -> "EntitySet":
+        """The published list: 73 classes of 100 words (Sec. 3.1.2; `entity_lists/`)."""
+        listed = resources.files("ovseg_jax.data").joinpath("entity_lists/published.json")
+        return cls(_table_of(json.loads(listed.read_text("utf-8")), "the published list"))
+
+
+def _table_of(document: Any, path: str | Path) -> dict[str, list[str]]:
+    """The table in a parsed file, checked."""
+    table = document
+    if isinstance(document, dict) and document.get("format") == FORMAT:
+        if document.get("version") != VERSION:
             raise UserError(
-                f'{path} must hold one JSON object such as {{"dog": ["dog", "puppy"]}}: a list of '
-                "surface forms for each entity name"
+                f"{path} has layout version {document.get('version')!r}, this program reads "
+                f"{VERSION}; write the entities again"
             )
-        return cls(table)
+        table = document.get("entities")
+    well_formed = isinstance(table, dict) and all(
+        isinstance(forms, list) and all(isinstance(form, str) for form in forms)
+        for forms in table.values()
+    )
+    if not well_formed:
+        raise UserError(
+            f'{path} must hold one JSON object such as {{"dog": ["dog", "puppy"]}}: a list of '
+            "surface forms for each entity name"
+        )
+    return table
 
 
 def _literal_positions(text: str, literal: str) -> list[int]:

@@ -21,7 +21,7 @@ from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.noun_texts import noun_sentences
 from ovseg_jax.data.order import example_rng, record_index
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import Record, RecordSource, keys_of
+from ovseg_jax.data.records import ArrayRecordSource, Record, RecordSource, keys_of
 from ovseg_jax.data.templates import TRAINING
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
@@ -110,6 +110,8 @@ class Examples:
         # With cached images no record is read at all, so keys and captions are fetched at once.
         self._keys = keys_of(source) if image_store is not None else None
         self._captions = source.captions() if image_store is not None else None
+        if with_pairs and pairs is None:
+            pairs = _stored_pairs(source, entity_set)
         self._entities: list[tuple[int, ...]] | None = None
         if self._captions is not None or (with_pairs and pairs is None):
             captions = source.captions() if self._captions is None else self._captions
@@ -284,6 +286,15 @@ class Examples:
                 raise UserError(
                     f"the cached array {name} has {have} {what}, the data set has {want}; {again}"
                 )
+
+
+def _stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:
+    """The index that `ovseg_jax.prepare` stored, if it is of these entities."""
+    if not isinstance(source, ArrayRecordSource) or list(source.manifest.entities.items()) != list(
+        entity_set.table.items()
+    ):
+        return None
+    return source.entity_index()
 
 
 class _Unusable(Exception):

@@ -12,7 +12,7 @@ from ovseg_jax.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ovseg_jax records"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Manifest:
       source_fingerprint: the fingerprint of that source.
       keys_sha256: digest of the key list (`records.key_digest`).
       tool: program and version that wrote the folder.
+      files: further files: the entity -> records index, where there is one.
     """
 
     count: int
@@ -48,6 +49,11 @@ class Manifest:
     source_fingerprint: str
     keys_sha256: str
     tool: str
+    files: tuple[FileInfo, ...] = ()
+
+    def everything(self) -> tuple[FileInfo, ...]:
+        """Every file of the folder but the manifest."""
+        return (*self.shards, self.index, *self.files)
 
     def digest(self) -> str:
         """SHA-256 of the manifest itself, which is stored in it: a hand-edited one shows."""
@@ -103,7 +109,7 @@ def read_manifest(directory: Path) -> Manifest:
     manifest = _parse(document, path)
     if manifest.digest() != document.get("manifest_sha256"):
         raise UserError(f"{path} was changed after it was written; restore it, or {again}")
-    for info in (*manifest.shards, manifest.index):
+    for info in manifest.everything():
         _check_file(directory / info.file, info)
     return manifest
 
@@ -114,7 +120,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     Raises:
       UserError: naming the first file that differs.
     """
-    for info in (*manifest.shards, manifest.index):
+    for info in manifest.everything():
         path = directory / info.file
         _check_file(path, info)
         if file_digest(path) != info.sha256:
@@ -146,6 +152,7 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             source_fingerprint=document["source_fingerprint"],
             keys_sha256=document["keys_sha256"],
             tool=document["tool"],
+            files=tuple(FileInfo(**info) for info in document["files"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -9,7 +9,7 @@ between) and is not itself followed by another open-class word.
 import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Protocol, runtime_checkable
 
@@ -153,41 +153,70 @@ def noun_finder() -> NounFinder:
         return BundledNouns()
 
 
+@dataclass
+class NounCounts:
+    """Nouns of captions; those of several sets of captions add up.
+
+    Attributes:
+      uses: noun, in the singular -> mentions.
+      evidence: noun -> mentions that stand where nouns stand.
+    """
+
+    uses: Counter[str] = field(default_factory=Counter)
+    evidence: Counter[str] = field(default_factory=Counter)
+
+    def add_caption(self, caption: str, finder: NounFinder) -> None:
+        """Counts the nouns of one caption."""
+        for lemma, stands_like_noun in finder.nouns(words(caption)):
+            self.uses[lemma] += 1
+            self.evidence[lemma] += stands_like_noun
+
+
+def choose_entities(
+    counts: NounCounts, top: int, abstract: Collection[str] | None = None
+) -> dict[str, int]:
+    """The `top` most frequent nouns with their counts, abstract ones left out (Sec. 3.1.2).
+
+    Args:
+      abstract: nouns to leave out, in the singular; the bundled list by default.
+
+    Raises:
+      UserError: there is no noun.
+    """
+    abstract = word_list("abstract") if abstract is None else frozenset(abstract)
+    # Alphabetical among equals, so that the order of the captions does not matter.
+    ranked = sorted(
+        (
+            (count, lemma)
+            for lemma, count in counts.uses.items()
+            if lemma not in abstract and counts.evidence[lemma] >= max(1, _LEAST_EVIDENCE * count)
+        ),
+        key=lambda item: (-item[0], item[1]),
+    )[:top]
+    if not ranked:
+        raise UserError("no nouns were found in the captions; give a list of entities instead")
+    return {lemma: count for count, lemma in ranked}
+
+
 def build_entity_set(
     captions: Iterable[str],
     top: int = 100,
     abstract: Collection[str] | None = None,
     finder: NounFinder | None = None,
 ) -> BuiltEntities:
-    """The `top` most frequent nouns of the captions, abstract ones left out (Sec. 3.1.2).
+    """The entity set of `choose_entities`.
 
     Args:
       captions: read once.
       top: how many entities to keep at most.
-      abstract: nouns to leave out, in the singular; the bundled list by default.
       finder: how to find nouns; the best that is installed by default.
 
     Raises:
       UserError: no noun was found.
     """
     finder = finder or noun_finder()
-    abstract = word_list("abstract") if abstract is None else frozenset(abstract)
-    uses: Counter[str] = Counter()
-    evidence: Counter[str] = Counter()
+    found = NounCounts()
     for caption in captions:
-        for lemma, stands_like_noun in finder.nouns(words(caption)):
-            uses[lemma] += 1
-            evidence[lemma] += stands_like_noun
-    # Alphabetical among equals, so that the order of the captions does not matter.
-    ranked = sorted(
-        (
-            (count, lemma)
-            for lemma, count in uses.items()
-            if lemma not in abstract and evidence[lemma] >= max(1, _LEAST_EVIDENCE * count)
-        ),
-        key=lambda item: (-item[0], item[1]),
-    )[:top]
-    if not ranked:
-        raise UserError("no nouns were found in the captions; give a list of entities instead")
-    counts = {lemma: count for count, lemma in ranked}
+        found.add_caption(caption, finder)
+    counts = choose_entities(found, top, abstract)
     return BuiltEntities(EntitySet({lemma: [lemma] for lemma in counts}), counts, finder.name)

@@ -1,19 +1,21 @@
 """What one training example is on disk and in memory, and where records come from.
 
 A *record source* is anything with the members of `RecordSource`. On disk, a folder of records
-holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`.
+holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`; one
+that `ovseg_jax.prepare` wrote also an entity -> records index.
 One stored record is the msgpack array `[1, key, caption, image, [entity ids]]`: a layout
 version, two strings, bytes, and integers. Nothing in a folder is a pickle.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import msgpack
+import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
 import ovseg_jax
@@ -25,10 +27,13 @@ from ovseg_jax.data.manifest import (
     verify_files,
     write_manifest,
 )
+from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.errors import UserError
 
 RECORD_LAYOUT = 1
 INDEX_NAME = "index.jsonl"
+# Starts and records of a `PairIndex`.
+ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,15 @@ def keys_of(source: RecordSource) -> list[str]:
     return [source[index].key for index in range(len(source))]
 
 
+def sample_captions(source: RecordSource, most: int) -> list[str]:
+    """Up to about `most` captions, evenly spread over the records."""
+    sample = getattr(source, "caption_sample", None)
+    if callable(sample):
+        return sample(most)
+    captions = source.captions()
+    return captions[:: max(1, len(captions) // most)]
+
+
 def key_digest(keys: Iterable[str]) -> str:
     """SHA-256 of a list of keys, in order; lengths are hashed too, so that no two lists collide."""
     digest = hashlib.sha256()
@@ -116,6 +130,11 @@ def unpack_record(data: bytes) -> Record:
     if layout != RECORD_LAYOUT:
         raise ValueError(f"record layout {layout!r} is not {RECORD_LAYOUT}")
     return Record(image=image, caption=caption, key=key, entities=tuple(entities))
+
+
+def index_line(record: Record) -> str:
+    """The line of a record in the index of a folder; ASCII."""
+    return json.dumps([record.key, record.caption]) + "\n"
 
 
 class MemorySource:
@@ -186,7 +205,7 @@ def write_records(
             for position in members:
                 record = source[position]
                 writer.write(pack_record(record))
-                index.write(json.dumps([record.key, record.caption]) + "\n")
+                index.write(index_line(record))
                 keys.append(record.key)
             writer.close()
             shards.append(describe_file(path, len(members)))
@@ -256,25 +275,48 @@ class ArrayRecordSource:
         """
         verify_files(self.directory, self.manifest)
 
+    def entity_index(self) -> PairIndex | None:
+        """Entity -> records, on disk, for the entities of the manifest; None if not stored."""
+        if not self.manifest.files:
+            return None
+        starts, records = (
+            np.load(self.directory / name, mmap_mode="r") for name in ENTITY_INDEX_NAMES
+        )
+        return PairIndex(starts, records)
+
     def keys(self) -> list[str]:
         return [key for key, _ in self._index()]
 
     def captions(self) -> list[str]:
         return [caption for _, caption in self._index()]
 
-    def _index(self) -> list[list[str]]:
+    def caption_sample(self, most: int) -> list[str]:
+        """Up to about `most` captions, evenly spread; unlike `captions()`, the rest is not kept."""
+        step = max(1, len(self) // most)
+        return [row[1] for number, row in enumerate(self._index()) if number % step == 0]
+
+    def _index(self) -> Iterator[list[str]]:
+        """[key, caption] of every record, after the keys were checked; one at a time in memory."""
         path = self.directory / self.manifest.index.file
+        count = 0
+
+        def keys(rows: Iterator[list[str]]) -> Iterator[str]:
+            nonlocal count
+            for row in rows:
+                count += 1
+                yield row[0]
+
         try:
-            rows = [json.loads(line) for line in path.read_text("ascii").splitlines()]
-            if len(rows) != len(self) or key_digest(key for key, _ in rows) != (
-                self.manifest.keys_sha256
-            ):
+            with path.open(encoding="ascii") as stream:
+                digest = key_digest(keys(json.loads(line) for line in stream))
+            if count != len(self) or digest != self.manifest.keys_sha256:
                 raise ValueError("its keys are not those of the manifest")
-        except (ValueError, TypeError, OSError) as error:
+            with path.open(encoding="ascii") as stream:
+                yield from (json.loads(line) for line in stream)
+        except (ValueError, TypeError, LookupError, OSError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); copy the file again, or write the records again"
             ) from error
-        return rows
 
     def fingerprint(self) -> str:
         return self.manifest.digest()[:16]

@@ -45,7 +45,7 @@ def missing_data(config: ConfigDict) -> list[str]:
     if config.source == "records" and not (Path(config.records.dir) / "manifest.json").is_file():
         return [
             f"training records: config.data.records.dir = {config.records.dir!r} has no "
-            "manifest.json; write them with ovseg_jax.data.records.write_records, or point it "
-            "at a folder that has been prepared"
+            "manifest.json; write them with python -m ovseg_jax.prepare, or point it at a folder "
+            "that has been prepared"
         ]
     return []

@@ -17,7 +17,7 @@ from ovseg_jax import sharding
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.pipeline import Loader, make_loader, texts_of
-from ovseg_jax.data.records import RecordSource
+from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.templates import SIMPLE, TRAINING
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
@@ -307,8 +307,7 @@ def _missing_weights(config: ConfigDict) -> list[str]:
 
 
 def _measured_length(source: RecordSource, entities: EntitySet, tokenizer: Tokenizer) -> int:
-    captions = source.captions()
-    sample = captions[:: max(1, len(captions) // LENGTH_SAMPLE)]
+    sample = sample_captions(source, LENGTH_SAMPLE)
     texts = [texts_of(caption, entities, (SIMPLE,)) for caption in sample]
     sentences = [s for t in texts for s in (t["caption"], t["masked"], *t["prompts"])]
     return text_length(tokenizer.lengths(sentences))

@@ -15,6 +15,7 @@ from ovseg_jax.data.records import (
     key_digest,
     keys_of,
     pack_record,
+    sample_captions,
     unpack_record,
     write_records,
 )
@@ -60,6 +61,9 @@ def test_folder_gives_the_records_back(folder):
     assert list(source.manifest.entities) == ["a", "b"]
     assert [shard.count for shard in source.manifest.shards] == [10, 10, 5]
     source.verify()
+    for most in (1, 5, 7, 100):
+        assert sample_captions(source, most) == sample_captions(MemorySource(RECORDS), most)
+        assert set(sample_captions(source, most)) <= set(source.captions())
     with pytest.raises(IndexError):
         source[25]
 

@@ -1,0 +1,98 @@
+"""From captioned images to training records.
+
+``python -m ovseg_jax.prepare --source=img2dataset:DIR --out=DIR --entities=published``
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ovseg_jax import flags
+from ovseg_jax.data.prepare.entity_choice import parse_choice
+from ovseg_jax.data.prepare.report import summary
+from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.run import prepare
+from ovseg_jax.data.prepare.sample import dry_run
+from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.errors import UserError
+
+ABOUT = """Make training records of captioned images: filter, check every image, report.
+
+  --source=img2dataset:DIR       shards of img2dataset (webdataset: .tar and .parquet)
+  --source=files:FILE.tsv        rows of image and caption (.tsv, .csv), with --images=FOLDER
+  --source=tfds:NAME,split=train a TFDS set prepared with file_format='array_record'
+  --source=scenes:N,size=224     the embedded data set
+
+DIR, FILE and FOLDER may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs); --out is
+on this machine.
+
+A run that was killed goes on where it was with the same command. Then train with
+--config.data.source=records --config.data.records.dir=OUT.
+"""
+FLAGS = (
+    flags.Flag("source", required=True, help="where the pairs are"),
+    flags.Flag("out", help="folder to write"),
+    flags.Flag(
+        "entities",
+        default="published",
+        help="published, scenes, a .json file, or auto:100 (built from the captions)",
+    ),
+    flags.Flag("images", help="folder of image files, for files:; default that of the table"),
+    flags.Flag("dry-run", bool, default=False, help="only say what would happen to a sample"),
+    flags.Flag("workers", int, help="processes; 0 for this one alone; default one a CPU"),
+    flags.Flag(
+        "min_side", int, default=Rules.min_side, help="least pixels of an image's shorter side"
+    ),
+    flags.Flag("max_caption", int, default=Rules.max_caption, help="most characters of a caption"),
+    flags.Flag(
+        "keep_without_entities", bool, default=False, help="keep captions that name no entity"
+    ),
+)
+_SHOWN = 20
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    args = flags.parse(argv, FLAGS, ABOUT)
+    rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
+    if "://" in (args.out or ""):
+        raise UserError(f"--out={args.out} must be a folder of this machine; copy it afterwards")
+    if not args.out and not args.dry_run:
+        raise UserError("missing --out (or --dry-run, which writes nothing)")
+    choice = parse_choice(args.entities)
+    source = open_source(args.source, args.images)
+    if args.dry_run:
+        print(_sample_text(dry_run(source, choice, rules)))
+        return 0
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    report = prepare(source, Path(args.out), choice, rules, workers=workers, say=_say)
+    print(summary(report))
+    print(f"records: {args.out}, report: {Path(args.out) / 'report.html'}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _sample_text(found: dict[str, Any]) -> str:
+    """The result of a dry run for a terminal."""
+    named = sorted(found["entities"].items(), key=lambda item: (-item[1], item[0]))
+    entities = ", ".join(f"{name} {count}" for name, count in named[:_SHOWN] if count)
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    share = found["kept"] / found["read"]
+    return "\n".join(
+        [
+            f"dry run: {found['read']} pairs of {found['shards_read']} of {found['input_shards']} "
+            "shards; nothing is written",
+            summary(found),
+            f"entities named: {entities or 'none'}{more}",
+            f"of a million pairs about {share * 1e6:,.0f} would be kept, "
+            f"{found['bytes'] / found['read'] / 1e3:,.1f} GB of images; duplicates come off that",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,250 @@
+"""img2dataset's shards: whole, cut in half, without their parquet file, and odd in other ways."""
+
+import io
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pair_folders import add_file, jpeg, write_img2dataset
+
+from ovseg_jax.data.prepare import causes
+from ovseg_jax.data.prepare.raw import Damage, InputShard, RawPair, source_fingerprint
+from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
+from ovseg_jax.errors import UserError
+
+PAIRS = [(f"{index:09d}", f"a dog {index}", jpeg(index)) for index in range(6)]
+FAILED = ["000000006", "000000007"]
+
+
+def contents(folder, **options):
+    source = Img2DatasetSource(folder)
+    items = [item for shard in source.shards() for item in source.read(shard, **options)]
+    pairs = [item for item in items if isinstance(item, RawPair)]
+    return pairs, [item.what for item in items if isinstance(item, Damage)]
+
+
+def as_found(pairs):
+    return [(pair.key, pair.caption, pair.image) for pair in pairs if not pair.cause]
+
+
+def as_bytes(pairs):
+    return [(key, caption.encode(), image) for key, caption, image in pairs]
+
+
+def by_cause(pairs, cause):
+    return [pair.key for pair in pairs if pair.cause == cause]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_whole_shard(tmp_path, kind):
+    write_img2dataset(tmp_path, 0, PAIRS, FAILED, image_kind=kind)
+    pairs, damage = contents(tmp_path)
+    assert as_found(pairs) == as_bytes(PAIRS)
+    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
+    assert not damage
+    without, _ = contents(tmp_path, images=False)
+    assert [(p.key, p.caption, p.cause) for p in without] == [
+        (p.key, p.caption, p.cause) for p in pairs
+    ]
+    assert all(pair.image is None for pair in without)
+
+
+def test_shards_come_in_the_order_of_their_paths(tmp_path):
+    for number in (2, 0, 1):
+        write_img2dataset(tmp_path / "part", number, PAIRS[number : number + 1])
+    write_img2dataset(tmp_path, 9, PAIRS[5:])
+    source = Img2DatasetSource(tmp_path)
+    shards = source.shards()
+    assert [shard.name for shard in shards] == [
+        "00009.tar",
+        "part/00000.tar",
+        "part/00001.tar",
+        "part/00002.tar",
+    ]
+    assert source_fingerprint(source, shards) == source_fingerprint(source, source.shards())
+    with (tmp_path / "00009.tar").open("ab") as stream:
+        stream.write(b"more")
+    assert source_fingerprint(source, shards) != source_fingerprint(source, source.shards())
+
+
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.77, 0.9])
+def test_shard_cut_short_loses_only_what_is_gone(tmp_path, share, images):
+    path = write_img2dataset(tmp_path, 0, PAIRS, FAILED)
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data[: int(share * len(data))])
+    pairs, damage = contents(tmp_path, images=images)
+    whole = as_found(pairs)
+    assert 0 <= len(whole) < 6
+    assert [key for key, *_ in whole] == [key for key, *_ in PAIRS[: len(whole)]]
+    if images:
+        assert whole == as_bytes(PAIRS[: len(whole)])
+    assert by_cause(pairs, causes.LOST) == [key for key, *_ in PAIRS[len(whole) :]]
+    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
+    assert len(damage) == 1
+    assert f"after {len(whole)} pairs" in damage[0]
+
+
+def _members(path):
+    with tarfile.open(path) as archive:
+        return [(m.offset, m.offset_data, m.size) for m in archive]
+
+
+def test_cut_between_two_members_is_seen(tmp_path):
+    path = write_img2dataset(tmp_path, 0, PAIRS)
+    for member, whole in ((9, 2), (10, 3)):  # after three pairs; after an image
+        offset = _members(path)[member][0]
+        cut = tmp_path / str(member)
+        write_img2dataset(cut, 0, PAIRS)
+        (cut / "00000.tar").write_bytes(path.read_bytes()[:offset])
+        pairs, damage = contents(cut)
+        assert len(as_found(pairs)) == whole
+        assert len(by_cause(pairs, causes.LOST)) == 6 - whole
+        assert "no end mark" in damage[0]
+
+
+def test_garbage_in_the_middle_is_seen(tmp_path):
+    path = write_img2dataset(tmp_path, 0, PAIRS)
+    offset = _members(path)[9][0]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 512] = b"x" * 512
+    path.write_bytes(data)
+    pairs, damage = contents(tmp_path)
+    assert len(by_cause(pairs, causes.LOST)) == 4
+    assert damage
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all", b"x" * 4096])
+def test_file_that_is_no_tar(tmp_path, content):
+    path = write_img2dataset(tmp_path, 0, PAIRS)
+    path.write_bytes(content)
+    pairs, damage = contents(tmp_path)
+    assert by_cause(pairs, causes.LOST) == [key for key, *_ in PAIRS]
+    assert len(damage) == 1
+
+
+def test_without_parquet(tmp_path):
+    path = write_img2dataset(tmp_path, 0, PAIRS, parquet=False)
+    pairs, damage = contents(tmp_path)
+    assert as_found(pairs) == as_bytes(PAIRS)
+    assert damage == ["00000.parquet is missing: failed downloads and lost pairs are not counted"]
+    # What the cut took of a pair that had begun is still known.
+    offset = _members(path)[10][0]
+    path.write_bytes(path.read_bytes()[:offset])
+    pairs, _ = contents(tmp_path)
+    assert by_cause(pairs, causes.LOST) == [PAIRS[3][0]]
+
+
+def test_damaged_parquet_or_one_without_columns(tmp_path):
+    path = write_img2dataset(tmp_path, 0, PAIRS).with_suffix(".parquet")
+    path.write_bytes(path.read_bytes()[:100])
+    pairs, damage = contents(tmp_path)
+    assert as_found(pairs) == as_bytes(PAIRS)
+    assert "cannot be read" in damage[0]
+    pq.write_table(pa.table({"url": ["a"], "caption": ["b"]}), path)
+    _, damage = contents(tmp_path)
+    assert damage == ["00000.parquet has no column key and no status; it is not used"]
+
+
+def test_keys_as_numbers(tmp_path):
+    write_img2dataset(tmp_path, 0, PAIRS)
+    table = pa.table({"key": list(range(7)), "status": ["success"] * 6 + ["failed_to_resize"]})
+    pq.write_table(table, tmp_path / "00000.parquet")
+    pairs, damage = contents(tmp_path)
+    assert by_cause(pairs, causes.NOT_DOWNLOADED) == ["000000006"]
+    assert len(pairs) == 7
+    assert not damage
+
+
+def _tar(folder, files):
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for name, content in files:
+            add_file(archive, name, content)
+
+
+def test_where_the_caption_comes_from(tmp_path):
+    image = jpeg()
+    _tar(
+        tmp_path,
+        [
+            ("1.jpg", image),
+            ("1.txt", b"from the text"),
+            ("1.json", b'{"caption": "no"}'),
+            ("2.jpg", image),
+            ("2.json", json.dumps({"caption": "from JSON"}).encode()),
+            ("3.jpg", image),
+            ("4.jpg", image),
+            ("4.json", b"{not JSON"),
+            ("5.txt", b"no image"),
+            ("6.PNG", image),
+            ("6.txt", b"\xff"),
+        ],
+    )
+    rows = {"key": ["3"], "status": ["success"], "caption": ["from the table"]}
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    pairs, _ = contents(tmp_path)
+    assert [(pair.key, pair.caption, pair.image is None) for pair in pairs] == [
+        ("1", b"from the text", False),
+        ("2", "from JSON", False),
+        ("3", "from the table", False),
+        ("4", None, False),
+        ("5", b"no image", True),
+        ("6", b"\xff", False),
+    ]
+
+
+def test_key_that_comes_twice_gives_two_pairs(tmp_path):
+    files = [("1.jpg", b"a"), ("1.txt", b"one"), ("1.jpg", b"b"), ("1.txt", b"two")]
+    _tar(tmp_path, files)
+    pairs, _ = contents(tmp_path)
+    assert [(p.key, p.caption, p.image) for p in pairs] == [
+        ("1", b"one", b"a"),
+        ("1", b"two", b"b"),
+    ]
+
+
+def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        add_file(archive, "a/0.1.jpg", b"x")
+        add_file(archive, "a/0.txt", b"not of the same key")
+        link = tarfile.TarInfo("a/1.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link, io.BytesIO())
+    pairs, _ = contents(tmp_path)
+    # The key ends at the first period, as webdataset has it.
+    assert [(pair.key, pair.image, pair.caption) for pair in pairs] == [
+        ("a/0", None, b"not of the same key"),
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["./", "folder/", "./a/b/"])
+def test_tar_that_was_packed_again(tmp_path, prefix):
+    write_img2dataset(tmp_path, 0, PAIRS, FAILED)
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for key, caption, image in PAIRS:
+            add_file(archive, f"{prefix}{key}.jpg", image)
+            add_file(archive, f"{prefix}{key}.txt", caption.encode())
+    pairs, damage = contents(tmp_path)
+    assert [key.rpartition("/")[2] for key, *_ in as_found(pairs)] == [key for key, *_ in PAIRS]
+    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
+    assert not by_cause(pairs, causes.LOST)
+    assert not damage
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        Img2DatasetSource(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no \.tar file below.*webdataset"):
+        Img2DatasetSource(tmp_path)
+
+
+def test_vanished_shard_is_damage(tmp_path):
+    write_img2dataset(tmp_path, 0, PAIRS)
+    items = list(Img2DatasetSource(tmp_path).read(InputShard("00001.tar", 0, 1)))
+    assert all(isinstance(item, Damage) for item in items)
+    assert "No such file" in items[-1].what

@@ -1,0 +1,141 @@
+"""The report page, the dry run and the command line."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from pair_folders import jpeg, write_img2dataset
+
+from ovseg_jax.data.prepare import causes
+from ovseg_jax.data.prepare.page import page
+from ovseg_jax.data.prepare.plots import bars, columns, squares
+from ovseg_jax.data.records import ArrayRecordSource
+from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import main
+
+
+def _texts(svg):
+    return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if "text" in e.tag]
+
+
+def _boxes(svg):
+    return [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("rect")]
+
+
+def test_bars_are_as_long_as_their_values():
+    svg = bars({"a <b>": 50, "c": 100, "d": 0})
+    assert _texts(svg) == ["a <b>", "50", "c", "100", "d", "0"]
+    widths = [float(box.get("width")) for box in _boxes(svg)]
+    assert widths[0] == pytest.approx(widths[1] / 2)
+    assert widths[2] == 0
+    assert bars({}).startswith("<svg")
+
+
+def test_columns_stand_on_one_line():
+    boxes = _boxes(columns({"1": 1, "2": 4}, "words"))
+    ends = {float(box.get("y")) + float(box.get("height")) for box in boxes}
+    assert len(ends) == 1
+    assert float(boxes[1].get("height")) == pytest.approx(4 * float(boxes[0].get("height")))
+
+
+def test_squares_are_symmetric_and_darker_for_more():
+    boxes = _boxes(squares(["a", "b", "c"], {("a", "b"): 9, ("b", "c"): 1, ("a", "z"): 5}))
+    places = {(box.get("x"), box.get("y")): box.get("fill") for box in boxes}
+    assert len(places) == 4
+    assert all(places[(y, x)] == color for (x, y), color in places.items())
+    shades = [int(re.findall(r"\d+", box.get("fill"))[0]) for box in boxes]
+    assert shades[0] == shades[1] < shades[2] == shades[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("in")
+    for shard in range(20):
+        pairs = [
+            (f"{shard:05d}<{n}>", f"a {noun} &lt;", jpeg(n))
+            for n, noun in enumerate(["dog", "cat", "stone", "dog", "bird"])
+        ]
+        write_img2dataset(path, shard, pairs, failed=[f"f{shard}"])
+    return path
+
+
+def test_command_line(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([f"--source=img2dataset:{folder}", f"--out={out}", "--workers=0"]) == 0
+    printed = capsys.readouterr()
+    assert "80 of 120 pairs kept (66.7%)" in printed.out
+    assert "shard 20 of 20: 6 pairs" in printed.err
+    assert len(ArrayRecordSource(out)) == 80
+    text = (out / "report.html").read_text()
+    # One file that asks for no other.
+    assert not re.search(r"<link|<script|src=|url\(|@import", text)
+    assert "no entity" in text
+    assert "00000&lt;2&gt;" in text, "keys are escaped"
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert text.count("<svg") == 5
+
+
+def test_page_of_a_report_without_anything():
+    report = {
+        "kept": 0,
+        "read": 0,
+        "source": "s",
+        "input_shards": 1,
+        "entities": {"dog": 0},
+        "entities_source": "e",
+        "rules": {},
+        "records": {"count": 0, "shards": 0, "bytes": 0, "keys_sha256": "0"},
+        "tool": "t",
+        "warnings": ["careful <b>"],
+        "dropped": {},
+        "dropped_examples": {},
+        "remarks": {},
+        "damaged_shards": [],
+        "together": [],
+        "caption_words": [0] * 81,
+        "image_sides": {"0": 0},
+    }
+    text = page(report)
+    assert "careful &lt;b&gt;" in text
+    assert text.count("<p>none</p>") == 3
+
+
+def test_dry_run_writes_nothing(folder, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    assert main([f"--source=img2dataset:{folder}", f"--out={out}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    # Every third shard, whole: two of three pairs are kept, as in all of them.
+    assert "dry run: 42 pairs of 7 of 20 shards; nothing is written" in printed
+    assert "28 of 42 pairs kept (66.7%)" in printed
+    assert f"{causes.NOT_DOWNLOADED}" in printed
+    assert "dog 14, bird 7, cat 7 and 53 more" in printed
+    assert "of a million pairs about 666,667 would be kept" in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_builds_entities_of_the_sample(folder, capsys):
+    assert main([f"--source=img2dataset:{folder}", "--dry-run", "--entities=auto:2"]) == 0
+    printed = capsys.readouterr().out
+    assert "entities named: dog 14, bird 7\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=x"], "missing --source"),
+        (["--source=scenes:5"], "missing --out"),
+        (["--source=scenes:5", "--out=x", "--workers=-1"], "--workers=-1"),
+        (["--source=scenes:5", "--out=gs://b/x"], "--out=gs://b/x must be a folder of this"),
+        (["--source=scenes:5", "--out=x", "--min_side=0"], "--min_side=0"),
+        (["--source=scenes:5", "--out=x", "--entities=y"], "none of: published"),
+        (["--source=zip:5", "--out=x"], "none of: img2dataset"),
+        (["--sorce=zip:5", "--out=x"], "did you mean '--source'"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,198 @@
+"""Every kind of bad image and caption has a rule; none is replaced, repaired or lost."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pair_folders import encoded, jpeg, pixels
+from PIL import Image
+
+from ovseg_jax.data.augment import decode
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.prepare import causes
+from ovseg_jax.data.prepare.caption_filter import CaptionFilter
+from ovseg_jax.data.prepare.raw import RawPair
+from ovseg_jax.data.prepare.rules import Rules, caption_or_none, clean_caption, judge
+from ovseg_jax.errors import UserError
+
+ENTITIES = CaptionFilter(EntitySet({"dog": [], "cat": []}))
+GOOD = jpeg()
+
+
+def verdict(caption="a dog", image=GOOD, key="k", rules=None, cause=""):
+    return judge(RawPair(key, caption, image, cause), rules or Rules(), ENTITIES)
+
+
+def _bomb():
+    """A PNG of 20 000 x 20 000 pixels in 50 kB."""
+    return encoded(Image.new("1", (20_000, 20_000)), "PNG")
+
+
+def _rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(Image.fromarray(pixels()), "JPEG", exif=exif)
+
+
+def _animated():
+    frames = [Image.fromarray(pixels(seed)).convert("P") for seed in range(3)]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+DROPPED_IMAGES = {
+    "missing": (lambda: None, causes.NO_IMAGE),
+    "zero-byte": (lambda: b"", "unreadable image: empty"),
+    "truncated JPEG": (lambda: GOOD[: len(GOOD) // 2], "unreadable image: damaged"),
+    "truncated PNG": (
+        lambda: encoded(Image.fromarray(pixels()))[:2000],
+        "unreadable image: damaged",
+    ),
+    "a web page": (lambda: b"<html>404</html>", "unreadable image: not an image"),
+    "1x1": (lambda: encoded(Image.new("RGB", (1, 1))), causes.SMALL_IMAGE),
+    "31 pixels": (lambda: encoded(Image.new("RGB", (31, 500))), causes.SMALL_IMAGE),
+    "20000x20000": (_bomb, "unreadable image: too large"),
+}
+
+
+@pytest.mark.parametrize("kind", DROPPED_IMAGES)
+def test_images_that_are_dropped(kind):
+    make, cause = DROPPED_IMAGES[kind]
+    found = verdict(image=make())
+    assert (found.record, found.cause) == (None, cause)
+    assert cause in causes.RULES
+
+
+KEPT_IMAGES = {
+    "plain": (lambda: GOOD, ()),
+    "CMYK": (
+        lambda: encoded(Image.fromarray(pixels()).convert("CMYK"), "JPEG"),
+        ("image: CMYK, becomes RGB",),
+    ),
+    "palette": (
+        lambda: encoded(Image.fromarray(pixels()).convert("P")),
+        ("image: palette, becomes RGB",),
+    ),
+    "gray": (
+        lambda: encoded(Image.fromarray(pixels(channels=1)), "JPEG"),
+        ("image: gray, becomes RGB",),
+    ),
+    "16-bit": (
+        lambda: encoded(Image.fromarray(pixels(channels=1).astype(np.uint16) * 257)),
+        ("image: 16-bit gray, scaled to 8 bits",),
+    ),
+    "animated": (_animated, ("image: palette, becomes RGB", causes.ANIMATED)),
+    "EXIF-rotated": (_rotated, (causes.EXIF_ROTATED,)),
+    "transparent": (
+        lambda: encoded(Image.fromarray(pixels(channels=4))),
+        (causes.TRANSPARENT,),
+    ),
+    "32 pixels": (lambda: encoded(Image.new("RGB", (32, 32))), ()),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT_IMAGES)
+def test_images_that_are_kept_as_they_are(kind):
+    make, remarks = KEPT_IMAGES[kind]
+    data = make()
+    found = verdict(image=data)
+    assert found.cause == ""
+    assert found.remarks == remarks
+    assert found.record.image == data
+    assert found.size == decode(data).size
+
+
+def test_rotated_image_is_measured_upright():
+    assert verdict(image=_rotated()).size == (40, 48)
+    assert Image.open(io.BytesIO(_rotated())).size == (48, 40)
+
+
+def test_later_frames_may_be_damaged():
+    data = _animated()
+    found = verdict(image=data[:-800])
+    assert found.cause == ""
+    assert causes.ANIMATED in found.remarks
+
+
+DROPPED_CAPTIONS = {
+    "none": (None, causes.NO_CAPTION),
+    "empty": ("", causes.EMPTY_CAPTION),
+    "blank": (" \t\n\u00a0", causes.EMPTY_CAPTION),
+    "escaped blank": ("&nbsp;", causes.EMPTY_CAPTION),
+    "Latin-1 bytes": ("a dog in a caf\u00e9".encode("latin-1"), causes.NOT_UTF8),
+    "lone surrogate": ("a dog \udce9", causes.NOT_UTF8),
+    "10 kB": ("a dog " * 1700, causes.LONG_CAPTION),
+    "emoji alone": ("\U0001f415\U0001f415 !", causes.NO_LETTERS),
+    "digits": ("2012-05-01 #3", causes.NO_LETTERS),
+    "right-to-left": ("\u05db\u05dc\u05d1 \u05d2\u05d3\u05d5\u05dc dog", causes.NON_LATIN),
+    "Chinese": ("\u4e00\u53ea\u5927\u72d7\u5728\u516c\u56ed dog", causes.NON_LATIN),
+    "Cyrillic": ("\u0441\u043e\u0431\u0430\u043a\u0430", causes.NON_LATIN),
+    "no entity": ("a bus and a hot-dog", causes.NO_ENTITY),
+}
+
+
+@pytest.mark.parametrize("kind", DROPPED_CAPTIONS)
+def test_captions_that_are_dropped(kind):
+    caption, cause = DROPPED_CAPTIONS[kind]
+    found = verdict(caption)
+    assert (found.record, found.cause) == (None, cause)
+    assert cause in causes.RULES
+
+
+KEPT_CAPTIONS = {
+    "plain": ("a dog", "a dog", ()),
+    "bytes": (b"a dog", "a dog", ()),
+    "accents": ("a dog in a caf\u00e9", "a dog in a caf\u00e9", ()),
+    "emoji": ("a dog \U0001f415", "a dog \U0001f415", ()),
+    "a word of Hebrew": ("a dog called \u05db\u05dc\u05d1", "a dog called \u05db\u05dc\u05d1", ()),
+    "HTML-escaped": ("a dog &amp; a cat&#39;s", "a dog & a cat's", (causes.HTML_ESCAPED,)),
+    "no escape": ("a dog & cat; AT&T;", "a dog & cat; AT&T;", ()),
+    "line breaks": (" a\ndog\t here ", "a dog here", (causes.SPACES,)),
+    "2000 signs": ("a dog " + "x" * 1994, "a dog " + "x" * 1994, ()),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT_CAPTIONS)
+def test_captions_that_are_kept(kind):
+    caption, expected, remarks = KEPT_CAPTIONS[kind]
+    found = verdict(caption)
+    assert found.record.caption == expected
+    assert found.remarks == remarks
+    assert found.record.entities[0] == 0
+
+
+def test_cause_of_the_source_comes_first():
+    assert verdict(None, None, cause=causes.LOST).cause == causes.LOST
+
+
+@pytest.mark.parametrize("key", ["", "a\udce9"])
+def test_keys_that_cannot_be_stored(key):
+    assert verdict(key=key).cause == causes.BAD_KEY
+
+
+def test_pairs_without_entities_are_kept_on_request():
+    found = verdict("a bus", rules=Rules(keep_without_entities=True))
+    assert found.record.entities == ()
+    assert verdict("", rules=Rules(keep_without_entities=True)).cause == causes.EMPTY_CAPTION
+
+
+def test_bounds_can_be_set_and_are_checked():
+    assert verdict(rules=Rules(min_side=41)).cause == causes.SMALL_IMAGE
+    assert verdict(rules=Rules(max_caption=4)).cause == causes.LONG_CAPTION
+    with pytest.raises(UserError, match="--min_side=0"):
+        Rules(min_side=0)
+
+
+@given(st.text(max_size=40))
+def test_cleaning_is_settled_after_once(text):
+    caption = caption_or_none(RawPair("k", text), Rules())
+    if caption is not None and "&" not in caption:  # "&amp;lt;" is one escape in another
+        assert clean_caption(caption, Rules()) == (caption, ())
+
+
+@given(st.binary(max_size=80), st.binary(max_size=60))
+def test_any_bytes_get_a_verdict(caption, image):
+    found = verdict(b"dog " + caption, image)
+    assert found.record is None
+    assert found.cause in causes.RULES
