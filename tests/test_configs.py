@@ -68,9 +68,10 @@ def test_every_phase_traces(name):
     params = nn.unbox(params)
     seen = set()
     for phase in make_phases(config, records=4_300_000):
-        if (phase.mask_weight > 0, phase.frozen) in seen:
+        kind = (phase.mask_weight > 0, phase.frozen, phase.erase is None)
+        if kind in seen:
             continue
-        seen.add((phase.mask_weight > 0, phase.frozen))
+        seen.add(kind)
         tx = make_optimizer(config.optimizer, *groups.split(params, phase.frozen))
         state = jax.eval_shape(
             lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen, init_statistics(model)),
@@ -87,6 +88,7 @@ def test_every_phase_traces(name):
                 mask_weight=phase.mask_weight,
                 frozen=phase.frozen,
                 mesh=mesh,
+                erase=phase.erase,
             ),
             state,
             _batch(config, phase),

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
+from ovseg_jax.data.augment import complete_transform, train_image
 from ovseg_jax.data.captions import shared_prompt, texts_of
+from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.noun_texts import noun_sentences
@@ -102,7 +103,9 @@ class Examples:
         self._templates = tuple(spec.get("templates") or TRAINING)
         self._nouns = int(spec.get("nouns", 0)) if text_store is None else 0
         self._length = 0 if text_store is not None else int(_need(spec, "text_length"))
-        self._transform = {} if image_store is not None else dict(_need(spec, "transform"))
+        self._transform = (
+            {} if image_store is not None else complete_transform(_need(spec, "transform"))
+        )
         if text_store is None and tokenizer is None:
             raise UserError("texts that are not cached need a tokenizer; give one")
         self._check_stores()
@@ -205,7 +208,7 @@ class Examples:
     def _image(self, index: int, record: Record, rng: np.random.Generator) -> np.ndarray:
         if self._images is None:
             try:
-                return train_transform(decode(record.image), rng, self._transform)
+                return train_image(record.image, rng, self._transform)
             except UnreadableImage as error:
                 raise _Unusable(record.key, str(error)) from error
         if "valid" in self._images and not self._images["valid"][index]:

@@ -104,7 +104,7 @@ def make_loader(
       source: the records. Their entity ids are found anew with `entity_set`.
       entity_set: the entities.
       tokenizer: not needed when `text_store` is given.
-      spec: `text_length` (M), `transform` (see `augment.train_transform`), `templates` (default:
+      spec: `text_length` (M), `transform` (see `augment.complete_transform`), `templates` (default:
         `templates.TRAINING`), `nouns` (how many nouns of a caption become sentences; default 0).
       batch_size: the global batch size B.
       seed: of the order and of everything random about an example.

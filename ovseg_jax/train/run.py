@@ -118,6 +118,7 @@ class Run:
             mask_weight=phase.mask_weight,
             frozen=phase.frozen,
             mesh=self.mesh,
+            erase=phase.erase,
         )
         return compile_step(step, self.state_layout(phase)[1], self.mesh)
 
@@ -164,6 +165,12 @@ class Run:
             )
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
+            if any(phase.erase for phase in self.phases):
+                raise UserError(
+                    "config.data.cache_images holds features of whole images, but "
+                    "config.data.transform.erase.probability is above 0: set one of them to False "
+                    "or 0.0"
+                )
             transforms = {json.dumps(phase.transform, default=list) for phase in self.phases}
             if len(transforms) > 1:
                 raise UserError("config.data.cache_images needs the same transform in all phases")
