@@ -177,6 +177,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval = {
         "benchmarks": ("scenes",),
         "scenes": {"split": "test", "count": 500, "seed": 0, "size": 140},
+        "voc": {"dir": "", "count": 0},
+        "context": {"dir": "", "count": 0},
+        "coco_object": {"dir": "", "count": 0},
+        "coco_stuff": {"dir": "", "count": 0},
+        "ade20k": {"dir": "", "count": 0},
+        "cityscapes": {"dir": "", "count": 0},
         "protocol": {
             "name": "scenes",
             "short_side": 140,

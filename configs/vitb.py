@@ -175,6 +175,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval = {
         "benchmarks": (),
         "scenes": {"split": "test", "count": 16, "seed": 0, "size": 224},
+        "voc": {"dir": "", "count": 0},
+        "context": {"dir": "", "count": 0},
+        "coco_object": {"dir": "", "count": 0},
+        "coco_stuff": {"dir": "", "count": 0},
+        "ade20k": {"dir": "", "count": 0},
+        "cityscapes": {"dir": "", "count": 0},
         "protocol": {
             "name": "paper",
             "short_side": 448,
@@ -192,7 +198,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "average": "unit",
             "resize": "antialiased",
             "grid": "exact",
-            "thresholds": {},
+            "thresholds": {"voc": 0.9, "context": 0.35, "coco_object": 0.9},
         },
         "calibrate": False,
         "tune_count": 16,

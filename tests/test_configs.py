@@ -12,6 +12,7 @@ from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.phases import make_phases, rate_at
 from ovseg_jax.train.state import new_state
@@ -58,6 +59,8 @@ def test_every_phase_traces(name):
     config = load_config(f"{CONFIGS}/{name}".removesuffix(":"))
     model = build_model(config.model)
     assert config.data.source in SOURCES
+    for benchmark, fields in FOLDER_FIELDS.items():
+        assert config.eval[benchmark].to_dict() == fields
     Protocol.from_config(config.eval.protocol)
     mesh = sharding.make_mesh()
     params = jax.tree.map(
