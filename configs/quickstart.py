@@ -97,6 +97,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "text_pool": "mean",
         "pad_id": 0,
         "temperature_init": 0.07,
+        "token_classes": 0,
+        "token_classes_from": "decoder",
         "dtype": "float32",
         "matmul_dtype": "bfloat16",
     }
@@ -125,6 +127,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.loss = {
         "entity_weight": 1.0,
+        "masking": "all_entities",
         "mask_equal_entities": False,
         "noun_weight": 0.0,
         "group_ratio": 0.5,

@@ -114,12 +114,15 @@ def make_tiny_config() -> ConfigDict:
         "text_pool": "eot",
         "pad_id": 0,
         "temperature_init": 0.07,
+        "token_classes": 0,
+        "token_classes_from": "decoder",
         "dtype": "float32",
         "matmul_dtype": "float32",
     }
     # The threshold is about the median of the masks that `tiny_params` draw: half a target each.
     config.loss = {
         "entity_weight": 1.0,
+        "masking": "all_entities",
         "mask_equal_entities": False,
         "noun_weight": 0.0,
         "group_ratio": 0.5,

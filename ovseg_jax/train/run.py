@@ -29,6 +29,7 @@ from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train import feature_cache
+from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
@@ -141,6 +142,7 @@ class Run:
                 "transform": phase.transform,
                 "templates": self.templates(),
                 "nouns": data.nouns,
+                "masking": masking_of(self.config.loss),
             },
             batch_size=phase.batch_size,
             seed=self.config.seed,
@@ -253,11 +255,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         )
     check_mask_config(config.loss)
     check_noun_config(config)
-    if config.loss.entity_weight > 0 and config.model.decoder is None:
-        raise UserError(
-            "config.loss.entity_weight > 0 needs an entity decoder, but config.model.decoder is "
-            "None: set config.loss.entity_weight = 0"
-        )
+    masking_of(config.loss)
     mesh = sharding.make_mesh(**config.mesh)
     model = build_model(config.model)
     tokenizer = find_tokenizer(config.data.tokenizer)
@@ -272,6 +270,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"config.model.pad_id is {config.model.pad_id}"
         )
     source, entities = make_source(config.data)
+    check_entity_config(config, tokenizer.mask_id, len(entities))
     length = config.data.text_length or _measured_length(source, entities, tokenizer)
     text, offset = config.model.text, config.model.text.get("position_offset", 0)
     if length > text.max_positions - offset:
