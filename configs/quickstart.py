@@ -130,6 +130,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "masking": "all_entities",
         "mask_equal_entities": False,
         "noun_weight": 0.0,
+        "cross_image": "masks",
         "group_ratio": 0.5,
         "mask_threshold": 0.65,
         "mask_maps": "final_tokens",

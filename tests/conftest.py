@@ -125,6 +125,7 @@ def make_tiny_config() -> ConfigDict:
         "masking": "all_entities",
         "mask_equal_entities": False,
         "noun_weight": 0.0,
+        "cross_image": "masks",
         "group_ratio": 0.5,
         "mask_threshold": 0.96,
         "mask_maps": "final_tokens",

@@ -24,6 +24,7 @@ VARIANTS = {
     "groupvit.py": ("", "own_text", "smoke"),
     "quickstart.py": ("", "scratch", "contrastive", "entity", "mask", "both"),
     "vitb.py": ("", "smoke"),
+    "vitb_cc12m.py": ("", "smoke"),
     "vitb_released.py": ("", "smoke"),
     "vits.py": ("", "smoke"),
 }
@@ -35,6 +36,7 @@ PARAMETERS = {
     "quickstart.py": 46_155_265,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,
+    "vitb_cc12m.py": 207_694_081,
     "vitb_released.py": 235_745_673,
     "vits.py": 134_208_385,
 }

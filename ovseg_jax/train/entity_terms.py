@@ -22,13 +22,12 @@ def masking_of(loss: ConfigDict) -> Masking:
     Raises:
       UserError: there is no such objective.
     """
-    name = loss.get("masking", Masking.ALL_ENTITIES.value)
-    if name not in list(Masking):
+    if loss.masking not in list(Masking):
         raise UserError(
-            f"config.loss.masking is {name!r}; it must be one of "
+            f"config.loss.masking is {loss.masking!r}; it must be one of "
             + ", ".join(repr(one.value) for one in Masking)
         )
-    return Masking(name)
+    return Masking(loss.masking)
 
 
 def check_entity_config(config: ConfigDict, mask_id: int, entities: int) -> None:

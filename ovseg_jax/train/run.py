@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.pipeline import Loader, make_loader, texts_of
+from ovseg_jax.data.masking import Masking, masked_texts
+from ovseg_jax.data.pipeline import Loader, make_loader
 from ovseg_jax.data.records import RecordSource
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.templates import SIMPLE, TRAINING
@@ -28,6 +30,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config
@@ -271,7 +274,13 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         )
     source, entities = make_source(config.data)
     check_entity_config(config, tokenizer.mask_id, len(entities))
-    length = config.data.text_length or _measured_length(source, entities, tokenizer)
+    counts = _sampled_lengths(source, entities, tokenizer, masking_of(config.loss))
+    length = config.data.text_length or text_length(counts)
+    if cut := int((counts > length).sum()):
+        progress.say(
+            f"note: {cut} of {len(counts)} sampled sentences are longer than {length} tokens and "
+            "are cut (config.data.text_length)"
+        )
     text, offset = config.model.text, config.model.text.get("position_offset", 0)
     if length > text.max_positions - offset:
         raise UserError(
@@ -312,12 +321,18 @@ def _missing_weights(config: ConfigDict) -> list[str]:
     return missing
 
 
-def _measured_length(source: RecordSource, entities: EntitySet, tokenizer: Tokenizer) -> int:
+def _sampled_lengths(
+    source: RecordSource, entities: EntitySet, tokenizer: Tokenizer, masking: Masking
+) -> Int[np.ndarray, "sentences"]:
+    """Tokens of each sentence that some of the captions give."""
     captions = source.captions()
-    sample = captions[:: max(1, len(captions) // LENGTH_SAMPLE)]
-    texts = [texts_of(caption, entities, (SIMPLE,)) for caption in sample]
-    sentences = [s for t in texts for s in (t["caption"], t["masked"], *t["prompts"])]
-    return text_length(tokenizer.lengths(sentences))
+    # Other objectives name no more in a prompt than all of a caption's entities.
+    masking = masking if masking is Masking.ALL_NOUNS else Masking.ALL_ENTITIES
+    sentences = []
+    for caption in captions[:: max(1, len(captions) // LENGTH_SAMPLE)]:
+        texts = masked_texts(caption, entities, SIMPLE, masking, np.random.default_rng(0))
+        sentences += [caption, texts.masked, texts.prompt]
+    return tokenizer.lengths(sentences)
 
 
 def config_hash(config: ConfigDict) -> str:

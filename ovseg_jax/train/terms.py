@@ -161,6 +161,7 @@ def loss_terms(
             shared,
             batch,
             config,
+            scale=scale,
             grid=grid_of(model, images[SECOND], patches),
             mesh=mesh,
         )
