@@ -1,6 +1,6 @@
 """Phases as data: what changes in the course of a run, from the config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,21 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
             )
         )
     return phases
+
+
+def check_cached_images(phases: Sequence[Phase]) -> None:
+    """Refuses phases whose images cannot come from one cache of features (`data.cache_images`).
+
+    Raises:
+      UserError: their transforms differ, or go on on the device.
+    """
+    if any(phase.transform != phases[0].transform for phase in phases):
+        raise UserError("config.data.cache_images needs the same transform in all phases")
+    if phases[0].erase:
+        raise UserError(
+            "config.data.cache_images holds features, of which nothing can be erased: set it to "
+            "False, or config.data.transform.erase.probability to 0.0"
+        )
 
 
 def _transform(fields: Any, config: ConfigDict, where: str) -> dict[str, Any]:

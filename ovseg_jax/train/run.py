@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import Phase, make_phases, rate_at
+from ovseg_jax.train.phases import Phase, check_cached_images, make_phases, rate_at
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
@@ -170,15 +169,6 @@ class Run:
             )
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
-            if any(phase.erase for phase in self.phases):
-                raise UserError(
-                    "config.data.cache_images holds features of whole images, but "
-                    "config.data.transform.erase.probability is above 0: set one of them to False "
-                    "or 0.0"
-                )
-            transforms = {json.dumps(phase.transform, default=list) for phase in self.phases}
-            if len(transforms) > 1:
-                raise UserError("config.data.cache_images needs the same transform in all phases")
             self.stores["images"] = feature_cache.image_store(
                 cache,
                 self.model,
@@ -287,6 +277,9 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
             f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
         )
+    phases = make_phases(config, len(source))
+    if config.data.cache_images:
+        check_cached_images(phases)
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
         config=config,
@@ -295,7 +288,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         tokenizer=tokenizer,
         source=source,
         entities=entities,
-        phases=make_phases(config, len(source)),
+        phases=phases,
         text_length=length,
         progress=progress,
         param_shardings=sharding.parameter_shardings(boxed, mesh),

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -146,7 +145,7 @@ def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
     """
     if name not in BUILDERS:
         raise UserError(f"there is no evaluation set {name!r}; there are: {', '.join(BUILDERS)}")
-    builder = BUILDERS[name](data_dir=epath.Path(data_dir), file_format="array_record")
-    config = tfds.download.DownloadConfig(manual_dir=epath.Path(folder))
+    builder = BUILDERS[name](data_dir=str(data_dir), file_format="array_record")
+    config = tfds.download.DownloadConfig(manual_dir=str(folder))
     builder.download_and_prepare(download_config=config)
     return Path(builder.data_dir)
