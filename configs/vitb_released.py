@@ -10,8 +10,6 @@ trained with this code: time and score are unknown.
 
 Where this is not the released training:
 
-* Stage 1 there also has RandAugment (rand-m9-mstd0.5-inc1) and random erasing (0.25); here it has
-  crop and flip alone.
 * The best checkpoint there is the one with the highest mIoU on VOC 2012's validation set. Here it
   is chosen on the tune split of the first of config.eval.benchmarks.
 * The completion projector's batch norm has the statistics of the whole batch, as the other two;
@@ -84,7 +82,10 @@ def get_config(variant: str = "") -> ConfigDict:
         frozen_text_dropout=True,
     )
     config.optimizer.update(weight_decay=0.05, decay_rules=((r"/(bias|scale)$", 0.0), (".*", 1.0)))
+    # Stage 1: timm's rand-m9-mstd0.5-inc1 and re_prob 0.25. Stage 2: crop and flip alone.
     crop = config.data.transform.to_dict()
+    config.data.transform.rand_augment.operations = 2
+    config.data.transform.erase.probability = 0.25
     stages = (
         {
             "name": "align",

@@ -17,6 +17,7 @@ import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.evaluate import evaluate, write_result
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.report import (
@@ -44,6 +45,7 @@ ABOUT = """Learn to segment from captions, or evaluate what was learned.
 Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
            python -m ovseg_jax.main --mode=eval --model=DIR [--benchmark=a,b]  (a model directory)
+           ... --benchmark=voc --config.eval.voc.dir=VOCdevkit/VOC2012         (official folders)
 """
 
 FLAGS = (
@@ -57,7 +59,7 @@ FLAGS = (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 # Eval needs few fields; these stand in where a model directory comes without a config.
-MODEL_EVAL = ConfigDict({"batch_size": 32})
+MODEL_EVAL = {"batch_size": 32}
 
 
 def main(argv: list[str]) -> int:
@@ -173,7 +175,8 @@ def _write_model(
         benchmarks={
             name: json.loads(config.eval[name].to_json_best_effort())
             for name in results
-            if name in config.eval
+            # A folder of this machine says nothing elsewhere.
+            if name in config.eval and name not in FOLDER_FIELDS
         },
         provenance=provenance,
         batch_stats=batch_stats,
@@ -247,10 +250,13 @@ def _evaluate_model(args: SimpleNamespace) -> int:
     protocol = Protocol.from_config(saved.info["protocol"])
     segmenter = ModelSegmenter.of_saved(saved, protocol)
     names = tuple(args.benchmark or ("scenes",))
-    config = ConfigDict({**MODEL_EVAL, **saved.info["benchmarks"]})
+    config = ConfigDict({"eval": {**MODEL_EVAL, **FOLDER_FIELDS, **saved.info["benchmarks"]}})
+    for key, text in args.overrides:
+        flags.apply_override(config, key, text)
     provenance = {"model": str(args.model)}
-    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
-    _print_results(results, workdir / "results")
+    where = workdir / "results"
+    results = run_benchmarks(segmenter, names, config.eval, protocol, where, provenance)
+    _print_results(results, where)
     return 0
 
 

@@ -117,14 +117,18 @@ def make_tiny_config() -> ConfigDict:
         "text_pool": "eot",
         "pad_id": 0,
         "temperature_init": 0.07,
+        "token_classes": 0,
+        "token_classes_from": "decoder",
         "dtype": "float32",
         "matmul_dtype": "float32",
     }
     # The threshold is about the median of the masks that `tiny_params` draw: half a target each.
     config.loss = {
         "entity_weight": 1.0,
+        "masking": "all_entities",
         "mask_equal_entities": False,
         "noun_weight": 0.0,
+        "cross_image": "masks",
         "group_ratio": 0.5,
         "mask_threshold": 0.96,
         "mask_maps": "final_tokens",

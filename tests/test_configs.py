@@ -12,6 +12,7 @@ from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.phases import make_phases, rate_at
 from ovseg_jax.train.state import new_state
@@ -23,6 +24,7 @@ VARIANTS = {
     "groupvit.py": ("", "own_text", "smoke"),
     "quickstart.py": ("", "scratch", "contrastive", "entity", "mask", "both"),
     "vitb.py": ("", "smoke"),
+    "vitb_cc12m.py": ("", "smoke"),
     "vitb_released.py": ("", "smoke"),
     "vits.py": ("", "smoke"),
 }
@@ -34,6 +36,7 @@ PARAMETERS = {
     "quickstart.py": 45_721_153,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,
+    "vitb_cc12m.py": 207_694_081,
     "vitb_released.py": 235_745_673,
     "vits.py": 134_208_385,
 }
@@ -58,6 +61,8 @@ def test_every_phase_traces(name):
     config = load_config(f"{CONFIGS}/{name}".removesuffix(":"))
     model = build_model(config.model)
     assert config.data.source in SOURCES
+    for benchmark, fields in FOLDER_FIELDS.items():
+        assert config.eval[benchmark].to_dict() == fields
     Protocol.from_config(config.eval.protocol)
     mesh = sharding.make_mesh()
     params = jax.tree.map(
@@ -68,9 +73,10 @@ def test_every_phase_traces(name):
     params = nn.unbox(params)
     seen = set()
     for phase in make_phases(config, records=4_300_000):
-        if (phase.mask_weight > 0, phase.frozen) in seen:
+        kind = (phase.mask_weight > 0, phase.frozen, phase.erase is None)
+        if kind in seen:
             continue
-        seen.add((phase.mask_weight > 0, phase.frozen))
+        seen.add(kind)
         tx = make_optimizer(config.optimizer, *groups.split(params, phase.frozen))
         state = jax.eval_shape(
             lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen, init_statistics(model)),
@@ -87,6 +93,7 @@ def test_every_phase_traces(name):
                 mask_weight=phase.mask_weight,
                 frozen=phase.frozen,
                 mesh=mesh,
+                erase=phase.erase,
             ),
             state,
             _batch(config, phase),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.benchmarks import miniatures
 from PIL import Image
 
 from ovseg_jax import flags
@@ -108,14 +109,18 @@ def test_model_directory_evaluates_like_the_run(trained, tmp_path):
     for key in ("scale", "threshold", "window", "order"):
         assert protocol[key] == result["protocol"][key]
     out = tmp_path / "eval"
+    miniatures.voc(tmp_path / "official")
     of_model = call(
         "main",
         "--mode=eval",
         f"--model={workdir / 'model'}",
-        "--benchmark=scenes",
+        "--benchmark=scenes,voc",
+        f"--config.eval.voc.dir={tmp_path / 'official'}",
         f"--workdir={out}",
     )
     assert of_model.returncode == 0, of_model.stderr
+    of_folder = json.loads((out / "results" / "voc.json").read_text())
+    assert (of_folder["images"], len(of_folder["iou"])) == (2, 21)
     found = json.loads((out / "results" / "scenes.json").read_text())
     assert found["miou"] == pytest.approx(result["miou"], abs=1e-3)
     assert found["iou"].keys() == result["iou"].keys()

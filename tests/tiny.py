@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "size": 28,
             "scale": (0.5, 1.0),
             "ratio": (0.8, 1.25),
-            "flip": True,
+            "flip": 0.5,
         }
         for phase in config.phases:
             phase["frozen"] = (

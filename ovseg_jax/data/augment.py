@@ -1,73 +1,116 @@
-"""From encoded bytes to a square uint8 image. Bad files raise one exception with a cause."""
+"""The transform of a training image: crop, flip, colors, RandAugment; from bytes to uint8.
 
-import io
-from collections.abc import Mapping, Sequence
+Random erasing belongs to the transform too, but fills in noise after normalization, so the train
+step does it on the device (`ovseg_jax.train.erasing`).
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ovseg_jax.data.color_jitter import color_jitter
+from ovseg_jax.data.crop import Box, crop_box, resized_part
+from ovseg_jax.data.decoding import decode, decode_reduced
+from ovseg_jax.data.rand_augment import MAX_MAGNITUDE, rand_augment
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
 
-# More pixels than this are refused before they are decoded: a small file can hold a huge image.
-MAX_PIXELS = 2**26
-# Crops are drawn at most this often before the largest centered one is taken.
-_TRIES = 10
+KINDS = ("none", "crop")
+# Every field but kind and size, with what it is where the config leaves it out.
+DEFAULTS: dict[str, Any] = {
+    "scale": (0.4, 1.0),
+    "ratio": (3 / 4, 4 / 3),
+    "flip": 0.5,
+    "color_jitter": (0.0, 0.0, 0.0),
+    "rand_augment": {"operations": 0, "magnitude": 9.0, "deviation": 0.5, "probability": 0.5},
+    "erase": {"probability": 0.0, "area": (0.02, 1 / 3), "aspect": (0.3, 1 / 0.3)},
+    "reduced_decoding": False,
+}
 
 
-class UnreadableImage(Exception):
-    """An image that cannot be decoded. `cause` is a short stable name to count by."""
+def complete_transform(spec: Mapping[str, Any], where: str = "transform") -> dict[str, Any]:
+    """A transform with every field present, checked.
 
-    def __init__(self, cause: str, detail: str = ""):
-        super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
-
-
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image file to RGB, upright.
-
-    The first frame of an animation is taken, the EXIF rotation is applied, transparent parts
-    become white, 16-bit gray is scaled to 8 bits.
+    Args:
+      spec: `kind` is 'none' (the whole image, no randomness) or 'crop'; `size` in pixels. Of the
+        crop: `scale`, `ratio` (see `crop.crop_box`), `flip` (probability of a mirror image),
+        `color_jitter` (strengths of brightness, contrast, saturation), `rand_augment` (see
+        `rand_augment.rand_augment`), `erase` (see `ovseg_jax.train.erasing`) and
+        `reduced_decoding` (see `decoding.decode_reduced`).
+      where: what to call it in errors.
 
     Raises:
-      UnreadableImage: with the cause 'empty', 'too large', 'not an image' or 'damaged'.
+      UserError: an unknown field, a missing one, or a value that cannot be.
     """
-    if not data:
-        raise UnreadableImage("empty", "the file has no bytes")
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise UnreadableImage("too large", f"{width}x{height} pixels")
-            return to_rgb(ImageOps.exif_transpose(opened))
-    except UnreadableImage:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage("too large", str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise UnreadableImage("not an image", f"{len(data)} bytes") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Pillow's decoders raise nearly anything on damaged input (SyntaxError, struct.error,
-        # IndexError, ...); all of it means the same to the caller.
-        raise UnreadableImage("damaged", f"{type(error).__name__}: {error}") from error
+    known = {"kind": None, "size": None, **DEFAULTS}
+    _check_names(spec, known, where)
+    for name in ("kind", "size"):
+        if name not in spec:
+            raise UserError(f"{where} lacks {name!r}")
+    full = {**DEFAULTS, **{key: spec[key] for key in spec}}
+    for name in ("rand_augment", "erase"):
+        _check_names(full[name], DEFAULTS[name], f"{where}.{name}")
+        full[name] = {**DEFAULTS[name], **{key: full[name][key] for key in full[name]}}
+    if full["kind"] not in KINDS:
+        raise UserError(
+            f"the image transform {full['kind']!r} is unknown; use {' or '.join(map(repr, KINDS))}"
+        )
+    if full["size"] < 1:
+        raise UserError(f"{where}.size must be at least 1 pixel")
+    if len(full["color_jitter"]) != 3 or min(full["color_jitter"]) < 0:
+        raise UserError(
+            f"{where}.color_jitter must be three numbers from 0: brightness, contrast, saturation"
+        )
+    augment, erase = full["rand_augment"], full["erase"]
+    if augment["operations"] < 0 or augment["deviation"] < 0:
+        raise UserError(f"{where}.rand_augment: operations and deviation must not be negative")
+    if not 0 <= augment["magnitude"] <= MAX_MAGNITUDE:
+        raise UserError(f"{where}.rand_augment.magnitude must be from 0 to {MAX_MAGNITUDE:g}")
+    for name, pair in (
+        ("scale", full["scale"]),
+        ("ratio", full["ratio"]),
+        ("erase.area", erase["area"]),
+        ("erase.aspect", erase["aspect"]),
+    ):
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise UserError(f"{where}.{name} must be two numbers above 0, the lesser first")
+    for name, most in (("scale", full["scale"][1]), ("erase.area", erase["area"][1])):
+        if most > 1:
+            raise UserError(f"{where}.{name} is a share of the image: it must not exceed 1")
+    for name, value in (
+        ("flip", full["flip"]),
+        ("rand_augment.probability", augment["probability"]),
+        ("erase.probability", erase["probability"]),
+    ):
+        # True would be a probability of 1.
+        if isinstance(value, bool) or not 0 <= value <= 1:
+            raise UserError(f"{where}.{name} is a probability: a number from 0.0 to 1.0")
+    if full["kind"] == "none":
+        changed = [
+            name
+            for name, part in (
+                ("color_jitter", max(full["color_jitter"])),
+                ("rand_augment", augment["operations"]),
+                ("erase", erase["probability"]),
+                ("reduced_decoding", full["reduced_decoding"]),
+            )
+            if part
+        ]
+        if changed:
+            raise UserError(
+                f"{where}.kind is 'none', which leaves images as they are, but "
+                f"{', '.join(changed)} would change them: set kind = 'crop'"
+            )
+    return full
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent parts white, 16-bit gray scaled to 8 bits."""
-    if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips these modes at 255 instead of scaling them.
-        values = np.asarray(image, np.float64)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values / 257.0
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, layer)
-    return image.convert("RGB")
+def _check_names(spec: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    for name in spec:
+        if name not in known:
+            raise UserError(f"{where}.{name} is no field{nearest(name, list(known))}")
 
 
 def resize_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -75,74 +118,39 @@ def resize_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
 
 
-def random_resized_crop(
-    image: Image.Image,
-    rng: np.random.Generator,
-    size: int,
-    scale: Sequence[float],
-    ratio: Sequence[float],
+def train_image(
+    data: bytes, rng: np.random.Generator, spec: Mapping[str, Any]
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random part of the image at size x size pixels.
+    """The pixels of one view of an encoded image, for training.
 
     Args:
-      scale: least and greatest area of the part, as a fraction of the image.
-      ratio: least and greatest width / height of the part; drawn uniformly in its logarithm.
-
-    When no drawn part fits into the image, the largest centered one with an allowed ratio is
-    taken.
-    """
-    box = _crop_box(image.size, rng, scale, ratio)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box), np.uint8)
-
-
-def _crop_box(
-    image_size: tuple[int, int],
-    rng: np.random.Generator,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-) -> tuple[float, float, float, float]:
-    width, height = image_size
-    low, high = np.log(ratio[0]), np.log(ratio[1])
-    for _ in range(_TRIES):
-        area = width * height * rng.uniform(scale[0], scale[1])
-        aspect = float(np.exp(rng.uniform(low, high)))
-        crop_width = float(np.sqrt(area * aspect))
-        crop_height = float(np.sqrt(area / aspect))
-        if crop_width <= width and crop_height <= height:
-            left = float(rng.uniform(0, width - crop_width))
-            top = float(rng.uniform(0, height - crop_height))
-            return (left, top, min(left + crop_width, width), min(top + crop_height, height))
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    crop_width, crop_height = min(width, height * aspect), min(height, width / aspect)
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    return (left, top, left + crop_width, top + crop_height)
-
-
-def horizontal_flip(
-    image: UInt8[np.ndarray, "height width 3"],
-) -> UInt8[np.ndarray, "height width 3"]:
-    """The image mirrored left to right."""
-    return np.ascontiguousarray(image[:, ::-1])
-
-
-def train_transform(
-    image: Image.Image, rng: np.random.Generator, spec: Mapping[str, Any]
-) -> UInt8[np.ndarray, "size size 3"]:
-    """The transform of a training image.
-
-    Args:
-      spec: `kind` is 'none' (the whole image, no randomness) or 'crop' (random resized crop, then
-        a mirror image with probability `flip`); `size` in pixels; `scale` (0.4, 1.0), `ratio`
-        (3/4, 4/3) and `flip` (0.5) for 'crop'.
+      spec: from `complete_transform`.
 
     Raises:
-      UserError: an unknown kind.
+      UnreadableImage: the image cannot be decoded.
     """
     if spec["kind"] == "none":
-        return resize_square(image, spec["size"])
-    if spec["kind"] != "crop":
-        raise UserError(f"the image transform {spec['kind']!r} is unknown; use 'none' or 'crop'")
-    pixels = random_resized_crop(
-        image, rng, spec["size"], spec.get("scale", (0.4, 1.0)), spec.get("ratio", (3 / 4, 4 / 3))
-    )
-    return horizontal_flip(pixels) if rng.random() < spec.get("flip", 0.5) else pixels
+        return resize_square(decode(data), spec["size"])
+
+    def choose(image_size: tuple[int, int]) -> Box:
+        return crop_box(image_size, rng, spec["scale"], spec["ratio"])
+
+    if spec["reduced_decoding"]:
+        image, box = decode_reduced(data, choose, spec["size"])
+    else:
+        image = decode(data)
+        box = choose(image.size)
+    return _changed(resized_part(image, box, spec["size"]), rng, spec)
+
+
+def _changed(
+    image: Image.Image, rng: np.random.Generator, spec: Mapping[str, Any]
+) -> UInt8[np.ndarray, "size size 3"]:
+    """What follows the crop, in the order of timm's training transform."""
+    if rng.random() < spec["flip"]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if max(spec["color_jitter"]) > 0:
+        image = color_jitter(image, rng, spec["color_jitter"])
+    if spec["rand_augment"]["operations"]:
+        image = rand_augment(image, rng, spec["rand_augment"])
+    return np.asarray(image, np.uint8)

@@ -1,6 +1,6 @@
 """What the text encoder reads of one record: caption, masked caption, prompts (Sec. 3.1.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -12,11 +12,19 @@ from ovseg_jax.data.templates import SHARED, fill
 from ovseg_jax.errors import UserError
 
 
-def mask_entities(caption: str, entity_set: EntitySet, mask_token: str = MASK_TOKEN) -> str:
+def mask_entities(
+    caption: str,
+    entity_set: EntitySet,
+    mask_token: str = MASK_TOKEN,
+    only: Collection[int] | None = None,
+) -> str:
     """The caption with every entity mention replaced by the mask token.
 
     Mentions are cut out by position: punctuation and the words around stay as they are. No
     surface form is found in the result.
+
+    Args:
+      only: the entities (ids) to mask; all by default.
 
     Raises:
       UserError: a mask token of the caller's own names an entity.
@@ -24,8 +32,12 @@ def mask_entities(caption: str, entity_set: EntitySet, mask_token: str = MASK_TO
     if mask_token != MASK_TOKEN and entity_set.find(mask_token):
         raise UserError(f"the mask token {mask_token!r} names an entity; choose another")
     # More than one round where cutting a word out sets another one free for the tokenizer.
-    while spans := entity_set.spans(caption):
-        for start, end, _ in reversed(spans):
+    while spans := [
+        (start, end)
+        for start, end, identity in entity_set.spans(caption)
+        if only is None or identity in only
+    ]:
+        for start, end in reversed(spans):
             caption = caption[:start] + mask_token + caption[end:]
     return caption
 

@@ -2,8 +2,9 @@
 
 The record of a slot comes from `record_index`. Everything random about the example comes from
 `example_rng(seed, epoch, key)`, drawn in this order: the prompt template, the partner (entity,
-then record), the view or the augmentation of the image, that of the partner's image, the nouns. So
-cached and uncached texts use the same template, and cached and uncached images the same partner.
+then record), the view or the augmentation of the image, that of the partner's image, the nouns, the
+entity that is masked. So cached and uncached texts use the same template, and cached and uncached
+images the same partner.
 """
 
 import hashlib
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
-from ovseg_jax.data.captions import shared_prompt, texts_of
+from ovseg_jax.data.augment import complete_transform, train_image
+from ovseg_jax.data.captions import shared_prompt
+from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.masking import Masking, masked_texts, token_targets
 from ovseg_jax.data.noun_texts import noun_sentences
 from ovseg_jax.data.order import example_rng, record_index
 from ovseg_jax.data.pairs import PairIndex
@@ -30,8 +33,8 @@ Example = dict[str, np.ndarray]
 _log = logging.getLogger(__name__)
 
 
-def entity_set_hash(entities: Sequence[int]) -> int:
-    """An int32 that is equal for equal entity sets, the same on every machine; 0 for no entity."""
+def entity_set_hash(entities: Sequence[int | str]) -> int:
+    """An int32, equal for equal sets of entities or words on every machine; 0 for none."""
     if not entities:
         return 0
     text = ",".join(str(entity) for entity in sorted(set(entities)))
@@ -100,9 +103,12 @@ class Examples:
         self._first, self._steps = first_step, last_step - first_step
         self._images, self._texts = image_store, text_store
         self._templates = tuple(spec.get("templates") or TRAINING)
+        self._masking = Masking(spec.get("masking", Masking.ALL_ENTITIES))
         self._nouns = int(spec.get("nouns", 0)) if text_store is None else 0
         self._length = 0 if text_store is not None else int(_need(spec, "text_length"))
-        self._transform = {} if image_store is not None else dict(_need(spec, "transform"))
+        self._transform = (
+            {} if image_store is not None else complete_transform(_need(spec, "transform"))
+        )
         if text_store is None and tokenizer is None:
             raise UserError("texts that are not cached need a tokenizer; give one")
         self._check_stores()
@@ -154,25 +160,26 @@ class Examples:
             except _Unusable as error:
                 self.failures.add(error.key, error.cause)
                 shared = None
-        texts = self._text(index, record, template)
+        nouns = {}
         if self._nouns:
             sentences = noun_sentences(record.caption, self._nouns, self._templates, rng)
-            texts |= self._noun_ids(sentences)
-        return self._assemble(index, (image, second, texts, record.entities), shared)
+            nouns = self._noun_ids(sentences)
+        texts, answer = self._text(index, record, template, rng)
+        return self._assemble(index, (image, second, texts | nouns, answer), shared)
 
     def _assemble(
         self,
         index: int,
-        parts: tuple[np.ndarray, np.ndarray | None, Example, tuple[int, ...]] | None,
+        parts: tuple[np.ndarray, np.ndarray | None, Example, tuple[int | str, ...]] | None,
         shared: int | None = None,
     ) -> Example:
         """Puts an example together; zeros and empty texts where `parts` is None."""
-        image, second, texts, entities = parts or (None, None, self._no_text(), ())
+        image, second, texts, answer = parts or (None, None, self._no_text(), ())
         name = "image" if self._images is None else "image_features"
         example = {name: self._no_image() if image is None else image, **texts}
         example["weight"] = np.float32(parts is not None)
-        example["entity_weight"] = np.float32(bool(entities))
-        example["entity_set"] = np.int32(entity_set_hash(entities))
+        example["entity_weight"] = np.float32(bool(answer))
+        example["entity_set"] = np.int32(entity_set_hash(answer))
         example["record"] = np.int32(index)
         if self._with_pairs:
             example[name.replace("image", "image2")] = (
@@ -207,7 +214,7 @@ class Examples:
     def _image(self, index: int, record: Record, rng: np.random.Generator) -> np.ndarray:
         if self._images is None:
             try:
-                return train_transform(decode(record.image), rng, self._transform)
+                return train_image(record.image, rng, self._transform)
             except UnreadableImage as error:
                 raise _Unusable(record.key, str(error)) from error
         if "valid" in self._images and not self._images["valid"][index]:
@@ -222,20 +229,32 @@ class Examples:
         views = self._images["image"]
         return np.zeros(views.shape[2:], views.dtype)
 
-    def _text(self, index: int, record: Record, template: int) -> Example:
+    def _text(
+        self, index: int, record: Record, template: int, rng: np.random.Generator
+    ) -> tuple[Example, tuple[int | str, ...]]:
+        """The texts, and what is masked in them."""
         if self._texts is not None:
-            return {
+            cached = {
                 "caption_pooled": self._texts["caption_pooled"][index],
                 "masked_tokens": self._texts["masked_tokens"][index],
                 "masked_mask": self._texts["masked_mask"][index].astype(bool),
                 "prompt_pooled": self._texts["prompt_pooled"][index, template],
             }
-        texts = texts_of(record, self._entity_set, self._templates[template : template + 1])
-        return self._encode(texts["caption"], texts["masked"], texts["prompts"][0])
+            return cached, record.entities
+        texts = masked_texts(
+            record.caption, self._entity_set, self._templates[template], self._masking, rng
+        )
+        found = self._encode(record.caption, texts.masked, texts.prompt)
+        if self._masking.classifies:
+            found |= self._targets(found, texts.mentions)
+        return found, texts.answer
 
     def _no_text(self) -> Example:
         if self._texts is None:
-            return self._encode("", "", "") | (self._noun_ids([]) if self._nouns else {})
+            empty = self._encode("", "", "")
+            if self._masking.classifies:
+                empty |= self._targets(empty, ())
+            return empty | (self._noun_ids([]) if self._nouns else {})
         tokens = self._texts["masked_tokens"]
         width = self._texts["caption_pooled"].shape[-1]
         mask = np.zeros(tokens.shape[1], bool)
@@ -252,6 +271,12 @@ class Examples:
         assert self._tokenizer is not None
         ids = self._tokenizer.encode([caption, masked, prompt], self._length)
         return {"caption_ids": ids[0], "masked_ids": ids[1], "prompt_ids": ids[2]}
+
+    def _targets(self, texts: Example, mentions: tuple[int, ...] | None) -> Example:
+        assert self._tokenizer is not None
+        return {
+            "masked_targets": token_targets(texts["masked_ids"], self._tokenizer.mask_id, mentions)
+        }
 
     def _noun_ids(self, sentences: list[str]) -> Example:
         assert self._tokenizer is not None

@@ -96,7 +96,8 @@ def make_loader(
     `caption_pooled`, `prompt_pooled` [b, Dt], `masked_tokens` [b, M, Dt], `masked_mask` bool
     [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. With pairs
     also `image2` or `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`. With nouns
-    also `noun_ids` int32 [b, n, M] and `noun_present` bool [b, n].
+    also `noun_ids` int32 [b, n, M] and `noun_present` bool [b, n]; where masked tokens are
+    classified also `masked_targets` int32 [b, M].
 
     A record that cannot be read keeps its slot: zeros, empty texts, weight 0.
 
@@ -104,8 +105,9 @@ def make_loader(
       source: the records. Their entity ids are found anew with `entity_set`.
       entity_set: the entities.
       tokenizer: not needed when `text_store` is given.
-      spec: `text_length` (M), `transform` (see `augment.train_transform`), `templates` (default:
-        `templates.TRAINING`), `nouns` (how many nouns of a caption become sentences; default 0).
+      spec: `text_length` (M), `transform` (see `augment.complete_transform`), `templates` (default:
+        `templates.TRAINING`), `nouns` (how many nouns of a caption become sentences; default 0),
+        `masking` (see `masking.Masking`; default "all_entities").
       batch_size: the global batch size B.
       seed: of the order and of everything random about an example.
       with_pairs: draw a second image that shares an entity (Sec. 3.2.3).

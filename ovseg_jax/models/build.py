@@ -49,6 +49,13 @@ def check_model_config(config: ConfigDict) -> None:
     choices = dict(CHOICES)
     if config.decoder is None:
         del choices["decoder.order"]
+    if config.get("token_classes", 0):
+        choices["token_classes_from"] = ("decoder", "text")
+        if config.decoder is None and config.token_classes_from == "decoder":
+            raise UserError(
+                "config.model.token_classes_from = 'decoder' needs an entity decoder, but "
+                "config.model.decoder is None: set token_classes_from = 'text'"
+            )
     if form == "causal":
         choices["text.activation"] = tuple(FEED_FORWARD_ACTIVATIONS)
     for name, allowed in choices.items():
@@ -144,5 +151,7 @@ def build_model(config: ConfigDict) -> OVSegmentor:
         text_pool=config.text_pool,
         pad_id=config.pad_id,
         temperature_init=config.temperature_init,
+        token_classes=config.get("token_classes", 0),
+        token_classes_from=config.get("token_classes_from", "decoder"),
         **options,
     )

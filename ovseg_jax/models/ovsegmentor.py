@@ -9,6 +9,7 @@ from flax import struct
 
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
+from ovseg_jax.models.layers import Dense
 from ovseg_jax.models.projector import Projector
 from ovseg_jax.models.text_transformer import CausalTextEncoder, up_to_end
 from ovseg_jax.models.vit import VisualEncoder, VisualTokens, normalize_image
@@ -45,6 +46,9 @@ class OVSegmentor(nn.Module):
       text_pool: how a sentence vector is taken from its tokens, see `pool_tokens`.
       pad_id: token id of padding.
       temperature_init: initial temperature of the contrastive losses.
+      token_classes: classes that a masked token can have (masked language modeling over the
+        entities, the paper's Table 4); 0 for no such head.
+      token_classes_from: what the head reads, the "decoder"'s output or that of the "text" encoder.
     """
 
     image_encoder: VisualEncoder
@@ -59,6 +63,8 @@ class OVSegmentor(nn.Module):
     text_pool: str = "eot"
     pad_id: int = 0
     temperature_init: float = 0.07
+    token_classes: int = 0
+    token_classes_from: str = "decoder"
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
 
@@ -79,6 +85,13 @@ class OVSegmentor(nn.Module):
         self.text_projector = projector()
         if self.entity_decoder is not None:
             self.completion_projector = projector()
+        if self.token_classes:
+            self.token_head = Dense(
+                self.token_classes,
+                ("embed", None),
+                dtype=self.dtype,
+                matmul_dtype=self.matmul_dtype,
+            )
         start = -math.log(self.temperature_init)
         self.log_scale = self.param("log_scale", nn.initializers.constant(start), (), jnp.float32)
 
@@ -150,6 +163,20 @@ class OVSegmentor(nn.Module):
         pooled = pool_tokens(completed, mask, self.text_pool)
         return unit(self.completion_projector(pooled, train))
 
+    def classify_tokens(
+        self,
+        tokens: Float[Array, "B M Dt"],
+        mask: Bool[Array, "B M"],
+        groups: Float[Array, "B K D"],
+    ) -> Float[Array, "B M C"]:
+        """Which entity each token of a masked caption stands for, as logits, float32.
+
+        With `token_classes_from` "text" the groups are not looked at.
+        """
+        if self.token_classes_from == "decoder":
+            tokens = self.entity_decoder(tokens.astype(self.dtype), mask, groups)
+        return self.token_head(tokens.astype(self.dtype)).astype(jnp.float32)
+
     def logit_scale(self) -> Float[Array, ""]:
         """Inverse temperature of both contrastive losses, at most 100."""
         return jnp.minimum(jnp.exp(self.log_scale), 100.0)
@@ -162,4 +189,6 @@ class OVSegmentor(nn.Module):
         z_text = self.project_text(text.pooled)
         if self.entity_decoder is not None:
             z_text = z_text + self.complete(text.tokens, text.mask, visual.groups)
+        if self.token_classes:
+            z_text = z_text + jnp.mean(self.classify_tokens(text.tokens, text.mask, visual.groups))
         return self.logit_scale() * z_image @ z_text.T

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
-from ovseg_jax.data.augment import UnreadableImage, decode, to_rgb
+from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.distractors import check_class_names, with_distractors
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
+from ovseg_jax.data.augment import complete_transform, train_image
 from ovseg_jax.data.captions import distinct_prompts, shared_prompt, texts_of
+from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.order import example_rng
@@ -93,15 +94,16 @@ def image_store(
 
     Args:
       directory: holds one folder per key.
-      transform: see `data.augment.train_transform`; view v of a record is drawn from
+      transform: see `data.augment.complete_transform`; view v of a record is drawn from
         (seed, v, key).
       progress: called with a label, images done, images in all.
     """
+    transform = complete_transform(transform)
     key = cache_key(
         params,
         TRUNK,
         source=source.fingerprint(),
-        transform=dict(transform),
+        transform=_shaping(transform),
         views=views,
         seed=view_seed(transform, seed),
         trunk=settings_of(model.image_encoder, AFTER_TRUNK),
@@ -130,11 +132,10 @@ def image_store(
     def read(row: tuple[int, int]) -> np.ndarray | None:
         record = source[row[0]]
         try:
-            image = decode(record.image)
+            return train_image(record.image, example_rng(seed, row[1], record.key), transform)
         except UnreadableImage as error:
             _log.warning("record %s cannot be used and weighs 0: %s", record.key, error.cause)
             return None
-        return train_transform(image, example_rng(seed, row[1], record.key), transform)
 
     for part, images in _read_ahead(rows, read, IMAGE_BATCH):
         batch = np.zeros((IMAGE_BATCH, size, size, 3), np.uint8)
@@ -148,6 +149,13 @@ def image_store(
                 store["valid"][record] = 1
         progress("image features", part[-1][0] + 1, count)
     return store.commit()
+
+
+def _shaping(transform: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a transform that shape pixels: of the kind 'none' there are two."""
+    if transform["kind"] == "none":
+        return {"kind": "none", "size": transform["size"]}
+    return dict(transform)
 
 
 def _read_ahead(

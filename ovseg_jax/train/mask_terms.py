@@ -11,8 +11,15 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
+from ovseg_jax.losses.contrastive import candidate_pairs
+from ovseg_jax.losses.group_consistency import group_set_nce
 from ovseg_jax.losses.group_masks import COSTS, group_mask_loss
-from ovseg_jax.losses.mask_consistency import Regions, consistency_loss
+from ovseg_jax.losses.mask_consistency import (
+    Regions,
+    consistency_loss,
+    select_groups,
+    subgroup_count,
+)
 from ovseg_jax.losses.objective import divided_sum, weighted_mean
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.vit import VisualTokens
@@ -21,6 +28,7 @@ from ovseg_jax.train.batches import Batch, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
 
 CHOICES = {
+    "cross_image": ("masks", "groups"),
     "mask_maps": ("final_tokens", "binding"),
     "mask_directions": ("both", "one"),
     "mask_cost": COSTS,
@@ -53,7 +61,8 @@ def check_mask_config(config: ConfigDict) -> None:
         if config[name] not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise UserError(f"config.loss.{name} is {config[name]!r}; it must be one of {listed}")
-    if config.mask_maps == "final_tokens" and config.mask_directions == "one":
+    masks = config.cross_image == "masks"
+    if masks and config.mask_maps == "final_tokens" and config.mask_directions == "one":
         raise UserError(
             "config.loss.mask_directions = 'one' needs mask_maps = 'binding': the form on final "
             "tokens (Eq. 12) is symmetric"
@@ -119,24 +128,33 @@ def mask_term(
     batch: Batch,
     config: ConfigDict,
     *,
+    scale: Float[Array, ""],
     grid: tuple[int, int],
     mesh: Mesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mask consistency over a batch of pairs (Eq. 10-12).
+    """Cross-image consistency over a batch of pairs: of masks (Eq. 10-12), or of groups.
 
     Args:
       online, teacher: views by image.
       entity: 'a photo of e' of the shared entity in the joint space, as it comes.
-      config: the run's ``config.loss``. `mask_maps`: "final_tokens" (the paper's, see
-        `mask_consistency`) or "binding" (the released model's, see `group_masks`, with
-        `detached_ratio`, `mask_size` in pixels and `mask_cost`). `mask_divisor`: 0 for the mean
-        over pairs; else their sum is divided by it.
+      config: the run's ``config.loss``. `cross_image`: "masks", or "groups" (Table 6, see
+        `group_consistency`), for which only `group_ratio` and `mask_directions` count.
+        `mask_maps`: "final_tokens" (the paper's, see `mask_consistency`) or "binding" (the released
+        model's, see `group_masks`, with `detached_ratio`, `mask_size` in pixels and `mask_cost`).
+        `mask_divisor`: 0 for the mean over pairs; else their sum is divided by it.
+      scale: inverse temperature of the contrastive losses, for groups.
       grid: (rows, columns) of an image's patches.
 
     Returns:
       The loss and the metrics.
     """
     entity = jax.lax.stop_gradient(entity)
+    weight = batch["weight"] * batch["pair_weight"]
+    if config.cross_image == "groups":
+        loss = weighted_mean(
+            _group_consistency(online, teacher, entity, scale, weight, config), weight
+        )
+        return loss, {"mask": loss}
     options = {"threshold": config.mask_threshold, "backend": config.matching, "mesh": mesh}
     if config.mask_maps == "final_tokens":
         per_pair, extra = consistency_loss(
@@ -167,13 +185,34 @@ def mask_term(
         count = len(directions)
         per_pair = jnp.mean(values.reshape(-1, count), axis=1)
         extra = {name: jnp.mean(x.reshape(-1, count), axis=1) for name, x in extra.items()}
-    weight = batch["weight"] * batch["pair_weight"]
     fraction = weighted_mean(extra["target_fraction"], weight)
     if config.mask_divisor:
         loss = divided_sum(per_pair, weight, config.mask_divisor)
     else:
         loss = weighted_mean(per_pair, weight)
     return loss, {"mask": loss, "mask_target_fraction": fraction}
+
+
+def _group_consistency(
+    online: Mapping[int, View],
+    teacher: Mapping[int, View],
+    entity: Float[Array, "B E"],
+    scale: Float[Array, ""],
+    weight: Float[Array, "B"],
+    config: ConfigDict,
+) -> Float[Array, "B"]:
+    def chosen(one: View) -> Array:
+        joint = unit(one.embedded)
+        count = subgroup_count(joint.shape[1], config.group_ratio)
+        places = select_groups(joint, unit(entity), count)
+        return jnp.take_along_axis(joint, places[..., None], axis=1)
+
+    pairs = candidate_pairs(weight)
+    directions = [
+        group_set_nce(chosen(online[i]), chosen(teacher[1 - i]), scale, pairs)
+        for i in online_images(config)
+    ]
+    return jnp.mean(jnp.stack(directions), axis=0)
 
 
 def _regions(one: View) -> Regions:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.data.augment import UnreadableImage, decode, train_transform
+from ovseg_jax.data.augment import complete_transform, train_image
+from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.order import example_rng
 from ovseg_jax.data.records import RecordSource
 from ovseg_jax.errors import UserError
@@ -44,14 +45,13 @@ def standardized_neck(
             "config.model.neck_init = 'standardize' needs a neck: give the trunk another width "
             "than the encoder (config.model.image.trunk_width)"
         )
-    images = []
+    images, transform = [], complete_transform(transform)
     for index in range(min(IMAGES, len(source))):
         record = source[index]
         try:
-            image = decode(record.image)
+            images.append(train_image(record.image, example_rng(seed, 0, record.key), transform))
         except UnreadableImage:
             continue  # the loader counts and reports it
-        images.append(train_transform(image, example_rng(seed, 0, record.key), transform))
     if not images:
         raise UserError(f"none of the first {IMAGES} images of {source.name} can be read")
     trunk = jax.jit(lambda params, x: model.apply({"params": params}, x, method="trunk"))

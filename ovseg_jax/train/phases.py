@@ -1,12 +1,13 @@
 """Phases as data: what changes in the course of a run, from the config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.augment import complete_transform
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 from ovseg_jax.optim.schedule import learning_rate
@@ -42,7 +43,7 @@ class Phase:
       batch_size: global.
       mask_weight: lambda of Eq. 13; at 0 no second image is read and no teacher runs.
       frozen: patterns of parameters that do not train.
-      transform: of images, see `data.augment.train_transform`.
+      transform: of images, see `data.augment.complete_transform`.
       schedule: a learning-rate config of its own, or None to follow the run's.
       optimizer, teacher: see `state.next_phase_state`.
       start_from: "last" state of the phase before, or the "best" one saved.
@@ -60,6 +61,12 @@ class Phase:
     optimizer: str
     teacher: str
     start_from: str
+
+    @property
+    def erase(self) -> dict[str, Any] | None:
+        """Random erasing of the images on the device, None where there is none."""
+        erase = self.transform["erase"]
+        return erase if erase["probability"] > 0 else None
 
 
 def make_phases(config: ConfigDict, records: int) -> list[Phase]:
@@ -105,7 +112,7 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
                 batch_size=values["batch_size"],
                 mask_weight=float(values["mask_weight"]),
                 frozen=tuple(values["frozen"]),
-                transform=dict(values["transform"] or config.data.transform),
+                transform=_transform(values["transform"], config, where),
                 schedule=_schedule(values["learning_rate"], config, where),
                 optimizer=values["optimizer"],
                 teacher=values["teacher"],
@@ -113,6 +120,28 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
             )
         )
     return phases
+
+
+def check_cached_images(phases: Sequence[Phase]) -> None:
+    """Refuses phases whose images cannot come from one cache of features (`data.cache_images`).
+
+    Raises:
+      UserError: their transforms differ, or go on on the device.
+    """
+    if any(phase.transform != phases[0].transform for phase in phases):
+        raise UserError("config.data.cache_images needs the same transform in all phases")
+    if phases[0].erase:
+        raise UserError(
+            "config.data.cache_images holds features, of which nothing can be erased: set it to "
+            "False, or config.data.transform.erase.probability to 0.0"
+        )
+
+
+def _transform(fields: Any, config: ConfigDict, where: str) -> dict[str, Any]:
+    """A phase's transform, or the run's, as plain values."""
+    spec = config.data.transform if fields is None else fields
+    where = "config.data.transform" if fields is None else f"{where}.transform"
+    return complete_transform(ConfigDict(spec).to_dict(), where)
 
 
 def _schedule(

@@ -2,13 +2,13 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.pipeline import Loader, make_loader, texts_of
+from ovseg_jax.data.masking import Masking, masked_texts
+from ovseg_jax.data.pipeline import Loader, make_loader
 from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.templates import SIMPLE, TRAINING
@@ -28,11 +29,13 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
+from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import Phase, make_phases, rate_at
+from ovseg_jax.train.phases import Phase, check_cached_images, make_phases, rate_at
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
@@ -118,6 +121,7 @@ class Run:
             mask_weight=phase.mask_weight,
             frozen=phase.frozen,
             mesh=self.mesh,
+            erase=phase.erase,
         )
         return compile_step(step, self.state_layout(phase)[1], self.mesh)
 
@@ -140,6 +144,7 @@ class Run:
                 "transform": phase.transform,
                 "templates": self.templates(),
                 "nouns": data.nouns,
+                "masking": masking_of(self.config.loss),
             },
             batch_size=phase.batch_size,
             seed=self.config.seed,
@@ -164,9 +169,6 @@ class Run:
             )
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
-            transforms = {json.dumps(phase.transform, default=list) for phase in self.phases}
-            if len(transforms) > 1:
-                raise UserError("config.data.cache_images needs the same transform in all phases")
             self.stores["images"] = feature_cache.image_store(
                 cache,
                 self.model,
@@ -246,11 +248,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         )
     check_mask_config(config.loss)
     check_noun_config(config)
-    if config.loss.entity_weight > 0 and config.model.decoder is None:
-        raise UserError(
-            "config.loss.entity_weight > 0 needs an entity decoder, but config.model.decoder is "
-            "None: set config.loss.entity_weight = 0"
-        )
+    masking_of(config.loss)
     mesh = sharding.make_mesh(**config.mesh)
     model = build_model(config.model)
     tokenizer = find_tokenizer(config.data.tokenizer)
@@ -265,13 +263,23 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"config.model.pad_id is {config.model.pad_id}"
         )
     source, entities = make_source(config.data)
-    length = config.data.text_length or _measured_length(source, entities, tokenizer)
+    check_entity_config(config, tokenizer.mask_id, len(entities))
+    counts = _sampled_lengths(source, entities, tokenizer, masking_of(config.loss))
+    length = config.data.text_length or text_length(counts)
+    if cut := int((counts > length).sum()):
+        progress.say(
+            f"note: {cut} of {len(counts)} sampled sentences are longer than {length} tokens and "
+            "are cut (config.data.text_length)"
+        )
     text, offset = config.model.text, config.model.text.get("position_offset", 0)
     if length > text.max_positions - offset:
         raise UserError(
             f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
             f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
         )
+    phases = make_phases(config, len(source))
+    if config.data.cache_images:
+        check_cached_images(phases)
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
         config=config,
@@ -280,7 +288,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         tokenizer=tokenizer,
         source=source,
         entities=entities,
-        phases=make_phases(config, len(source)),
+        phases=phases,
         text_length=length,
         progress=progress,
         param_shardings=sharding.parameter_shardings(boxed, mesh),
@@ -306,11 +314,17 @@ def _missing_weights(config: ConfigDict) -> list[str]:
     return missing
 
 
-def _measured_length(source: RecordSource, entities: EntitySet, tokenizer: Tokenizer) -> int:
-    sample = sample_captions(source, LENGTH_SAMPLE)
-    texts = [texts_of(caption, entities, (SIMPLE,)) for caption in sample]
-    sentences = [s for t in texts for s in (t["caption"], t["masked"], *t["prompts"])]
-    return text_length(tokenizer.lengths(sentences))
+def _sampled_lengths(
+    source: RecordSource, entities: EntitySet, tokenizer: Tokenizer, masking: Masking
+) -> Int[np.ndarray, "sentences"]:
+    """Tokens of each sentence that some of the captions give."""
+    # Other objectives name no more in a prompt than all of a caption's entities.
+    masking = masking if masking is Masking.ALL_NOUNS else Masking.ALL_ENTITIES
+    sentences = []
+    for caption in sample_captions(source, LENGTH_SAMPLE):
+        texts = masked_texts(caption, entities, SIMPLE, masking, np.random.default_rng(0))
+        sentences += [caption, texts.masked, texts.prompt]
+    return tokenizer.lengths(sentences)
 
 
 def config_hash(config: ConfigDict) -> str:

@@ -12,17 +12,21 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
+from ovseg_jax.train.erasing import erased_batch
 from ovseg_jax.train.state import TrainState, teacher_of
 from ovseg_jax.train.terms import loss_terms
 
 RNG_NAMES = ("gumbel", "dropout")
+ERASING = len(RNG_NAMES)  # number of the stream that no part of the model draws from
 
 
 def step_rngs(seed: int, step: Any) -> dict[str, jax.Array]:
     """Random keys of a step: a function of the seed, the stream's name and the step alone."""
-    key = jax.random.key(seed)
-    streams = {name: jax.random.fold_in(key, index) for index, name in enumerate(RNG_NAMES)}
-    return {name: jax.random.fold_in(stream, step) for name, stream in streams.items()}
+    return {name: _step_key(seed, index, step) for index, name in enumerate(RNG_NAMES)}
+
+
+def _step_key(seed: int, stream: int, step: Any) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
 
 
 def train_step(
@@ -36,6 +40,7 @@ def train_step(
     mask_weight: float,
     frozen: tuple[str, ...],
     mesh: Mesh | None,
+    erase: Mapping[str, Any] | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient, update, teacher, metrics.
@@ -47,12 +52,15 @@ def train_step(
     Args:
       rate: learning rate as a function of the step. config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
+      erase: random erasing of the images, see `erasing.erased_batch`; None for none.
       noise: see `loss_terms`.
     """
     trainable, held = groups.split(state.params, frozen)
     teacher = teacher_of(state, frozen) if mask_weight > 0 else None
     text_dropout = "text_encoder" in trainable or config.loss.frozen_text_dropout
     rngs = step_rngs(config.seed, state.step)
+    if erase is not None:
+        batch = erased_batch(batch, erase, _step_key(config.seed, ERASING, state.step))
 
     def objective(trainable: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
         return loss_terms(

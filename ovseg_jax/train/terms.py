@@ -8,13 +8,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
+from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidate_pairs, false_negative_rate, info_nce
+from ovseg_jax.losses.contrastive import candidate_pairs, info_nce
 from ovseg_jax.losses.objective import total_loss, weighted_mean
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.train.batches import Batch, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
+from ovseg_jax.train.entity_terms import completion_term, masking_of, token_term
 from ovseg_jax.train.mask_terms import (
     FIRST,
     SECOND,
@@ -97,11 +99,13 @@ def loss_terms(
     check_mask_config(config)
     call = Calls(model, params, statistics or {})
     with_entity, with_mask = config.entity_weight > 0, mask_weight > 0
+    masking = masking_of(config) if with_entity else None
     kinds = ("caption",)
-    kinds += ("masked", "prompt") if with_entity else ()
+    kinds += ("masked",) if masking and (masking.completes or masking.classifies) else ()
+    kinds += ("prompt",) if masking and masking.completes else ()
     kinds += ("shared",) if with_mask else ()
     nouns: tuple[str, ...] = ()
-    if config.get("noun_weight", 0.0) > 0:
+    if config.get("noun_weight", 0.0) > 0 or masking is Masking.MULTI_LABEL:
         batch, nouns = noun_batch(batch)
     texts = encode_texts(call, batch, kinds + nouns, text_dropout, rngs, mesh)
     images = images_of(batch, with_mask)
@@ -133,18 +137,15 @@ def loss_terms(
         "group_usage": group_usage(first.tokens.affinity, weight),
     }
     entity = mask = None
-    if with_entity:
-        entity_weight = weight * batch["entity_weight"]
-        masked = texts["masked"]
-        if call.statistics:
-            embed_sentences(call, masked)  # for its part in the running statistics
-        z_prompt = unit(embed_sentences(call, texts["prompt"]))
-        z_masked = call("complete", masked.tokens, masked.mask, first.tokens.groups, True)
-        sets = batch["entity_set"]
-        pairs = candidate_pairs(entity_weight, sets if config.mask_equal_entities else None)
-        entity = weighted_mean(info_nce(z_masked, z_prompt, scale, pairs), entity_weight)
-        metrics["entity"] = entity
-        metrics["entity_false_negatives"] = false_negative_rate(entity_weight, sets)
+    if masking is not None:
+        if masking is Masking.MULTI_LABEL:
+            entity, extra = noun_term(z_image, z_nouns, scale, batch), {}
+        elif masking.classifies:
+            entity, extra = token_term(call, texts, first.tokens.groups, batch)
+        else:
+            equal = config.mask_equal_entities
+            entity, extra = completion_term(call, texts, first.tokens.groups, scale, batch, equal)
+        metrics |= {"entity": entity, **extra}
     if with_mask:
         drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=mesh)
         shared = embed_sentences(call, texts["shared"])
@@ -160,6 +161,7 @@ def loss_terms(
             shared,
             batch,
             config,
+            scale=scale,
             grid=grid_of(model, images[SECOND], patches),
             mesh=mesh,
         )
@@ -171,7 +173,7 @@ def loss_terms(
         entity_weight=config.entity_weight,
         mask_weight=mask_weight,
     )
-    if nouns:
+    if nouns and masking is not Masking.MULTI_LABEL:
         metrics["nouns"] = noun_term(z_image, z_nouns, scale, batch)
         loss = loss + config.noun_weight * metrics["nouns"]
     return loss, ({"loss": loss, **metrics}, call.statistics)

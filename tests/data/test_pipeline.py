@@ -372,3 +372,31 @@ def test_scenes_go_through_the_same_path_as_files(tokenizer, tmp_path):
     assert_same(list(make_loader(stored, entities, tokenizer, SPEC, **settings)), direct)
     assert all(batch["weight"].all() for batch in direct)
     assert any(batch["pair_weight"].any() for batch in direct)
+
+
+@pytest.mark.parametrize("masking", ["single_entity", "all_nouns", "mlm"])
+def test_masking_objectives_in_batches(source, tokenizer, masking):
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": False}
+    spec = {**SPEC, "masking": masking}
+    batches = list(make_loader(source, ENTITIES, tokenizer, spec, **settings))
+    default = list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+    mask, several = tokenizer.mask_id, 0
+    for batch, plain in zip(batches, default, strict=True):
+        np.testing.assert_array_equal(batch["image"], plain["image"])
+        np.testing.assert_array_equal(batch["caption_ids"], plain["caption_ids"])
+        for row, other in zip(batch["masked_ids"], plain["masked_ids"], strict=True):
+            hidden, all_hidden = (row == mask).sum(), (other == mask).sum()
+            if masking == "single_entity":
+                assert (hidden > 0) == (all_hidden > 0) and hidden <= all_hidden
+                several += hidden < all_hidden
+            else:
+                assert hidden >= all_hidden
+                several += hidden > all_hidden
+        if masking != "mlm":
+            continue
+        targets = batch["masked_targets"]
+        np.testing.assert_array_equal(targets >= 0, batch["masked_ids"] == mask)
+        for at in np.argwhere(targets >= 0):
+            # Nothing but the entities is masked, so the token that was there is the entity's name.
+            assert NAMES[targets[tuple(at)]] == WORDS[batch["caption_ids"][tuple(at)]]
+    assert several or masking == "mlm"

@@ -1,0 +1,151 @@
+"""The evaluation sets as TFDS builders, written and read without TensorFlow.
+
+    from ovseg_jax.data.benchmarks.builders import build
+    build("voc", folder="VOCdevkit", data_dir="tensorflow_datasets")
+
+writes ``tensorflow_datasets/ovseg_voc/1.0.0`` (ArrayRecord, one split, validation), which
+evaluation reads, and any program with ``tfds.builder_from_directory``. An example has `image`, as
+it is on disk; `labels`, a palette PNG whose values are those of the benchmark (0 background where
+it has one, 255 ignored); and `key`.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from PIL import Image
+
+from ovseg_jax.data.benchmarks import OPENERS, class_table
+from ovseg_jax.data.benchmarks.folders import LabeledFolder
+from ovseg_jax.data.benchmarks.prepared import SPLIT
+from ovseg_jax.data.benchmarks.tables import ClassTable
+from ovseg_jax.errors import UserError
+
+
+def label_png(labels: UInt8[np.ndarray, "H W"], table: ClassTable) -> bytes:
+    """Labels as a PNG whose pixel values they are, shown in the table's colors."""
+    image = Image.fromarray(labels)
+    image.putpalette(table.palette())
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders have in common. `BENCHMARK` names the evaluation set."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Give the unpacked official folder as manual_dir."
+    BENCHMARK = ""
+    # Nothing is downloaded, so there is no list of checksums; looking for one needs
+    # importlib_resources, which TFDS 4.9.10 does not declare.
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        table = class_table(self.BENCHMARK)
+        names = ["background"] * table.background + list(table.names)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{table.title}. {table.source}. {table.rule}",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "labels": tfds.features.Image(shape=(None, None, 1)),
+                    "key": tfds.features.Text(),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(names=names, words=list(table.words)),
+            # In the official order, so that example i is image i of the benchmark.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        folder = OPENERS[self.BENCHMARK](os.fspath(dl_manager.manual_dir), "manual_dir")
+        return {SPLIT: self._generate_examples(folder)}
+
+    def _generate_examples(self, folder: LabeledFolder) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, key in enumerate(folder.keys):
+            yield (
+                index,
+                {
+                    "image": folder.image_bytes(index),
+                    "labels": label_png(folder.labels(index), folder.table),
+                    "key": key,
+                },
+            )
+
+
+class OvsegVoc(_FolderBuilder):
+    """PASCAL VOC 2012."""
+
+    BENCHMARK = "voc"
+
+
+class OvsegContext(_FolderBuilder):
+    """PASCAL Context, 59 classes."""
+
+    BENCHMARK = "context"
+
+
+class OvsegCocoObject(_FolderBuilder):
+    """COCO Object."""
+
+    BENCHMARK = "coco_object"
+
+
+class OvsegCocoStuff(_FolderBuilder):
+    """COCO-Stuff."""
+
+    BENCHMARK = "coco_stuff"
+
+
+class OvsegAde20k(_FolderBuilder):
+    """ADE20K."""
+
+    BENCHMARK = "ade20k"
+
+
+class OvsegCityscapes(_FolderBuilder):
+    """Cityscapes."""
+
+    BENCHMARK = "cityscapes"
+
+
+BUILDERS: dict[str, type[_FolderBuilder]] = {
+    builder.BENCHMARK: builder
+    for builder in (
+        OvsegVoc,
+        OvsegContext,
+        OvsegCocoObject,
+        OvsegCocoStuff,
+        OvsegAde20k,
+        OvsegCityscapes,
+    )
+}
+
+
+def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
+    """Writes one evaluation set, unless it is there already.
+
+    Args:
+      name: such as 'voc'.
+      folder: the official folder. data_dir: where TFDS keeps its data sets.
+
+    Returns:
+      The folder that was written.
+
+    Raises:
+      UserError: an unknown name, or files of the official folder are missing.
+    """
+    if name not in BUILDERS:
+        raise UserError(f"there is no evaluation set {name!r}; there are: {', '.join(BUILDERS)}")
+    builder = BUILDERS[name](data_dir=str(data_dir), file_format="array_record")
+    config = tfds.download.DownloadConfig(manual_dir=str(folder))
+    builder.download_and_prepare(download_config=config)
+    return Path(builder.data_dir)

@@ -1,0 +1,73 @@
+"""COCO Object: the 80 classes of COCO's instances, and background, on val2017."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ovseg_jax.data.benchmarks.coco_masks import load_codec, mask_of
+from ovseg_jax.data.benchmarks.folders import LabeledFolder, find_root, require
+from ovseg_jax.data.benchmarks.tables import ClassTable, class_table
+from ovseg_jax.errors import UserError
+
+NAME = "coco_object"
+INSTANCES = "annotations/instances_val2017.json"
+IMAGES = ("val2017", "images/val2017")
+
+
+def open_coco_object(directory: str | Path, field: str) -> LabeledFolder:
+    """Opens the folder with val2017 and annotations/instances_val2017.json.
+
+    Images without any instance belong to it: they are background throughout.
+
+    Raises:
+      UserError: files are missing (it names them), or pycocotools is.
+    """
+    needed = ("|".join(IMAGES), INSTANCES)
+    root = find_root(NAME, directory, ("", "coco", "coco2017"), needed, field)
+    load_codec()
+    table = class_table(NAME)
+    try:
+        document = json.loads((root / INSTANCES).read_bytes())
+        entries = sorted(document["images"], key=lambda entry: entry["id"])
+        regions = defaultdict(list)
+        for region in document["annotations"]:
+            regions[region["image_id"]].append(region)
+        names = {entry["id"]: entry["name"] for entry in document["categories"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"benchmark {NAME}: {root / INSTANCES} is no COCO instance file "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from error
+    if names != dict(zip(table.values, table.names, strict=True)):
+        raise UserError(f"benchmark {NAME}: {root / INSTANCES} has other categories than COCO's 80")
+    folder = next(root / place for place in IMAGES if (root / place).is_dir())
+    images = tuple(folder / entry["file_name"] for entry in entries)
+    require(NAME, images)
+    keys = tuple(path.stem for path in images)
+
+    def read_labels(index: int) -> UInt8[np.ndarray, "H W"]:
+        entry = entries[index]
+        return painted(table, regions[entry["id"]], entry["height"], entry["width"])
+
+    return LabeledFolder(NAME, table, root, "instances", keys, images, read_labels)
+
+
+def painted(
+    table: ClassTable, regions: list[dict[str, Any]], height: int, width: int
+) -> UInt8[np.ndarray, "H W"]:
+    """Labels of an image from its regions.
+
+    Where regions overlap, the smaller object is on top: it is mostly a part of the larger one, or
+    in front of it. Crowd regions are coarse, so they lie below every single object.
+    """
+    labels = np.zeros((height, width), np.uint8)
+    number = {value: index + 1 for index, value in enumerate(table.values)}
+    # sorted() keeps the order of the file among equals.
+    for region in sorted(regions, key=lambda r: (-r.get("iscrowd", 0), -r["area"])):
+        mask = mask_of(region["segmentation"], height, width)
+        labels[mask] = number[region["category_id"]]
+    return labels

@@ -1,0 +1,167 @@
+"""Official folders of evaluation sets: where they begin, what they lack, and their images."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from PIL import Image
+
+from ovseg_jax.data.benchmarks.tables import ClassTable
+from ovseg_jax.errors import UserError
+
+# Missing files that a message names before it only counts them.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class LabeledFolder:
+    """The validation images of an official folder, with their labels.
+
+    Attributes:
+      name: of the evaluation set. table: its classes.
+      root: where the official folder begins.
+      form: which of the annotation's forms is read, such as 'instances' or 'mat'.
+      keys: one name an image, in the official order.
+      images: their files.
+      read_labels: (index) -> labels as `table` numbers them.
+    """
+
+    name: str
+    table: ClassTable
+    root: Path
+    form: str
+    keys: tuple[str, ...]
+    images: tuple[Path, ...]
+    read_labels: Callable[[int], UInt8[np.ndarray, "H W"]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image_bytes(self, index: int) -> bytes:
+        """An image as it is on disk.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        try:
+            return self.images[index].read_bytes()
+        except OSError as error:
+            raise UserError(f"benchmark {self.name}: {error}; copy the file again") from error
+
+    def labels(self, index: int) -> UInt8[np.ndarray, "H W"]:
+        """The labels of an image.
+
+        Raises:
+          UserError: their file is damaged, or not of the kind it should be.
+        """
+        try:
+            return self.read_labels(index)
+        except UserError:
+            raise
+        except Exception as error:
+            # Decoders of images, .mat and JSON files raise nearly anything on damaged files.
+            raise UserError(
+                f"benchmark {self.name}: the labels of {self.keys[index]} in {self.root} cannot be "
+                f"read ({type(error).__name__}: {error}); copy the files again"
+            ) from error
+
+
+def find_root(
+    name: str, directory: str | Path, below: Sequence[str], needed: Sequence[str], field: str
+) -> Path:
+    """The folder in which the official layout begins.
+
+    Args:
+      name: of the evaluation set.
+      directory: what the user gave.
+      below: where the layout may begin under it, '' for itself.
+      needed: folders and files that it must hold; 'a|b' is satisfied by either.
+      field: of the config that holds `directory`, for messages.
+
+    Raises:
+      UserError: none has them all; it names what the likeliest one lacks.
+    """
+    if not str(directory):
+        raise UserError(
+            f"benchmark {name} needs its official folder (with {_listed(needed)}): give "
+            f"--{field}=FOLDER"
+        )
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"benchmark {name}: {field} = {str(directory)!r} is no folder")
+    lacking = {}
+    for place in below:
+        root = directory / place
+        lacking[root] = [
+            paths
+            for paths in needed
+            if not any((root / path).exists() for path in paths.split("|"))
+        ]
+        if not lacking[root]:
+            return root
+    root = min(lacking, key=lambda place: len(lacking[place]))
+    raise UserError(
+        f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
+        f"there, or point {field} at the folder that has them"
+    )
+
+
+def _listed(needed: Sequence[str]) -> str:
+    return ", ".join(paths.replace("|", " or ") for paths in needed)
+
+
+def require(name: str, files: Iterable[Path]) -> None:
+    """Checks that every file is there.
+
+    Raises:
+      UserError: naming the first few that are missing, with their number.
+    """
+    present: dict[Path, set[str]] = {}
+    missing = []
+    for path in files:
+        # One listing a folder: asking for thousands of files one by one is slow on a bucket.
+        folder = path.parent
+        if folder not in present:
+            present[folder] = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        if path.name not in present[folder]:
+            missing.append(path)
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise UserError(
+            f"benchmark {name} is incomplete: {len(missing)} files are missing: "
+            f"{', '.join(map(str, missing[:_NAMED]))}{more}; unpack the official files again"
+        )
+
+
+def read_names(name: str, path: Path) -> tuple[str, ...]:
+    """The names of a split's images: the first word of each line, without folder and suffix.
+
+    Raises:
+      UserError: the file is not text, or has no names.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"benchmark {name}: {path} cannot be read ({error})") from error
+    words = [line.split()[0] for line in lines if line.strip()]
+    if not words:
+        raise UserError(f"benchmark {name}: {path} lists no images")
+    return tuple(re.sub(r"\.(jpg|png)$", "", word.rsplit("/", 1)[-1]) for word in words)
+
+
+def png_values(path: Path) -> Integer[np.ndarray, "H W"]:
+    """The pixel values of a gray or palette PNG, as they are stored.
+
+    Raises:
+      UserError: it has colors, not labels.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("L", "P", "I", "I;16"):
+            raise UserError(
+                f"{path} holds {image.mode} pixels and should hold one label each; copy the "
+                "official file again"
+            )
+        return np.asarray(image)

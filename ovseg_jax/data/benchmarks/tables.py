@@ -1,0 +1,80 @@
+"""The classes of the evaluation sets: names, words, label values, colors; from JSON files.
+
+Each file of ``tables/`` has a title, where the annotation comes from, the rule by which labels
+become classes, and the classes: their official name, the word that prompts use for them (the
+published models' where that differs), their value in the official label files, and their color.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+IGNORE = 255  # pixels that count for nothing
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The C classes of one evaluation set.
+
+    Attributes:
+      title, source, rule: in words, for reports.
+      background: whether label 0 is background; then class i has label i + 1, otherwise i.
+      names: official names. words: what prompts call them.
+      values: of the classes in the official label files.
+      colors: RGB.
+    """
+
+    title: str
+    source: str
+    rule: str
+    background: bool
+    names: tuple[str, ...]
+    words: tuple[str, ...]
+    values: tuple[int, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    @property
+    def other(self) -> int:
+        """The label of pixels that belong to no class: background where there is one."""
+        return 0 if self.background else IGNORE
+
+    def relabel(
+        self, official: Integer[np.ndarray, "H W"], values: tuple[int, ...] | None = None
+    ) -> UInt8[np.ndarray, "H W"]:
+        """Labels from the values of official files.
+
+        Args:
+          values: of the classes, in place of the table's.
+        """
+        values = self.values if values is None else values
+        lookup = np.full(max(int(official.max(initial=0)), *values) + 1, self.other, np.uint8)
+        lookup[list(values)] = np.arange(len(values)) + self.background
+        return lookup[official]
+
+    def palette(self) -> list[int]:
+        """256 colors as Pillow takes them: of the labels, and white for what is ignored."""
+        colors = [(0, 0, 0)] * self.background + list(self.colors)
+        colors += [(0, 0, 0)] * (IGNORE - len(colors)) + [(255, 255, 255)]
+        return [channel for color in colors for channel in color]
+
+
+@functools.cache
+def class_table(name: str) -> ClassTable:
+    """The table called `name`, such as 'voc'."""
+    path = resources.files("ovseg_jax.data.benchmarks") / "tables" / f"{name}.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    classes = document["classes"]
+    return ClassTable(
+        title=document["title"],
+        source=document["source"],
+        rule=document["rule"],
+        background=document["background"],
+        names=tuple(entry["name"] for entry in classes),
+        words=tuple(entry["word"] for entry in classes),
+        values=tuple(entry["label"] for entry in classes),
+        colors=tuple(tuple(entry["color"]) for entry in classes),
+    )

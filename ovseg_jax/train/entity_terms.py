@@ -1,0 +1,111 @@
+"""The entity term of Eq. 13, in the forms of the paper's Table 4 (see `data.masking.Masking`)."""
+
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.data.masking import Masking
+from ovseg_jax.errors import UserError
+from ovseg_jax.losses.contrastive import candidate_pairs, false_negative_rate, info_nce
+from ovseg_jax.losses.masked_tokens import masked_token_loss
+from ovseg_jax.losses.objective import weighted_mean
+from ovseg_jax.models.ovsegmentor import unit
+from ovseg_jax.shapes import Array, Float
+from ovseg_jax.train.batches import Batch
+from ovseg_jax.train.calls import Calls
+from ovseg_jax.train.texts import Sentences, embed_sentences
+
+
+def masking_of(loss: ConfigDict) -> Masking:
+    """The objective that ``config.loss`` names.
+
+    Raises:
+      UserError: there is no such objective.
+    """
+    if loss.masking not in list(Masking):
+        raise UserError(
+            f"config.loss.masking is {loss.masking!r}; it must be one of "
+            + ", ".join(repr(one.value) for one in Masking)
+        )
+    return Masking(loss.masking)
+
+
+def check_entity_config(config: ConfigDict, mask_id: int, entities: int) -> None:
+    """Refuses a config whose entity term cannot be computed.
+
+    Args:
+      mask_id: of the tokenizer, -1 where it has no mask token. entities: how many the data have.
+
+    Raises:
+      UserError: what the objective needs is missing or contradicts it.
+    """
+    masking, model = masking_of(config.loss), config.model
+    where = f"config.loss.masking = {masking.value!r}"
+    if config.loss.entity_weight <= 0:
+        if masking is not Masking.ALL_ENTITIES:
+            raise UserError(f"{where} has no effect with config.loss.entity_weight = 0")
+        return
+    if masking.needs_decoder and model.decoder is None:
+        raise UserError(
+            "config.loss.entity_weight > 0 needs an entity decoder, but config.model.decoder is "
+            "None: set config.loss.entity_weight = 0"
+        )
+    if config.data.cache_texts and masking is not Masking.ALL_ENTITIES:
+        raise UserError(
+            f"{where} does not fit config.data.cache_texts, which holds captions with all their "
+            "entities masked: set cache_texts = False"
+        )
+    if masking is Masking.MULTI_LABEL and (not config.data.nouns or config.loss.noun_weight):
+        raise UserError(
+            f"{where} needs nouns (set config.data.nouns, for example to 3), and takes the place "
+            "of config.loss.noun_weight (set it to 0)"
+        )
+    if masking.classifies:
+        source = "decoder" if masking is Masking.MLM_GROUPS else "text"
+        if (model.token_classes, model.token_classes_from) != (entities, source):
+            raise UserError(
+                f"{where} classifies {entities} entities: set config.model.token_classes = "
+                f"{entities} and config.model.token_classes_from = {source!r}"
+            )
+        if mask_id < 0:
+            raise UserError(f"{where} needs a tokenizer with a mask token")
+
+
+def completion_term(
+    call: Calls,
+    texts: Mapping[str, Sentences],
+    groups: Float[Array, "B K D"],
+    scale: Float[Array, ""],
+    batch: Batch,
+    mask_equal_entities: bool,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Eq. 8 and 9: the completed caption against the sentence that names what was masked.
+
+    Args:
+      texts: "masked" and "prompt".
+      scale: inverse temperature.
+      mask_equal_entities: whether equal answers are no negatives of one another.
+    """
+    weight, masked = batch["weight"] * batch["entity_weight"], texts["masked"]
+    if call.statistics:
+        embed_sentences(call, masked)  # for its part in the running statistics
+    z_prompt = unit(embed_sentences(call, texts["prompt"]))
+    z_masked = call("complete", masked.tokens, masked.mask, groups, True)
+    sets = batch["entity_set"]
+    pairs = candidate_pairs(weight, sets if mask_equal_entities else None)
+    value = weighted_mean(info_nce(z_masked, z_prompt, scale, pairs), weight)
+    return value, {"entity_false_negatives": false_negative_rate(weight, sets)}
+
+
+def token_term(
+    call: Calls, texts: Mapping[str, Sentences], groups: Float[Array, "B K D"], batch: Batch
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Masked language modeling: a mean over the examples that have a masked token."""
+    masked, targets = texts["masked"], batch["masked_targets"]
+    logits = call("classify_tokens", masked.tokens, masked.mask, groups)
+    hidden = targets >= 0
+    weight = batch["weight"] * hidden.any(axis=1).astype(logits.dtype)
+    hits = (logits.argmax(axis=-1) == targets) & hidden & (weight > 0)[:, None]
+    counted = hidden & (weight > 0)[:, None]
+    accuracy = hits.sum().astype(logits.dtype) / counted.sum().clip(1).astype(logits.dtype)
+    return weighted_mean(masked_token_loss(logits, targets), weight), {"token_accuracy": accuracy}

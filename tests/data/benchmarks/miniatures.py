@@ -1,0 +1,212 @@
+"""Miniatures of the official folder layouts, with labels that are known pixel by pixel."""
+
+import json
+
+import numpy as np
+import scipy.io
+from PIL import Image
+from pycocotools import mask as codec
+
+SIZE = (6, 9)  # rows, columns
+
+
+def write_image(path, seed=0, size=SIZE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, quality=95)
+
+
+def write_mask(path, values, palette=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(values, np.uint8))
+    if palette:
+        image.putpalette([channel for i in range(256) for channel in (i, 255 - i, i // 2)])
+    image.save(path)
+
+
+def write_text(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def values_of(numbers, seed=0):
+    """A map of `SIZE` with each of the numbers in it."""
+    rng = np.random.default_rng(seed)
+    flat = rng.permutation(np.resize(np.asarray(numbers), SIZE[0] * SIZE[1]))
+    return flat.reshape(SIZE)
+
+
+def voc(root):
+    """Two images; returns the values in their masks."""
+    base, maps = root / "VOCdevkit" / "VOC2012", {}
+    for seed, key in enumerate(("2007_000033", "2007_000042")):
+        maps[key] = values_of([0, 1, 11, 20, 255], seed)
+        write_image(base / "JPEGImages" / f"{key}.jpg", seed)
+        write_mask(base / "SegmentationClass" / f"{key}.png", maps[key], palette=True)
+    write_image(base / "JPEGImages" / "2008_000001.jpg")  # of another split
+    write_text(base / "ImageSets" / "Segmentation" / "val.txt", *maps)
+    return maps
+
+
+def ade20k(root):
+    """Two images; returns the values in their masks."""
+    base, maps = root / "ADEChallengeData2016", {}
+    for seed in range(2):
+        key = f"ADE_val_{seed + 1:08d}"
+        maps[key] = values_of([0, 1, 8, 150], seed)
+        write_image(base / "images" / "validation" / f"{key}.jpg", seed)
+        write_mask(base / "annotations" / "validation" / f"{key}.png", maps[key])
+    return maps
+
+
+def cityscapes(root):
+    """Two cities with an image each; returns the values in their masks."""
+    maps = {}
+    for seed, city in enumerate(("frankfurt", "munster")):
+        key = f"{city}_000000_00000{seed}"
+        maps[key] = values_of([0, 4, 7, 19, 33, 29], seed)
+        write_image(root / "leftImg8bit" / "val" / city / f"{key}_leftImg8bit.png", seed)
+        fine = root / "gtFine" / "val" / city
+        write_mask(fine / f"{key}_gtFine_labelIds.png", maps[key])
+        write_mask(fine / f"{key}_gtFine_instanceIds.png", maps[key])
+    return maps
+
+
+def coco_stuff(root):
+    """Two images; returns the values in their masks."""
+    maps = {}
+    for seed in range(2):
+        key = f"{seed + 139:012d}"
+        maps[key] = values_of([0, 11, 12, 89, 91, 181, 255], seed)
+        write_image(root / "val2017" / f"{key}.jpg", seed)
+        write_mask(root / "stuffthingmaps" / "val2017" / f"{key}.png", maps[key])
+    return maps
+
+
+def box(top, left, bottom, right):
+    """A region's pixels."""
+    mask = np.zeros(SIZE, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def run_lengths(mask):
+    """Compressed, as JSON holds them."""
+    encoded = codec.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(SIZE), "counts": encoded["counts"].decode()}
+
+
+def plain_run_lengths(mask):
+    """Uncompressed: column by column, zeros first."""
+    flat = mask.T.reshape(-1).astype(int)
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *ends, flat.size]).tolist()
+    return {"size": list(SIZE), "counts": [0, *counts] if flat[0] else counts}
+
+
+def coco_object(root, names):
+    """Three images: overlaps and a crowd; polygons; nothing at all. Returns their labels.
+
+    Args:
+      names: category id -> name.
+    """
+    big, small, crowd, triangle = box(0, 0, 5, 6), box(1, 1, 3, 3), box(0, 0, 6, 9), box(2, 2, 5, 7)
+
+    def region(image, category, segmentation, area, crowded=0):
+        return {
+            "image_id": image,
+            "category_id": category,
+            "segmentation": segmentation,
+            "area": area,
+            "iscrowd": crowded,
+        }
+
+    annotations = [
+        # In the order of the file the small one comes first, and the crowd last.
+        region(1, 90, run_lengths(small), int(small.sum())),
+        region(1, 18, run_lengths(big), int(big.sum())),
+        region(1, 1, plain_run_lengths(crowd), int(crowd.sum()), crowded=1),
+        region(2, 3, [[2, 2, 7, 2, 7, 5, 2, 5]], 15),
+    ]
+    images = [
+        {"id": i, "file_name": f"{i:012d}.jpg", "height": SIZE[0], "width": SIZE[1]}
+        for i in (2, 1, 3)
+    ]
+    document = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+    }
+    path = root / "annotations" / "instances_val2017.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    for entry in images:
+        write_image(root / "val2017" / entry["file_name"], entry["id"])
+    order = list(names)
+    first = np.full(SIZE, order.index(1) + 1)
+    first[big] = order.index(18) + 1
+    first[small] = order.index(90) + 1
+    second = np.zeros(SIZE, int)
+    second[triangle] = order.index(3) + 1
+    return {"000000000001": first, "000000000002": second, "000000000003": np.zeros(SIZE, int)}
+
+
+CONTEXT_KEYS = ("2008_000002", "2008_000003")
+CONTEXT_NUMBERS = [0, 1, 2, 284, 427, 431, 458, 459]
+
+
+def context_images(base):
+    for seed, key in enumerate(CONTEXT_KEYS):
+        write_image(base / "JPEGImages" / f"{key}.jpg", seed)
+
+
+def context_mat(root, classes):
+    """Two .mat files; returns the numbers in them.
+
+    Args:
+      classes: number among the 459 -> name, of the 59.
+    """
+    base, maps = root / "VOCdevkit" / "VOC2010", {}
+    context_images(base)
+    (base / "trainval").mkdir(parents=True)
+    for seed, key in enumerate(CONTEXT_KEYS):
+        maps[key] = values_of(CONTEXT_NUMBERS, seed)
+        content = {"LabelMap": maps[key].astype(np.uint16)}
+        scipy.io.savemat(base / "trainval" / f"{key}.mat", content)
+    write_text(base / "ImageSets" / "Main" / "val.txt", *CONTEXT_KEYS)
+    spelled = {"table": "diningtable", "bedclothes": "bedcloth", "cloth": "clothes"}
+    all_names = [f"{i}: {classes.get(i, f'other{i}')}" for i in range(1, 460)]
+    write_text(base / "labels.txt", *all_names)
+    few = [f"{i + 1}: {spelled.get(name, name)}" for i, name in enumerate(classes.values())]
+    write_text(base / "59_labels.txt", *reversed(few))
+    return maps
+
+
+def context_json(root):
+    """Two images, regions over one another; returns the numbers that result."""
+    base, maps = root / "VOC2010", {}
+    context_images(base)
+    images, regions = [], []
+    for index, key in enumerate(CONTEXT_KEYS):
+        entry = {"image_id": index + 7, "file_name": f"{key}.jpg", "phase": "val"}
+        images.append({**entry, "height": SIZE[0], "width": SIZE[1]})
+        maps[key] = np.zeros(SIZE, int)
+        for number, mask in ((284, box(0, 0, 4, 9)), (431, box(0, 0, 2, 2)), (2, box(3, 1, 6, 5))):
+            part = {"image_id": index + 7, "segmentation": run_lengths(mask)}
+            regions.append({**part, "category_id": number})
+            maps[key][mask] = number
+    images.append({**images[0], "image_id": 1, "file_name": "none.jpg", "phase": "train"})
+    document = {"images": images, "annos_segmentation": regions}
+    (base / "trainval_merged.json").write_text(json.dumps(document))
+    return maps
+
+
+def context_png(root):
+    """Two masks as other programs convert them; returns their values, which are the labels."""
+    maps = {}
+    context_images(root)
+    for seed, key in enumerate(CONTEXT_KEYS):
+        maps[key] = values_of([0, 1, 37, 59], seed)
+        write_mask(root / "SegmentationClassContext" / f"{key}.png", maps[key])
+    write_text(root / "ImageSets" / "SegmentationContext" / "val.txt", *CONTEXT_KEYS)
+    return maps

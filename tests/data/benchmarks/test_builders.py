@@ -1,0 +1,85 @@
+"""Evaluation sets written for TFDS and read back, without TensorFlow, equal to their folders."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from data.benchmarks import miniatures as mini
+from PIL import Image
+
+from ovseg_jax.data.benchmarks import OPENERS, class_table
+from ovseg_jax.data.benchmarks.__main__ import main
+from ovseg_jax.data.benchmarks.builders import BUILDERS, build, label_png
+from ovseg_jax.data.benchmarks.prepared import is_prepared, open_prepared
+from ovseg_jax.errors import UserError
+
+
+def test_every_set_has_a_builder_of_its_own_name():
+    assert set(BUILDERS) == set(OPENERS)
+    for name, builder in BUILDERS.items():
+        assert builder.name == f"ovseg_{name}"
+
+
+@pytest.mark.parametrize("name", ["voc", "cityscapes"])
+def test_what_is_read_back_equals_the_folder(name, tmp_path):
+    getattr(mini, name)(tmp_path / "official")
+    written = build(name, tmp_path / "official", tmp_path / "tfds")
+    assert is_prepared(written) and not is_prepared(tmp_path) and not is_prepared("")
+    folder, prepared = OPENERS[name](tmp_path / "official", ""), open_prepared(name, written)
+    assert len(prepared) == len(folder) and prepared.table == folder.table
+    for index in range(len(folder)):
+        assert prepared.image_bytes(index) == folder.image_bytes(index)
+        np.testing.assert_array_equal(prepared.labels(index), folder.labels(index))
+    assert "tensorflow" not in sys.modules
+    assert any(path.suffix != ".json" and "array_record" in path.name for path in written.iterdir())
+
+
+def test_tfds_decodes_it_for_other_programs(tmp_path):
+    mini.voc(tmp_path / "official")
+    written = build("voc", tmp_path / "official", tmp_path / "tfds")
+    builder = tfds.builder_from_directory(str(written))
+    source = builder.as_data_source("validation")
+    folder = OPENERS["voc"](tmp_path / "official", "")
+    with Image.open(io.BytesIO(folder.image_bytes(1))) as image:
+        np.testing.assert_array_equal(source[1]["image"], np.asarray(image))
+    np.testing.assert_array_equal(source[1]["labels"][..., 0], folder.labels(1))
+    assert source[1]["key"].decode() == folder.keys[1]
+    assert builder.info.metadata["names"] == ["background", *class_table("voc").names]
+
+
+def test_label_files_show_the_official_colors():
+    table = class_table("voc")
+    labels = np.array([[0, 1, 20, 255]], np.uint8)
+    with Image.open(io.BytesIO(label_png(labels, table))) as image:
+        assert np.asarray(image).tolist() == labels.tolist()
+        shown = np.asarray(image.convert("RGB"))[0]
+    assert [tuple(int(c) for c in color) for color in shown] == [
+        (0, 0, 0),
+        table.colors[0],
+        table.colors[19],
+        (255, 255, 255),
+    ]
+
+
+def test_command_line(tmp_path, capsys):
+    mini.ade20k(tmp_path / "official")
+    arguments = ["--benchmark=ade20k", f"--dir={tmp_path / 'official'}", f"--out={tmp_path / 'o'}"]
+    assert main(arguments) == 0
+    written = capsys.readouterr().out.strip().splitlines()[-1]
+    assert len(open_prepared("ade20k", written)) == 2
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(UserError, match="ade20k"):
+        build("ade", tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="SegmentationClass"):
+        build("voc", tmp_path, tmp_path / "out")
+    mini.voc(tmp_path / "official")
+    written = build("voc", tmp_path / "official", tmp_path / "tfds")
+    with pytest.raises(UserError, match="'ovseg_voc', not 'ovseg_context'"):
+        open_prepared("context", written)
+    (written / "features.json").unlink()
+    with pytest.raises(UserError, match="build it again"):
+        open_prepared("voc", written)

@@ -1,0 +1,186 @@
+"""Every evaluation set from a miniature of its official layout, and what is said of gaps."""
+
+import numpy as np
+import pytest
+from data.benchmarks import miniatures as mini
+from PIL import Image
+
+from ovseg_jax.data.benchmarks import OPENERS, class_table
+from ovseg_jax.errors import UserError
+
+FIELD = "config.eval.NAME.dir"
+
+
+def expected(name, values):
+    """Labels by the rule of the set's table, pixel by pixel."""
+    table = class_table(name)
+    number = {value: i + table.background for i, value in enumerate(table.values)}
+    other = 0 if table.background else 255
+    if name == "voc":
+        number[255] = 255
+    return np.array([[number.get(int(v), other) for v in row] for row in values])
+
+
+def make(name, root):
+    """Writes a miniature; returns the labels that it should have, by key."""
+    if name == "coco_object":
+        table = class_table(name)
+        return mini.coco_object(root, dict(zip(table.values, table.names, strict=True)))
+    if name == "context":
+        table = class_table(name)
+        maps = mini.context_mat(root, dict(zip(table.values, table.names, strict=True)))
+    else:
+        maps = getattr(mini, name)(root)
+    return {key: expected(name, values) for key, values in maps.items()}
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_a_miniature_of_the_official_layout(name, tmp_path):
+    labels = make(name, tmp_path)
+    folder = OPENERS[name](tmp_path, FIELD)
+    assert set(folder.keys) == set(labels) and len(folder) == len(labels)
+    assert len({int(v) for one in labels.values() for v in one.flat}) > 2
+    for index, key in enumerate(folder.keys):
+        found = folder.labels(index)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, labels[key], err_msg=key)
+        assert key in folder.images[index].name
+        assert folder.image_bytes(index) == folder.images[index].read_bytes()
+
+
+def test_the_official_order_is_kept(tmp_path):
+    mini.voc(tmp_path)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    mini.write_text(base / "ImageSets/Segmentation/val.txt", "2007_000042", "2007_000033")
+    assert OPENERS["voc"](base, FIELD).keys == ("2007_000042", "2007_000033")
+
+
+def test_overlapping_objects_and_crowds(tmp_path):
+    """The rule of the table: the crowd below, then the large object, the small one on top."""
+    labels = make("coco_object", tmp_path)["000000000001"]
+    names = ("background", *class_table("coco_object").names)
+    assert names[labels[5, 8]] == "person"  # the crowd, alone
+    assert names[labels[4, 5]] == "dog"
+    assert names[labels[1, 1]] == "toothbrush"
+    folder = OPENERS["coco_object"](tmp_path, FIELD)
+    np.testing.assert_array_equal(folder.labels(0), labels)
+    assert not folder.labels(2).any()  # an image without objects belongs to the set
+
+
+def test_context_from_merged_json(tmp_path):
+    maps = mini.context_json(tmp_path)
+    folder = OPENERS["context"](tmp_path, FIELD)
+    assert (folder.form, folder.keys) == ("json", mini.CONTEXT_KEYS)
+    for index, key in enumerate(folder.keys):
+        np.testing.assert_array_equal(folder.labels(index), expected("context", maps[key]))
+
+
+def test_context_from_converted_masks(tmp_path):
+    maps = mini.context_png(tmp_path)
+    folder = OPENERS["context"](tmp_path, FIELD)
+    assert (folder.form, folder.keys) == ("png", mini.CONTEXT_KEYS)
+    for index, key in enumerate(folder.keys):
+        np.testing.assert_array_equal(folder.labels(index), maps[key])
+
+
+def test_context_numbers_come_from_the_official_list(tmp_path):
+    """With another numbering in labels.txt, the names decide."""
+    table = class_table("context")
+    numbers = list(table.values)
+    turned = dict(zip(numbers, table.names[1:] + table.names[:1], strict=True))
+    maps = mini.context_mat(tmp_path, turned)
+    folder = OPENERS["context"](tmp_path, FIELD)
+    first = maps[folder.keys[0]]
+    assert (first == 2).any()  # aeroplane's number, now that of the second class
+    assert set(folder.labels(0)[first == 2]) == {2}
+    assert set(folder.labels(0)[first == 458]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("voc", "VOCdevkit/VOC2012/JPEGImages/2007_000042.jpg"),
+        ("voc", "VOCdevkit/VOC2012/SegmentationClass/2007_000033.png"),
+        ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"),
+        ("context", "VOCdevkit/VOC2010/trainval/2008_000003.mat"),
+        ("context", "VOCdevkit/VOC2010/59_labels.txt"),
+        ("context", "VOCdevkit/VOC2010/labels.txt"),
+        ("context", "VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg"),
+        ("coco_object", "val2017/000000000002.jpg"),
+        ("coco_object", "annotations/instances_val2017.json"),
+        ("coco_stuff", "val2017/000000000140.jpg"),
+        ("ade20k", "ADEChallengeData2016/images/validation/ADE_val_00000002.jpg"),
+        ("cityscapes", "leftImg8bit/val/munster/munster_000000_000001_leftImg8bit.png"),
+    ],
+)
+def test_a_missing_file_is_named(name, lost, tmp_path):
+    make(name, tmp_path)
+    (tmp_path / lost).unlink()
+    with pytest.raises(UserError, match=lost.rsplit("/", 1)[-1]) as caught:
+        OPENERS[name](tmp_path, FIELD)
+    assert str(caught.value).startswith(f"benchmark {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("voc", "SegmentationClass"),
+        ("context", "SegmentationClassContext or trainval_merged.json or trainval"),
+        ("coco_object", "val2017 or images/val2017"),
+        ("coco_stuff", "stuffthingmaps/val2017"),
+        ("ade20k", "annotations/validation"),
+        ("cityscapes", "gtFine/val"),
+    ],
+)
+def test_a_folder_of_something_else(name, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        OPENERS[name](tmp_path, FIELD)
+    with pytest.raises(UserError, match=f"{FIELD}.*is no folder"):
+        OPENERS[name](tmp_path / "none", FIELD)
+    with pytest.raises(UserError, match=f"--{FIELD}=FOLDER"):
+        OPENERS[name]("", FIELD)
+
+
+def test_many_missing_files_are_counted(tmp_path):
+    mini.voc(tmp_path)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    mini.write_text(base / "ImageSets/Segmentation/val.txt", *(f"x{i}" for i in range(10)))
+    with pytest.raises(UserError, match="20 files are missing.*and 15 more"):
+        OPENERS["voc"](tmp_path, FIELD)
+
+
+def test_empty_folders_and_lists(tmp_path):
+    for place in ("images/validation", "annotations/validation"):
+        (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(UserError, match="no .png"):
+        OPENERS["ade20k"](tmp_path, FIELD)
+    mini.voc(tmp_path)
+    split = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    split.write_text("\n \n")
+    with pytest.raises(UserError, match="lists no images"):
+        OPENERS["voc"](tmp_path, FIELD)
+
+
+def test_damaged_labels(tmp_path):
+    mini.voc(tmp_path)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    folder = OPENERS["voc"](tmp_path, FIELD)
+    path = base / "SegmentationClass" / "2007_000033.png"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="2007_000033.*copy the files again"):
+        folder.labels(0)
+    Image.new("RGB", (9, 6)).save(path)
+    with pytest.raises(UserError, match="RGB pixels"):
+        folder.labels(0)
+
+
+def test_damaged_json(tmp_path):
+    make("coco_object", tmp_path)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    with pytest.raises(UserError, match="instance file"):
+        OPENERS["coco_object"](tmp_path, FIELD)
+    path.write_text(whole.replace("toothbrush", "brush"))
+    with pytest.raises(UserError, match="other categories"):
+        OPENERS["coco_object"](tmp_path, FIELD)

@@ -1,0 +1,189 @@
+"""Decoding of good and bad files, whole and reduced."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ovseg_jax.data.crop import resized_part
+from ovseg_jax.data.decoding import UnreadableImage, decode, decode_reduced
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PNG = encode(Image.fromarray(PIXELS))
+
+
+def test_lossless_image_comes_back():
+    np.testing.assert_array_equal(np.asarray(decode(PNG)), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("P", "PNG"), ("CMYK", "JPEG"), ("LA", "PNG")],
+)
+def test_every_mode_becomes_rgb(mode, kind):
+    image = decode(encode(Image.fromarray(PIXELS).convert(mode), kind))
+    assert (image.mode, image.size) == ("RGB", (20, 12))
+
+
+def test_transparent_parts_are_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, :, 3] = 255
+    pixels = np.asarray(decode(encode(Image.fromarray(rgba))))
+    assert (pixels[0] == 0).all()
+    assert (pixels[1] == 255).all()
+    palette = Image.fromarray(np.zeros((2, 2), np.uint8), "L").convert("P")
+    assert (np.asarray(decode(encode(palette, transparency=0))) == 255).all()
+
+
+def test_16_bit_gray_is_scaled_not_clipped():
+    values = np.array([[0, 257 * 100, 65535, 257]], np.uint16)
+    pixels = np.asarray(decode(encode(Image.fromarray(values))))
+    assert pixels[0, :, 0].tolist() == [0, 100, 255, 1]
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encode(Image.fromarray(PIXELS), "JPEG", exif=exif)).size == (12, 20)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.asarray(decode(data))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_one_pixel_is_an_image():
+    data = encode(Image.new("RGB", (1, 1), (1, 2, 3)))
+    assert np.asarray(decode(data)).tolist() == [[[1, 2, 3]]]
+
+
+def bomb(side):
+    """A PNG header that promises side x side pixels, with no pixel behind it."""
+
+    def chunk(kind, data):
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n"
+    return start + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "not an image"),
+        (PNG[:-30], "damaged"),
+        (encode(Image.fromarray(PIXELS), "JPEG")[:-80], "damaged"),
+        (PNG[:60] + b"\0" * 40 + PNG[100:], "damaged"),
+        (bomb(9000), "too large"),
+        (bomb(20000), "too large"),
+    ],
+)
+def test_bad_files_have_a_cause(data, cause):
+    with pytest.raises(UnreadableImage) as caught:
+        decode(data)
+    assert caught.value.cause == cause
+
+
+def test_pixel_limit_is_a_parameter():
+    with pytest.raises(UnreadableImage, match="20x12"):
+        decode(PNG, max_pixels=239)
+    assert decode(PNG, max_pixels=240).size == (20, 12)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200), st.integers(0, len(PNG) - 1))
+def test_garbage_never_raises_anything_else(noise, at):
+    try:
+        decode(PNG[:at] + noise + PNG[at + len(noise) :])
+    except UnreadableImage as error:
+        assert error.cause in {"empty", "not an image", "damaged", "too large"}
+
+
+# ---- reduced
+
+
+def picture(width, height, seed=0):
+    """Smooth shapes with edges and a little noise, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 64 + 2, width // 64 + 2, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    blocks = Image.fromarray(coarse[::-1]).resize((width, height), Image.Resampling.NEAREST)
+    mixed = np.asarray(Image.blend(smooth, blocks, 0.3), np.float32)
+    return Image.fromarray(np.clip(mixed + rng.normal(0, 4, mixed.shape), 0, 255).astype(np.uint8))
+
+
+def both_ways(data, box, size):
+    """The part at its size: from the whole image, and from a reduced one."""
+    image, part = decode_reduced(data, lambda _: box, size)
+    whole, reduced = resized_part(decode(data), box, size), resized_part(image, part, size)
+    return image.size, np.asarray(whole, np.float32), np.asarray(reduced, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("box", "factor"),
+    [((10, 20, 320, 330), 4), ((10, 21, 200, 190), 2), ((3, 5, 93, 90), 1), ((0, 0, 701, 523), 8)],
+)
+@pytest.mark.parametrize("size", [64])
+def test_reduced_decoding_stays_within_its_tolerance(box, factor, size):
+    data = encode(picture(701, 523), "JPEG", quality=90)
+    found, whole, reduced = both_ways(data, box, size)
+    assert found == (-(-701 // factor), -(-523 // factor))
+    difference = np.abs(whole - reduced)
+    assert difference.mean() < 2
+    # A part that was shifted or stretched by a pixel would differ by more than that.
+    data = encode(picture(701, 523).transform((701, 523), 0, (1, 0, 3, 0, 1, 3)), "JPEG")
+    assert np.abs(both_ways(data, box, size)[1] - whole).mean() > 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_decoding_of_rotated_files_shows_the_same(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(200, 120), "JPEG", exif=exif)
+    sizes = []
+
+    def choose(size):
+        sizes.append(size)
+        return (10, 20, size[0] - 4, size[1] - 2)
+
+    image, part = decode_reduced(data, choose, 8)
+    (upright,) = sizes
+    assert upright == decode(data).size == ((200, 120) if orientation < 5 else (120, 200))
+    whole = np.asarray(resized_part(decode(data), choose(upright), 8), np.float32)
+    reduced = np.asarray(resized_part(image, part, 8), np.float32)
+    assert np.abs(whole - reduced).mean() < 2
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG")])
+def test_reduced_decoding_of_other_files(mode, kind):
+    data = encode(picture(256, 256).convert(mode), kind)
+    image, part = decode_reduced(data, lambda size: (0, 0, 256, 256), 64)
+    assert image.mode == "RGB" and image.size == ((64, 64) if kind == "JPEG" else (256, 256))
+    assert part == (0, 0, *image.size)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"), [(b"", "empty"), (b"x", "not an image"), (bomb(9000), "too large")]
+)
+def test_reduced_decoding_has_the_same_causes(data, cause):
+    with pytest.raises(UnreadableImage) as caught:
+        decode_reduced(data, lambda size: (0, 0, *size), 8)
+    assert caught.value.cause == cause

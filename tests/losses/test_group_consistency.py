@@ -1,0 +1,62 @@
+"""Group consistency against plain NumPy, and what may not count in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.losses.group_consistency import group_set_nce
+
+B, S, E = 5, 3, 8
+RNG = np.random.default_rng(0)
+SCALE = jnp.float32(7.0)
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+OWN, OTHER = (unit(RNG.normal(size=(B, S, E))) for _ in range(2))
+KEEP = RNG.random((B, B)) < 0.6
+
+
+def plain(own, other, keep):
+    values = []
+    for i in range(B):
+        total = 0.0
+        for s in range(S):
+            mass = [np.exp(7.0 * (other[j] @ own[i, s])).sum() for j in range(B)]
+            among = sum(mass[j] for j in range(B) if keep[i, j] or j == i)
+            total -= np.log(mass[i] / among) / S
+        values.append(total)
+    return values
+
+
+def test_equals_the_sum_written_out():
+    found = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, jnp.asarray(KEEP))
+    np.testing.assert_allclose(found, plain(OWN.astype(float), OTHER.astype(float), KEEP), 1e-5)
+
+
+def test_the_order_within_a_set_is_none():
+    turned = OTHER[:, ::-1]
+    one, two = (
+        group_set_nce(jnp.asarray(OWN), jnp.asarray(x), SCALE, jnp.asarray(KEEP))
+        for x in (OTHER, turned)
+    )
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_gradients_go_to_the_online_groups_alone():
+    def total(own, other):
+        return group_set_nce(own, other, SCALE, jnp.ones((B, B), bool)).sum()
+
+    own, other = jax.grad(total, argnums=(0, 1))(jnp.asarray(OWN), jnp.asarray(OTHER))
+    assert np.abs(own).min() > 0 and not np.abs(other).any()
+
+
+def test_sets_that_agree_cost_less_and_alone_nothing():
+    everyone = jnp.ones((B, B), bool)
+    same = group_set_nce(jnp.asarray(OTHER), jnp.asarray(OTHER), SCALE, everyone)
+    apart = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, everyone)
+    assert same.mean() < apart.mean()
+    alone = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, jnp.zeros((B, B), bool))
+    np.testing.assert_allclose(alone, 0.0, atol=1e-5)

@@ -1,0 +1,30 @@
+"""The loss of masked language modeling against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ovseg_jax.losses.masked_tokens import masked_token_loss
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(4, 6, 5)).astype(np.float32) * 3
+TARGETS = np.where(RNG.random((4, 6)) < 0.4, RNG.integers(0, 5, (4, 6)), -1).astype(np.int32)
+TARGETS[2] = -1
+
+
+def test_the_mean_over_masked_tokens():
+    found = np.asarray(masked_token_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS)))
+    scores = LOGITS.astype(np.float64)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    for row in range(4):
+        places = np.flatnonzero(TARGETS[row] >= 0)
+        values = [-scores[row, place, TARGETS[row, place]] for place in places]
+        np.testing.assert_allclose(found[row], np.mean(values) if values else 0.0, rtol=1e-5)
+
+
+def test_other_tokens_get_no_gradient():
+    def total(logits):
+        return masked_token_loss(logits, jnp.asarray(TARGETS)).sum()
+
+    grad = np.asarray(jax.grad(total)(jnp.asarray(LOGITS)))
+    assert (np.abs(grad).sum(-1) > 0).tolist() == (TARGETS >= 0).tolist()

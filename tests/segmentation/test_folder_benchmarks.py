@@ -1,0 +1,94 @@
+"""Official folders as benchmarks: by name, with the fields of a config, through an evaluation."""
+
+import numpy as np
+import pytest
+from data.benchmarks import miniatures as mini
+from PIL import Image
+
+from ovseg_jax.data.benchmarks import OPENERS, class_table
+from ovseg_jax.data.benchmarks.builders import build
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, Benchmark, make_benchmark
+from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.protocol import Protocol
+
+PROTOCOL = Protocol(short_side=6, long_limit=16, window=6, stride=3, threshold=0.1)
+
+
+class Blind:
+    """A segmenter that finds the first class everywhere."""
+
+    def encode(self, images):
+        b, h, w, _ = images.shape
+        affinity = np.ones((b, h * w // 4, 1), np.float32)
+        ones = np.ones((b, 1, 1), np.float32)
+        return affinity, ones, ones[:, 0]
+
+    def text(self, names, templates):
+        return np.where(np.arange(len(names)) == 0, 1.0, -1.0).astype(np.float32)[:, None]
+
+
+def test_every_set_is_registered_with_its_fields():
+    assert set(OPENERS) == set(FOLDER_FIELDS) == set(BENCHMARKS) - {"scenes"}
+    for name, fields in FOLDER_FIELDS.items():
+        with pytest.raises(UserError, match=f"--config.eval.{name}.dir=FOLDER"):
+            make_benchmark(name, fields)
+
+
+@pytest.mark.parametrize("name", ["voc", "ade20k"])
+def test_images_labels_and_classes(name, tmp_path):
+    getattr(mini, name)(tmp_path)
+    benchmark = make_benchmark(name, {"dir": str(tmp_path), "count": 0})
+    folder, table = OPENERS[name](tmp_path, ""), class_table(name)
+    assert isinstance(benchmark, Benchmark) and benchmark.name == name
+    assert (len(benchmark), benchmark.class_names) == (2, table.words)
+    assert benchmark.has_background == table.background
+    for index in range(2):
+        image, labels = benchmark[index]
+        with Image.open(folder.images[index]) as whole:
+            np.testing.assert_array_equal(image, np.asarray(whole))
+        np.testing.assert_array_equal(labels, folder.labels(index))
+    with pytest.raises(IndexError):
+        benchmark[2]
+    assert benchmark.describe()["whole"] and benchmark.describe()["form"] == folder.form
+
+
+def test_prepared_sets_are_found_by_their_folder(tmp_path):
+    mini.voc(tmp_path / "official")
+    written = build("voc", tmp_path / "official", tmp_path / "tfds")
+    one, other = (
+        make_benchmark("voc", {"dir": str(place)}) for place in (tmp_path / "official", written)
+    )
+    assert (one.describe()["form"], other.describe()["form"]) == ("palette", "tfds")
+    for index in range(2):
+        for mine, theirs in zip(one[index], other[index], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_an_evaluation_counts_what_it_should(tmp_path):
+    maps = mini.voc(tmp_path)
+    benchmark = make_benchmark("voc", {"dir": str(tmp_path)})
+    result = evaluate(Blind(), benchmark, PROTOCOL, batch_size=4)
+    values = np.stack(list(maps.values()))
+    counted = values != 255
+    share = (values == 1).sum() / counted.sum()
+    assert result["iou"]["aeroplane"] == pytest.approx(100 * share, abs=1e-3)
+    assert result["miou"] == pytest.approx(100 * share / 4, abs=1e-3)  # 0, 1, 11 and 20 are drawn
+    assert result["images"] == 2 and "255" in result["data"]["rule"]
+    first = evaluate(Blind(), make_benchmark("voc", {"dir": str(tmp_path), "count": 1}), PROTOCOL)
+    assert first["images"] == 1 and not first["data"]["whole"]
+
+
+def test_mistakes_are_told(tmp_path):
+    mini.voc(tmp_path)
+    with pytest.raises(UserError, match="count"):
+        make_benchmark("voc", {"dir": str(tmp_path), "count": -1})
+    with pytest.raises(UserError, match="benchmark voc"):
+        make_benchmark("voc", {"directory": str(tmp_path)})
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    mini.write_image(base / "JPEGImages" / "2007_000033.jpg", size=(9, 6))
+    with pytest.raises(UserError, match="6x9 pixels but its labels 9x6"):
+        make_benchmark("voc", {"dir": str(tmp_path)})[0]
+    (base / "JPEGImages" / "2007_000033.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="image 0 .* cannot be read"):
+        make_benchmark("voc", {"dir": str(tmp_path)})[0]

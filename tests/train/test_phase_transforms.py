@@ -1,0 +1,41 @@
+"""Image transforms of phases: the run's or their own, checked, and what caches refuse."""
+
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.train.phases import check_cached_images, make_phases
+
+CROP = {"kind": "crop", "size": 32}
+ERASE = {**CROP, "erase": {"probability": 0.25}}
+
+
+def phases_of(config, *transforms):
+    """A phase for each transform; None follows the run's."""
+    config.data = {"transform": CROP}
+    config.phases = tuple(
+        {"steps": 2, "batch_size": 4, **({"transform": one} if one else {})} for one in transforms
+    )
+    return make_phases(config, records=100)
+
+
+def test_a_phase_has_its_own_transform_or_the_runs(tiny_config):
+    first, second = phases_of(tiny_config, None, {**ERASE, "scale": (0.08, 1.0)})
+    assert first.transform["scale"] == (0.4, 1.0) and first.erase is None
+    assert second.transform["scale"] == (0.08, 1.0)
+    assert second.erase["probability"] == 0.25 and second.erase["area"] == (0.02, 1 / 3)
+
+
+def test_wrong_fields_are_named_with_their_place(tiny_config):
+    with pytest.raises(UserError, match=r"config.phases\[1\].transform.flipp is no field"):
+        phases_of(tiny_config, None, {**CROP, "flipp": 0.5})
+    tiny_config.data.transform = {**CROP, "flip": 2.0}
+    with pytest.raises(UserError, match="config.data.transform.flip"):
+        make_phases(tiny_config, records=100)
+
+
+def test_what_cached_images_refuse(tiny_config):
+    check_cached_images(phases_of(tiny_config, None, CROP))
+    with pytest.raises(UserError, match="the same transform"):
+        check_cached_images(phases_of(tiny_config, None, {**CROP, "size": 16}))
+    with pytest.raises(UserError, match="erase"):
+        check_cached_images(phases_of(tiny_config, ERASE, ERASE))
