@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pair_folders import encoded, jpeg, pixels
 from PIL import Image
 
-from ovseg_jax.data.augment import decode
+from ovseg_jax.data.decoding import decode
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.prepare import causes
 from ovseg_jax.data.prepare.caption_filter import CaptionFilter

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ovseg_jax.data.augment import MAX_PIXELS, UnreadableImage, decode
+from ovseg_jax.data.decoding import MAX_PIXELS, UnreadableImage, decode
 from ovseg_jax.data.prepare import causes
 from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.raw import RawPair
