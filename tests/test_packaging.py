@@ -69,7 +69,17 @@ def test_no_framework_but_jax_in_the_core():
 
 
 def test_extras_are_the_documented_ones():
-    assert set(EXTRAS) == {"quickstart", "cuda", "tpu", "aot", "export", "golden", "beam", "dev"}
+    assert set(EXTRAS) == {
+        "quickstart",
+        "cuda",
+        "tpu",
+        "aot",
+        "export",
+        "golden",
+        "coco",
+        "beam",
+        "dev",
+    }
     assert all(EXTRAS.values())
     assert not any(set(extra) & set(CORE) - {"jax"} for extra in EXTRAS.values())
 
