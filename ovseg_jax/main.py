@@ -222,7 +222,7 @@ def _summary(
     facts = ", ".join(
         f"{key} {value:.3g}" for key, value in data.items() if isinstance(value, float)
     )
-    return f"\n{table(rows)}\n\n{names[0]}: {facts}"
+    return f"\n{table(rows)}\n\n{names[0]}: {facts or data.get('title', '')}"
 
 
 def _number(value: float | None) -> str:
