@@ -2,6 +2,8 @@
 
     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
+13 minutes on two shared CPU cores; 41.2, 41.3 and 42.5 mIoU on 500 test scenes with seeds 0, 1, 2.
+
 Pretrained towers, as in the paper: a DINOv2 ViT-S/14 as frozen trunk whose features are computed
 once, MiniLM as frozen text encoder; then 64 groups join and are bound at once.
 
@@ -196,6 +198,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "threshold": 0.08,
             "order": "upsample_first",
             "templates": ("a photo of a {}.",),
+            # Eq. 1 with "features" reached 11 to 12 mIoU on the tune split where this reached 33 to
+            # 38: without the mask phase, no loss trains I G directly.
             "affinity": "binding",
             "grouping": "soft_patches",
             "image_classes": 0,
