@@ -190,6 +190,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "window": 448,
             "stride": 224,
             "scale": 10.0,
+            "image_scale": 0.0,
             "threshold": 0.9,
             "order": "argmax_first",
             "templates": ("a photo of a {}.",),

@@ -5,7 +5,7 @@ from typing import Any
 from flax import linen as nn
 
 from ovseg_jax.models.layers import FeedForward, MultiHeadAttention, layer_norm
-from ovseg_jax.shapes import Array, Bool, Float
+from ovseg_jax.shapes import Array, Float
 
 
 class CrossAttentionBlock(nn.Module):
@@ -29,12 +29,10 @@ class CrossAttentionBlock(nn.Module):
         self,
         queries: Float[Array, "B Q D"],
         context: Float[Array, "B T Dc"],
-        mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Context tokens where `mask` is False are never looked at."""
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         attention = MultiHeadAttention(self.heads, name="attention", **options)
-        x = queries + attention(queries, context, mask)
+        x = queries + attention(queries, context)
         hidden = round(queries.shape[-1] * self.mlp_ratio)
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
         x = x + FeedForward(hidden, name="mlp", **options)(normed)

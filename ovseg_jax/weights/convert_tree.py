@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.weights.books import close_books
 from ovseg_jax.weights.tensors import Tensors
 
 
@@ -84,12 +84,14 @@ def convert(
         if rule.target in result:
             faults.append(f"{rule.target} is filled twice")
         result[rule.target] = value
-    faults += [f"{name} is used twice" for name in sorted({n for n in used if used.count(n) > 1})]
     patterns = [re.compile(pattern) for pattern in dropped]
-    unused = [n for n in tensors if n not in used and not any(p.fullmatch(n) for p in patterns)]
-    faults += [f"{name} has no place in this model" for name in sorted(unused)]
-    reached = {rule.target for rule in rules}
-    faults += [f"{path} is not filled" for path in sorted(set(shapes) - reached)]
-    if faults:
-        raise UserError(f"{origin} does not fit the model:\n  " + "\n  ".join(faults))
+    close_books(
+        faults,
+        tensors=tensors,
+        used=used,
+        left_out=[name for name in tensors if any(p.fullmatch(name) for p in patterns)],
+        wanted=shapes,
+        reached=[rule.target for rule in rules],
+        origin=origin,
+    )
     return result

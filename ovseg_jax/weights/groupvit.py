@@ -3,14 +3,10 @@
 Sizes come from the tensors; what these cannot tell has the published values as defaults.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
@@ -27,7 +23,8 @@ from ovseg_jax.weights.groupvit_names import (
     model_links,
     stage_name,
 )
-from ovseg_jax.weights.initialize import init_variables
+from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.weights.sizes import Sizes, complete_told, grid_of
 from ovseg_jax.weights.tensors import Tensors
 from ovseg_jax.weights.two_way import read_links, write_links
 
@@ -76,24 +73,9 @@ def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form.
     """
-    unknown = sorted(set(told) - set(TOLD))
-    if unknown:
-        raise UserError(f"{', '.join(unknown)}: not among what can be told: {', '.join(TOLD)}")
-    told, style = {**TOLD, **told}, style_of(tensors)
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UserError(f"no complete GroupViT checkpoint: it has no tensor {name}")
-        found = tuple(np.shape(tensors[name]))
-        if len(found) != axes:
-            raise UserError(f"{name} has shape {found}, but needs {axes} axes")
-        return found
-
-    def depth(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        found = {int(match[1]) for match in map(pattern.match, tensors) if match}
-        return max(found) + 1 if found else 0
-
+    told, style = complete_told(told, TOLD), style_of(tensors)
+    sizes = Sizes(tensors, "GroupViT checkpoint")
+    shape, depth = sizes.shape, sizes.depth
     vision = IMAGE_PREFIX[style]
     if style == ORIGINAL:
         patch, position, embed_norm = "patch_embed.proj.weight", "pos_embed", "patch_embed.norm"
@@ -114,13 +96,7 @@ def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
         joint = shape("visual_projection.3.weight", 2)[0]
     width, _, patch_side, _ = shape(f"{vision}.{patch}", 4)
     positions = shape(f"{vision}.{position}", 3)[1]
-    side = math.isqrt(positions)
-    grid = told["grid"] or (side, side)
-    if grid[0] * grid[1] != positions:
-        raise UserError(
-            f"{vision}.{position} has {positions} positions, which is no grid of {grid[0]} x "
-            f"{grid[1]}; tell the grid's rows and columns"
-        )
+    grid = grid_of(positions, told["grid"], f"{vision}.{position}")
     stages = []  # (group tokens, groups, layers) of every stage that groups
     while f"{stage_name(style, len(stages))}.group_token" in tensors:
         name = stage_name(style, len(stages))
@@ -132,7 +108,7 @@ def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
     return {
         "image": {
             "patch": patch_side,
-            "grid": tuple(grid),
+            "grid": grid,
             "width": width,
             "heads": told["heads"],
             "mlp_ratio": fed / width,
@@ -206,10 +182,7 @@ def from_groupvit(
     Raises:
       UserError: one message that lists every tensor that is missing, unused or of another shape.
     """
-    style, model = style_of(tensors), build_model(ConfigDict(dict(config)))
-    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-    shaped = {**nn.unbox(variables["params"]), STATISTICS: variables[STATISTICS]}
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(shaped).items()}
+    style, shapes = style_of(tensors), variable_shapes(build_model(ConfigDict(dict(config))))
     links = model_links(config, style)
     unused = re.compile("|".join(f"(?:{pattern})" for pattern in UNUSED))
     left_out = [name for name in tensors if unused.fullmatch(name)]

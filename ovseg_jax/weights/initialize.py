@@ -54,10 +54,14 @@ def init_statistics(model: OVSegmentor) -> dict[str, Any]:
     return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
 
 
-def model_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every parameter, without computing any."""
-    abstract = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    return {path: leaf.shape for path, leaf in flatten(nn.unbox(abstract)).items()}
+def variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
+    """Path and shape of every parameter and, under "batch_stats/", every running statistic.
+
+    Computes none of them.
+    """
+    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
+    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
 
 def strip_prefix(tensors: Tensors, anchor: str) -> Tensors:

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
@@ -30,7 +28,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import init_variables
+from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.tensors import read_tensors, write_safetensors
 
 FORMAT = "ovseg_jax model"
@@ -197,7 +195,7 @@ def load_model(directory: str | Path) -> SavedModel:
         raise UserError(
             f"{directory / CONFIG}: its model cannot be built by this version: {error}"
         ) from None
-    tensors, shapes = read_tensors(directory / WEIGHTS), _variable_shapes(model)
+    tensors, shapes = read_tensors(directory / WEIGHTS), variable_shapes(model)
     extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
     faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
     faults += [f"{name} is not in the model" for name in sorted(set(tensors) - set(shapes))]
@@ -240,13 +238,6 @@ def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str,
                 f"{path} is not the file that {CONFIG} was written with: it was truncated or "
                 "changed; copy the directory again"
             )
-
-
-def _variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
-    """Name in the weights file and shape of every parameter and running statistic."""
-    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-    tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
 
 def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

@@ -10,16 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import init_variables
+from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.released_names import (
     DECODER,
     IMAGE,
@@ -29,6 +27,7 @@ from ovseg_jax.weights.released_names import (
     image_links,
     model_links,
 )
+from ovseg_jax.weights.sizes import Sizes, complete_told, grid_of
 from ovseg_jax.weights.tensors import Tensors
 from ovseg_jax.weights.two_way import read_links, write_links
 
@@ -75,36 +74,12 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
       UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
         contradict each other.
     """
-    unknown = sorted(set(told) - set(TOLD))
-    if unknown:
-        raise UserError(f"{', '.join(unknown)}: not among what can be told: {', '.join(TOLD)}")
-    told = {**TOLD, **told}
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UserError(
-                f"no released checkpoint: it has no tensor {name}. Its first tensors are "
-                f"{', '.join(list(tensors)[:3])}"
-            )
-        found = tuple(np.shape(tensors[name]))
-        if len(found) != axes:
-            raise UserError(f"{name} has shape {found}, but needs {axes} axes")
-        return found
-
-    def depth(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        found = {int(match[1]) for match in map(pattern.match, tensors) if match}
-        return max(found) + 1 if found else 0
-
+    told = complete_told(told, TOLD)
+    sizes = Sizes(tensors, "released checkpoint")
+    shape, depth = sizes.shape, sizes.depth
     width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
     positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
-    side = math.isqrt(positions)
-    grid = told["grid"] or (side, side)
-    if grid[0] * grid[1] != positions or not positions:
-        raise UserError(
-            f"{IMAGE}.pos_embed has {positions} positions, which is no grid of {grid[0]} x "
-            f"{grid[1]}; tell the grid's rows and columns"
-        )
+    grid = grid_of(positions, told["grid"], f"{IMAGE}.pos_embed")
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
     hidden, _, _ = shape("img_projector.linear_hidden.0.weight", 3)
     joint, _, _ = shape("img_projector.linear_out.weight", 3)
@@ -117,7 +92,7 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
     return {
         "image": {
             "patch": patch,
-            "grid": tuple(grid),
+            "grid": grid,
             "width": width,
             "heads": told["heads"],
             "mlp_ratio": _ratio(fed, width),
@@ -214,7 +189,7 @@ def from_released(
     """
     config = ConfigDict(dict(config))
     flat = _flat_positions(tensors)
-    shapes = _shapes(config)
+    shapes = variable_shapes(build_model(config))
     momentum = {name: x for name, x in flat.items() if name.startswith(f"{TEACHER}.")}
     rest = {name: x for name, x in flat.items() if name not in momentum}
     arrays = read_links(rest, model_links(config), shapes, extra_tensors(tensors), origin)
@@ -283,10 +258,3 @@ def _flat_positions(tensors: Tensors) -> Tensors:
     names = (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed")
     flat = {n: tensors[n][0] for n in names if n in tensors and np.ndim(tensors[n]) == 3}
     return {**tensors, **flat}
-
-
-def _shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
-    model = build_model(config)
-    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-    tree = {**nn.unbox(variables["params"]), STATISTICS: variables[STATISTICS]}
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}

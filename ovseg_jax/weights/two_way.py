@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.weights.books import close_books
 from ovseg_jax.weights.tensors import Tensors
 
 
@@ -142,14 +142,15 @@ def read_links(
                 np.stack(parts, out=result[target], casting="unsafe")
             else:
                 result[target] = np.array(parts[0], form.dtype, order="C")
-    used = [name for link in links for name in link.sources]
-    faults += [f"{name} is used twice" for name in sorted({n for n in used if used.count(n) > 1})]
-    known = set(used) | set(left_out)
-    faults += [f"{name} has no place in this model" for name in sorted(set(tensors) - known)]
-    reached = {target for link in links for target in link.targets}
-    faults += [f"{path} is not filled" for path in sorted(set(shapes) - reached)]
-    if faults:
-        raise UserError(f"{origin} does not fit the model:\n  " + "\n  ".join(faults))
+    close_books(
+        faults,
+        tensors=tensors,
+        used=[name for link in links for name in link.sources],
+        left_out=left_out,
+        wanted=shapes,
+        reached=[target for link in links for target in link.targets],
+        origin=origin,
+    )
     return result
 
 

@@ -10,7 +10,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.positions import cubic_weights, resize_grid
 from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.optim.groups import nest
-from ovseg_jax.weights.initialize import model_shapes
+from ovseg_jax.weights.initialize import variable_shapes
 
 
 def turn(x, row, column, rows, columns, theta):
@@ -55,7 +55,7 @@ def test_the_trunk_takes_rope_and_registers_on_any_grid(tiny_config):
         group_layer=1, position="rope", register_tokens=2, class_token=True
     )
     model = build_model(tiny_config.model)
-    shapes = model_shapes(model)
+    shapes = variable_shapes(model)
     assert "image_encoder/position" not in shapes
     assert shapes["image_encoder/register_tokens"] == (2, 32)
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import nest
 from ovseg_jax.train.neck import standardized_neck
-from ovseg_jax.weights.initialize import model_shapes
+from ovseg_jax.weights.initialize import variable_shapes
 
 TRANSFORM = {"kind": "none", "size": 32}
 
@@ -22,7 +22,7 @@ def model_and_params(config, trunk_width):
     rng = np.random.default_rng(0)
     flat = {
         path: rng.normal(0, 0.2, shape).astype(np.float32)
-        for path, shape in model_shapes(model).items()
+        for path, shape in variable_shapes(model).items()
     }
     return model, jax.tree.map(jax.numpy.asarray, nest(flat))
 

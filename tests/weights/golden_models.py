@@ -7,7 +7,7 @@ import numpy as np
 
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import nest
-from ovseg_jax.weights.initialize import model_shapes
+from ovseg_jax.weights.initialize import variable_shapes
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -56,7 +56,7 @@ def build(config, name: str, **changes):
     else:
         config.model.image.update({**IMAGE, **IMAGE_FIELDS[name], **changes})
     model = build_model(config.model)
-    return model, model_shapes(model)
+    return model, variable_shapes(model)
 
 
 def variables(shapes, found: dict[str, np.ndarray]) -> dict:

@@ -16,7 +16,7 @@ from published_shapes import (
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
-from ovseg_jax.weights.initialize import initial_image, initial_text, model_shapes
+from ovseg_jax.weights.initialize import initial_image, initial_text, variable_shapes
 from ovseg_jax.weights.vit import from_vit
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def plain(tiny_model):
-    return model_shapes(tiny_model)
+    return variable_shapes(tiny_model)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def with_trunk(tiny_config):
         trunk_norm=True,
         layer_scale=1.0,
     )
-    return model_shapes(build_model(tiny_config.model))
+    return variable_shapes(build_model(tiny_config.model))
 
 
 def apply_patch_kernel(weight, pixels):
@@ -100,7 +100,7 @@ def test_a_plain_vit_fills_both_halves(tmp_path, plain, naming):
 @pytest.mark.parametrize(("recipe", "width"), [("vitb", 768), ("vits", 384)])
 def test_dino_at_full_size_is_cut_after_its_sixth_layer(recipe, width):
     """Sec. 4.1: layers 0-5 before the binding, 6-11 after it. Every layer holds its index."""
-    shapes = model_shapes(build_model(load_config(ROOT / "configs" / f"{recipe}.py").model))
+    shapes = variable_shapes(build_model(load_config(ROOT / "configs" / f"{recipe}.py").model))
     names = dino_release_shapes(width, 12, 196, patch=16, ratio=4)
     tensors = {
         name: np.broadcast_to(np.float32(name.split(".")[1] if "blocks" in name else -1), shape)

@@ -12,7 +12,7 @@ from ovseg_jax.data.tokens import find_tokenizer
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import nest
-from ovseg_jax.weights.initialize import initial_image, initial_text, model_shapes
+from ovseg_jax.weights.initialize import initial_image, initial_text, variable_shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def quickstart():
     config = load_config(ROOT / "configs" / "quickstart.py")
     config.model.matmul_dtype = "float32"
     model = build_model(config.model)
-    shapes = model_shapes(model)
+    shapes = variable_shapes(model)
     flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     flat |= initial_image(config.model.image_init, shapes)
     flat |= initial_text(config.model.text_init, shapes)

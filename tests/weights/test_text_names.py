@@ -6,12 +6,12 @@ from golden_models import build, file_tensors, read
 from published_shapes import bert_shapes, draw, write
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.initialize import initial_text, model_shapes
+from ovseg_jax.weights.initialize import initial_text, variable_shapes
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_model):
-    return model_shapes(tiny_model)
+    return variable_shapes(tiny_model)
 
 
 @pytest.mark.parametrize("prefix", ["", "bert."])

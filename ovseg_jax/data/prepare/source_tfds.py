@@ -37,7 +37,8 @@ class TfdsSource:
             raise UserError(
                 f"the TFDS set {self._set} has no split {self._split!r}; it has {known}"
             )
-        leaves = list(_leaves(builder.info.features))
+        # TFDS lists the features of a set in no fixed order; which is taken must not change.
+        leaves = sorted(_leaves(builder.info.features), key=lambda leaf: leaf[0])
         images = [path for path, part, depth in leaves if _is(part, "Image") and not depth]
         captions = [
             path
@@ -52,7 +53,8 @@ class TfdsSource:
                 f"the TFDS set {self._set} has no {'image' if self._image is None else 'caption'} "
                 f"among its features: {', '.join(names)}"
             )
-        self._key = next(((name,) for name in _KEYS if name in builder.info.features.keys()), None)
+        names = set(builder.info.features.keys())
+        self._key = next(((name,) for name in _KEYS if name in names), None)
         self._data: Any = None
 
     def _builder(self) -> Any:
