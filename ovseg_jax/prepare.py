@@ -27,6 +27,9 @@ ABOUT = """Make training records of captioned images: filter, check every image,
   --source=tfds:NAME,split=train a TFDS set prepared with file_format='array_record'
   --source=scenes:N,size=224     the embedded data set
 
+DIR, FILE and FOLDER may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs); --out is
+on this machine.
+
 A run that was killed goes on where it was with the same command. Then train with
 --config.data.source=records --config.data.records.dir=OUT.
 """
@@ -66,6 +69,8 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, ABOUT)
     rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
+    if "://" in (args.out or ""):
+        raise UserError(f"--out={args.out} must be a folder of this machine; copy it afterwards")
     if not args.out and not args.dry_run:
         raise UserError("missing --out (or --dry-run, which writes nothing)")
     beam = _beam(args)

@@ -130,6 +130,7 @@ def test_dry_run_builds_entities_of_the_sample(folder, capsys):
         (["--source=scenes:5", "--out=x", "--beam_options=--a=b"], "--beam_options goes with"),
         (["--source=scenes:5", "--out=x", "--runner=DirectRunner", "--workers=2"], "--workers is"),
         (["--source=scenes:5", "--out=x", "--runner=FlinkRuner"], "--runner is one of local"),
+        (["--source=scenes:5", "--out=gs://b/x"], "--out=gs://b/x must be a folder of this"),
         (["--source=scenes:5", "--out=x", "--min_side=0"], "--min_side=0"),
         (["--source=scenes:5", "--out=x", "--entities=y"], "none of: published"),
         (["--source=zip:5", "--out=x"], "none of: img2dataset"),

@@ -3,10 +3,10 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ovseg_jax.data.prepare import causes
+from ovseg_jax.data.prepare.places import Place, is_file, place, size_of
 from ovseg_jax.data.prepare.raw import InputShard, RawPair
 from ovseg_jax.data.prepare.table import SAMPLE_ROWS, open_table
 from ovseg_jax.errors import UserError
@@ -42,9 +42,9 @@ class FileSource:
       UserError: no such file or folder, a column missing, or no image found.
     """
 
-    def __init__(self, table: str | Path, images: str | Path | None = None):
+    def __init__(self, table: str | Place, images: str | Place | None = None):
         self._table = open_table(table)
-        self._images = Path(images) if images else self._table.path.parent
+        self._images = place(images) if images else self._table.path.parent
         if not self._images.is_dir():
             raise UserError(f"there is no folder {self._images}; check --images")
         self._naming = self._find_naming()
@@ -56,7 +56,7 @@ class FileSource:
             if row % _PER_SHARD == 0:
                 starts.append(begin)
             row += 1
-        stops = [*starts[1:], self._table.path.stat().st_size]
+        stops = [*starts[1:], size_of(self._table.path)]
         return [
             InputShard(f"rows from {n * _PER_SHARD}", start, stop, n * _PER_SHARD)
             for n, (start, stop) in enumerate(zip(starts, stops, strict=True))
@@ -86,7 +86,7 @@ class FileSource:
                 continue  # not there, a folder, not to be read, or no possible name
         return None
 
-    def _path(self, naming: str, cell: str, row: int, ending: str) -> Path:
+    def _path(self, naming: str, cell: str, row: int, ending: str) -> Place:
         name = NAMINGS[naming](cell, row)
         if not name:
             raise ValueError("no name")
@@ -112,7 +112,7 @@ class FileSource:
     def _exists(self, naming: str, cell: str, row: int) -> bool:
         for ending in _ENDINGS:
             try:
-                if self._path(naming, cell, row, ending).is_file():
+                if is_file(self._path(naming, cell, row, ending)):
                     return True
             except (OSError, ValueError):
                 continue

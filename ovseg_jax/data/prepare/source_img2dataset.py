@@ -4,14 +4,15 @@ In the tar, KEY.jpg, KEY.txt and KEY.json stand next to one another for each ima
 downloaded. The parquet file has one row a URL, those that failed included.
 """
 
+import io
 import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ovseg_jax.data.prepare import causes
+from ovseg_jax.data.prepare.places import Place, files_below, is_file, place, size_of
 from ovseg_jax.data.prepare.raw import Damage, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
@@ -37,23 +38,20 @@ class Img2DatasetSource:
       UserError: no such folder, or no tar in it.
     """
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Place):
+        self.directory = place(directory)
         self.name = "img2dataset"
         if not self.directory.is_dir():
             raise UserError(f"there is no folder {self.directory}; check --source")
-        if not next(self.directory.rglob("*.tar"), None):
+        if not next(files_below(self.directory, ".tar"), None):
             raise UserError(
                 f"there is no .tar file below {self.directory}: img2dataset writes them with "
                 "--output_format=webdataset"
             )
 
     def shards(self) -> list[InputShard]:
-        tars = sorted((path.relative_to(self.directory).as_posix(), path) for path in self._tars())
-        return [InputShard(name, 0, path.stat().st_size) for name, path in tars]
-
-    def _tars(self) -> Iterator[Path]:
-        return (path for path in self.directory.rglob("*.tar") if path.is_file())
+        tars = sorted(files_below(self.directory, ".tar"), key=lambda item: item[0])
+        return [InputShard(name, 0, size_of(path)) for name, path in tars]
 
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair | Damage]:
         path = self.directory / shard.name
@@ -93,7 +91,7 @@ def _caption(files: dict[str, bytes], listed: str | None) -> str | bytes | None:
     return caption if isinstance(caption, str) else listed
 
 
-def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
+def _samples(path: Place, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
     """(key, extension -> content) of neighboring members of a tar that differ in extension alone.
 
     The content is None for a pair that the end of a damaged tar cuts off.
@@ -101,7 +99,7 @@ def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes] |
     wanted = (*IMAGES, *_TEXTS) if images else _TEXTS
     key, files, count = "", {}, 0
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members.clear()  # or the list grows with the file
                 if not member.isfile():
@@ -115,7 +113,9 @@ def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes] |
                 stream = archive.extractfile(member) if kind in wanted else None
                 # An entry without content says that the kind is there.
                 files[kind] = stream.read() if stream else b""
-            whole = _ends_here(path, archive.offset)
+            # Whether the end mark, a block of zeros, stands where tarfile stopped: it does not ask.
+            file.seek(archive.offset)
+            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError) as error:
         if files:
             yield key, None
@@ -136,16 +136,9 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def _ends_here(path: Path, offset: int) -> bool:
-    """Whether a tar has its end mark, a block of zeros, at `offset`: tarfile does not ask."""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        return stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
-def _metadata(path: Path) -> tuple[dict[str, _Row], str]:
+def _metadata(path: Place) -> tuple[dict[str, _Row], str]:
     """(key -> row, what is wrong with the file or ''); nothing where there is no such file."""
-    if not path.is_file():
+    if not is_file(path):
         return {}, f"{path.name} is missing: failed downloads and lost pairs are not counted"
     try:
         import pyarrow.parquet
@@ -154,12 +147,13 @@ def _metadata(path: Path) -> tuple[dict[str, _Row], str]:
             f"{path} needs pyarrow to be read; install it with: pip install pyarrow"
         ) from error
     try:
-        present = pyarrow.parquet.read_schema(path).names
+        content = io.BytesIO(path.read_bytes())
+        present = pyarrow.parquet.read_schema(content).names
         lacking = [name for name in ("key", "status") if name not in present]
         if lacking:
             return {}, f"{path.name} has no column {' and no '.join(lacking)}; it is not used"
         columns = [name for name in _COLUMNS if name in present]
-        table = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        table = pyarrow.parquet.read_table(content, columns=columns).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         # Arrow's messages go over many lines, with addresses in memory.
         reason = str(error).splitlines()[0][:80]

@@ -1,7 +1,6 @@
 """Sources to prepare by name: the place to add one."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from ovseg_jax.data.prepare.raw import PairSource
 from ovseg_jax.data.prepare.source_files import FileSource
@@ -11,7 +10,7 @@ from ovseg_jax.data.prepare.source_tfds import TfdsSource
 from ovseg_jax.errors import UserError
 
 # Kind -> how to open what stands behind the colon; the second argument is --images.
-SOURCES: dict[str, Callable[[str, Path | None], PairSource]] = {
+SOURCES: dict[str, Callable[[str, str | None], PairSource]] = {
     "img2dataset": lambda text, images: Img2DatasetSource(text),
     "files": FileSource,
     "tfds": lambda text, images: TfdsSource(text),
@@ -34,4 +33,4 @@ def open_source(spec: str, images: str | None = None) -> PairSource:
         raise UserError(f"--source={spec} is none of: {forms}")
     if images and kind != "files":
         raise UserError(f"--images goes with --source=files:FILE, not with {kind}")
-    return SOURCES[kind](where, Path(images) if images else None)
+    return SOURCES[kind](where, images)

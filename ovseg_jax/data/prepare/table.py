@@ -8,8 +8,8 @@ import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from ovseg_jax.data.prepare.places import Place, is_file, place
 from ovseg_jax.errors import UserError
 
 SAMPLE_ROWS = 1000
@@ -34,7 +34,7 @@ class Table:
       key: that of a column with keys, or None.
     """
 
-    path: Path
+    path: Place
     separator: str
     quoted: bool
     header: bool
@@ -55,14 +55,14 @@ class Table:
         return f"image in column {self.image + 1}, caption in column {self.caption + 1}, {named}"
 
 
-def open_table(path: str | Path) -> Table:
+def open_table(path: str | Place) -> Table:
     """Looks at the first rows of a file and finds out how to read it.
 
     Raises:
       UserError: no such file, no rows, or no column with images or with captions.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = place(path)
+    if not is_file(path):
         raise UserError(f"there is no file {path}; check --source")
     if path.suffix.lower() not in (".tsv", ".csv"):
         raise UserError(f"{path} must be a .tsv or .csv file of images and captions")
@@ -88,7 +88,7 @@ def _named(row: list[str]) -> tuple[int, int, int | None] | None:
     return None if image is None or caption is None else (image, caption, key)
 
 
-def _guessed(path: Path, rows: list[list[str]]) -> tuple[int, int]:
+def _guessed(path: Place, rows: list[list[str]]) -> tuple[int, int]:
     """The column in which most cells are URLs or image files, and the wordiest of the others."""
     width = max(map(len, rows))
     columns = [[row[c] for row in rows if c < len(row)] for c in range(width)]
@@ -108,7 +108,7 @@ def _is_image(cell: str) -> bool:
     return bool(_URL.fullmatch(cell.strip()) or _FILE.fullmatch(cell.strip()))
 
 
-def _separator(path: Path) -> str:
+def _separator(path: Place) -> str:
     """Of a .csv file: the sign that gives most rows the same number, above 1, of columns."""
 
     def alike(separator: str) -> int:
@@ -118,13 +118,13 @@ def _separator(path: Path) -> str:
     return max((",", ";", "\t"), key=alike)
 
 
-def _first(path: Path, separator: str, quoted: bool) -> list[list[str]]:
+def _first(path: Place, separator: str, quoted: bool) -> list[list[str]]:
     rows = _rows(path, separator, quoted, 0, None)
     return [cells for _, (_, cells) in zip(range(SAMPLE_ROWS), rows, strict=False)]
 
 
 def _rows(
-    path: Path, separator: str, quoted: bool, start: int, stop: int | None
+    path: Place, separator: str, quoted: bool, start: int, stop: int | None
 ) -> Iterator[tuple[int, list[str]]]:
     with path.open("rb") as stream:
         stream.seek(start)

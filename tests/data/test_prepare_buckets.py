@@ -1,0 +1,94 @@
+"""Inputs in buckets, stood in for by a file system in memory: the same pairs as from a folder."""
+
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from pair_folders import jpeg, write_img2dataset
+
+from ovseg_jax.data.prepare.places import place
+from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.errors import UserError
+
+
+class FakeBuckets(MemoryFileSystem):
+    """Buckets of one kind."""
+
+    protocol = "s3"
+    store = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("s3://", "memory://"))
+
+
+@pytest.fixture
+def buckets(monkeypatch):
+    monkeypatch.setattr(FakeBuckets, "store", {})
+    monkeypatch.setattr(FakeBuckets, "pseudo_dirs", [""])
+    fake = FakeBuckets(skip_instance_cache=True)
+    # What asks fsspec for the real file system of a kind of bucket, and keeps it.
+    kind = type(backend.fsspec_backend)
+    monkeypatch.setattr(kind, "_get_filesystem", lambda self, name: fake)
+    return fake
+
+
+def upload(buckets, folder, to):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            buckets.pipe_file(f"s3://{to}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def read_all(source):
+    return source.shards(), [pair for shard in source.shards() for pair in source.read(shard)]
+
+
+def test_img2dataset_in_a_bucket(buckets, tmp_path):
+    pairs = [(f"{n:09d}", f"a dog {n}", jpeg(n)) for n in range(4)]
+    write_img2dataset(tmp_path, 0, pairs[:2], ["dead"])
+    cut = write_img2dataset(tmp_path / "part", 1, pairs[2:])
+    cut.write_bytes(cut.read_bytes().rstrip(b"\0")[:-700])
+    upload(buckets, tmp_path, "bucket/cc12m")
+    expected = read_all(open_source(f"img2dataset:{tmp_path}"))
+    assert read_all(open_source("img2dataset:s3://bucket/cc12m")) == expected
+    assert len(expected[0]) == 2
+    assert len(expected[1]) == 6
+
+
+def test_table_and_images_in_buckets(buckets, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    rows = [f"https://a.org/{number}.jpg\ta dog {number}\n" for number in range(4)]
+    (tmp_path / "t.tsv").write_text("".join(rows))
+    upload(buckets, tmp_path, "bucket/cc3m")
+    expected = read_all(open_source(f"files:{tmp_path / 't.tsv'}"))
+    assert read_all(open_source("files:s3://bucket/cc3m/t.tsv")) == expected
+    one = open_source("files:s3://bucket/cc3m/t.tsv", str(tmp_path))
+    other = open_source(f"files:{tmp_path / 't.tsv'}", "s3://bucket/cc3m")
+    assert read_all(one) == read_all(other) == expected
+    assert [pair.image is None for pair in expected[1]] == [False, False, False, True]
+
+
+def test_places_that_are_none(buckets, monkeypatch):
+    with pytest.raises(UserError, match="there is no folder s3://bucket/none"):
+        open_source("img2dataset:s3://bucket/none")
+    with pytest.raises(UserError, match="there is no file s3://bucket/t.tsv"):
+        open_source("files:s3://bucket/t.tsv")
+    with pytest.raises(UserError, match="must be a path of this machine, or begin with gs"):
+        place("hdfs://a/b")
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(FakeBuckets, "exists", no_network)
+    with pytest.raises(UserError, match="cannot be reached: no route; check path and access"):
+        place("s3://bucket/x")
+
+
+def test_missing_package_is_explained(monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("Please install s3fs to access S3")
+
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", missing)
+    with pytest.raises(UserError, match="needs s3fs to be read; install it with"):
+        place("s3://bucket/x")
