@@ -69,6 +69,26 @@ def test_table_and_images_in_buckets(buckets, tmp_path):
     assert [pair.image is None for pair in expected[1]] == [False, False, False, True]
 
 
+def test_network_that_fails_drops_nothing(buckets, tmp_path, monkeypatch):
+    write_img2dataset(tmp_path, 0, [("0", "a dog", jpeg())])
+    (tmp_path / "u.tsv").write_text("https://a.org/00000.tar\ta dog\n")
+    upload(buckets, tmp_path, "bucket")
+    sources = [open_source("img2dataset:s3://bucket"), open_source("files:s3://bucket/u.tsv")]
+    shards = [source.shards() for source in sources]
+    right = FakeBuckets._open
+
+    def fails(self, path, *args, **kwargs):
+        if path.endswith(".tar"):
+            raise TimeoutError("the network is away")
+        return right(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(FakeBuckets, "_open", fails)
+    monkeypatch.setattr(FakeBuckets, "cat_file", fails)
+    for source, (shard,) in zip(sources, shards, strict=True):
+        with pytest.raises(UserError, match="the network is away.*goes on where it was"):
+            list(source.read(shard))
+
+
 def test_places_that_are_none(buckets, monkeypatch):
     with pytest.raises(UserError, match="there is no folder s3://bucket/none"):
         open_source("img2dataset:s3://bucket/none")

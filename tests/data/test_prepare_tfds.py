@@ -15,6 +15,9 @@ from ovseg_jax.data.prepare.sources import open_source
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.errors import UserError
 
+# TFDS with the protobuf that Apache Beam holds it to.
+pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated:DeprecationWarning")
+
 FEATURES = {
     "one": {"image": tfds.features.Image(), "caption": tfds.features.Text()},
     "several": {

@@ -1,5 +1,6 @@
 """Inputs on this machine or in a bucket: paths such as gs://bucket/cc12m and s3://bucket/cc12m."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,31 @@ def place(path: str | Place) -> Place:
         # Each kind of bucket has errors of its own for no access, no network, no such bucket.
         raise UserError(f"{path} cannot be reached: {error}; check path and access") from error
     return found
+
+
+@contextlib.contextmanager
+def reached(path: Place, *expected: type[Exception]) -> Iterator[None]:
+    """In a bucket, turns what goes wrong on the way there into the end of the run.
+
+    A damaged file is a fact of the input; a network that fails is not, and must not drop a shard.
+
+    Args:
+      expected: errors that pass as they are; on this machine all do.
+
+    Raises:
+      UserError: any other error, if the path is in a bucket.
+    """
+    try:
+        yield
+    except (UserError, *expected):
+        raise
+    except Exception as error:
+        if isinstance(path, Path):
+            raise
+        raise UserError(
+            f"{path} cannot be read ({error}); run the same command again, and it goes on where "
+            "it was"
+        ) from error
 
 
 def is_file(path: Place) -> bool:

@@ -6,7 +6,7 @@ from itertools import islice
 from urllib.parse import unquote, urlsplit
 
 from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.places import Place, is_file, place, size_of
+from ovseg_jax.data.prepare.places import Place, is_file, place, reached, size_of
 from ovseg_jax.data.prepare.raw import InputShard, RawPair
 from ovseg_jax.data.prepare.table import SAMPLE_ROWS, open_table
 from ovseg_jax.errors import UserError
@@ -81,7 +81,9 @@ class FileSource:
     def _read_image(self, naming: str, cell: str, row: int) -> bytes | None:
         for ending in _ENDINGS:
             try:
-                return self._path(naming, cell, row, ending).read_bytes()
+                path = self._path(naming, cell, row, ending)
+                with reached(path, FileNotFoundError, IsADirectoryError):
+                    return path.read_bytes()
             except (OSError, ValueError):
                 continue  # not there, a folder, not to be read, or no possible name
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.places import Place, files_below, is_file, place, size_of
+from ovseg_jax.data.prepare.places import Place, files_below, is_file, place, reached, size_of
 from ovseg_jax.data.prepare.raw import Damage, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
@@ -21,6 +21,7 @@ _TEXTS = ("txt", "json")
 _COLUMNS = ("key", "caption", "status")
 # img2dataset before 1.5 stored keys as numbers.
 _KEY_DIGITS = 9
+_DAMAGED = (tarfile.TarError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,11 @@ def _samples(path: Place, images: bool) -> Iterator[tuple[str, dict[str, bytes] 
     wanted = (*IMAGES, *_TEXTS) if images else _TEXTS
     key, files, count = "", {}, 0
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with (
+            reached(path, *_DAMAGED),
+            path.open("rb") as file,
+            tarfile.open(fileobj=file, mode="r:") as archive,
+        ):
             for member in archive:
                 archive.members.clear()  # or the list grows with the file
                 if not member.isfile():
@@ -116,7 +121,7 @@ def _samples(path: Place, images: bool) -> Iterator[tuple[str, dict[str, bytes] 
             # Whether the end mark, a block of zeros, stands where tarfile stopped: it does not ask.
             file.seek(archive.offset)
             whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (*_DAMAGED, OSError) as error:
         if files:
             yield key, None
         yield Damage(f"cannot be read after {count} pairs ({error})")
@@ -147,7 +152,8 @@ def _metadata(path: Place) -> tuple[dict[str, _Row], str]:
             f"{path} needs pyarrow to be read; install it with: pip install pyarrow"
         ) from error
     try:
-        content = io.BytesIO(path.read_bytes())
+        with reached(path):
+            content = io.BytesIO(path.read_bytes())
         present = pyarrow.parquet.read_schema(content).names
         lacking = [name for name in ("key", "status") if name not in present]
         if lacking:
