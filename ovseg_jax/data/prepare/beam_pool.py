@@ -4,7 +4,9 @@ All machines must see the input and the output under the same paths (a shared fi
 is written where a local process would write it, and so is a call's result.
 """
 
+import contextlib
 import importlib.util
+import io
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -67,12 +69,11 @@ class BeamPool:
         """
         # Imported here: it takes seconds.
         import apache_beam
-        from apache_beam.options.pipeline_options import PipelineOptions
 
         jobs = list(enumerate(arguments))
         shutil.rmtree(self._results, ignore_errors=True)
         self._results.mkdir()
-        options = PipelineOptions(list(self._beam.options))
+        options = _pipeline_options(self._beam)
         try:
             with apache_beam.Pipeline(runner=self._beam.runner, options=options) as pipeline:
                 jobs_there = pipeline | "Jobs" >> apache_beam.Create(jobs, reshuffle=True)
@@ -89,6 +90,22 @@ class BeamPool:
             if isinstance(result, UserError):
                 raise result
             yield result
+
+
+def _pipeline_options(beam: Beam) -> Any:
+    """Beam's own form of the options."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options = PipelineOptions(list(beam.options))
+            options.get_all_options()  # parses them
+    except SystemExit as error:
+        # Beam prints hundreds of lines of usage; the last one says what is wrong.
+        reason = said.getvalue().strip().splitlines()[-1]
+        raise UserError(f"--beam_options: {reason}") from error
+    return options
 
 
 def _call(job: tuple[int, tuple[Any, ...]], function: Callable[..., Any], results: Path) -> None:
