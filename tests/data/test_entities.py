@@ -118,7 +118,24 @@ def test_json_round_trip(tmp_path):
     assert again.names == ENTITIES.names
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"dog": "dog"}', '{"dog": [1]}', None])
+def test_a_file_of_bare_names_and_forms_is_read_too(tmp_path):
+    path = tmp_path / "e.json"
+    ENTITIES.to_json(path, source="a test", counts={"dog": 3})
+    document = json.loads(path.read_text("utf-8"))
+    assert (document["source"], document["counts"]) == ("a test", {"dog": 3})
+    path.write_text(json.dumps(document["entities"]))
+    assert EntitySet.from_json(path).table == ENTITIES.table
+
+
+BAD_FILES = ["{", "[]", '{"dog": "dog"}', '{"dog": [1]}', None]
+BAD_FILES += [
+    '{"format": "ovseg_jax entities", "version": 99, "entities": {}}',
+    '{"format": "ovseg_jax entities", "version": 1}',
+    '{"format": "ovseg_jax entities", "version": 1, "entities": ["dog"]}',
+]
+
+
+@pytest.mark.parametrize("content", BAD_FILES)
 def test_bad_entity_file_is_a_user_error(tmp_path, content):
     path = tmp_path / "e.json"
     if content is not None:

@@ -1,0 +1,195 @@
+"""A preparation repeats itself to the byte, in any number of processes, and goes on when cut."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from messy_folder import ENTITIES, files, run, write_folder
+
+from ovseg_jax.data.prepare import assemble, duplicates
+from ovseg_jax.data.prepare import run as run_module
+from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
+from ovseg_jax.data.prepare.pool import LocalPool
+from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.records import ArrayRecordSource
+from ovseg_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, run(folder, out)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_runs_write_the_same_bytes(finished, folder, tmp_path, workers):
+    run(folder, tmp_path / "out", workers=workers)
+    assert files(tmp_path / "out") == files(finished[0])
+
+
+@pytest.mark.parametrize("per_bucket", [1, 3])
+def test_number_of_buckets_changes_nothing(finished, folder, tmp_path, monkeypatch, per_bucket):
+    monkeypatch.setattr(duplicates, "_PER_BUCKET", per_bucket)
+    assert duplicates.bucket_count(20) > 5
+    run(folder, tmp_path / "out")
+    assert files(tmp_path / "out") == files(finished[0])
+
+
+class Killed(Exception):
+    pass
+
+
+def _fail_at(monkeypatch, module, name, call):
+    """Makes the given call of a function fail; those before and after it work."""
+    right, calls = getattr(module, name), itertools.count()
+
+    def wrong(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrong)
+
+
+STAGES = [
+    (run_module, "make_part", 0),
+    (run_module, "make_part", 3),
+    (duplicates, "duplicates_in_bucket", 0),
+    (assemble, "finish_shard", 2),
+    (assemble, "_copy_without", 1),
+    (assemble, "write_index", 0),
+    (assemble, "write_entity_index", 0),
+    (run_module, "make_report", 0),
+    (run_module, "write_manifest", 0),
+]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: f"{stage[1]} {stage[2]}")
+def test_cut_off_run_goes_on_to_the_same_bytes(finished, folder, tmp_path, monkeypatch, stage):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        _fail_at(patch, *stage)
+        with pytest.raises(Killed):
+            run(folder, out)
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        ArrayRecordSource(out)
+    run(folder, out)
+    assert files(out) == files(finished[0])
+
+
+def test_finished_parts_are_not_made_again(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        _fail_at(patch, run_module, "make_part", 3)
+        with pytest.raises(Killed):
+            run(folder, out)
+    lines = []
+    run(folder, out, say=lines.append)
+    assert lines[0] == "3 of 5 shards were finished before"
+    assert lines[1].startswith("shard 1 of 2: ")
+
+
+def test_killed_process_goes_on(finished, folder, tmp_path):
+    out, entities = tmp_path / "out", tmp_path / "entities.json"
+    # The same table and the same words about it as `finished` has.
+    ENTITIES.to_json(entities)
+    program = (
+        "import sys, time\n"
+        "from ovseg_jax.data.prepare import run, parts\n"
+        "from ovseg_jax.data.prepare.rules import Rules\n"
+        "from ovseg_jax.data.prepare.entity_choice import EntityChoice\n"
+        "from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource\n"
+        "from ovseg_jax.data.entities import EntitySet\n"
+        "from pathlib import Path\n"
+        "table = EntitySet.from_json(sys.argv[3]).table\n"
+        "def say(line):\n"
+        "    print(line, flush=True)\n"
+        "    if line.startswith('shard 2'): time.sleep(600)\n"
+        "run.prepare(Img2DatasetSource(sys.argv[1]), Path(sys.argv[2]),\n"
+        "            EntityChoice(table, 0, 'a test'), Rules(), say=say)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(out), str(entities)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("shard 2"):
+            break
+    # A second run keeps off while the first one lives.
+    with pytest.raises(UserError, match="another run is preparing"):
+        run(folder, out)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    # As if it had been killed while writing the third shard.
+    (out / ".work" / "part-00002.array_record").write_bytes(b"half a file")
+    lines = []
+    run(folder, out, say=lines.append)
+    assert lines[0] == "2 of 5 shards were finished before"
+    assert files(out) == files(finished[0])
+
+
+def test_other_arguments_do_not_go_on(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        _fail_at(patch, run_module, "make_part", 1)
+        with pytest.raises(Killed):
+            run(folder, out)
+    with pytest.raises(UserError, match=r"other arguments.*\(rules\)"):
+        run(folder, out, rules=Rules(min_side=5))
+    other = EntityChoice({"dog": []}, 0, "a test")
+    with pytest.raises(UserError, match=r"\(listed\)"):
+        run(folder, out, choice=other)
+
+
+def test_counting_nouns_goes_on_too(folder, tmp_path, monkeypatch):
+    from ovseg_jax.data.prepare import entity_choice
+
+    run(folder, tmp_path / "whole", choice=parse_choice("auto:2"))
+    with monkeypatch.context() as patch:
+        _fail_at(patch, entity_choice, "count_nouns", 2)
+        with pytest.raises(Killed):
+            run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))
+    run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_run_killed_at_its_very_end_leaves_no_work(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        _fail_at(patch, run_module.shutil, "rmtree", 0)
+        with pytest.raises(Killed):
+            run(folder, out)
+    assert len(ArrayRecordSource(out)) > 0
+    with pytest.raises(UserError, match="already holds records"):
+        run(folder, out)
+    assert not (out / ".work").exists()
+
+
+def test_worker_that_dies_is_explained():
+    with LocalPool(1) as pool, pytest.raises(UserError, match="worker process died.*goes on"):
+        list(pool.map(os._exit, [(1,)]))
+
+
+def test_pool_keeps_the_order_and_runs_ahead_by_little():
+    taken = []
+
+    def arguments():
+        for number in range(12):
+            taken.append(number)
+            yield (number, 2)
+
+    with LocalPool(1) as pool:
+        results = pool.map(pow, arguments())
+        assert next(results) == 0
+        assert len(taken) == 2
+        assert [0, *results] == [number**2 for number in range(12)]
