@@ -4,11 +4,14 @@
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ovseg_jax import flags
+from ovseg_jax.data.prepare.beam_pool import RUNNERS, Beam
 from ovseg_jax.data.prepare.entity_choice import parse_choice
 from ovseg_jax.data.prepare.report import summary
 from ovseg_jax.data.prepare.rules import Rules
@@ -42,6 +45,16 @@ FLAGS = (
     flags.Flag("dry-run", bool, default=False, help="only say what would happen to a sample"),
     flags.Flag("workers", int, help="processes; 0 for this one alone; default one a CPU"),
     flags.Flag(
+        "runner",
+        default="local",
+        choices=("local", *RUNNERS),
+        help="local processes, or an Apache Beam runner; a cluster's machines must see the input "
+        "and --out under the same paths",
+    ),
+    flags.Flag(
+        "beam_options", default="", help='of the runner, in one: "--flink_master=host:8081 ..."'
+    ),
+    flags.Flag(
         "min_side", int, default=Rules.min_side, help="least pixels of an image's shorter side"
     ),
     flags.Flag("max_caption", int, default=Rules.max_caption, help="most characters of a caption"),
@@ -60,16 +73,30 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out={args.out} must be a folder of this machine; copy it afterwards")
     if not args.out and not args.dry_run:
         raise UserError("missing --out (or --dry-run, which writes nothing)")
+    beam = _beam(args)
     choice = parse_choice(args.entities)
     source = open_source(args.source, args.images)
     if args.dry_run:
         print(_sample_text(dry_run(source, choice, rules)))
         return 0
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    report = prepare(source, Path(args.out), choice, rules, workers=workers, say=_say)
+    report = prepare(source, Path(args.out), choice, rules, workers=workers, beam=beam, say=_say)
     print(summary(report))
     print(f"records: {args.out}, report: {Path(args.out) / 'report.html'}")
     return 0
+
+
+def _beam(args: SimpleNamespace) -> Beam | None:
+    """The Beam runner that the flags ask for."""
+    if args.runner == "local":
+        if args.beam_options:
+            raise UserError(
+                f"--beam_options goes with --runner={'|'.join(RUNNERS)}, not with local"
+            )
+        return None
+    if args.workers is not None:
+        raise UserError("--workers is for --runner=local; a Beam runner has --beam_options")
+    return Beam(args.runner, tuple(shlex.split(args.beam_options)))
 
 
 def _say(line: str) -> None:

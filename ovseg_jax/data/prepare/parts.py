@@ -6,7 +6,7 @@ others are whole: a run that was killed goes on with the first shard that lacks 
 
 import hashlib
 import json
-import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,15 @@ def read_done(paths: PartPaths) -> tuple[Tally, FileInfo]:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is there as a whole or not at all."""
+    replace_file(path, text.encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
     """Writes a file that is there as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8")
+    # Several machines may share the folder, and count their processes alike.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

@@ -6,12 +6,23 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ovseg_jax.errors import UserError
 
 # Calls handed over before their turn, a process: enough to keep it busy, few results to hold.
 _AHEAD = 2
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Something that runs a pure function over many arguments."""
+
+    def map(
+        self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]
+    ) -> Iterator[Any]:
+        """The results in the order of the arguments."""
+        ...
 
 
 class LocalPool:

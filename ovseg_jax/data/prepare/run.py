@@ -18,10 +18,11 @@ import ovseg_jax
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, write_manifest
 from ovseg_jax.data.prepare import assemble, duplicates, entity_choice
+from ovseg_jax.data.prepare.beam_pool import Beam, BeamPool
 from ovseg_jax.data.prepare.entity_choice import Entities, EntityChoice
 from ovseg_jax.data.prepare.page import page
 from ovseg_jax.data.prepare.parts import PartPaths, make_part, read_done, write_atomically
-from ovseg_jax.data.prepare.pool import LocalPool
+from ovseg_jax.data.prepare.pool import LocalPool, Pool
 from ovseg_jax.data.prepare.raw import InputShard, PairSource, source_fingerprint
 from ovseg_jax.data.prepare.report import make_report, summary
 from ovseg_jax.data.prepare.rules import Rules
@@ -41,6 +42,7 @@ def prepare(
     rules: Rules,
     *,
     workers: int = 0,
+    beam: Beam | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Writes a folder of records (`records.ArrayRecordSource`) with its report.
@@ -50,6 +52,7 @@ def prepare(
       out: the folder to write: absent, empty, or begun by a run with the same arguments.
       choice: the entities (`entity_choice.parse_choice`).
       workers: processes besides this one; 0 for none. Changes nothing in the result.
+      beam: run on Apache Beam, in place of processes. Changes nothing either.
       say: gets a line now and then.
 
     Returns:
@@ -61,7 +64,7 @@ def prepare(
     processes = LocalPool(workers)
     shards = source.shards()
     plan = _plan(source, shards, choice, rules)
-    with _work_folder(out, plan) as work, processes as pool:
+    with _work_folder(out, plan) as work, BeamPool(beam, work) if beam else processes as pool:
         entities = _entities(source, shards, choice, rules, work, pool, say)
         tally = _make_parts(source, shards, entities, rules, work, pool, say)
         found = _find_duplicates(work, len(shards), tally.kept, pool)
@@ -121,7 +124,7 @@ def _entities(
     choice: EntityChoice,
     rules: Rules,
     work: Path,
-    pool: LocalPool,
+    pool: Pool,
     say: Callable[[str], None],
 ) -> Entities:
     if choice.listed is not None:
@@ -140,7 +143,7 @@ def _make_parts(
     entities: Entities,
     rules: Rules,
     work: Path,
-    pool: LocalPool,
+    pool: Pool,
     say: Callable[[str], None],
 ) -> Tally:
     """Makes the parts that are not there yet; returns the counts of all."""
@@ -156,7 +159,7 @@ def _make_parts(
     return tally
 
 
-def _find_duplicates(work: Path, parts: int, records: int, pool: LocalPool) -> assemble.Duplicates:
+def _find_duplicates(work: Path, parts: int, records: int, pool: Pool) -> assemble.Duplicates:
     buckets = duplicates.bucket_count(records)
     jobs = ((work, parts, bucket, buckets) for bucket in range(buckets))
     return assemble.sorted_duplicates(list(pool.map(duplicates.duplicates_in_bucket, jobs)))
@@ -170,7 +173,7 @@ def _finish(
     entities: Entities,
     tally: Tally,
     plan: dict[str, Any],
-    pool: LocalPool,
+    pool: Pool,
 ) -> dict[str, Any]:
     kept = [read_done(PartPaths(work, n))[1].count - len(found.of(n)) for n in range(parts)]
     full = [number for number in range(parts) if kept[number]]
