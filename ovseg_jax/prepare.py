@@ -6,13 +6,13 @@
 import os
 import shlex
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ovseg_jax import flags
 from ovseg_jax.data.prepare.beam_pool import RUNNERS, Beam
 from ovseg_jax.data.prepare.entity_choice import parse_choice
+from ovseg_jax.data.prepare.places import place
 from ovseg_jax.data.prepare.report import summary
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
@@ -27,8 +27,8 @@ ABOUT = """Make training records of captioned images: filter, check every image,
   --source=tfds:NAME,split=train a TFDS set prepared with file_format='array_record'
   --source=scenes:N,size=224     the embedded data set
 
-DIR, FILE and FOLDER may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs); --out is
-on this machine.
+DIR, FILE, FOLDER and --out may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs).
+Training reads records from a disk: copy them there, or mount the bucket.
 
 A run that was killed goes on where it was with the same command. Then train with
 --config.data.source=records --config.data.records.dir=OUT.
@@ -69,8 +69,6 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, ABOUT)
     rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
-    if "://" in (args.out or ""):
-        raise UserError(f"--out={args.out} must be a folder of this machine; copy it afterwards")
     if not args.out and not args.dry_run:
         raise UserError("missing --out (or --dry-run, which writes nothing)")
     beam = _beam(args)
@@ -80,9 +78,10 @@ def main(argv: list[str]) -> int:
         print(_sample_text(dry_run(source, choice, rules)))
         return 0
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    report = prepare(source, Path(args.out), choice, rules, workers=workers, beam=beam, say=_say)
+    out = place(args.out)
+    report = prepare(source, out, choice, rules, workers=workers, beam=beam, say=_say)
     print(summary(report))
-    print(f"records: {args.out}, report: {Path(args.out) / 'report.html'}")
+    print(f"records: {args.out}, report: {out / 'report.html'}")
     return 0
 
 
@@ -96,6 +95,13 @@ def _beam(args: SimpleNamespace) -> Beam | None:
         return None
     if args.workers is not None:
         raise UserError("--workers is for --runner=local; a Beam runner has --beam_options")
+    if args.runner == "DataflowRunner":
+        # Its machines see no disk of this one.
+        for flag, where in (("source", args.source), ("out", args.out or "")):
+            if "gs://" not in where:
+                raise UserError(
+                    f"--runner=DataflowRunner needs --{flag} in a bucket, gs://...; it is {where!r}"
+                )
     return Beam(args.runner, tuple(shlex.split(args.beam_options)))
 
 

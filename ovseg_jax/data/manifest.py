@@ -61,9 +61,9 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def describe_file(path: Path, count: int) -> FileInfo:
-    """Measures a finished file."""
-    return FileInfo(path.name, count, path.stat().st_size, file_digest(path))
+def describe_file(path: Path, count: int, name: str | None = None) -> FileInfo:
+    """Measures a finished file, which is called `name` where it goes to another place."""
+    return FileInfo(name or path.name, count, path.stat().st_size, file_digest(path))
 
 
 def file_digest(path: Path) -> str:
@@ -72,12 +72,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes the manifest atomically: a folder has either a whole manifest or none."""
+def manifest_text(manifest: Manifest) -> str:
+    """What the manifest's file holds."""
     document = {"format": FORMAT, "version": VERSION, "manifest_sha256": manifest.digest()}
     document.update(asdict(manifest))
+    return json.dumps(document, indent=1, ensure_ascii=True) + "\n"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest atomically: a folder has either a whole manifest or none."""
     temporary = directory / f".{MANIFEST_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=True) + "\n")
+    temporary.write_text(manifest_text(manifest))
     temporary.replace(directory / MANIFEST_NAME)
 
 

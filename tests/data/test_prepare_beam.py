@@ -64,4 +64,11 @@ def test_missing_beam_is_explained(monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'ovseg_jax\[beam\]'"):
         Beam("SparkRunner")
     with pytest.raises(UserError, match="none of DirectRunner"):
-        Beam("DataflowRunner")
+        Beam("Dataflow")
+
+
+def test_dataflow_needs_buckets(tmp_path):
+    with pytest.raises(UserError, match=r"needs --source in a bucket, gs://\.\.\."):
+        main(["--source=scenes:3", f"--out={tmp_path}", "--runner=DataflowRunner"])
+    with pytest.raises(UserError, match=r"needs --out in a bucket, gs://\.\.\."):
+        main(["--source=img2dataset:gs://a/b", f"--out={tmp_path}", "--runner=DataflowRunner"])

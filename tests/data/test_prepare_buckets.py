@@ -5,9 +5,11 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from pair_folders import jpeg, write_img2dataset
 
+from ovseg_jax.data.prepare import run
 from ovseg_jax.data.prepare.places import place
 from ovseg_jax.data.prepare.sources import open_source
 from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import main
 
 
 class FakeBuckets(MemoryFileSystem):
@@ -89,6 +91,66 @@ def test_network_that_fails_drops_nothing(buckets, tmp_path, monkeypatch):
             list(source.read(shard))
 
 
+@pytest.fixture
+def pairs_folder(tmp_path):
+    """Shards with a duplicate, a broken image, and a shard that keeps nothing."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for shard in range(3):
+        pairs = [(f"{shard}{n}", f"a dog and a cat {n}", jpeg(n)) for n in range(3)]
+        pairs += [("twice", "a bird", jpeg()), (f"{shard}x", "a broken dog", b"")]
+        write_img2dataset(folder, shard, pairs if shard else pairs[-1:])
+    return folder
+
+
+@pytest.mark.parametrize("entities", ["published", "auto:2"])
+def test_output_into_a_bucket_has_the_same_bytes(buckets, pairs_folder, tmp_path, entities):
+    where = [f"--source=img2dataset:{pairs_folder}", f"--entities={entities}", "--workers=0"]
+    assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
+    assert main([*where, "--out=s3://bucket/records"]) == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert stored(buckets, "bucket/records") == expected
+    with pytest.raises(UserError, match="s3://bucket/records already holds records"):
+        main([*where, "--out=s3://bucket/records"])
+    with pytest.raises(UserError, match="s3://bucket is not empty"):
+        main([*where, "--out=s3://bucket"])
+
+
+def test_a_run_into_a_bucket_goes_on_where_it_was_killed(
+    buckets, pairs_folder, tmp_path, monkeypatch
+):
+    where = [f"--source=img2dataset:{pairs_folder}", "--entities=published", "--workers=0"]
+    assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
+    right, made = run.make_part, []
+
+    def killed(source, shard, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        return right(source, shard, number, *rest)
+
+    def counted(source, shard, number, *rest):
+        made.append(number)
+        return right(source, shard, number, *rest)
+
+    monkeypatch.setattr(run, "make_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*where, "--out=s3://bucket/records"])
+    assert not buckets.exists("s3://bucket/records/manifest.json")
+    monkeypatch.setattr(run, "make_part", counted)
+    with pytest.raises(UserError, match="begun with other arguments"):
+        main([*where, "--min_side=5", "--out=s3://bucket/records"])
+    assert main([*where, "--out=s3://bucket/records"]) == 0
+    assert made == [2]
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert stored(buckets, "bucket/records") == expected
+
+
+def stored(buckets, folder):
+    """Name -> bytes of all that is in a folder of the buckets, at any depth."""
+    names = buckets.find(f"s3://{folder}")
+    return {name.partition(f"{folder}/")[2]: buckets.cat_file(name) for name in names}
+
+
 def test_places_that_are_none(buckets, monkeypatch):
     with pytest.raises(UserError, match="there is no folder s3://bucket/none"):
         open_source("img2dataset:s3://bucket/none")
@@ -110,5 +172,5 @@ def test_missing_package_is_explained(monkeypatch):
         raise ImportError("Please install s3fs to access S3")
 
     monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", missing)
-    with pytest.raises(UserError, match="needs s3fs to be read; install it with"):
+    with pytest.raises(UserError, match="needs s3fs; install it with"):
         place("s3://bucket/x")

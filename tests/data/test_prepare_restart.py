@@ -68,7 +68,7 @@ STAGES = [
     (assemble, "write_index", 0),
     (assemble, "write_entity_index", 0),
     (run_module, "make_report", 0),
-    (run_module, "write_manifest", 0),
+    (run_module, "manifest_text", 0),
 ]
 
 
@@ -166,7 +166,7 @@ def test_counting_nouns_goes_on_too(folder, tmp_path, monkeypatch):
 def test_run_killed_at_its_very_end_leaves_no_work(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        _fail_at(patch, run_module.shutil, "rmtree", 0)
+        _fail_at(patch, run_module, "remove_folder", 0)
         with pytest.raises(Killed):
             run(folder, out)
     assert len(ArrayRecordSource(out)) > 0

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Int64
 from ovseg_jax.data.manifest import FileInfo, describe_file
 from ovseg_jax.data.prepare import causes
 from ovseg_jax.data.prepare.parts import WRITER_OPTIONS, PartPaths, read_done, read_facts
+from ovseg_jax.data.prepare.places import Place
+from ovseg_jax.data.prepare.staging import local, whole
 from ovseg_jax.data.prepare.statistics import Statistics, measure
 from ovseg_jax.data.prepare.tally import Tally
 from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
@@ -36,7 +38,7 @@ def sorted_duplicates(found: list[Int64[np.ndarray, "_ 2"]]) -> Duplicates:
 
 
 def finish_shard(
-    work: Path, part: int, dropped: Int64[np.ndarray, "positions"], path: Path, entities: int
+    work: Place, part: int, dropped: Int64[np.ndarray, "positions"], path: Place, entities: int
 ) -> tuple[FileInfo, Statistics]:
     """Makes the output shard `path` of a part, without the records at the dropped positions.
 
@@ -46,34 +48,33 @@ def finish_shard(
     facts = read_facts(paths)
     kept = _mask(len(facts.ends), dropped)
     _, info = read_done(paths)
-    if not path.exists():
-        if len(dropped):
-            _copy_without(paths.records, kept, path)
-        else:
+    if not len(dropped):
+        if not path.exists():
             paths.records.replace(path)
-    # The sum of a part's file was taken when it was written.
-    if len(dropped):
-        info = describe_file(path, int(kept.sum()))
-    else:
+        # The sum of a part's file was taken when it was written.
         info = FileInfo(path.name, info.count, info.bytes, info.sha256)
+    else:
+        if not path.exists():
+            with local(paths.records) as old, whole(path, work) as new:
+                _copy_without(old, kept, new)
+        with local(path) as file:
+            info = describe_file(file, int(kept.sum()))
     return info, measure(facts, kept, entities)
 
 
 def _copy_without(part: Path, kept: Bool[np.ndarray, "n"], path: Path) -> None:
-    unfinished = part.with_name(f"{path.name}.unfinished")
     reader = array_record_module.ArrayRecordReader(str(part))
-    writer = array_record_module.ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
+    writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
     for keep in kept:
         record = reader.read()
         if keep:
             writer.write(record)
     writer.close()
     reader.close()
-    unfinished.replace(path)
 
 
 def write_index(
-    out: Path, work: Path, parts: int, duplicates: Duplicates, tally: Tally
+    out: Place, work: Place, parts: int, duplicates: Duplicates, tally: Tally
 ) -> tuple[FileInfo, str]:
     """Writes the index of keys and captions; moves duplicates to the dropped ones in `tally`.
 
@@ -87,7 +88,8 @@ def write_index(
         nonlocal count
         for part in range(parts):
             dropped = set(duplicates.of(part).tolist())
-            with PartPaths(work, part).index.open(encoding="ascii") as lines:
+            index = PartPaths(work, part).index
+            with local(index) as file, file.open(encoding="ascii") as lines:
                 for position, line in enumerate(lines):
                     key = json.loads(line)[0]
                     if position in dropped:
@@ -97,14 +99,15 @@ def write_index(
                     count += 1
                     yield key
 
-    with path.open("w", encoding="ascii") as stream:
-        digest = key_digest(keys(stream))
-    return describe_file(path, count), digest
+    with whole(path, work) as file:
+        with file.open("w", encoding="ascii") as stream:
+            digest = key_digest(keys(stream))
+        return describe_file(file, count, path.name), digest
 
 
 def write_entity_index(
-    out: Path,
-    work: Path,
+    out: Place,
+    work: Place,
     parts: list[int],
     duplicates: Duplicates,
     counts: Int64[np.ndarray, "entities"],
@@ -116,21 +119,24 @@ def write_entity_index(
     """
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
     starts_path, records_path = (out / name for name in ENTITY_INDEX_NAMES)
-    np.save(starts_path, starts)
+    with whole(starts_path, work) as file:
+        np.save(file, starts)
+        starts_info = describe_file(file, len(starts), starts_path.name)
     mentions = int(starts[-1])
-    if mentions:
-        records = np.lib.format.open_memmap(records_path, "w+", np.int64, (mentions,))
-        _fill(records, starts, work, parts, duplicates)
-        records.flush()
-    else:
-        np.save(records_path, np.zeros(0, np.int64))
-    return describe_file(starts_path, len(starts)), describe_file(records_path, mentions)
+    with whole(records_path, work) as file:
+        if mentions:
+            records = np.lib.format.open_memmap(file, "w+", np.int64, (mentions,))
+            _fill(records, starts, work, parts, duplicates)
+            records.flush()
+        else:
+            np.save(file, np.zeros(0, np.int64))
+        return starts_info, describe_file(file, mentions, records_path.name)
 
 
 def _fill(
     records: Int64[np.ndarray, "mentions"],
     starts: Int64[np.ndarray, "entities_and_one"],
-    work: Path,
+    work: Place,
     parts: list[int],
     duplicates: Duplicates,
 ) -> None:

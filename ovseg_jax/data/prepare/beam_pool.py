@@ -1,23 +1,22 @@
 """The same pure functions on an Apache Beam runner: on this machine, or on a cluster.
 
-All machines must see the input and the output under the same paths (a shared file system): a part
-is written where a local process would write it, and so is a call's result.
+All machines must see the input and the output under the same paths, in a bucket or on a shared file
+system: a part is written where a local process would write it, and so is a call's result.
 """
 
 import contextlib
 import importlib.util
 import io
 import pickle
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.prepare.parts import replace_file
+from ovseg_jax.data.prepare.places import Place
+from ovseg_jax.data.prepare.staging import remove_folder, write_whole
 from ovseg_jax.errors import UserError
 
-RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner")
+RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class BeamPool:
       folder: a work folder that all machines see.
     """
 
-    def __init__(self, beam: Beam, folder: Path):
+    def __init__(self, beam: Beam, folder: Place):
         self._beam = beam
         self._results = folder / "results"
 
@@ -57,7 +56,7 @@ class BeamPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._results, ignore_errors=True)
+        remove_folder(self._results)
 
     def map(
         self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]
@@ -71,8 +70,8 @@ class BeamPool:
         import apache_beam
 
         jobs = list(enumerate(arguments))
-        shutil.rmtree(self._results, ignore_errors=True)
-        self._results.mkdir()
+        remove_folder(self._results)
+        self._results.mkdir(parents=True)
         options = _pipeline_options(self._beam)
         try:
             with apache_beam.Pipeline(runner=self._beam.runner, options=options) as pipeline:
@@ -108,11 +107,11 @@ def _pipeline_options(beam: Beam) -> Any:
     return options
 
 
-def _call(job: tuple[int, tuple[Any, ...]], function: Callable[..., Any], results: Path) -> None:
+def _call(job: tuple[int, tuple[Any, ...]], function: Callable[..., Any], results: Place) -> None:
     """One call, its result into a file: runners have no other way back that all share."""
     number, given = job
     try:
         result = function(*given)
     except UserError as error:
         result = error
-    replace_file(results / str(number), pickle.dumps(result))
+    write_whole(results / str(number), pickle.dumps(result))

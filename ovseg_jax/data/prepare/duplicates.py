@@ -3,12 +3,11 @@
 Keys are hashed; a hash falls into one of many buckets; a bucket is searched on its own.
 """
 
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import Int64
 
 from ovseg_jax.data.prepare.parts import PartPaths, read_digests
+from ovseg_jax.data.prepare.places import Place
 
 # Keys in a bucket, about: 10 MB while it is searched.
 _PER_BUCKET = 2**17
@@ -20,7 +19,7 @@ def bucket_count(records: int) -> int:
 
 
 def duplicates_in_bucket(
-    work: Path, parts: int, bucket: int, buckets: int
+    work: Place, parts: int, bucket: int, buckets: int
 ) -> Int64[np.ndarray, "duplicates 2"]:
     """(part, position in it) of each record of a bucket whose key an earlier record has.
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.nouns import NounCounts, choose_entities, noun_finder
-from ovseg_jax.data.prepare.parts import write_atomically
+from ovseg_jax.data.prepare.places import Place
 from ovseg_jax.data.prepare.raw import Damage, InputShard, PairSource
 from ovseg_jax.data.prepare.rules import Rules, caption_or_none
+from ovseg_jax.data.prepare.staging import write_whole
 from ovseg_jax.data.scenes import scene_entity_table
 from ovseg_jax.errors import UserError
 
@@ -70,8 +71,8 @@ def parse_choice(text: str) -> EntityChoice:
 
 
 def count_nouns(
-    source: PairSource, shard: InputShard, number: int, work: Path, rules: Rules
-) -> Path:
+    source: PairSource, shard: InputShard, number: int, work: Place, rules: Rules
+) -> Place:
     """Counts the nouns of one shard's captions into a file; a file that is there is kept."""
     path = work / f"nouns-{number:05d}.json"
     if not path.exists():
@@ -81,11 +82,11 @@ def count_nouns(
             caption = None if isinstance(pair, Damage) else caption_or_none(pair, rules)
             if caption is not None:
                 counts.add_caption(caption, finder)
-        write_atomically(path, json.dumps([counts.uses, counts.evidence]) + "\n")
+        write_whole(path, json.dumps([counts.uses, counts.evidence]) + "\n")
     return path
 
 
-def build(choice: EntityChoice, files: Iterable[Path]) -> Entities:
+def build(choice: EntityChoice, files: Iterable[Place]) -> Entities:
     """The entities of a choice.
 
     Args:

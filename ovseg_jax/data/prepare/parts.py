@@ -6,9 +6,7 @@ others are whole: a run that was killed goes on with the first shard that lacks 
 
 import hashlib
 import json
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,10 @@ from jaxtyping import Int64, UInt64
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file
 from ovseg_jax.data.prepare.caption_filter import CaptionFilter
+from ovseg_jax.data.prepare.places import Place
 from ovseg_jax.data.prepare.raw import Damage, InputShard, PairSource
 from ovseg_jax.data.prepare.rules import Rules, judge
+from ovseg_jax.data.prepare.staging import local, whole, write_whole
 from ovseg_jax.data.prepare.tally import Tally
 from ovseg_jax.data.records import index_line, pack_record
 
@@ -31,29 +31,29 @@ WRITER_OPTIONS = "group_size:1"
 class PartPaths:
     """The files of part `number`."""
 
-    work: Path
+    work: Place
     number: int
 
-    def _file(self, ending: str) -> Path:
+    def _file(self, ending: str) -> Place:
         return self.work / f"part-{self.number:05d}.{ending}"
 
     @property
-    def records(self) -> Path:
+    def records(self) -> Place:
         """The ArrayRecord file."""
         return self._file("array_record")
 
     @property
-    def index(self) -> Path:
+    def index(self) -> Place:
         """One [key, caption] a line, as in the finished folder."""
         return self._file("jsonl")
 
     @property
-    def facts(self) -> Path:
+    def facts(self) -> Place:
         """`Facts`, as .npz."""
         return self._file("npz")
 
     @property
-    def done(self) -> Path:
+    def done(self) -> Place:
         """Counts, and what the records' file must be."""
         return self._file("json")
 
@@ -84,40 +84,27 @@ class Facts:
 
 def read_facts(paths: PartPaths) -> Facts:
     """The facts of a finished part."""
-    with np.load(paths.facts) as stored:
+    with local(paths.facts) as file, np.load(file) as stored:
         return Facts(**stored)
 
 
 def read_digests(paths: PartPaths) -> UInt64[np.ndarray, "n 2"]:
     """The digests alone of a finished part."""
-    with np.load(paths.facts) as stored:
+    with local(paths.facts) as file, np.load(file) as stored:
         return stored["digests"]
 
 
 def read_done(paths: PartPaths) -> tuple[Tally, FileInfo]:
     """(counts, description of the records' file) of a finished part."""
-    document = json.loads(paths.done.read_text("ascii"))
+    document = json.loads(paths.done.read_text("utf-8"))
     return Tally.from_json(document["tally"]), FileInfo(**document["records"])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is there as a whole or not at all."""
-    replace_file(path, text.encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    # Several machines may share the folder, and count their processes alike.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def make_part(
     source: PairSource,
     shard: InputShard,
     number: int,
-    work: Path,
+    work: Place,
     table: dict[str, list[str]],
     rules: Rules,
 ) -> int:
@@ -132,12 +119,17 @@ def make_part(
       How many pairs were read.
     """
     paths = PartPaths(work, number)
-    paths.done.unlink(missing_ok=True)
+    if paths.done.exists():
+        paths.done.unlink()
     entities = CaptionFilter(EntitySet(table))
     tally = Tally()
     columns: dict[str, list[Any]] = {name: [] for name in Facts.__annotations__}
-    writer = array_record_module.ArrayRecordWriter(str(paths.records), WRITER_OPTIONS)
-    with paths.index.open("w", encoding="ascii") as index:
+    with (
+        whole(paths.records) as records_file,
+        whole(paths.index) as index_file,
+        index_file.open("w", encoding="ascii") as index,
+    ):
+        writer = array_record_module.ArrayRecordWriter(str(records_file), WRITER_OPTIONS)
         for item in source.read(shard):
             if isinstance(item, Damage):
                 tally.damaged(shard.name, item.what)
@@ -155,15 +147,16 @@ def make_part(
             columns["ends"].append(len(columns["entities"]))
             columns["words"].append(record.caption.count(" ") + 1)
             columns["sides"].append(min(verdict.size))
-    writer.close()
-    np.savez(
-        paths.facts,
-        digests=np.frombuffer(b"".join(columns.pop("digests")), np.uint64).reshape(-1, 2),
-        **{name: np.asarray(values, np.int64) for name, values in columns.items()},
-    )
-    records = describe_file(paths.records, tally.kept)
+        writer.close()
+        records = describe_file(records_file, tally.kept, paths.records.name)
+    with whole(paths.facts) as facts_file:
+        np.savez(
+            facts_file,
+            digests=np.frombuffer(b"".join(columns.pop("digests")), np.uint64).reshape(-1, 2),
+            **{name: np.asarray(values, np.int64) for name, values in columns.items()},
+        )
     document = {"tally": tally.to_json(), "records": vars(records)}
-    write_atomically(paths.done, json.dumps(document) + "\n")
+    write_whole(paths.done, json.dumps(document) + "\n")
     return tally.read
 
 

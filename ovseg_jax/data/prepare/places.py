@@ -30,7 +30,7 @@ def place(path: str | Place) -> Place:
     except ImportError as error:
         package = BUCKETS[scheme + mark]
         raise UserError(
-            f"{path} needs {package} to be read; install it with: pip install {package}"
+            f"{path} needs {package}; install it with: pip install {package}"
         ) from error
     except Exception as error:
         # Each kind of bucket has errors of its own for no access, no network, no such bucket.

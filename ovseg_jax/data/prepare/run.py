@@ -9,23 +9,24 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ovseg_jax
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, write_manifest
+from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, manifest_text
 from ovseg_jax.data.prepare import assemble, duplicates, entity_choice
 from ovseg_jax.data.prepare.beam_pool import Beam, BeamPool
 from ovseg_jax.data.prepare.entity_choice import Entities, EntityChoice
 from ovseg_jax.data.prepare.page import page
-from ovseg_jax.data.prepare.parts import PartPaths, make_part, read_done, write_atomically
+from ovseg_jax.data.prepare.parts import PartPaths, make_part, read_done
+from ovseg_jax.data.prepare.places import Place
 from ovseg_jax.data.prepare.pool import LocalPool, Pool
 from ovseg_jax.data.prepare.raw import InputShard, PairSource, source_fingerprint
 from ovseg_jax.data.prepare.report import make_report, summary
 from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.staging import remove_folder, whole, write_whole
 from ovseg_jax.data.prepare.statistics import no_statistics
 from ovseg_jax.data.prepare.tally import Tally
 from ovseg_jax.errors import UserError
@@ -37,7 +38,7 @@ REPORT_NAMES = ("report.json", "report.html")
 
 def prepare(
     source: PairSource,
-    out: Path,
+    out: Place,
     choice: EntityChoice,
     rules: Rules,
     *,
@@ -69,7 +70,7 @@ def prepare(
         tally = _make_parts(source, shards, entities, rules, work, pool, say)
         found = _find_duplicates(work, len(shards), tally.kept, pool)
         report = _finish(out, work, len(shards), found, entities, tally, plan, pool)
-    shutil.rmtree(work)
+    remove_folder(work)
     return report
 
 
@@ -88,11 +89,11 @@ def _plan(
 
 
 @contextlib.contextmanager
-def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
+def _work_folder(out: Place, plan: dict[str, Any]) -> Iterator[Place]:
     """OUT/.work, held against a second run, with this plan and no other."""
     work = out / WORK_NAME
     if (out / MANIFEST_NAME).exists():
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
+        remove_folder(work)  # of a run that was killed at its very end
         raise UserError(f"{out} already holds records; choose another folder, or empty it")
     if out.is_dir() and any(out.iterdir()) and not work.is_dir():
         raise UserError(f"{out} is not empty; choose another folder, or empty it")
@@ -100,11 +101,7 @@ def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); choose another folder") from error
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another run is preparing {out}; wait for it, or end it") from error
+    with _held(work, out):
         path = work / "plan.json"
         if path.exists():
             begun = json.loads(path.read_text("utf-8"))
@@ -114,8 +111,22 @@ def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
                     f"{out} was begun with other arguments, or its input has changed "
                     f"({', '.join(changed)}); run the same command again, or delete {out}"
                 )
-        write_atomically(path, json.dumps(plan) + "\n")
+        write_whole(path, json.dumps(plan) + "\n")
         yield work
+
+
+@contextlib.contextmanager
+def _held(work: Place, out: Place) -> Iterator[None]:
+    """Keeps a second run away. Buckets have no locks: two runs there write the same bytes twice."""
+    if not isinstance(work, Path):
+        yield
+        return
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is preparing {out}; wait for it, or end it") from error
+        yield
 
 
 def _entities(
@@ -123,7 +134,7 @@ def _entities(
     shards: list[InputShard],
     choice: EntityChoice,
     rules: Rules,
-    work: Path,
+    work: Place,
     pool: Pool,
     say: Callable[[str], None],
 ) -> Entities:
@@ -142,7 +153,7 @@ def _make_parts(
     shards: list[InputShard],
     entities: Entities,
     rules: Rules,
-    work: Path,
+    work: Place,
     pool: Pool,
     say: Callable[[str], None],
 ) -> Tally:
@@ -159,15 +170,15 @@ def _make_parts(
     return tally
 
 
-def _find_duplicates(work: Path, parts: int, records: int, pool: Pool) -> assemble.Duplicates:
+def _find_duplicates(work: Place, parts: int, records: int, pool: Pool) -> assemble.Duplicates:
     buckets = duplicates.bucket_count(records)
     jobs = ((work, parts, bucket, buckets) for bucket in range(buckets))
     return assemble.sorted_duplicates(list(pool.map(duplicates.duplicates_in_bucket, jobs)))
 
 
 def _finish(
-    out: Path,
-    work: Path,
+    out: Place,
+    work: Place,
     parts: int,
     found: assemble.Duplicates,
     entities: Entities,
@@ -194,9 +205,8 @@ def _finish(
         statistics += counts
     index, keys_sha256 = assemble.write_index(out, work, parts, found, tally)
     files = assemble.write_entity_index(out, work, full, found, statistics.entities)
-    EntitySet(entities.table).to_json(
-        out / ENTITIES_NAME, source=entities.source, counts=entities.counts
-    )
+    with whole(out / ENTITIES_NAME, work) as file:
+        EntitySet(entities.table).to_json(file, source=entities.source, counts=entities.counts)
     manifest = Manifest(
         count=sum(info.count for info in infos),
         shards=tuple(infos),
@@ -209,10 +219,10 @@ def _finish(
         files=files,
     )
     report = make_report(manifest, entities, tally, statistics, plan["rules"], parts)
-    write_atomically(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n")
-    write_atomically(out / REPORT_NAMES[1], page(report))
+    write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)
+    write_whole(out / REPORT_NAMES[1], page(report), work)
     if not manifest.count:
         raise UserError(f"no pair is left; {out / REPORT_NAMES[1]} says why\n{summary(report)}")
     # Last: a folder without a manifest is unfinished.
-    write_manifest(out, manifest)
+    write_whole(out / MANIFEST_NAME, manifest_text(manifest), work)
     return report
