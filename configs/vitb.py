@@ -103,6 +103,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = {
         "source": "records",
         "records": {"dir": "data/cc4m"},
+        "mixture": (),
         "scenes": {"split": "train", "count": 64, "seed": 0, "size": 224},
         "tokenizer": "weights/bert-base-uncased",
         "text_length": 0,

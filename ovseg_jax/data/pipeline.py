@@ -12,6 +12,7 @@ from ovseg_jax.data.captions import distinct_prompts, texts_of
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import Examples, entity_set_hash
 from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.mixture import MixturePairs
 from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.records import Record, RecordSource
 from ovseg_jax.data.templates import TRAINING
@@ -85,7 +86,7 @@ def make_loader(
     slots: Sequence[int] | None = None,
     image_store: FeatureStore | None = None,
     text_store: FeatureStore | None = None,
-    pairs: PairIndex | None = None,
+    pairs: PairIndex | MixturePairs | None = None,
     workers: int = 0,
     threads: int = 4,
 ) -> Loader:
