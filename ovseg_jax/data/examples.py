@@ -260,8 +260,13 @@ class Examples:
 
     def _encode(self, caption: str, masked: str, prompt: str) -> Example:
         assert self._tokenizer is not None
-        ids = self._tokenizer.encode([caption, masked, prompt], self._length)
-        return {"caption_ids": ids[0], "masked_ids": ids[1], "prompt_ids": ids[2]}
+        ids, cut = self._tokenizer.encode_and_tell([caption, masked, prompt], self._length)
+        return {
+            "caption_ids": ids[0],
+            "masked_ids": ids[1],
+            "prompt_ids": ids[2],
+            "truncated": cut.any(),
+        }
 
     def _targets(self, texts: Example, mentions: tuple[int, ...] | None) -> Example:
         assert self._tokenizer is not None

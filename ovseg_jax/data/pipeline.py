@@ -95,7 +95,9 @@ def make_loader(
     Each batch is a flat dict with leading axis b = len(slots): `image` uint8 [b, H, W, 3] or
     `image_features` [b, L, D]; `caption_ids`, `masked_ids`, `prompt_ids` int32 [b, M] or
     `caption_pooled`, `prompt_pooled` [b, Dt], `masked_tokens` [b, M, Dt], `masked_mask` bool
-    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. With pairs
+    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. Where texts are
+    not cached also `truncated` bool [b]: the caption, its masked form or the prompt was cut to M
+    tokens. With pairs
     also `image2` or `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`. With nouns
     also `noun_ids` int32 [b, n, M] and `noun_present` bool [b, n]; where masked tokens are
     classified also `masked_targets` int32 [b, M].

@@ -98,9 +98,11 @@ def test_distinct_prompts_are_those_of_each_caption():
         assert [sentences[i] for i in row] == texts_of(caption, ENTITIES, TRAINING)["prompts"]
 
 
-def test_ids_are_padded_cut_and_counted(directory):
+def test_ids_are_padded_and_cut(directory):
     tokenizer = Tokenizer(directory)
-    ids = tokenizer.encode(["A dogs.", "", "a [MASK] a a a a", "zebra"], 6)
+    texts = ["A dogs.", "", "a [MASK] a a a a", "zebra"]
+    ids, cut = tokenizer.encode_and_tell(texts, 6)
+    np.testing.assert_array_equal(tokenizer.encode(texts, 6), ids)
     assert ids.dtype == np.int32
     assert ids.tolist() == [
         [2, 5, 6, 7, 8, 3],
@@ -108,7 +110,8 @@ def test_ids_are_padded_cut_and_counted(directory):
         [2, 5, 4, 5, 5, 3],
         [2, 1, 3, 0, 0, 0],
     ]
-    assert tokenizer.truncated == 1
+    # The first text fills its row, and nothing of it is lost.
+    assert cut.tolist() == [False, False, True, False]
     assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size) == (0, 4, len(VOCABULARY))
     assert tokenizer.lengths(["a", "a [MASK] a a a a"]).tolist() == [3, 8]
     assert tokenizer.encode([], 6).shape == (0, 6)
