@@ -107,7 +107,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "scenes": {"split": "train", "count": 64, "seed": 0, "size": 224},
         "tokenizer": "weights/bert-base-uncased",
         "text_length": 0,
-        "templates": (),
+        "templates": ("clip",),
         "nouns": 0,
         "transform": {
             "kind": "crop",
