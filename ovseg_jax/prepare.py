@@ -15,6 +15,7 @@ from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
 from ovseg_jax.data.prepare.sample import dry_run
 from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 
 ABOUT = """Make training records of captioned images: filter, check every image, report.
@@ -27,11 +28,13 @@ ABOUT = """Make training records of captioned images: filter, check every image,
 DIR, FILE and FOLDER may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs); --out is
 on this machine.
 
+--verify=DIR compares every byte of finished records with their manifest, say after copying them.
+
 A run that was killed goes on where it was with the same command. Then train with
 --config.data.source=records --config.data.records.dir=OUT.
 """
 FLAGS = (
-    flags.Flag("source", required=True, help="where the pairs are"),
+    flags.Flag("source", help="where the pairs are"),
     flags.Flag("out", help="folder to write"),
     flags.Flag(
         "entities",
@@ -39,6 +42,7 @@ FLAGS = (
         help="published, scenes, a .json file, or auto:100 (built from the captions)",
     ),
     flags.Flag("images", help="folder of image files, for files:; default that of the table"),
+    flags.Flag("verify", help="folder of finished records to check; then nothing else is done"),
     flags.Flag("dry-run", bool, default=False, help="only say what would happen to a sample"),
     flags.Flag("workers", int, help="processes; 0 for this one alone; default one a CPU"),
     flags.Flag(
@@ -55,6 +59,10 @@ _SHOWN = 20
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, ABOUT)
+    if args.verify:
+        return _verify(args.verify, argv)
+    if not args.source:
+        raise UserError("missing --source (or --verify, which checks finished records)")
     rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
     if "://" in (args.out or ""):
         raise UserError(f"--out={args.out} must be a folder of this machine; copy it afterwards")
@@ -69,6 +77,19 @@ def main(argv: list[str]) -> int:
     report = prepare(source, Path(args.out), choice, rules, workers=workers, say=_say)
     print(summary(report))
     print(f"records: {args.out}, report: {Path(args.out) / 'report.html'}")
+    return 0
+
+
+def _verify(directory: str, argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError("--verify checks a finished folder and goes with no other flag")
+    source = ArrayRecordSource(directory)
+    source.verify()
+    files = source.manifest.everything()
+    print(
+        f"{directory}: {len(source)} records, {len(files)} files, "
+        f"{sum(info.bytes for info in files) / 1e9:.2f} GB as they were written"
+    )
     return 0
 
 
