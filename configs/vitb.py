@@ -103,10 +103,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = {
         "source": "records",
         "records": {"dir": "data/cc4m"},
+        "mixture": (),
         "scenes": {"split": "train", "count": 64, "seed": 0, "size": 224},
         "tokenizer": "weights/bert-base-uncased",
         "text_length": 0,
-        "templates": (),
+        "templates": ("clip",),
         "nouns": 0,
         "transform": {
             "kind": "crop",
@@ -122,7 +123,9 @@ def get_config(variant: str = "") -> ConfigDict:
                 "probability": 0.5,
             },
             "erase": {"probability": 0.0, "area": (0.02, 1 / 3), "aspect": (0.3, 1 / 0.3)},
-            "reduced_decoding": False,
+            # Of a JPEG whose crop has 448 pixels or more, 1.6 to 1.8 times as fast at 1024; moves
+            # the pixels of photographs by 0.3 to 0.8 of 256 levels on average.
+            "reduced_decoding": True,
         },
         "cache_images": False,
         "cached_views": 1,

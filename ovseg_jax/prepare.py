@@ -18,6 +18,7 @@ from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
 from ovseg_jax.data.prepare.sample import dry_run
 from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 
 ABOUT = """Make training records of captioned images: filter, check every image, report.
@@ -30,11 +31,13 @@ ABOUT = """Make training records of captioned images: filter, check every image,
 DIR, FILE, FOLDER and --out may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs).
 Training reads records from a disk: copy them there, or mount the bucket.
 
+--verify=DIR compares every byte of finished records with their manifest, say after copying them.
+
 A run that was killed goes on where it was with the same command. Then train with
 --config.data.source=records --config.data.records.dir=OUT.
 """
 FLAGS = (
-    flags.Flag("source", required=True, help="where the pairs are"),
+    flags.Flag("source", help="where the pairs are"),
     flags.Flag("out", help="folder to write"),
     flags.Flag(
         "entities",
@@ -42,6 +45,7 @@ FLAGS = (
         help="published, scenes, a .json file, or auto:100 (built from the captions)",
     ),
     flags.Flag("images", help="folder of image files, for files:; default that of the table"),
+    flags.Flag("verify", help="folder of finished records to check; then nothing else is done"),
     flags.Flag("dry-run", bool, default=False, help="only say what would happen to a sample"),
     flags.Flag("workers", int, help="processes; 0 for this one alone; default one a CPU"),
     flags.Flag(
@@ -68,6 +72,10 @@ _SHOWN = 20
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, ABOUT)
+    if args.verify:
+        return _verify(args.verify, argv)
+    if not args.source:
+        raise UserError("missing --source (or --verify, which checks finished records)")
     rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
     if not args.out and not args.dry_run:
         raise UserError("missing --out (or --dry-run, which writes nothing)")
@@ -103,6 +111,19 @@ def _beam(args: SimpleNamespace) -> Beam | None:
                     f"--runner=DataflowRunner needs --{flag} in a bucket, gs://...; it is {where!r}"
                 )
     return Beam(args.runner, tuple(shlex.split(args.beam_options)))
+
+
+def _verify(directory: str, argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError("--verify checks a finished folder and goes with no other flag")
+    source = ArrayRecordSource(directory)
+    source.verify()
+    files = source.manifest.everything()
+    print(
+        f"{directory}: {len(source)} records, {len(files)} files, "
+        f"{sum(info.bytes for info in files) / 1e9:.2f} GB as they were written"
+    )
+    return 0
 
 
 def _say(line: str) -> None:

@@ -68,6 +68,7 @@ def test_training_writes_everything(trained):
         "train/group_usage",
         "train/images_per_second",
         "train/waiting_for_data",
+        "train/truncated_examples",
     ):
         assert key in lines[0], key
     result = json.loads((workdir / "results" / "scenes.json").read_text())

@@ -45,9 +45,10 @@ def decode_reduced(
     """Decodes a JPEG at 1/2, 1/4 or 1/8 of its size where a part of it is going to be shrunk.
 
     The reduced image averages pixels in the decoder's 8 x 8 blocks, so what is made of it differs
-    slightly from what the whole image gives: by less than 2 of 256 levels on average for pictures
-    (a test holds it to that), by more for noise. Other formats, and rotated files, are decoded
-    whole.
+    slightly from what the whole image gives: on average by 0.3 to 0.8 of 256 levels for photographs
+    of 1000 pixels (24 crops each to 224), by up to 3.7 where the part is hardly twice its new size,
+    which leaves sharp edges sharper; a test holds made-up pictures to less than 2. Other formats,
+    and rotated files, are decoded whole.
 
     Args:
       choose: (width, height) of the upright image -> the part (left, top, right, bottom) in pixels

@@ -21,10 +21,12 @@ from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.masking import Masking, masked_texts, token_targets
+from ovseg_jax.data.mixture import Mixture, MixturePairs
 from ovseg_jax.data.noun_texts import noun_sentences
 from ovseg_jax.data.order import example_rng, record_index
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import ArrayRecordSource, Record, RecordSource, keys_of
+from ovseg_jax.data.partners import find_pairs
+from ovseg_jax.data.records import Record, RecordSource, keys_of
 from ovseg_jax.data.templates import TRAINING
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
@@ -89,7 +91,7 @@ class Examples:
         slots: Sequence[int] | None,
         image_store: FeatureStore | None,
         text_store: FeatureStore | None,
-        pairs: PairIndex | None,
+        pairs: PairIndex | MixturePairs | None,
     ):
         self._slots = tuple(range(batch_size)) if slots is None else tuple(map(int, slots))
         if not self._slots or not all(0 <= slot < batch_size for slot in self._slots):
@@ -113,31 +115,17 @@ class Examples:
             raise UserError("texts that are not cached need a tokenizer; give one")
         self._check_stores()
         self.failures = Failures()
-        # With cached images no record is read at all, so keys and captions are fetched at once.
-        self._keys = keys_of(source) if image_store is not None else None
-        self._captions = source.captions() if image_store is not None else None
-        if with_pairs and pairs is None:
-            pairs = _stored_pairs(source, entity_set)
-        self._entities: list[tuple[int, ...]] | None = None
-        if self._captions is not None or (with_pairs and pairs is None):
-            captions = source.captions() if self._captions is None else self._captions
-            self._entities = [entity_set.find(caption) for caption in captions]
-        self._pairs = pairs
-        if with_pairs and pairs is None:
-            self._pairs = PairIndex.build(self._entities or [])
+        # With cached images no record is read at all: what steps need of one, some hundred bytes
+        # beside features of as many kilobytes, is fetched at once.
+        self._brief = None if image_store is None else _brief_records(source, entity_set)
+        self._pairs = find_pairs(source, entity_set) if with_pairs and pairs is None else pairs
 
     def __len__(self) -> int:
         return self._steps * len(self._slots)
 
     def __getitem__(self, position: int) -> Example:
         step, column = divmod(int(position), len(self._slots))
-        epoch, index = record_index(
-            self._seed,
-            len(self._source),
-            self._first + step,
-            self._slots[column],
-            self._batch,
-        )
+        epoch, index = self._place(self._first + step, self._slots[column])
         try:
             record = self._record(index)
             rng = example_rng(self._seed, epoch, record.key)
@@ -145,6 +133,12 @@ class Examples:
         except _Unusable as error:
             self.failures.add(error.key, error.cause)
             return self._assemble(index, None)
+
+    def _place(self, step: int, slot: int) -> tuple[int, int]:
+        """(epoch, record index) of a slot of a step."""
+        if isinstance(self._source, Mixture):
+            return self._source.record_at(self._seed, step * self._batch + slot)
+        return record_index(self._seed, len(self._source), step, slot, self._batch)
 
     def _example(self, index: int, record: Record, rng: np.random.Generator) -> Example:
         self._check_text(record)
@@ -191,17 +185,14 @@ class Examples:
 
     def _record(self, index: int) -> Record:
         """The record with entity ids from our own entity set; without an image if it is cached."""
-        if self._keys is not None and self._captions is not None and self._entities is not None:
-            return Record(b"", self._captions[index], self._keys[index], self._entities[index])
+        if self._brief is not None:
+            return self._brief[index]
         try:
             record = self._source[index]
         except Exception as error:
             # A damaged shard, a dead link: whatever the source raises concerns this record only.
             raise _Unusable(f"#{index}", f"{type(error).__name__}: {error}") from error
-        if self._entities is not None:
-            entities = self._entities[index]
-        else:
-            entities = self._entity_set.find(record.caption)
+        entities = self._entity_set.find(record.caption)
         return Record(record.image, record.caption, record.key, entities)
 
     @staticmethod
@@ -269,8 +260,13 @@ class Examples:
 
     def _encode(self, caption: str, masked: str, prompt: str) -> Example:
         assert self._tokenizer is not None
-        ids = self._tokenizer.encode([caption, masked, prompt], self._length)
-        return {"caption_ids": ids[0], "masked_ids": ids[1], "prompt_ids": ids[2]}
+        ids, cut = self._tokenizer.encode_and_tell([caption, masked, prompt], self._length)
+        return {
+            "caption_ids": ids[0],
+            "masked_ids": ids[1],
+            "prompt_ids": ids[2],
+            "truncated": cut.any(),
+        }
 
     def _targets(self, texts: Example, mentions: tuple[int, ...] | None) -> Example:
         assert self._tokenizer is not None
@@ -313,13 +309,12 @@ class Examples:
                 )
 
 
-def _stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:
-    """The index that `ovseg_jax.prepare` stored, if it is of these entities."""
-    if not isinstance(source, ArrayRecordSource) or list(source.manifest.entities.items()) != list(
-        entity_set.table.items()
-    ):
-        return None
-    return source.entity_index()
+def _brief_records(source: RecordSource, entity_set: EntitySet) -> list[Record]:
+    """All records without their images."""
+    return [
+        Record(b"", caption, key, entity_set.find(caption))
+        for key, caption in zip(keys_of(source), source.captions(), strict=True)
+    ]
 
 
 class _Unusable(Exception):

@@ -133,12 +133,6 @@ class FeatureStore:
         self.directory.rename(self._target)
         return FeatureStore(self._target, self.key, self._layout)
 
-    def discard(self) -> None:
-        """Gives up a store that was not committed."""
-        if self._target is not None:
-            self._arrays.clear()
-            shutil.rmtree(self.directory, ignore_errors=True)
-
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of its data; workers map the files themselves.
         return {**self.__dict__, "_arrays": {}}

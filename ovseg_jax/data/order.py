@@ -32,6 +32,11 @@ def record_index(seed: int, n_records: int, step: int, slot: int, batch: int) ->
     return epoch, int(grain.experimental.index_shuffle(offset, n_records - 1, key, _ROUNDS))
 
 
+def part_seed(seed: int, part: int) -> int:
+    """The seed of the order of one data set of a mixture: sets of one size differ in order too."""
+    return _digest(f"part/{seed}/{part}", 8)
+
+
 def example_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     """The generator of everything random about the record `key` in one epoch."""
     return np.random.Generator(np.random.Philox(key=_digest(f"example/{seed}/{epoch}/{key}", 16)))

@@ -12,6 +12,7 @@ from ovseg_jax.data.captions import distinct_prompts, texts_of
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import Examples, entity_set_hash
 from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.mixture import MixturePairs
 from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.records import Record, RecordSource
 from ovseg_jax.data.templates import TRAINING
@@ -31,6 +32,25 @@ Batch = dict[str, np.ndarray]
 _BATCHES_AHEAD = 2
 
 
+class _Batches:
+    """The batches of `examples` at random access, `slots` examples each.
+
+    Stacked here and not by Grain, which measures every element that passes through it: for small
+    cached features that took longer than making them.
+    """
+
+    def __init__(self, examples: Examples, slots: int):
+        self._examples, self._slots = examples, slots
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._slots
+
+    def __getitem__(self, step: int) -> Batch:
+        first = int(step) * self._slots
+        rows = [self._examples[first + column] for column in range(self._slots)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 class Loader:
     """An iterable of batches, one a step. Every `iter` begins again at the first step.
 
@@ -40,12 +60,12 @@ class Loader:
     """
 
     def __init__(self, examples: Examples, slots: int, workers: int, threads: int):
-        self._steps = len(examples) // slots
+        batches = _Batches(examples, slots)
+        self._steps = len(batches)
         self.failures: Mapping[str, str] = examples.failures.causes
-        # Batched before the split among workers, who then take whole batches in turn; an
-        # IterDataset batched there would lose the ends of each worker's share.
-        batches = grain.MapDataset.source(examples).batch(slots, drop_remainder=True)
-        dataset = batches.to_iter_dataset(
+        # Whole batches before the split among workers, who take them in turn; an IterDataset
+        # batched there would lose the ends of each worker's share.
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_BATCHES_AHEAD * threads)
         )
         if workers:
@@ -85,7 +105,7 @@ def make_loader(
     slots: Sequence[int] | None = None,
     image_store: FeatureStore | None = None,
     text_store: FeatureStore | None = None,
-    pairs: PairIndex | None = None,
+    pairs: PairIndex | MixturePairs | None = None,
     workers: int = 0,
     threads: int = 4,
 ) -> Loader:
@@ -94,7 +114,9 @@ def make_loader(
     Each batch is a flat dict with leading axis b = len(slots): `image` uint8 [b, H, W, 3] or
     `image_features` [b, L, D]; `caption_ids`, `masked_ids`, `prompt_ids` int32 [b, M] or
     `caption_pooled`, `prompt_pooled` [b, Dt], `masked_tokens` [b, M, Dt], `masked_mask` bool
-    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. With pairs
+    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. Where texts are
+    not cached also `truncated` bool [b]: the caption, its masked form or the prompt was cut to M
+    tokens. With pairs
     also `image2` or `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`. With nouns
     also `noun_ids` int32 [b, n, M] and `noun_present` bool [b, n]; where masked tokens are
     classified also `masked_targets` int32 [b, M].
@@ -116,7 +138,8 @@ def make_loader(
       text_store: cached text features, read in place of token ids.
       pairs: the entity -> records index, if it was made already.
       workers: worker processes; 0 reads in threads of this process.
-      threads: reading threads (of each worker); 0 reads when a batch is asked for.
+      threads: reading threads (of each worker), one at most where images and texts are cached; 0
+        reads when a batch is asked for.
 
     Raises:
       UserError: the settings do not fit each other or the stores.
@@ -136,6 +159,10 @@ def make_loader(
         text_store=text_store,
         pairs=pairs,
     )
+    if image_store is not None and text_store is not None:
+        # Nothing is decoded or tokenized, only copied, and several threads that do little else
+        # than wait for Python's lock are slower than one (tests/bench/loader.py).
+        threads = min(threads, 1)
     return Loader(examples, batch_size if slots is None else len(slots), workers, threads)
 
 

@@ -1,19 +1,29 @@
 """Sentences to put entity names in: prompt templates in the style of CLIP.
 
-The training and ensemble templates are short common sentences chosen from the prompt list that
-OpenAI published with CLIP (https://github.com/openai/CLIP, MIT License, Copyright (c) 2021
-OpenAI).
+All are of the list that OpenAI published with CLIP (https://github.com/openai/CLIP), which is in
+clip_templates.json with its license.
 """
 
+import json
 from collections.abc import Sequence
+from importlib import resources
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
 
 # The sentence for a class name at inference.
 SIMPLE = "a photo of a {}."
 # The sentence for the entity that two images share (Sec. 3.2.3); no article, no period.
 SHARED = "a photo of {}"
-# One of these is drawn for each example: the target of the entity loss (Eq. 9).
+# The whole list, by this name in a config.
+CLIP_NAME = "clip"
+CLIP: tuple[str, ...] = tuple(
+    json.loads(resources.files("ovseg_jax.data").joinpath("clip_templates.json").read_text())[
+        "templates"
+    ]
+)
+# One of these is drawn for each example, the target of the entity loss (Eq. 9), where the config
+# names none: the shorter ones that suit any entity.
 TRAINING = (
     "a photo of a {}.",
     "a bad photo of a {}.",
@@ -43,6 +53,19 @@ TRAINING = (
 )
 
 
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """The templates that a config lists: each once, "clip" being all of CLIP's, () the default.
+
+    Raises:
+      UserError: one has no place for names.
+    """
+    listed = [CLIP if name == CLIP_NAME else (name,) for name in names]
+    templates = tuple(dict.fromkeys(template for group in listed for template in group))
+    for template in templates:
+        fill(template, ("dog",))
+    return templates or TRAINING
+
+
 def join_entities(names: Sequence[str]) -> str:
     """['a', 'b', 'c'] -> 'a and b and c'."""
     return " and ".join(names)
@@ -55,5 +78,8 @@ def fill(template: str, names: Sequence[str]) -> str:
       UserError: the template has not exactly one {}.
     """
     if template.count("{}") != 1:
-        raise UserError(f"the template {template!r} must have {{}} once, where the names go")
+        raise UserError(
+            f"the template {template!r} must have {{}} once, where the names go"
+            + nearest(template, [CLIP_NAME])
+        )
     return template.replace("{}", join_entities(names))

@@ -6,13 +6,12 @@ directly, because importing transformers pulls in torch where that is installed.
 
 import importlib.util
 import json
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Bool, Int32, Integer
 
 from ovseg_jax.data.entities import MASK_TOKEN
 from ovseg_jax.data.token_files import find_family, load_backend
@@ -29,7 +28,6 @@ class Tokenizer:
     Attributes:
       family: its special tokens.
       pad_id, mask_id, end_id: ids of some of them; the mask's is -1 where there is none.
-      truncated: how many texts `encode` has cut since the object was made.
 
     Raises:
       UserError: the directory has no files of a tokenizer, or the vocabulary lacks a special
@@ -45,8 +43,6 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._lock = threading.Lock()
-        self.truncated = 0
         self.family = find_family(backend, origin)
         self.pad_id: int = backend.token_to_id(self.family.pad)
         self.mask_id: int = backend.token_to_id(self.family.mask) if self.family.mask else -1
@@ -94,6 +90,12 @@ class Tokenizer:
         Raises:
           UserError: there is no room for these two.
         """
+        return self.encode_and_tell(texts, length)[0]
+
+    def encode_and_tell(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int32[np.ndarray, "texts {length}"], Bool[np.ndarray, "texts"]]:  # noqa: F821
+        """What `encode` returns, and which of the texts were cut."""
         if length < 2:
             family = self.family
             raise UserError(
@@ -101,17 +103,14 @@ class Tokenizer:
                 "use >= 2"
             )
         ids = np.full((len(texts), length), self.pad_id, np.int32)
-        cut = 0
+        cut = np.zeros(len(texts), bool)
         for row, item in enumerate(self._encoded(texts)):
             tokens = item.ids
             ids[row, : len(tokens)] = tokens[:length]
             if len(tokens) > length:
                 ids[row, -1] = self.end_id
-                cut += 1
-        if cut:
-            with self._lock:
-                self.truncated += cut
-        return ids
+                cut[row] = True
+        return ids, cut
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and the config with which transformers reads it too."""
@@ -128,15 +127,6 @@ class Tokenizer:
         }
         config = {name: token for name, token in config.items() if token}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
 
 def find_tokenizer(spec: str) -> Tokenizer:

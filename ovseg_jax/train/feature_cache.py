@@ -209,7 +209,7 @@ def text_store(
     prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
     shared = [shared_prompt(name) for name in entity_set.names]
     total = len(captions) + len(masked) + len(prompts) + len(shared)
-    done = 0
+    done = cut = 0
 
     @jax.jit
     def encode(params: Any, ids: Any) -> Any:
@@ -217,11 +217,12 @@ def text_store(
         return text.tokens.astype(jnp.float16), text.mask, text.pooled.astype(jnp.float16)
 
     def run(texts: Sequence[str]) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
-        nonlocal done
+        nonlocal done, cut
         for start in range(0, len(texts), TEXT_BATCH):
             part = texts[start : start + TEXT_BATCH]
             ids = np.zeros((TEXT_BATCH, length), np.int32)
-            ids[: len(part)] = tokenizer.encode(part, length)
+            ids[: len(part)], shortened = tokenizer.encode_and_tell(part, length)
+            cut += int(shortened.sum())
             outputs = encode(params, ids)
             yield (
                 slice(start, start + len(part)),
@@ -252,4 +253,11 @@ def text_store(
     store["prompt_pooled"][:] = pooled_prompts[prompt_rows]
     for rows, (_, _, pooled) in run(shared):
         store["shared_pooled"][rows] = pooled
+    if cut:
+        _log.warning(
+            "%d of %d cached sentences were cut to %d tokens (config.data.text_length)",
+            cut,
+            total,
+            length,
+        )
     return store.commit()

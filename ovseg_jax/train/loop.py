@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -200,6 +201,8 @@ def _run_phase(
                 train_line(phase.name, step, phase.last, values, rate, left),
                 final=step == phase.last,
             )
+        if step == phase.last and meter.truncated:
+            run.progress.say(meter.truncation(phase.name, run.text_length))
         if config.eval.every and step % config.eval.every == 0:
             _evaluate_and_keep_best(run, state, step, position, checkpoints, writer)
             meter.restart(step)
@@ -257,10 +260,15 @@ def _evaluate_and_keep_best(
 
 
 class _Meter:
-    """Images a second, and the share of time spent waiting for data."""
+    """Images a second, the share of time spent waiting for data, and what was cut of the texts.
+
+    Attributes:
+      read, truncated: examples that this process read, and those of them that lost words.
+    """
 
     def __init__(self, batch_size: int):
         self._batch = batch_size
+        self.read = self.truncated = 0
         self.restart(None)
 
     @property
@@ -273,7 +281,7 @@ class _Meter:
         self._start, self._step, self._waited = time.monotonic(), step, 0.0
 
     def timed(self, loader: Any) -> Any:
-        """The loader's batches, with the waiting counted."""
+        """The loader's batches without what is counted here, and with the waiting counted."""
         iterator, done = iter(loader), object()
         while True:
             before = time.monotonic()
@@ -281,7 +289,17 @@ class _Meter:
             self._waited += time.monotonic() - before
             if batch is done:
                 return
+            self.read += len(batch["weight"])
+            # Cached texts were counted when they were cut.
+            self.truncated += int(batch.pop("truncated", np.zeros(1)).sum())
             yield batch
+
+    def truncation(self, phase: str, length: int) -> str:
+        """What to say at the end of a phase in which texts were cut."""
+        return (
+            f"note: {self.truncated} of {self.read} examples in {phase} had a text cut to {length} "
+            "tokens (config.data.text_length)"
+        )
 
     def lap(self, step: int) -> dict[str, float]:
         """Rates since the last lap."""
@@ -291,6 +309,7 @@ class _Meter:
             "images_per_second": rate,
             "images_per_second_per_device": rate / jax.device_count(),
             "waiting_for_data": min(1.0, self._waited / spent),
+            "truncated_examples": float(self.truncated),
         }
         self.restart(step)
         return values

@@ -73,7 +73,8 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
     """The phases of a run.
 
     Args:
-      config: the whole config. records: length of the training set, to turn epochs into steps.
+      config: the whole config. records: length of the training set, to turn epochs into steps; of
+        a mixture the records of all its data sets together, however often each comes up.
 
     Raises:
       UserError: an unknown or missing field, or a value that is none of its choices.

@@ -20,7 +20,7 @@ from ovseg_jax.data.masking import Masking, masked_texts
 from ovseg_jax.data.pipeline import Loader, make_loader
 from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
-from ovseg_jax.data.templates import SIMPLE, TRAINING
+from ovseg_jax.data.templates import chosen
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
@@ -127,10 +127,7 @@ class Run:
 
     def templates(self) -> tuple[str, ...]:
         """The prompt templates of training; the first few where texts are cached."""
-        chosen = tuple(self.config.data.templates) or TRAINING
-        return (
-            chosen[: self.config.data.cached_templates] if self.config.data.cache_texts else chosen
-        )
+        return _templates(self.config.data)
 
     def loader(self, phase: Phase, first_step: int) -> Loader:
         """This process's rows of the batches from a global step to the end of the phase."""
@@ -264,7 +261,8 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         )
     source, entities = make_source(config.data)
     check_entity_config(config, tokenizer.mask_id, len(entities))
-    counts = _sampled_lengths(source, entities, tokenizer, masking_of(config.loss))
+    longest = max(_templates(config.data), key=len)
+    counts = _sampled_lengths(source, entities, tokenizer, masking_of(config.loss), longest)
     length = config.data.text_length or text_length(counts)
     if cut := int((counts > length).sum()):
         progress.say(
@@ -314,15 +312,24 @@ def _missing_weights(config: ConfigDict) -> list[str]:
     return missing
 
 
+def _templates(data: ConfigDict) -> tuple[str, ...]:
+    templates = chosen(data.templates)
+    return templates[: data.cached_templates] if data.cache_texts else templates
+
+
 def _sampled_lengths(
-    source: RecordSource, entities: EntitySet, tokenizer: Tokenizer, masking: Masking
+    source: RecordSource,
+    entities: EntitySet,
+    tokenizer: Tokenizer,
+    masking: Masking,
+    template: str,
 ) -> Int[np.ndarray, "sentences"]:
-    """Tokens of each sentence that some of the captions give."""
+    """Tokens of each sentence that some of the captions give, prompts in the one `template`."""
     # Other objectives name no more in a prompt than all of a caption's entities.
     masking = masking if masking is Masking.ALL_NOUNS else Masking.ALL_ENTITIES
     sentences = []
     for caption in sample_captions(source, LENGTH_SAMPLE):
-        texts = masked_texts(caption, entities, SIMPLE, masking, np.random.default_rng(0))
+        texts = masked_texts(caption, entities, template, masking, np.random.default_rng(0))
         sentences += [caption, texts.masked, texts.prompt]
     return tokenizer.lengths(sentences)
 

@@ -1,9 +1,11 @@
 """Masked captions, prompts, templates and token ids."""
 
 import importlib.util
+import json
 import pickle
 import subprocess
 import sys
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from ovseg_jax.data.captions import (
 )
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.records import Record
-from ovseg_jax.data.templates import SIMPLE, TRAINING, fill, join_entities
+from ovseg_jax.data.templates import CLIP, SIMPLE, TRAINING, chosen, fill, join_entities
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 
@@ -73,9 +75,25 @@ def test_prompt_of_several_entities():
 
 def test_templates_are_many_different_and_fillable():
     assert len(set(TRAINING)) == len(TRAINING) >= 20
-    assert all("dog" in fill(template, ["dog"]) for template in TRAINING)
+    assert len(set(CLIP)) == len(CLIP) == 80
+    assert set(TRAINING) <= set(CLIP)
+    assert all("dog" in fill(template, ["dog"]) for template in CLIP)
     with pytest.raises(UserError, match="must have {} once"):
         fill("a photo", ["dog"])
+
+
+def test_templates_of_a_config():
+    assert chosen(()) == TRAINING
+    assert chosen(["clip"]) == CLIP
+    assert chosen(["{} here", "clip", "a photo of a {}."]) == ("{} here", *CLIP)
+    with pytest.raises(UserError, match="once, where the names go; did you mean 'clip'"):
+        chosen(["clipp"])
+
+
+def test_the_list_of_clip_keeps_its_license():
+    text = resources.files("ovseg_jax.data").joinpath("clip_templates.json").read_text()
+    notice = " ".join(json.loads(text)["license"])
+    assert "Copyright (c) 2021 OpenAI" in notice and "Permission is hereby granted" in notice
 
 
 def test_texts_of_a_record_and_of_its_caption():
@@ -98,9 +116,11 @@ def test_distinct_prompts_are_those_of_each_caption():
         assert [sentences[i] for i in row] == texts_of(caption, ENTITIES, TRAINING)["prompts"]
 
 
-def test_ids_are_padded_cut_and_counted(directory):
+def test_ids_are_padded_and_cut(directory):
     tokenizer = Tokenizer(directory)
-    ids = tokenizer.encode(["A dogs.", "", "a [MASK] a a a a", "zebra"], 6)
+    texts = ["A dogs.", "", "a [MASK] a a a a", "zebra"]
+    ids, cut = tokenizer.encode_and_tell(texts, 6)
+    np.testing.assert_array_equal(tokenizer.encode(texts, 6), ids)
     assert ids.dtype == np.int32
     assert ids.tolist() == [
         [2, 5, 6, 7, 8, 3],
@@ -108,7 +128,8 @@ def test_ids_are_padded_cut_and_counted(directory):
         [2, 5, 4, 5, 5, 3],
         [2, 1, 3, 0, 0, 0],
     ]
-    assert tokenizer.truncated == 1
+    # The first text fills its row, and nothing of it is lost.
+    assert cut.tolist() == [False, False, True, False]
     assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size) == (0, 4, len(VOCABULARY))
     assert tokenizer.lengths(["a", "a [MASK] a a a a"]).tolist() == [3, 8]
     assert tokenizer.encode([], 6).shape == (0, 6)

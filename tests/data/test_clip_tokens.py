@@ -65,8 +65,8 @@ def test_special_tokens(tokenizer):
     assert tokenizer.pad_id == tokenizer.end_id == tokenizer.vocab_size - 1
     start = tokenizer.vocab_size - 2
     np.testing.assert_array_equal(tokenizer.encode([""], 3)[0], [start] + [start + 1] * 2)
-    cut = tokenizer.encode(["dog dog dog dog"], 4)[0]
-    assert cut[0] == start and cut[-1] == tokenizer.end_id and tokenizer.truncated == 1
+    (cut,), told = tokenizer.encode_and_tell(["dog dog dog dog"], 4)
+    assert cut[0] == start and cut[-1] == tokenizer.end_id and told.tolist() == [True]
     masked, without = tokenizer.encode(["a [MASK] dog", "a dog"], 8)
     np.testing.assert_array_equal(masked, without)
 

@@ -48,11 +48,6 @@ def test_left_overs_of_a_killed_run_are_removed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_discard_leaves_nothing(tmp_path):
-    FeatureStore.create(tmp_path / "store", "key", LAYOUT).discard()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_other_key_is_another_store(store, tmp_path):
     assert FeatureStore.open(tmp_path / "store", "other") is None
     replaced = FeatureStore.create(tmp_path / "store", "other", {"x": ((1,), "int32")}).commit()

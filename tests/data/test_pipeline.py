@@ -93,6 +93,7 @@ def test_shapes_and_types(read):
         "pair_weight": ("float32", (8,)),
         "entity_set": ("int32", (8,)),
         "record": ("int32", (8,)),
+        "truncated": ("bool", (8,)),
     }
     plain = read(last_step=1, with_pairs=False)[0]
     assert set(batch) - set(plain) == {"image2", "shared_ids", "pair_weight"}
@@ -103,6 +104,22 @@ def test_workers_and_threads_change_nothing(read):
     # Seven batches over two workers: an uneven split must lose none.
     assert_same(read(workers=2), expected)
     assert_same(read(threads=0), expected)
+
+
+def test_examples_that_lose_words_are_marked(read, source, tokenizer, monkeypatch):
+    monkeypatch.setitem(SPEC, "text_length", 8)
+    marked = 0
+    for batch in read(last_step=3):
+        for at, index in enumerate(batch["record"]):
+            if index == BROKEN:
+                assert not batch["truncated"][at]
+                continue
+            texts = texts_of(source[int(index)], ENTITIES, TEMPLATES)
+            long = tokenizer.lengths([texts["caption"], texts["masked"]]).max() > 8
+            # Every template here is shorter than the caption it is filled from.
+            assert batch["truncated"][at] == long
+            marked += long
+    assert 0 < marked < 23
 
 
 def test_processes_read_their_slots(read):

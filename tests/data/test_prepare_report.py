@@ -121,11 +121,27 @@ def test_dry_run_builds_entities_of_the_sample(folder, capsys):
     assert "entities named: dog 14, bird 7\n" in printed
 
 
+def test_finished_records_are_verified(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([f"--source=img2dataset:{folder}", f"--out={out}", "--workers=0"]) == 0
+    capsys.readouterr()
+    assert main([f"--verify={out}"]) == 0
+    assert "80 records" in capsys.readouterr().out
+    shard = next(out.glob("*.array_record"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=f"{shard.name} was changed after it was written"):
+        main([f"--verify={out}"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--out=x"], "missing --source"),
         (["--source=scenes:5"], "missing --out"),
+        (["--verify=x", "--out=y"], "goes with no other flag"),
+        (["--verify=x"], "no folder of records at x"),
         (["--source=scenes:5", "--out=x", "--workers=-1"], "--workers=-1"),
         (["--source=scenes:5", "--out=x", "--beam_options=--a=b"], "--beam_options goes with"),
         (["--source=scenes:5", "--out=x", "--runner=DirectRunner", "--workers=2"], "--workers is"),

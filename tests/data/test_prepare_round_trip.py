@@ -5,9 +5,9 @@ import pytest
 from ml_collections import ConfigDict
 from pair_folders import write_img2dataset
 
-from ovseg_jax.data import examples
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.partners import stored_pairs
 from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
@@ -94,7 +94,7 @@ def test_stored_index_is_used_and_only_for_its_entities(prepared, tokenizer, mon
     assert next(iter(loader))["pair_weight"].any()
     # The same entities with other ids.
     reordered = EntitySet(dict(reversed(table.items())))
-    assert examples._stored_pairs(source, EntitySet(table)) is not None
-    assert examples._stored_pairs(source, reordered) is None
+    assert stored_pairs(source, EntitySet(table)) is not None
+    assert stored_pairs(source, reordered) is None
     with pytest.raises(AssertionError, match="an index is built"):
         make_loader(source, reordered, tokenizer, SPEC, **STEPS)

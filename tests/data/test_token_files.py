@@ -40,10 +40,10 @@ def test_roberta_frames_pads_masks_and_cuts(roberta):
     tokenizer = Tokenizer(roberta)
     assert tokenizer.family == ROBERTA
     assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.end_id) == (1, 4, 2)
-    ids = tokenizer.encode(TEXTS, 12)
+    ids, cut = tokenizer.encode_and_tell(TEXTS, 12)
     assert (ids[:, 0] == 0).all()
     assert ids[2].tolist() == [0, 2] + [1] * 10
-    assert ids[3:, -1].tolist() == [2, 2] and tokenizer.truncated == 2
+    assert ids[3:, -1].tolist() == [2, 2] and cut.nonzero()[0].tolist() == [3, 4]
     # The mask swallows the blank before it: "a", mask, then " on".
     assert ids[1, 2] == 4 and ids[1, 3] == tokenizer.encode(["x on"], 4)[0, 2]
     assert (tokenizer.encode(TEXTS[4:], 24) == 4).sum() == 2

@@ -1,11 +1,22 @@
 """Cached features belong to the weights and to the settings that no weight tells."""
 
+import logging
+
 import jax.numpy as jnp
 import pytest
 
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.records import MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource
+from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.models.build import build_model
-from ovseg_jax.train.feature_cache import AFTER_TRUNK, cache_key, image_store, settings_of
+from ovseg_jax.train.feature_cache import (
+    AFTER_TRUNK,
+    cache_key,
+    image_store,
+    settings_of,
+    text_store,
+)
 from ovseg_jax.train.report import Progress
 
 
@@ -55,3 +66,27 @@ def test_runs_of_any_seed_share_views_that_draw_nothing(
             progress=Progress(quiet=True).count,
         )
     assert len(list(tmp_path.iterdir())) == folders
+
+
+def test_cached_sentences_that_are_cut_are_counted(tmp_path, tiny_model, tiny_params, caplog):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    source = MemorySource(
+        [Record(b"", text, text) for text in ("a dog", "a dog of a dog of a dog")]
+    )
+    with caplog.at_level(logging.WARNING):
+        text_store(
+            tmp_path,
+            tiny_model,
+            tiny_params,
+            source,
+            EntitySet({"dog": []}),
+            Tokenizer(tmp_path),
+            ("a {}",),
+            length=6,
+            progress=Progress(quiet=True).count,
+        )
+    # Two captions, the same masked, their one prompt, the one entity's own sentence.
+    assert caplog.messages == [
+        "2 of 6 cached sentences were cut to 6 tokens (config.data.text_length)"
+    ]

@@ -7,6 +7,11 @@ writes ``tensorflow_datasets/ovseg_voc/1.0.0`` (ArrayRecord, one split, validati
 evaluation reads, and any program with ``tfds.builder_from_directory``. An example has `image`, as
 it is on disk; `labels`, a palette PNG whose values are those of the benchmark (0 background where
 it has one, 255 ignored); and `key`.
+
+So does TFDS' own program, which (4.9.10) imports TensorFlow for its other commands:
+
+    tfds build ovseg_voc --imports=ovseg_jax.data.benchmarks.builders --manual_dir=VOCdevkit \\
+        --data_dir=tensorflow_datasets --file_format=array_record
 """
 
 import io

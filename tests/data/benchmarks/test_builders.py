@@ -49,6 +49,33 @@ def test_tfds_decodes_it_for_other_programs(tmp_path):
     assert builder.info.metadata["names"] == ["background", *class_table("voc").names]
 
 
+def test_the_build_command_of_tfds_writes_the_same(tmp_path):
+    """The module behind `tfds build`: the program itself imports TensorFlow for other commands."""
+    from tensorflow_datasets.scripts.cli import build as command
+    from tensorflow_datasets.scripts.cli import cli_utils
+
+    mini.voc(tmp_path / "official")
+    parse = cli_utils.make_flags_parser(command.Args, description="")
+    parse(
+        [
+            "tfds build",
+            "ovseg_voc",
+            "--imports=ovseg_jax.data.benchmarks.builders",
+            f"--data_dir={tmp_path / 'tfds'}",
+            f"--manual_dir={tmp_path / 'official'}",
+            "--file_format=array_record",
+        ]
+    ).execute()
+    builder = tfds.builder("ovseg_voc", data_dir=str(tmp_path / "tfds"), file_format="array_record")
+    ours = open_prepared("voc", build("voc", tmp_path / "official", tmp_path / "ours"))
+    theirs = open_prepared("voc", builder.data_dir)
+    assert len(builder.as_data_source("validation")) == len(theirs) == len(ours) == 2
+    for index in range(2):
+        assert theirs.image_bytes(index) == ours.image_bytes(index)
+        np.testing.assert_array_equal(theirs.labels(index), ours.labels(index))
+    assert "tensorflow" not in sys.modules
+
+
 def test_label_files_show_the_official_colors():
     table = class_table("voc")
     labels = np.array([[0, 1, 20, 255]], np.uint8)
