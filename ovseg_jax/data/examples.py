@@ -87,6 +87,7 @@ class Examples:
         seed: int,
         first_step: int,
         last_step: int,
+        first_position: int | None = None,
         with_pairs: bool,
         slots: Sequence[int] | None,
         image_store: FeatureStore | None,
@@ -102,7 +103,8 @@ class Examples:
             raise UserError(f"the data set {source.name} has no records; check path and filters")
         self._source, self._entity_set, self._tokenizer = source, entity_set, tokenizer
         self._batch, self._seed, self._with_pairs = batch_size, seed, with_pairs
-        self._first, self._steps = first_step, last_step - first_step
+        self._start = first_step * batch_size if first_position is None else first_position
+        self._steps = last_step - first_step
         self._images, self._texts = image_store, text_store
         self._templates = tuple(spec.get("templates") or TRAINING)
         self._masking = Masking(spec.get("masking", Masking.ALL_ENTITIES))
@@ -125,7 +127,7 @@ class Examples:
 
     def __getitem__(self, position: int) -> Example:
         step, column = divmod(int(position), len(self._slots))
-        epoch, index = self._place(self._first + step, self._slots[column])
+        epoch, index = self._place(self._start + step * self._batch + self._slots[column])
         try:
             record = self._record(index)
             rng = example_rng(self._seed, epoch, record.key)
@@ -134,11 +136,11 @@ class Examples:
             self.failures.add(error.key, error.cause)
             return self._assemble(index, None)
 
-    def _place(self, step: int, slot: int) -> tuple[int, int]:
-        """(epoch, record index) of a slot of a step."""
+    def _place(self, position: int) -> tuple[int, int]:
+        """(epoch, record index) of a position in the order."""
         if isinstance(self._source, Mixture):
-            return self._source.record_at(self._seed, step * self._batch + slot)
-        return record_index(self._seed, len(self._source), step, slot, self._batch)
+            return self._source.record_at(self._seed, position)
+        return record_index(self._seed, len(self._source), position)
 
     def _example(self, index: int, record: Record, rng: np.random.Generator) -> Example:
         self._check_text(record)

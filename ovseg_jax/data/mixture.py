@@ -82,7 +82,7 @@ class Mixture:
     def record_at(self, seed: int, position: int) -> tuple[int, int]:
         """(epoch of its data set, record index) of a position of the order."""
         part, at = interleaved(position, self._cuts)
-        epoch, index = record_index(part_seed(seed, part), len(self.parts[part]), 0, at, 1)
+        epoch, index = record_index(part_seed(seed, part), len(self.parts[part]), at)
         return epoch, self.starts[part] + index
 
     def keys(self) -> list[str]:

@@ -15,11 +15,11 @@ from ovseg_jax.errors import UserError
 _ROUNDS = 4
 
 
-def record_index(seed: int, n_records: int, step: int, slot: int, batch: int) -> tuple[int, int]:
-    """(epoch, record index) of a slot of a step.
+def record_index(seed: int, n_records: int, position: int) -> tuple[int, int]:
+    """(epoch, record index) of a position in the order of examples.
 
-    Epochs follow one another without a gap: slot s of step t reads position t * batch + s of the
-    concatenated epochs, and every epoch is a permutation of the records of its own. Needs no
+    Epochs follow one another without a gap, and every epoch is a permutation of the records of its
+    own. Slot s of a step reads position p + s, where p examples came in the steps before. Needs no
     memory: the permutation is computed index by index.
 
     Raises:
@@ -27,7 +27,7 @@ def record_index(seed: int, n_records: int, step: int, slot: int, batch: int) ->
     """
     if n_records < 1:
         raise UserError("the data set has no records; check its path and its filters")
-    epoch, offset = divmod(step * batch + slot, n_records)
+    epoch, offset = divmod(position, n_records)
     key = _digest(f"order/{seed}/{epoch}", 4)
     return epoch, int(grain.experimental.index_shuffle(offset, n_records - 1, key, _ROUNDS))
 

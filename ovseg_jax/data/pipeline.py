@@ -101,6 +101,7 @@ def make_loader(
     seed: int,
     first_step: int,
     last_step: int,
+    first_position: int | None = None,
     with_pairs: bool,
     slots: Sequence[int] | None = None,
     image_store: FeatureStore | None = None,
@@ -132,6 +133,8 @@ def make_loader(
         `masking` (see `masking.Masking`; default "all_entities").
       batch_size: the global batch size B.
       seed: of the order and of everything random about an example.
+      first_position: how many examples came before `first_step`, where not all of them came in
+        batches of this size.
       with_pairs: draw a second image that shares an entity (Sec. 3.2.3).
       slots: the slots of the global batch that this process reads; all of them by default.
       image_store: cached image features, read in place of images.
@@ -153,6 +156,7 @@ def make_loader(
         seed=seed,
         first_step=first_step,
         last_step=last_step,
+        first_position=first_position,
         with_pairs=with_pairs,
         slots=slots,
         image_store=image_store,

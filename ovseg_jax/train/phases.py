@@ -40,6 +40,7 @@ class Phase:
     Attributes:
       index, name: place among the phases and a word for it.
       first, last: global steps, `last` exclusive.
+      before: examples of the phases before.
       batch_size: global.
       mask_weight: lambda of Eq. 13; at 0 no second image is read and no teacher runs.
       frozen: patterns of parameters that do not train.
@@ -53,6 +54,7 @@ class Phase:
     name: str
     first: int
     last: int
+    before: int
     batch_size: int
     mask_weight: float
     frozen: tuple[str, ...]
@@ -61,6 +63,10 @@ class Phase:
     optimizer: str
     teacher: str
     start_from: str
+
+    def position(self, step: int) -> int:
+        """How many examples came before a step of this phase."""
+        return self.before + (step - self.first) * self.batch_size
 
     @property
     def erase(self) -> dict[str, Any] | None:
@@ -110,6 +116,7 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
                 name=values["name"] or f"phase {index}",
                 first=first,
                 last=first + steps,
+                before=phases[-1].position(first) if phases else 0,
                 batch_size=values["batch_size"],
                 mask_weight=float(values["mask_weight"]),
                 frozen=tuple(values["frozen"]),

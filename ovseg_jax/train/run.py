@@ -147,6 +147,7 @@ class Run:
             seed=self.config.seed,
             first_step=first_step,
             last_step=phase.last,
+            first_position=phase.position(first_step),
             with_pairs=phase.mask_weight > 0,
             slots=sharding.process_slots(phase.batch_size, self.mesh),
             image_store=self.stores.get("images"),

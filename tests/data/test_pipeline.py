@@ -137,6 +137,15 @@ def test_resuming_gives_the_tail(read):
     assert read(first_step=7) == []
 
 
+def test_an_epoch_runs_on_where_the_batch_size_changes(read):
+    """16 examples in batches of 8, then 7 in batches of one: each of the 23 records once."""
+    start = read(last_step=2)
+    rest = read(batch_size=1, first_step=2, last_step=9, first_position=16)
+    seen = np.concatenate([batch["record"] for batch in start + rest])
+    assert sorted(seen) == list(range(23))
+    assert_same(rest[3:], read(batch_size=1, first_step=5, last_step=9, first_position=19))
+
+
 def test_loader_can_be_read_again(source, tokenizer):
     loader = make_loader(
         source, ENTITIES, tokenizer, SPEC, batch_size=4, seed=0, first_step=0, last_step=3,

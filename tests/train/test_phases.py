@@ -1,4 +1,4 @@
-"""Image transforms of phases: the run's or their own, checked, and what caches refuse."""
+"""Phases: their place in the order of examples, their image transforms, what caches refuse."""
 
 import pytest
 
@@ -23,6 +23,18 @@ def test_a_phase_has_its_own_transform_or_the_runs(tiny_config):
     assert first.transform["scale"] == (0.4, 1.0) and first.erase is None
     assert second.transform["scale"] == (0.08, 1.0)
     assert second.erase["probability"] == 0.25 and second.erase["area"] == (0.02, 1 / 3)
+
+
+def test_phases_read_on_where_the_one_before_stopped(tiny_config):
+    tiny_config.data = {"transform": CROP}
+    tiny_config.phases = (
+        {"steps": 5, "batch_size": 8},
+        {"epochs": 1, "batch_size": 4},
+        {"steps": 1, "batch_size": 16},
+    )
+    phases = make_phases(tiny_config, records=100)
+    assert [phase.position(phase.first) for phase in phases] == [0, 40, 140]
+    assert phases[1].position(phases[1].first + 3) == 52
 
 
 def test_wrong_fields_are_named_with_their_place(tiny_config):
