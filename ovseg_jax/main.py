@@ -1,10 +1,7 @@
 """Train and evaluate: ``python -m ovseg_jax.main --config=configs/quickstart.py``."""
 
-import importlib.metadata
 import json
 import logging
-import platform
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +15,7 @@ from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
-from ovseg_jax.segmentation.evaluate import evaluate, write_result
+from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.report import (
     benchmark_of,
@@ -28,21 +25,23 @@ from ovseg_jax.segmentation.report import (
     write_pictures,
 )
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.train.loop import (
-    Interrupted,
-    evaluation_params,
-    restored,
-    train,
-)
+from ovseg_jax.train.evaluations import evaluation_params
+from ovseg_jax.train.loop import train
+from ovseg_jax.train.profiling import step_range
 from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
 from ovseg_jax.train.run import Run, config_hash, make_run
+from ovseg_jax.train.starts import restored
 from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.stopping import Interrupted
+from ovseg_jax.train.watchdog import print_stacks_on_signal
 from ovseg_jax.weights.model_dir import load_model, save_model
 from ovseg_jax.weights.start import architecture
 
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
 
 Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+           Exits with 0 when done, 2 after an error that somebody has to look at, 130 after Ctrl-C,
+           143 after SIGTERM and whatever else the same command, given again, gets past.
 Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
            python -m ovseg_jax.main --mode=eval --model=DIR [--benchmark=a,b]  (a model directory)
            ... --benchmark=voc --config.eval.voc.dir=VOCdevkit/VOC2012         (official folders)
@@ -54,9 +53,8 @@ FLAGS = (
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
     flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    flags.Flag("profile", step_range, help="START:STOP, steps to trace into WORKDIR/profile"),
 )
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 # Eval needs few fields; these stand in where a model directory comes without a config.
 MODEL_EVAL = {"batch_size": 32}
@@ -71,6 +69,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     enable_compilation_cache()
+    print_stacks_on_signal()
     progress = Progress(quiet=jax.process_index() != 0)
     if args.model:
         return _evaluate_model(args)
@@ -83,12 +82,11 @@ def main(argv: list[str]) -> int:
 
 def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress) -> int:
     start = time.monotonic()
-    _write_run_files(config, workdir, args)
     try:
-        run, state = train(config, workdir, progress)
+        run, state = train(config, workdir, progress, args.profile)
     except Interrupted as stop:
         progress.say(str(stop))
-        return 130
+        return stop.exit_code
     trained = time.monotonic() - start
     progress.say(f"trained in {duration(trained)}; evaluating")
     names = tuple(args.benchmark or config.eval.benchmarks)
@@ -273,30 +271,6 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
             )
         )
     print(f"{table(rows)}\n\nresults   {where}")
-
-
-def _write_run_files(config: ConfigDict, workdir: Path, args: SimpleNamespace) -> None:
-    """The resolved config, the command and the versions, before anything else happens."""
-    if jax.process_index() != 0:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(
-            config.to_json_best_effort(indent=2) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error}") from None
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    write_result(
-        workdir / "versions.json",
-        {
-            "ovseg_jax": ovseg_jax.__version__,
-            "python": platform.python_version(),
-            "command": ["python", "-m", "ovseg_jax.main", *sys.argv[1:]],
-            "devices": [str(device) for device in jax.devices()],
-            **versions,
-        },
-    )
 
 
 if __name__ == "__main__":

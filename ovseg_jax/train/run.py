@@ -32,6 +32,7 @@ from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
+from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
@@ -62,6 +63,7 @@ class Run:
     progress: Progress
     param_shardings: Any
     stores: dict[str, FeatureStore] = field(default_factory=dict)
+    _layouts: dict[int, tuple[TrainState, TrainState]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -96,26 +98,44 @@ class Run:
         """The optax chain of a phase; `params` may be abstract."""
         return make_optimizer(self.config.optimizer, *groups.split(params, phase.frozen))
 
+    @functools.cached_property
     def abstract_params(self) -> dict[str, Any]:
         """Shapes of all parameters."""
         return nn.unbox(jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0)))
 
     def state_layout(self, phase: Phase) -> tuple[TrainState, TrainState]:
-        """(abstract state, shardings) of a phase."""
-        params = self.abstract_params()
-        tx = self.optimizer(phase, params)
-        abstract = jax.eval_shape(
-            lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
-        )
-        return abstract, state_shardings(abstract, self.param_shardings, self.mesh)
+        """(abstract state, shardings) of a phase; made once, since tracing takes a second."""
+        if phase.index not in self._layouts:
+            params = self.abstract_params
+            tx = self.optimizer(phase, params)
+            abstract = jax.eval_shape(
+                lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
+            )
+            shardings = state_shardings(abstract, self.param_shardings, self.mesh)
+            self._layouts[phase.index] = abstract, shardings
+        return self._layouts[phase.index]
 
     def compiled_step(self, phase: Phase) -> Callable[..., Any]:
         """The jitted train step of a phase: (state, batch) -> (state, metrics)."""
-        tx = self.optimizer(phase, self.abstract_params())
-        step = functools.partial(
+        step = self._step(phase, self.model)
+        return compile_step(step, self.state_layout(phase)[1], self.mesh)
+
+    def step_flops(self, phase: Phase, batch: Mapping[str, Any]) -> float:
+        """FLOPs of a phase's step, without those that rematerialization repeats.
+
+        Args:
+          batch: global arrays or their shapes.
+        """
+        config = self.config.model.copy_and_resolve_references()
+        config.image.remat = config.text.remat = "none"
+        step = self._step(phase, build_model(config))
+        return matmul_flops(step, self.state_layout(phase)[0], dict(batch))
+
+    def _step(self, phase: Phase, model: OVSegmentor) -> Callable[..., Any]:
+        return functools.partial(
             train_step,
-            model=self.model,
-            tx=tx,
+            model=model,
+            tx=self.optimizer(phase, self.abstract_params),
             rate=lambda s: rate_at(s, self.config, phase, self.total),
             config=self.config,
             mask_weight=phase.mask_weight,
@@ -123,7 +143,6 @@ class Run:
             mesh=self.mesh,
             erase=phase.erase,
         )
-        return compile_step(step, self.state_layout(phase)[1], self.mesh)
 
     def templates(self) -> tuple[str, ...]:
         """The prompt templates of training; the first few where texts are cached."""
