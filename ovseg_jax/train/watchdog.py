@@ -1,6 +1,7 @@
 """Runs that hang: who stands where, and an end to it."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
@@ -67,4 +68,6 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they would outlive a process that leaves like this
         os._exit(RESTART)
