@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ovseg_jax import sharding
+from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.report import calibrated, tune_split
@@ -66,14 +66,13 @@ def train(config: ConfigDict, workdir: Path, progress: Progress) -> tuple[Run, T
     """
     run = make_run(config, progress)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    first_process = jax.process_index() == 0
     try:
         params = run.initial_params()
         run.fill_caches(params)
         state, phase_index = _start(run, checkpoints, params)
-        if first_process:
+        if processes.is_first():
             trim_metrics(workdir / "metrics.jsonl", int(state.step))
-        writer = MetricsWriter(workdir if first_process else None)
+        writer = MetricsWriter(workdir if processes.is_first() else None)
         with StopSignal() as stop:
             try:
                 for phase in run.phases[phase_index:]:
