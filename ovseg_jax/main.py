@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 import ovseg_jax
-from ovseg_jax import flags
+from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
@@ -40,6 +40,7 @@ from ovseg_jax.weights.start import architecture
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
 
 Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+           ... --processes=2 --process_id=0 --coordinator=HOST:PORT            (one of several)
            Exits with 0 when done, 2 after an error that somebody has to look at, 130 after Ctrl-C,
            143 after SIGTERM and whatever else the same command, given again, gets past.
 Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
@@ -53,6 +54,7 @@ FLAGS = (
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
     flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    *processes.FLAGS,
     flags.Flag("profile", step_range, help="START:STOP, steps to trace into WORKDIR/profile"),
 )
 
@@ -68,9 +70,10 @@ def main(argv: list[str]) -> int:
     if args.mode == "eval" and bool(args.model) == bool(args.config):
         raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    processes.join(args)
     enable_compilation_cache()
     print_stacks_on_signal()
-    progress = Progress(quiet=jax.process_index() != 0)
+    progress = Progress(quiet=not processes.is_first())
     if args.model:
         return _evaluate_model(args)
     config = flags.config_from(args)
@@ -95,7 +98,9 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
     if not names:
         progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
         return 0
-    if jax.process_index() == 0:
+    # With the untrained model, which all processes make together.
+    summary = _summary(run, names, protocol, results, config)
+    if processes.is_first():
         sheet: Path | str = "none (config.eval.pictures = 0)"
         if config.eval.pictures:
             sheet = write_pictures(
@@ -106,7 +111,7 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
                 count=config.eval.pictures,
                 group_count=config.model.image.num_groups,
             )
-        print(_summary(run, names, protocol, results, config))
+        print(summary)
         print(
             f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
             f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
@@ -132,8 +137,9 @@ def _evaluate_state(
         return segmenter, protocol, {}
     step = int(state.step)
     provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
-    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
-    writer = MetricsWriter(workdir if jax.process_index() == 0 else None)
+    where = workdir / "results" if processes.is_first() else None
+    results = run_benchmarks(segmenter, names, config, protocol, where, provenance)
+    writer = MetricsWriter(workdir if processes.is_first() else None)
     for name, result in results.items():
         writer.write(step, {f"eval/{name}/miou": result["miou"]})
     writer.close()
@@ -143,9 +149,9 @@ def _evaluate_state(
 def _write_model(
     run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
 ) -> None:
-    params = jax.tree.map(_whole, evaluation_params(run, state))
-    batch_stats = jax.tree.map(_whole, state.batch_stats)
-    if jax.process_index() != 0:
+    params = jax.tree.map(processes.whole, evaluation_params(run, state))
+    batch_stats = jax.tree.map(processes.whole, state.batch_stats)
+    if not processes.is_first():
         return
     config = run.config
     provenance = {
@@ -179,15 +185,6 @@ def _write_model(
         provenance=provenance,
         batch_stats=batch_stats,
     )
-
-
-def _whole(leaf: jax.Array) -> Any:
-    """A parameter as one NumPy array, also where its parts lie on several hosts."""
-    if leaf.is_fully_addressable:
-        return jax.device_get(leaf)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _summary(

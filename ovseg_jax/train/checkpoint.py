@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ovseg_jax import processes
 from ovseg_jax.errors import UserError
 from ovseg_jax.train import intact
 from ovseg_jax.train.state import TrainState
@@ -78,7 +79,7 @@ class Checkpoints:
 
     def _note_files(self, best: bool) -> None:
         """Called by Orbax when all files are written and the directory has its temporary name."""
-        if jax.process_index() == 0:
+        if processes.is_first():
             directory = self._of(best).directory / f"{self._saving[best]}{_IN_PROGRESS}"
             intact.write_list(Path(directory))
 
@@ -192,7 +193,7 @@ class Checkpoints:
         Every process calls it; the first one moves.
         """
         target = self.directory / "damaged" / str(step)
-        if jax.process_index() == 0:
+        if processes.is_first():
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             (Path(self._latest.directory) / str(step)).rename(target)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ovseg_jax import sharding
+from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.evaluations import evaluate_and_keep_best
@@ -53,11 +53,10 @@ def train(
         del params  # the state has its own; these would stay on the devices to the end
         write_run_files(config, workdir)
         _check_profile(profile, int(state.step), run.total)
-        first_process = jax.process_index() == 0
-        if first_process:
+        if processes.is_first():
             trim_metrics(workdir / "metrics.jsonl", int(state.step))
         with (
-            closing(MetricsWriter(workdir if first_process else None)) as writer,
+            closing(MetricsWriter(workdir if processes.is_first() else None)) as writer,
             closing(Profiler(profile, workdir / "profile", progress.say)) as profiler,
             StopSignal() as stop,
             Watchdog(config.hang_seconds) as watchdog,

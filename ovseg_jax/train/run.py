@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ovseg_jax import sharding
+from ovseg_jax import processes, sharding
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.masking import Masking, masked_texts
@@ -180,6 +180,10 @@ class Run:
     def fill_caches(self, params: Any) -> None:
         """Computes (or finds) the feature caches that the config asks for."""
         data, cache = self.config.data, Path(self.config.data.cache_dir)
+        if jax.process_count() > 1:
+            # Each process fills its own: they may share the folder, and need not be equally far.
+            cache /= f"process_{jax.process_index()}"
+            params = processes.local(params)
         if data.cache_texts and self.config.model.projector_norm == "batch":
             raise UserError(
                 "config.data.cache_texts keeps sentence vectors alone, but a batch norm "
@@ -226,20 +230,28 @@ class Run:
     def segmenter(
         self, params: Any, protocol: Protocol, batch_stats: Mapping[str, Any] | None = None
     ) -> ModelSegmenter:
-        """The model for evaluation.
+        """The model for evaluation: where there are several processes, each one's own copy.
 
         Args:
           params: its parameters. batch_stats: its running statistics, those at the start of
             training where None.
         """
+        statistics = init_statistics(self.model) if batch_stats is None else batch_stats
+        mesh = self.mesh
+        if jax.process_count() > 1:
+            # Only then can one process draw pictures while the others are done.
+            mesh = sharding.make_mesh(devices=jax.local_devices())
+            params, statistics = jax.device_put(
+                processes.local((params, statistics)), sharding.replicated(mesh)
+            )
         return ModelSegmenter(
             self.model,
             params,
             self.tokenizer,
             text_length=self.prompt_length(),
             protocol=protocol,
-            batch_stats=init_statistics(self.model) if batch_stats is None else batch_stats,
-            mesh=self.mesh,
+            batch_stats=statistics,
+            mesh=mesh,
         )
 
     def prompt_length(self) -> int:

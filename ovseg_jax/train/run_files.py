@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 import ovseg_jax
+from ovseg_jax import processes
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.train.config_changes import plain
@@ -22,7 +23,7 @@ def write_run_files(config: ConfigDict, workdir: Path) -> None:
     Raises:
       UserError: the directory cannot be written.
     """
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     versions = {
         "ovseg_jax": ovseg_jax.__version__,
