@@ -74,13 +74,14 @@ def main(argv: list[str]) -> int:
     enable_compilation_cache()
     print_stacks_on_signal()
     progress = Progress(quiet=not processes.is_first())
-    if args.model:
-        return _evaluate_model(args)
-    config = flags.config_from(args)
-    workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
-    if args.mode == "eval":
-        return _evaluate_run(config, workdir, args, progress)
-    return _train(config, workdir, args, progress)
+    with processes.leaving_at_once():
+        if args.model:
+            return _evaluate_model(args)
+        config = flags.config_from(args)
+        workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
+        if args.mode == "eval":
+            return _evaluate_run(config, workdir, args, progress)
+        return _train(config, workdir, args, progress)
 
 
 def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress) -> int:

@@ -4,16 +4,19 @@ A job has one process for each host (TPU) or for each GPU. All run the same comm
 feeds its own devices, and the first one alone writes logs and results.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import RESTART, UserError
 from ovseg_jax.flags import Flag
 
 AUTO = "auto"
@@ -101,6 +104,32 @@ def _initialize(options: dict[str, Any]) -> None:
             "runs, and that --coordinator is a free port on process 0's machine which the others "
             "reach"
         ) from None
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """In a job of several processes, an error inside ends this process without any goodbye.
+
+    Python's usual way out waits for the other processes, which wait for this one's part of their
+    next step. What is lost with another process (an error of its connection) is cured by starting
+    the job again.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, UserError):
+            text, code = f"error: {who}: {error}", error.exit_code
+        elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
+            why = str(error).splitlines()[0]
+            text, code = f"error: {who} has lost the others, or its device: {why}", RESTART
+        else:
+            text, code = traceback.format_exc(), 1
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def is_first() -> bool:
