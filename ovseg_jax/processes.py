@@ -106,6 +106,10 @@ def _initialize(options: dict[str, Any]) -> None:
         ) from None
 
 
+class OrderlyEnd(Exception):
+    """An end that all processes of a job come to together."""
+
+
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
     """In a job of several processes, an error inside ends this process without any goodbye.
@@ -116,20 +120,31 @@ def leaving_at_once() -> Iterator[None]:
     """
     try:
         yield
+    except OrderlyEnd:
+        raise
     except Exception as error:
         if jax.process_count() == 1:
             raise
         who = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, UserError):
-            text, code = f"error: {who}: {error}", error.exit_code
-        elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
-            why = str(error).splitlines()[0]
+        if why := _lost_connection(error):
             text, code = f"error: {who} has lost the others, or its device: {why}", RESTART
+        elif isinstance(error, UserError):
+            text, code = f"error: {who}: {error}", error.exit_code
         else:
             text, code = traceback.format_exc(), 1
         print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)
+
+
+def _lost_connection(error: BaseException | None) -> str:
+    """What the runtime said, where the error or a cause of it is the runtime's; "" otherwise."""
+    while error is not None:
+        # A full memory is the runtime's error too, but comes again.
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def is_first() -> bool:

@@ -126,7 +126,7 @@ class Checkpoints:
             raise UserError(
                 f"a checkpoint could not be written to {where}: {_first_line(error)}. "
                 f"{self._kept()}"
-            ) from None
+            ) from error
 
     def _kept(self) -> str:
         steps = self.steps()
@@ -247,4 +247,6 @@ def _damage(error: Exception) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    line = lines[0] if lines else type(error).__name__
+    # TensorStore's go from the outermost to the innermost operation: the cause is at the end.
+    return line if len(line) <= 300 else f"{line[:80]} ... {line[-200:]}"

@@ -46,7 +46,7 @@ def train(
     """
     run = make_run(config, progress)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    with closing(checkpoints):
+    with closing(checkpoints), processes.leaving_at_once():
         params = run.initial_params()
         run.fill_caches(params)
         state, first = start(run, checkpoints, params)

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from ovseg_jax import processes
 from ovseg_jax.errors import RESTART
 
 
-class Interrupted(Exception):
+class Interrupted(processes.OrderlyEnd):
     """The run was asked to stop; its state is on disk.
 
     Attributes:
