@@ -50,7 +50,7 @@ def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(tmp_path
 def test_the_death_of_one_ends_the_other_to_be_restarted(tmp_path):
     workdir = tmp_path / "run"
     processes, logs = begin_both(workdir, LONG)
-    runs.wait_until(lambda: runs.last_step(workdir) >= 6, processes[0], logs[0])
+    runs.wait_until(lambda: runs.checkpoints_of(workdir), processes[0], logs[0])
     processes[1].kill()
     code = processes[0].wait(timeout=400)
     processes[1].wait()
