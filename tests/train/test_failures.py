@@ -101,8 +101,8 @@ def mounted(folder, megabytes):
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_what_is_complete(tmp_path):
-    """On a tmpfs that holds one or two checkpoints. Where mounting is not allowed, the file-size limit of
-    the test before is all that can be had, and what is said about room is tested on its own."""
+    """On a tmpfs that holds one or two checkpoints. Where mounting is not allowed, the file-size
+    limit of the test before is all that can be had; it says so."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     if not mounted(workdir, 9):
