@@ -19,7 +19,7 @@ import runs
 # Saves and steps take turns with a start in between now and then.
 KINDS = ("save", "step", "save", "step", "start")
 # A save of this model takes about this many seconds.
-SAVE_SECONDS = 0.15
+SAVE_SECONDS = 0.3
 
 
 def plan(count, seed):
