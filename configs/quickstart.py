@@ -221,6 +221,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log_every = 20
     config.checkpoint_every = 300
     config.max_skipped = 20
+    config.hang_seconds = 900.0
     if variant == "scratch":
         _from_scratch(config)
     elif variant:

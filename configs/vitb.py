@@ -217,6 +217,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log_every = 50
     config.checkpoint_every = 1000
     config.max_skipped = 20
+    config.hang_seconds = 900.0
     if variant == "smoke":
         config.model.update(image_init="", text_init="")
         config.data.update(

@@ -276,13 +276,14 @@ def config_from(args: SimpleNamespace) -> ConfigDict:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the arguments of the process and exit: 0, or what it returns.
 
-    2 after a UserError, printed as 'error: ...' without a traceback; 130 after Ctrl-C.
+    The error's own code (2, or `errors.RESTART`) after a UserError, printed as 'error: ...' without
+    a traceback; 130 after Ctrl-C.
     """
     try:
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     sys.exit(code or 0)

@@ -1,10 +1,7 @@
 """Train and evaluate: ``python -m ovseg_jax.main --config=configs/quickstart.py``."""
 
-import importlib.metadata
 import json
 import logging
-import platform
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +11,11 @@ import jax
 from ml_collections import ConfigDict
 
 import ovseg_jax
-from ovseg_jax import flags
+from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
-from ovseg_jax.segmentation.evaluate import evaluate, write_result
+from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.report import (
     benchmark_of,
@@ -28,21 +25,24 @@ from ovseg_jax.segmentation.report import (
     write_pictures,
 )
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.train.loop import (
-    Interrupted,
-    evaluation_params,
-    restored,
-    train,
-)
+from ovseg_jax.train.evaluations import evaluation_params
+from ovseg_jax.train.loop import train
+from ovseg_jax.train.profiling import step_range
 from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
 from ovseg_jax.train.run import Run, config_hash, make_run
+from ovseg_jax.train.starts import restored
 from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.stopping import Interrupted
+from ovseg_jax.train.watchdog import print_stacks_on_signal
 from ovseg_jax.weights.model_dir import load_model, save_model
 from ovseg_jax.weights.start import architecture
 
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
 
 Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+           ... --processes=2 --process_id=0 --coordinator=HOST:PORT            (one of several)
+           Exits with 0 when done, 2 after an error that somebody has to look at, 130 after Ctrl-C,
+           143 after SIGTERM and whatever else the same command, given again, gets past.
 Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
            python -m ovseg_jax.main --mode=eval --model=DIR [--benchmark=a,b]  (a model directory)
            ... --benchmark=voc --config.eval.voc.dir=VOCdevkit/VOC2012         (official folders)
@@ -54,9 +54,9 @@ FLAGS = (
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
     flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    *processes.FLAGS,
+    flags.Flag("profile", step_range, help="START:STOP, steps to trace into WORKDIR/profile"),
 )
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 # Eval needs few fields; these stand in where a model directory comes without a config.
 MODEL_EVAL = {"batch_size": 32}
@@ -70,25 +70,27 @@ def main(argv: list[str]) -> int:
     if args.mode == "eval" and bool(args.model) == bool(args.config):
         raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    processes.join(args)
     enable_compilation_cache()
-    progress = Progress(quiet=jax.process_index() != 0)
-    if args.model:
-        return _evaluate_model(args)
-    config = flags.config_from(args)
-    workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
-    if args.mode == "eval":
-        return _evaluate_run(config, workdir, args, progress)
-    return _train(config, workdir, args, progress)
+    print_stacks_on_signal()
+    progress = Progress(quiet=not processes.is_first())
+    with processes.leaving_at_once():
+        if args.model:
+            return _evaluate_model(args)
+        config = flags.config_from(args)
+        workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
+        if args.mode == "eval":
+            return _evaluate_run(config, workdir, args, progress)
+        return _train(config, workdir, args, progress)
 
 
 def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress) -> int:
     start = time.monotonic()
-    _write_run_files(config, workdir, args)
     try:
-        run, state = train(config, workdir, progress)
+        run, state = train(config, workdir, progress, args.profile)
     except Interrupted as stop:
         progress.say(str(stop))
-        return 130
+        return stop.exit_code
     trained = time.monotonic() - start
     progress.say(f"trained in {duration(trained)}; evaluating")
     names = tuple(args.benchmark or config.eval.benchmarks)
@@ -97,7 +99,9 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
     if not names:
         progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
         return 0
-    if jax.process_index() == 0:
+    # With the untrained model, which all processes make together.
+    summary = _summary(run, names, protocol, results, config)
+    if processes.is_first():
         sheet: Path | str = "none (config.eval.pictures = 0)"
         if config.eval.pictures:
             sheet = write_pictures(
@@ -108,7 +112,7 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
                 count=config.eval.pictures,
                 group_count=config.model.image.num_groups,
             )
-        print(_summary(run, names, protocol, results, config))
+        print(summary)
         print(
             f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
             f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
@@ -134,8 +138,9 @@ def _evaluate_state(
         return segmenter, protocol, {}
     step = int(state.step)
     provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
-    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
-    writer = MetricsWriter(workdir if jax.process_index() == 0 else None)
+    where = workdir / "results" if processes.is_first() else None
+    results = run_benchmarks(segmenter, names, config, protocol, where, provenance)
+    writer = MetricsWriter(workdir if processes.is_first() else None)
     for name, result in results.items():
         writer.write(step, {f"eval/{name}/miou": result["miou"]})
     writer.close()
@@ -145,9 +150,9 @@ def _evaluate_state(
 def _write_model(
     run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
 ) -> None:
-    params = jax.tree.map(_whole, evaluation_params(run, state))
-    batch_stats = jax.tree.map(_whole, state.batch_stats)
-    if jax.process_index() != 0:
+    params = jax.tree.map(processes.whole, evaluation_params(run, state))
+    batch_stats = jax.tree.map(processes.whole, state.batch_stats)
+    if not processes.is_first():
         return
     config = run.config
     provenance = {
@@ -181,15 +186,6 @@ def _write_model(
         provenance=provenance,
         batch_stats=batch_stats,
     )
-
-
-def _whole(leaf: jax.Array) -> Any:
-    """A parameter as one NumPy array, also where its parts lie on several hosts."""
-    if leaf.is_fully_addressable:
-        return jax.device_get(leaf)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _summary(
@@ -273,30 +269,6 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
             )
         )
     print(f"{table(rows)}\n\nresults   {where}")
-
-
-def _write_run_files(config: ConfigDict, workdir: Path, args: SimpleNamespace) -> None:
-    """The resolved config, the command and the versions, before anything else happens."""
-    if jax.process_index() != 0:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(
-            config.to_json_best_effort(indent=2) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error}") from None
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    write_result(
-        workdir / "versions.json",
-        {
-            "ovseg_jax": ovseg_jax.__version__,
-            "python": platform.python_version(),
-            "command": ["python", "-m", "ovseg_jax.main", *sys.argv[1:]],
-            "devices": [str(device) for device in jax.devices()],
-            **versions,
-        },
-    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "ovseg_jax"
 LAYERS = [
     ["errors", "shapes"],
     ["flags", "compile_cache", "sharding"],
+    ["processes"],
     ["data", "optim", "losses", "models"],
     ["weights"],
     ["segmentation"],

@@ -12,7 +12,9 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 def get_config(variant: str = "") -> ConfigDict:
     """The quickstart from scratch, shrunk: 28-pixel scenes, 4 groups, two phases of 3 steps.
 
-    The variant "cached" freezes trunk and text encoder and caches their features.
+    The variant "cached" freezes trunk and text encoder and caches their features. "restarts" is for
+    runs that are started again and again: as little as possible to trace, nothing that JAX cannot
+    keep compiled (a callback to the host is such), no evaluation, phases of 20 steps.
     """
     config = load_config(f"{QUICKSTART}:scratch")
     config.model.image.update(
@@ -46,4 +48,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 r"^image_encoder/(patch_embed|position|trunk_layers)",
                 r"^text_encoder/",
             )
+    if variant == "restarts":
+        config.model.image.update(first_layers=1)
+        config.loss.matching = "enumerate"
+        config.eval.update(benchmarks=(), pictures=0, untrained=False)
+        for phase in config.phases:
+            phase.update(steps=20)
+        config.checkpoint_every = 5
     return config

@@ -17,6 +17,7 @@ from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.records import Record, RecordSource
 from ovseg_jax.data.templates import TRAINING
 from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.errors import RestartError
 
 __all__ = [
     "Loader",
@@ -54,6 +55,8 @@ class _Batches:
 class Loader:
     """An iterable of batches, one a step. Every `iter` begins again at the first step.
 
+    Iterating raises RestartError when a worker process dies.
+
     Attributes:
       failures: key -> cause of the records that weighed 0 so far. Filled in this process only:
         worker processes log theirs as warnings, and `weight` shows them in the batch.
@@ -86,6 +89,13 @@ class Loader:
         iterator = iter(self._dataset)
         try:
             yield from iterator
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise RestartError(
+                "a worker process that reads data was killed, perhaps for want of memory "
+                f"(config.data.workers asks for several): {error}"
+            ) from None
         finally:
             # Stops worker processes at once, not whenever the garbage collector comes by.
             iterator.close()

@@ -51,10 +51,10 @@ def run_benchmarks(
     names: tuple[str, ...],
     config: ConfigDict,
     protocol: Protocol,
-    results: Path,
+    results: Path | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
+    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``; nothing where `results` is None.
 
     Args:
       config: fields of the benchmarks under their names, and `batch_size`.
@@ -70,7 +70,8 @@ def run_benchmarks(
     for name, benchmark in benchmarks.items():
         result = evaluate(segmenter, benchmark, protocol, batch_size=config.batch_size)
         found[name] = {**result, **provenance}
-        write_result(results / f"{name}.json", found[name])
+        if results is not None:
+            write_result(results / f"{name}.json", found[name])
     return found
 
 

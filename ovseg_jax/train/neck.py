@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ovseg_jax import processes
 from ovseg_jax.data.augment import complete_transform, train_image
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.order import example_rng
@@ -55,7 +56,7 @@ def standardized_neck(
     if not images:
         raise UserError(f"none of the first {IMAGES} images of {source.name} can be read")
     trunk = jax.jit(lambda params, x: model.apply({"params": params}, x, method="trunk"))
-    features = np.asarray(trunk(params, np.stack(images)), np.float32)
+    features = np.asarray(trunk(processes.local(params), np.stack(images)), np.float32)
     flat = features.reshape(-1, features.shape[-1])
     mean, deviation = flat.mean(0), np.maximum(flat.std(0), 1e-3)
     neck = params["image_encoder"]["neck"]

@@ -1,13 +1,15 @@
 """What a run says while it works: metrics.jsonl, TensorBoard files, a progress line."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from ovseg_jax.errors import UserError
 
 
 class MetricsWriter:
@@ -25,12 +27,19 @@ class MetricsWriter:
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line: ``{"step": step, name: value, ...}``."""
+        """One line: ``{"step": step, name: value, ...}``.
+
+        Raises:
+          UserError: the file cannot be written, as when the disk is full.
+        """
         if self._file is None:
             return
         plain = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name} cannot be written: {error.strerror}") from None
         for name, value in plain.items():
             self._board.add_scalar(name, value, step)
 
@@ -52,7 +61,9 @@ def trim_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # the line that was being written when the run was killed
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
 
 
 class Progress:
@@ -114,14 +125,17 @@ def duration(seconds: float) -> str:
 
 
 def train_line(
-    name: str, step: int, last: int, metrics: Mapping[str, Any], rate: float, left: float
+    name: str, step: int, last: int, metrics: Mapping[str, float], batch_size: int
 ) -> str:
     """The progress line of training: phase, step, losses, images a second, time left."""
     parts = [f"{name} {step}/{last}", f"loss {metrics['loss']:.3f}"]
     parts += [
         f"{key} {metrics[key]:.3f}" for key in ("contrastive", "entity", "mask") if key in metrics
     ]
-    return "  ".join([*parts, f"{rate:.0f} images/s", f"{duration(left)} left"])
+    if rate := metrics.get("images_per_second"):
+        left = (last - step) * batch_size / rate
+        parts += [f"{rate:.0f} images/s", f"{duration(left)} left"]
+    return "  ".join(parts)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ovseg_jax import sharding
+from ovseg_jax import processes, sharding
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.masking import Masking, masked_texts
@@ -32,6 +32,7 @@ from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
+from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
@@ -62,6 +63,7 @@ class Run:
     progress: Progress
     param_shardings: Any
     stores: dict[str, FeatureStore] = field(default_factory=dict)
+    _layouts: dict[int, tuple[TrainState, TrainState]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -96,26 +98,44 @@ class Run:
         """The optax chain of a phase; `params` may be abstract."""
         return make_optimizer(self.config.optimizer, *groups.split(params, phase.frozen))
 
+    @functools.cached_property
     def abstract_params(self) -> dict[str, Any]:
         """Shapes of all parameters."""
         return nn.unbox(jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0)))
 
     def state_layout(self, phase: Phase) -> tuple[TrainState, TrainState]:
-        """(abstract state, shardings) of a phase."""
-        params = self.abstract_params()
-        tx = self.optimizer(phase, params)
-        abstract = jax.eval_shape(
-            lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
-        )
-        return abstract, state_shardings(abstract, self.param_shardings, self.mesh)
+        """(abstract state, shardings) of a phase; made once, since tracing takes a second."""
+        if phase.index not in self._layouts:
+            params = self.abstract_params
+            tx = self.optimizer(phase, params)
+            abstract = jax.eval_shape(
+                lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
+            )
+            shardings = state_shardings(abstract, self.param_shardings, self.mesh)
+            self._layouts[phase.index] = abstract, shardings
+        return self._layouts[phase.index]
 
     def compiled_step(self, phase: Phase) -> Callable[..., Any]:
         """The jitted train step of a phase: (state, batch) -> (state, metrics)."""
-        tx = self.optimizer(phase, self.abstract_params())
-        step = functools.partial(
+        step = self._step(phase, self.model)
+        return compile_step(step, self.state_layout(phase)[1], self.mesh)
+
+    def step_flops(self, phase: Phase, batch: Mapping[str, Any]) -> float:
+        """FLOPs of a phase's step, without those that rematerialization repeats.
+
+        Args:
+          batch: global arrays or their shapes.
+        """
+        config = self.config.model.copy_and_resolve_references()
+        config.image.remat = config.text.remat = "none"
+        step = self._step(phase, build_model(config))
+        return matmul_flops(step, self.state_layout(phase)[0], dict(batch))
+
+    def _step(self, phase: Phase, model: OVSegmentor) -> Callable[..., Any]:
+        return functools.partial(
             train_step,
-            model=self.model,
-            tx=tx,
+            model=model,
+            tx=self.optimizer(phase, self.abstract_params),
             rate=lambda s: rate_at(s, self.config, phase, self.total),
             config=self.config,
             mask_weight=phase.mask_weight,
@@ -123,7 +143,6 @@ class Run:
             mesh=self.mesh,
             erase=phase.erase,
         )
-        return compile_step(step, self.state_layout(phase)[1], self.mesh)
 
     def templates(self) -> tuple[str, ...]:
         """The prompt templates of training; the first few where texts are cached."""
@@ -159,6 +178,10 @@ class Run:
     def fill_caches(self, params: Any) -> None:
         """Computes (or finds) the feature caches that the config asks for."""
         data, cache = self.config.data, Path(self.config.data.cache_dir)
+        if jax.process_count() > 1:
+            # Each process fills its own: they may share the folder, and need not be equally far.
+            cache /= f"process_{jax.process_index()}"
+            params = processes.local(params)
         if data.cache_texts and self.config.model.projector_norm == "batch":
             raise UserError(
                 "config.data.cache_texts keeps sentence vectors alone, but a batch norm "
@@ -205,20 +228,28 @@ class Run:
     def segmenter(
         self, params: Any, protocol: Protocol, batch_stats: Mapping[str, Any] | None = None
     ) -> ModelSegmenter:
-        """The model for evaluation.
+        """The model for evaluation: where there are several processes, each one's own copy.
 
         Args:
           params: its parameters. batch_stats: its running statistics, those at the start of
             training where None.
         """
+        statistics = init_statistics(self.model) if batch_stats is None else batch_stats
+        mesh = self.mesh
+        if jax.process_count() > 1:
+            # Only then can one process draw pictures while the others are done.
+            mesh = sharding.make_mesh(devices=jax.local_devices())
+            params, statistics = jax.device_put(
+                processes.local((params, statistics)), sharding.replicated(mesh)
+            )
         return ModelSegmenter(
             self.model,
             params,
             self.tokenizer,
             text_length=self.prompt_length(),
             protocol=protocol,
-            batch_stats=init_statistics(self.model) if batch_stats is None else batch_stats,
-            mesh=self.mesh,
+            batch_stats=statistics,
+            mesh=mesh,
         )
 
     def prompt_length(self) -> int:

@@ -15,8 +15,9 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.checkpoint import Checkpoints, abstract_state
+from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.state import TrainState, new_state, teacher_of
+from ovseg_jax.train.state_shapes import abstract_state
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
 
@@ -54,7 +55,7 @@ def read_run(workdir: Path, step: str) -> SavedRun:
       UserError: the directory is no run, or has no such checkpoint; says which there are.
     """
     config = _config_of(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
         best, number = _choose(checkpoints, step, workdir)
         position = checkpoints.position(best=best, step=number)

@@ -31,7 +31,7 @@ class TrainState:
     skipped: Any
     params: dict[str, Any]
     opt_state: Any
-    batch_stats: dict[str, Any]
+    batch_stats: Any
 
 
 def new_state(

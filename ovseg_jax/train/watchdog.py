@@ -1,0 +1,73 @@
+"""Runs that hang: who stands where, and an end to it."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+
+from ovseg_jax.errors import RESTART
+
+
+def print_stacks_on_signal() -> None:
+    """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on."""
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+
+
+class Watchdog:
+    """Ends a process in which nothing happens any more.
+
+    It says what was waited for, prints the stack of every thread and exits with `errors.RESTART`.
+    There is no other way out: a thread that waits for a lost file system or for a lost process
+    cannot be interrupted, and Python would wait for it at exit. In a job of several processes one
+    that hangs holds up all the others, whose own watchdogs then print their stacks too.
+
+    Args:
+      seconds: to wait for any one thing; 0 waits for ever.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._expected: tuple[str, float] | None = None
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+
+    def expect(self, what: str) -> None:
+        """The time starts: `what` should happen before the next call of `expect` or `rest`."""
+        self._expected = (what, time.monotonic())
+
+    def rest(self) -> None:
+        """Nothing is expected: what comes now may take as long as it likes."""
+        self._expected = None
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._seconds / 4)):
+            expected = self._expected
+            if expected is not None and time.monotonic() - expected[1] > self._seconds:
+                self._give_up(expected[0])
+
+    def _give_up(self, what: str) -> None:
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} has waited more than "
+            f"{self._seconds:g} s for {what} (config.hang_seconds). Its stacks follow. The same "
+            "command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they would outlive a process that leaves like this
+        os._exit(RESTART)

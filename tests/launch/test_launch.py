@@ -1,0 +1,219 @@
+"""The scripts that start runs on other machines: their syntax, their order of commands, their ends.
+
+No cloud is asked here: `fake_gcloud.sh` takes the place of the one command that would ask it.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import runs
+import yaml
+
+LAUNCH = runs.ROOT / "launch"
+HERE = Path(__file__).parent
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), HERE / "fake_gcloud.sh"])
+RUN = ("--config=configs/vitb.py", "--config.phases[0].epochs=2", "--config.seed=3")
+
+
+def bash(*arguments, code=0, **environment):
+    done = subprocess.run(
+        ["bash", *map(str, arguments)],
+        cwd=runs.ROOT,
+        env={**runs.environment(), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    tool = Path(sysconfig.get_path("scripts")) / "shellcheck"
+    done = subprocess.run([tool, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- local_processes.sh
+
+
+def test_local_processes_differ_in_number_and_device_alone():
+    out = bash(LAUNCH / "local_processes.sh", 3, "--dry-run", "--workdir=runs/a", *RUN, PORT="4711")
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert len(lines) == 3
+    for number, words in enumerate(lines):
+        assert words[0] == f"CUDA_VISIBLE_DEVICES={number}"
+        assert words[2:4] == ["-m", "ovseg_jax.main"] and set(RUN) < set(words)
+        assert {"--processes=3", "--coordinator=localhost:4711"} < set(words)
+        assert f"--process_id={number}" in words and f">runs/a.process_{number}.log" in words
+
+
+def test_local_processes_refuse_what_they_cannot_do():
+    script = LAUNCH / "local_processes.sh"
+    for arguments in (["none"], [], ["2", "--config=x"]):
+        bash(script, *arguments, code=2)
+
+
+@pytest.mark.slow
+def test_local_processes_train_stop_and_end_with_the_code_of_the_run(tmp_path):
+    workdir = tmp_path / "run"
+    command = ["bash", LAUNCH / "local_processes.sh", "2", f"--config={runs.CONFIG}"]
+    process = subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=runs.ROOT,
+        env={**runs.environment(), "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first = tmp_path / "run.process_0"
+    first.with_suffix(".log").parent.mkdir(exist_ok=True)
+    runs.wait_until(lambda: runs.last_step(workdir) >= 3, process, first)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, out
+    step = runs.checkpoints_of(workdir)[-1]
+    assert f"stopped at step {step}" in out
+    assert (tmp_path / "run.process_1.log").exists()
+
+
+# ---- slurm.sbatch
+
+
+def test_slurm_prints_its_commands():
+    out = bash(LAUNCH / "slurm.sbatch", "--dry-run", "--workdir=runs/a", *RUN)
+    srun, requeue = out.splitlines()
+    assert shlex.split(srun)[0] == "srun" and set(RUN) < set(shlex.split(srun))
+    assert "scontrol requeue" in requeue
+
+
+@pytest.mark.parametrize("code, requeued", [(0, 0), (2, 0), (130, 0), (143, 1), (137, 1)])
+def test_slurm_requeues_what_a_restart_helps(tmp_path, code, requeued):
+    for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" >>{tmp_path}/calls')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    bash(LAUNCH / "slurm.sbatch", *RUN, code=code, PATH=path, SLURM_JOB_ID="77")
+    calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+    assert calls == "requeue 77\n" * requeued
+
+
+# ---- tpu_vm.sh
+
+
+@pytest.fixture
+def tpu(tmp_path):
+    """Calls tpu_vm.sh with a gcloud that answers as told; returns the calls it got."""
+    fake = tmp_path / "bin" / "gcloud"
+    fake.parent.mkdir()
+    fake.write_text((HERE / "fake_gcloud.sh").read_text())
+    fake.chmod(0o755)
+    calls, codes = tmp_path / "calls", tmp_path / "codes"
+
+    def call(*arguments, answers=(), code=0, **environment):
+        codes.write_text("".join(f"{answer}\n" for answer in answers))
+        bash(
+            LAUNCH / "tpu_vm.sh",
+            *arguments,
+            code=code,
+            PATH=f"{fake.parent}:{os.environ['PATH']}",
+            CALLS=str(calls),
+            CODES=str(codes),
+            **environment,
+        )
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    return call
+
+
+STAGES = {
+    "create": "queued-resources create",
+    "install": "environment.sh tpu",
+    "mount": "gcsfuse --implicit-dirs",
+    "run": "run.sh <<",
+    "delete": "queued-resources delete",
+}
+
+
+def stages(calls):
+    return [name for call in calls for name, words in STAGES.items() if words in call]
+
+
+def test_tpu_dry_run_prints_all_and_calls_nothing(tpu):
+    script = LAUNCH / "tpu_vm.sh"
+    arguments = [script, "up", "--dry-run", *RUN]
+    out = bash(*arguments, BUCKET="bucket", DATA_DISK="disk", PROJECT="project")
+    assert stages(out.replace("\\ ", " ").splitlines()) == [*STAGES]
+    assert out.count("--project=project") >= 8 and "attach-disk" in out
+    assert tpu("up", "--dry-run", *RUN, BUCKET="bucket") == []
+
+
+def test_tpu_up_goes_on_after_preemption_until_it_is_done(tpu):
+    calls = tpu("up", *RUN, answers=(143, "gone", 0), BUCKET="bucket")
+    assert stages(calls) == [*STAGES] * 3
+    started = next(call for call in calls if STAGES["run"] in call)
+    assert set(RUN) < set(shlex.split(started))
+    assert "--workdir=$HOME/bucket/runs/ovseg" in started
+
+
+def test_tpu_up_stops_at_an_error_that_would_come_again(tpu):
+    calls = tpu("up", *RUN, answers=(2,), code=2, BUCKET="bucket")
+    assert stages(calls) == [*STAGES][:-1]
+
+
+def test_tpu_refuses_what_it_cannot_do(tpu):
+    assert tpu("up", code=2) == []  # no bucket
+    assert tpu("go", code=2) == []
+    assert tpu("run", "--workdir=x", code=2) == []
+
+
+# ---- gke_jobset.yaml
+
+
+def jobset():
+    return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+
+def test_jobset_fits_the_schemas():
+    document = jobset()
+    schema = json.loads((HERE / "jobset.schema.json").read_text())
+    jsonschema.validate(document, schema)
+    for replicated in document["spec"]["replicatedJobs"]:
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}}
+        job["spec"] = replicated["template"]["spec"]
+        kubernetes_validate.validate(job, "1.33", strict=True)
+
+
+@pytest.mark.parametrize("path", ["spec.replicatedJob", "spec.failurePolicy.maxRestart"])
+def test_the_schema_refuses_misspelled_fields(path):
+    document = jobset()
+    *way, last = path.split(".")
+    place = document
+    for key in way:
+        place = place[key]
+    place[last] = 1
+    schema = json.loads((HERE / "jobset.schema.json").read_text())
+    with pytest.raises(jsonschema.ValidationError, match=last):
+        jsonschema.validate(document, schema)
+
+
+def test_jobset_agrees_with_itself_and_with_the_program():
+    job = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    chips = int(pod["containers"][0]["resources"]["limits"]["google.com/tpu"])
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert job["parallelism"] == job["completions"] == rows * columns // chips
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+    mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    command = pod["containers"][0]["command"]
+    assert command[:3] == ["python", "-m", "ovseg_jax.main"]
+    assert all(word.startswith("--") for word in command[3:])

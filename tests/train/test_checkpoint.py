@@ -1,0 +1,177 @@
+"""Checkpoints on disk: damage to any of their files, other meshes, what a killed save leaves."""
+
+import gc
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.batches import make_batch
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.train.checkpoint import Checkpoints, Misfit
+from ovseg_jax.train.recovery import restore_latest
+from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.state_shapes import abstract_state
+
+
+def state_of(step, rows=4):
+    draw = np.random.default_rng(step)
+    params = {
+        name: jnp.asarray(draw.normal(size=(rows, 300)).astype(np.float32)) for name in ("a", "b")
+    }
+    step = jnp.asarray(step, jnp.int32)
+    return TrainState(step, jnp.zeros((), jnp.int32), params, {"mu": params}, {})
+
+
+def abstract(state):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return abstract_state(state, jax.tree.map(lambda _: here, state))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 3 and 6, after one of step 1 that had to make room."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    for step in (1, 3, 6):
+        checkpoints.save(state_of(step), {"phase": step})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def restore(folder):
+    """(state, position) that a run would go on from, and what it said."""
+    said = []
+    checkpoints = Checkpoints(folder)
+    try:
+        found = restore_latest(checkpoints, lambda _: abstract(state_of(0)), said.append)
+    finally:
+        checkpoints.close()
+    return found, "\n".join(said)
+
+
+def assert_is(found, step):
+    state, position = found
+    assert position == {"phase": step, "step": step}
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
+
+
+def files_of(folder):
+    """Names of all files of the latest checkpoint that matter."""
+    top = folder / "latest" / "6"
+    names = [str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()]
+    return sorted(name for name in names if "/" in name or name == "files.json")
+
+
+def test_the_latest_two_are_kept_and_restored(copy):
+    found, said = restore(copy)
+    assert_is(found, 6)
+    assert not said
+    assert sorted(path.name for path in (copy / "latest").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.6])
+def test_a_file_cut_short_falls_back_whichever_it_is(saved, tmp_path, part):
+    names = files_of(saved)
+    assert len(names) > 8
+    for number, name in enumerate(names):
+        copy = shutil.copytree(saved, tmp_path / str(number))
+        path = copy / "latest" / "6" / name
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * part)])
+        found, said = restore(copy)
+        assert_is(found, 3)
+        assert "step 6 is damaged" in said and name.rpartition("/")[2] in said, said
+        assert (copy / "damaged" / "6").is_dir() and not (copy / "latest" / "6").exists()
+
+
+def test_a_missing_file_falls_back(copy):
+    name = next(name for name in files_of(copy) if "ocdbt.process_0/d/" in name)
+    (copy / "latest" / "6" / name).unlink()
+    found, said = restore(copy)
+    assert_is(found, 3)
+    assert f"{name} is missing" in said
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_content_that_changed_at_equal_length_falls_back(copy):
+    names = [name for name in files_of(copy) if "ocdbt.process_0/d/" in name]
+    sizes = json.loads((copy / "latest" / "6" / "files.json").read_text())
+    largest = copy / "latest" / "6" / max(names, key=sizes.get)
+    largest.write_bytes(bytes(largest.stat().st_size))
+    found, said = restore(copy)
+    assert_is(found, 3)
+    assert "step 6 is damaged" in said
+    gc.collect()  # Orbax leaves reads that were never awaited: their warnings belong here
+
+
+def test_a_run_goes_on_saving_after_a_fall_back(copy):
+    (copy / "latest" / "6" / "files.json").unlink()
+    restore(copy)
+    checkpoints = Checkpoints(copy)
+    checkpoints.save(state_of(6), {"phase": 6})
+    checkpoints.close()
+    assert_is(restore(copy)[0], 6)
+
+
+def test_nothing_whole_is_an_error_and_nothing_at_all_a_beginning(copy, tmp_path):
+    for step in ("3", "6"):
+        (copy / "latest" / step / "files.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        restore(copy)
+    assert restore(tmp_path / "new") == (None, "")
+
+
+def test_other_shapes_are_no_damage(copy):
+    checkpoints = Checkpoints(copy)
+    with pytest.raises(Misfit, match=r"params/a: saved \(4, 300\), needed \(5, 300\)"):
+        restore_latest(checkpoints, lambda _: abstract(state_of(0, rows=5)), print)
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 6]
+
+
+def test_what_a_killed_save_left_is_removed_by_a_run_but_not_by_a_reader(copy):
+    left = copy / "latest" / "9.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_text("x")
+    reader = Checkpoints(copy, read_only=True)
+    assert reader.steps() == [3, 6]
+    assert reader.position() == {"phase": 6, "step": 6}
+    reader.close()
+    assert left.exists()
+    assert_is(restore(copy)[0], 6)
+    assert not left.exists()
+
+
+def test_a_reader_makes_no_folders(tmp_path):
+    reader = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    assert reader.position() is None and reader.position(best=True) is None
+    reader.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_next_step_is_the_same_on_another_mesh(make_steps, tmp_path):
+    one, mixed = make_steps("one", 0.1), make_steps("mixed", 0.1)
+    state, _ = one(one.place(), make_batch(0, second=True))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {"phase": 0})
+    checkpoints.wait()
+    there = checkpoints.restore(abstract_state(mixed.start, mixed.shardings))
+    here = checkpoints.restore(abstract_state(one.start, one.shardings))
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), jax.device_get(here))
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(there))
+    batch = make_batch(1, second=True)
+    (_, expected), (_, found) = one(here, batch), mixed(there, batch)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-6, err_msg=name)

@@ -1,0 +1,61 @@
+"""What becomes of a job of two processes when something happens to one of them."""
+
+import signal
+import socket
+
+import pytest
+import runs
+
+from ovseg_jax.errors import RESTART
+
+LONG = "--config.phases[0].steps=4000"
+
+
+def begin_both(workdir, *arguments):
+    """Both processes; the log of process i is WORKDIR.i.log."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = ("--processes=2", f"--coordinator=localhost:{port}", f"--workdir={workdir}")
+    logs = [f"{workdir}.{number}" for number in range(2)]
+    processes = [
+        runs.begin(log, *common, f"--process_id={number}", *arguments)
+        for number, log in enumerate(logs)
+    ]
+    return processes, logs
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    processes, logs = begin_both(workdir)
+    runs.wait_until(lambda: runs.last_step(workdir) >= 3, processes[0], logs[0])
+    processes[1].send_signal(signal.SIGTERM)
+    said = runs.finish(processes[0], logs[0], code=RESTART)
+    runs.finish(processes[1], logs[1], code=RESTART)
+    step = runs.checkpoints_of(workdir)[-1]
+    assert f"stopped at step {step} of {runs.STEPS}" in said
+    assert runs.last_step(workdir) == step < runs.STEPS
+    # Another number of processes takes the same next steps, but for rounding.
+    assert f"resuming at step {step}" in runs.train(workdir)
+    lines = {line["step"]: line["train/loss"] for line in runs.metrics_of(workdir)}
+    assert list(lines) == list(range(1, runs.STEPS + 1))
+    alone = tmp_path / "alone"
+    runs.train(alone)
+    for line in runs.metrics_of(alone)[: step + 2]:
+        assert line["train/loss"] == pytest.approx(lines[line["step"]], rel=1e-4), line["step"]
+
+
+@pytest.mark.slow
+def test_the_death_of_one_ends_the_other_to_be_restarted(tmp_path):
+    workdir = tmp_path / "run"
+    processes, logs = begin_both(workdir, LONG)
+    runs.wait_until(lambda: runs.checkpoints_of(workdir), processes[0], logs[0])
+    processes[1].kill()
+    code = processes[0].wait(timeout=400)
+    processes[1].wait()
+    # By Python where an error comes back, by the runtime (SIGABRT) where its own watch is faster.
+    assert code in (RESTART, -signal.SIGABRT), runs.log_of(logs[0])
+    said = runs.log_of(logs[0])
+    assert "has lost the others" in said or "another task died" in said
+    assert runs.checkpoints_of(workdir)[-1] >= 5

@@ -1,0 +1,177 @@
+"""What a run tells about itself: rates, step times, FLOPs, traces, changes of its config."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+import runs
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import Flag, parse
+from ovseg_jax.train.config_changes import changed_fields, plain
+from ovseg_jax.train.flops import matmul_flops
+from ovseg_jax.train.meter import Meter, peak_flops
+from ovseg_jax.train.profiling import step_range
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def batches(self, waits):
+        for wait in waits:
+            self.now += wait
+            yield wait
+
+
+def test_rates_step_times_and_waiting(monkeypatch):
+    clock = Clock(monkeypatch)
+    meter = Meter(batch_size=16)
+    assert meter.lap() == {}
+    meter.restart()
+    for _ in meter.timed(clock.batches([1.0, 0.0, 0.0, 3.0])):
+        clock.now += 1.0
+        meter.stepped()
+    found = meter.lap()
+    assert found["images_per_second"] == pytest.approx(4 * 16 / 8)
+    assert found["images_per_second_per_device"] == pytest.approx(1.0)
+    assert found["waiting_for_data"] == pytest.approx(0.5)
+    assert found["step_seconds_p50"] == pytest.approx(1.5)  # of 2, 1, 1, 4
+    assert found["step_seconds_p99"] == pytest.approx(4.0, rel=0.02)
+    # CPUs have no peak to compare with and tell no memory.
+    assert not {"flops_utilization", "memory_bytes"} & found.keys()
+    assert meter.lap() == {}
+
+
+def test_utilization_is_the_share_of_the_peak_of_all_devices(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr("ovseg_jax.train.meter.peak_flops", lambda kind: 2e12)
+    meter = Meter(batch_size=8)
+    meter.count_flops(4e12)
+    clock.now += 0.5
+    meter.stepped()
+    assert meter.lap()["flops_utilization"] == pytest.approx(4e12 / 0.5 / (8 * 2e12))
+
+
+def test_devices_are_known_by_the_names_that_jax_gives_them():
+    assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
+    assert peak_flops("TPU v6 lite") == 918e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None
+
+
+def test_flops_of_loops_products_and_their_gradients():
+    x, w = jnp.ones((5, 7)), jnp.ones((3, 7, 7))
+
+    def loop(x, w):
+        return jnp.sum(jax.lax.scan(lambda c, w: (c @ w, None), x, w)[0])
+
+    forward = 3 * 2 * 5 * 7 * 7
+    assert matmul_flops(loop, x, w) == forward
+    assert matmul_flops(jax.grad(loop, argnums=(0, 1)), x, w) == 3 * forward
+    again = jax.grad(jax.checkpoint(loop), argnums=(0, 1))
+    assert matmul_flops(again, x, w) > 3 * forward
+    batched = jax.jit(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))
+    assert matmul_flops(batched, jnp.ones((4, 2, 3)), jnp.ones((4, 3, 5))) == 4 * 2 * 2 * 3 * 5
+
+
+def test_flops_of_a_convolution():
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((4, 4, 3, 6))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    count = matmul_flops(
+        lambda a, b: jax.lax.conv_general_dilated(a, b, (4, 4), "VALID", dimension_numbers=numbers),
+        image,
+        kernel,
+    )
+    assert count == 2 * (2 * 2 * 2 * 6) * (4 * 4 * 3)
+
+
+def test_a_range_of_steps():
+    assert step_range("3:7") == (3, 7)
+    flag = Flag("profile", step_range)
+    for text in ("7", "7:7", "8:7", "a:b", "-1:2"):
+        with pytest.raises(UserError, match="--profile"):
+            parse([f"--profile={text}"], (flag,))
+
+
+def test_changes_are_listed_by_field(tiny_config):
+    before = plain(tiny_config)
+    tiny_config.optimizer.learning_rate.peak = 2e-3
+    tiny_config.model.image.grid = (2, 2)
+    tiny_config.extra = "new"
+    assert changed_fields(before, plain(tiny_config)) == [
+        'config.extra: absent -> "new"',
+        "config.model.image.grid: [4, 4] -> [2, 2]",
+        "config.optimizer.learning_rate.peak: 0.001 -> 0.002",
+    ]
+    phases = [{"steps": 3}, {"steps": 4}], [{"steps": 3}, {"steps": 5}, {"steps": 6}]
+    assert changed_fields(*phases, "phases") == [
+        "phases[1].steps: 4 -> 5",
+        'phases[2]: absent -> {"steps": 6}',
+    ]
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """A run of one phase with a trace of its steps 3 to 5."""
+    workdir = tmp_path_factory.mktemp("profiled") / "run"
+    said = runs.train(workdir, "--profile=3:5", "--config.log_every=4")
+    return workdir, said
+
+
+@pytest.mark.slow
+def test_a_profile_is_a_trace_and_metrics_have_their_phase(profiled):
+    workdir, said = profiled
+    assert f"trace: {workdir / 'profile'}" in said
+    traces = list((workdir / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
+    lines = runs.metrics_of(workdir)
+    assert [line["step"] for line in lines] == list(range(4, runs.STEPS + 1, 4))
+    assert [line["train/phase"] for line in lines] == [0.0] * 5 + [1.0] * 5
+    for line in lines:
+        quick, usual, slow = (line[f"train/step_seconds_p{name}"] for name in (50, 90, 99))
+        assert 0 < quick <= usual <= slow
+        for name in ("contrastive", "entity", "temperature", "group_usage", "learning_rate"):
+            assert f"train/{name}" in line
+        assert 0 <= line["train/waiting_for_data"] <= 1
+
+
+CHANGES = {
+    "a field without consequences for shapes": (
+        ["--config.optimizer.learning_rate.peak=0.001"],
+        0,
+        ["config.optimizer.learning_rate.peak: 0.0015 -> 0.001", "resuming at step 40"],
+    ),
+    "another width": (
+        ["--config.model.joint_width=8"],
+        2,
+        ["does not fit this config", "config.model.joint_width: 16 -> 8"],
+    ),
+    "a step in another phase": (
+        ["--config.phases[0].steps=50"],
+        2,
+        ["config.phases[1], which takes steps 50 to 70", "config.phases[0].steps: 20 -> 50"],
+    ),
+    "a profile of no step": (["--profile=3:5"], 2, ["--profile=3:5 begins at no step"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(profiled, name):
+    workdir, _ = profiled
+    arguments, code, expected = CHANGES[name]
+    before = (workdir / "config.json").read_text()
+    said = runs.train(workdir, "--config.log_every=4", *arguments, code=code)
+    for words in expected:
+        assert words in said
+    if code:
+        assert (workdir / "config.json").read_text() == before
+    else:
+        (workdir / "config.json").write_text(before)
