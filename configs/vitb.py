@@ -139,6 +139,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "entity_weight": 1.0,
         "masking": "all_entities",
         "mask_equal_entities": False,
+        "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,

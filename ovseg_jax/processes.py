@@ -82,7 +82,7 @@ def join(args: SimpleNamespace) -> None:
 
 
 def launcher_of(environment: Mapping[str, str]) -> str | None:
-    """What started this process as one of several (or on a TPU, perhaps of a pod); None if alone."""
+    """What started this process as one of several, or on a TPU (perhaps of a pod); else None."""
     for name, (count, own) in _LAUNCHERS.items():
         if own in environment and int(environment.get(count, "1")) > 1:
             return name

@@ -2,46 +2,132 @@
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from ovseg_jax.losses.rows import WHOLE, Split, over_rows
 from ovseg_jax.shapes import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class Candidates:
+    """Which examples may serve as negatives of one another.
+
+    Attributes:
+      present: False takes an example out: it is no one's negative, and has none.
+      label: where given, examples with equal labels are not negatives of one another either: the
+        sentence of one is a correct answer for the other.
+    """
+
+    present: Bool[Array, "B"]
+    label: Int[Array, "B"] | None = None
+
+
+def candidates(weight: Float[Array, "B"], entity_set: Int[Array, "B"] | None = None) -> Candidates:
+    """The candidates of a batch: examples with weight, and other entity sets where they count."""
+    return Candidates(weight > 0, entity_set)
+
+
+@struct.dataclass
+class _Points:
+    # Embeddings, one or several of each example, whose number is `owner`. `there` is False at those
+    # that only fill up.
+    vectors: Float[Array, "*points E"]
+    owner: Int[Array, "*points"]
+    present: Bool[Array, "*points"]
+    label: Int[Array, "*points"] | None
+    there: Bool[Array, "*points"]
+
+
+def _points(
+    vectors: Float[Array, "B T E"], among: Candidates, there: Bool[Array, "B T"] | None = None
+) -> _Points:
+    count, each = vectors.shape[:2]
+
+    def repeated(x: Array | None) -> Array | None:
+        return None if x is None else jnp.repeat(x, each, total_repeat_length=count * each)
+
+    return _Points(
+        vectors.reshape(count * each, -1).astype(jnp.float32),
+        repeated(jnp.arange(count)),
+        repeated(among.present),
+        repeated(among.label),
+        jnp.ones(count * each, bool) if there is None else there.reshape(-1),
+    )
+
+
+def log_sums(
+    queries: Float[Array, "B T E"],
+    keys: Float[Array, "B U E"],
+    scale: Float[Array, ""],
+    among: Candidates,
+    split: Split = WHOLE,
+    keys_there: Bool[Array, "B U"] | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """For each query, the logarithm of InfoNCE's denominator; and its greatest negative logit.
+
+    The keys of the query's own example always count; those of others where both examples are
+    candidates.
+
+    Args:
+      queries, keys: unit-norm embeddings, several of each example.
+      scale: inverse temperature.
+      split: how the rows are worked on.
+      keys_there: False takes a key out for every query.
+    """
+
+    def one(query: _Points, keys: _Points, scale: Array) -> tuple[Array, Array]:
+        # In full precision: at a scale of 100, bfloat16 products would move logits by 0.3.
+        cosine = jnp.einsum("e,je->j", query.vectors, keys.vectors, precision="highest")
+        negative = query.present & keys.present & (query.owner != keys.owner)
+        if keys.label is not None:
+            negative &= query.label != keys.label
+        negative &= keys.there
+        logits, lowest = scale * cosine, jnp.finfo(jnp.float32).min
+        keep = negative | ((query.owner == keys.owner) & keys.there)
+        rival = jnp.max(jnp.where(negative, jax.lax.stop_gradient(logits), lowest))
+        return jax.nn.logsumexp(jnp.where(keep, logits, lowest)), rival
+
+    found = over_rows(
+        one, _points(queries, among), _points(keys, among, keys_there), split, shared=scale
+    )
+    return jax.tree.map(lambda x: x.reshape(queries.shape[:2]), found)
 
 
 def info_nce(
     a: Float[Array, "B E"],
     b: Float[Array, "B E"],
     scale: Float[Array, ""],
-    candidates: Bool[Array, "B B"],
-) -> Float[Array, "B"]:
+    among: Candidates,
+    split: Split = WHOLE,
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
     """Eq. 7 (or 9), one value per pair: the mean of both directions' cross entropy.
 
     The paper prints the softmax ratio without the ``-log``; the loss is ``-log``. Its positive is
-    the diagonal.
+    the pair itself.
 
     Args:
       a, b: unit-norm embeddings; row i of one belongs to row i of the other.
       scale: inverse temperature.
-      candidates: ``[i, j]`` False takes pair (i, j) out of the denominators of row i and of
-        column j. The diagonal always counts.
+      among: the negatives; the positive always counts.
+      split: how the rows are worked on.
 
     Returns:
-      ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32. Rows without any candidate but
-      themselves give 0.
+      ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, where rows without any candidate
+      but themselves give 0; and whether b_i is nearer to a_i than any negative is.
     """
-    logits = scale * jnp.einsum("ie,je->ij", a, b)
-    keep = candidates | jnp.eye(a.shape[0], dtype=bool)
-    logits = jnp.where(keep, logits, jnp.finfo(jnp.float32).min)
-    positive = jnp.diagonal(logits)
-    rows = jax.nn.logsumexp(logits, axis=1) - positive
-    columns = jax.nn.logsumexp(logits, axis=0) - positive
-    return 0.5 * (rows + columns)
+    rows, rivals = log_sums(a[:, None], b[:, None], scale, among, split)
+    columns, _ = log_sums(b[:, None], a[:, None], scale, among, split)
+    positive = scale * jnp.sum(a * b, axis=-1)
+    return 0.5 * (rows[:, 0] + columns[:, 0]) - positive, positive > rivals[:, 0]
 
 
 def multi_label_info_nce(
     a: Float[Array, "B E"],
     b: Float[Array, "B T E"],
     scale: Float[Array, ""],
-    candidates: Bool[Array, "B B"],
+    among: Candidates,
     present: Bool[Array, "B T"],
+    split: Split = WHOLE,
 ) -> Float[Array, "B"]:
     """InfoNCE where each image has several texts (GroupViT, Xu et al., 2022, Sec. 3.2).
 
@@ -53,43 +139,32 @@ def multi_label_info_nce(
     Args:
       a, b: unit-norm embeddings of images and of their texts.
       scale: inverse temperature.
-      candidates: as in `info_nce`, between examples.
+      among: as in `info_nce`, between examples.
       present: texts that are there; the others are neither positives nor negatives.
+      split: how the rows are worked on.
 
     Returns:
       One value per image, float32; 0 where it has no text.
     """
-    logits = scale * jnp.einsum("ie,jte->ijt", a, b)
-    keep = (candidates | jnp.eye(a.shape[0], dtype=bool))[..., None] & present[None]
-    logits = jnp.where(keep, logits, jnp.finfo(jnp.float32).min)
-    positive = jnp.einsum("iit->it", logits)
-    rows = jax.nn.logsumexp(logits, axis=(1, 2))[:, None] - positive
-    columns = jax.nn.logsumexp(logits, axis=0) - positive
-    both = jnp.where(present, 0.5 * (rows + columns), 0.0)
+    rows, _ = log_sums(a[:, None], b, scale, among, split, keys_there=present)
+    columns, _ = log_sums(b, a[:, None], scale, among, split)
+    positive = scale * jnp.sum(a[:, None] * b, axis=-1)
+    both = jnp.where(present, 0.5 * (rows + columns) - positive, 0.0)
     count = jnp.sum(present.astype(jnp.float32), axis=1)
     return jnp.sum(both, axis=1) / jnp.maximum(count, 1.0)
 
 
-def candidate_pairs(
-    weight: Float[Array, "B"], entity_set: Int[Array, "B"] | None = None
-) -> Bool[Array, "B B"]:
-    """Which pairs may serve as negatives of one another.
-
-    Args:
-      weight: examples of weight 0 are no one's negative, and have none.
-      entity_set: where given, examples with equal entity sets are not negatives of one another:
-        the sentence of one is a correct answer for the other.
-    """
-    present = weight > 0
-    keep = present[:, None] & present[None, :]
-    if entity_set is not None:
-        keep &= entity_set[:, None] != entity_set[None, :]
-    return keep
-
-
-def false_negative_rate(weight: Float[Array, "B"], entity_set: Int[Array, "B"]) -> Float[Array, ""]:
+def false_negative_rate(
+    weight: Float[Array, "B"], entity_set: Int[Array, "B"], split: Split = WHOLE
+) -> Float[Array, ""]:
     """Share of negatives whose entity set equals the positive's (among present examples)."""
-    others = candidate_pairs(weight) & ~jnp.eye(weight.shape[0], dtype=bool)
-    equal = others & (entity_set[:, None] == entity_set[None, :])
-    count = jnp.sum(others.astype(jnp.float32))
-    return jnp.sum(equal.astype(jnp.float32)) / jnp.maximum(count, 1.0)
+    present = weight > 0
+
+    def one(row: tuple, columns: tuple, shared: tuple) -> Array:
+        del shared
+        return jnp.sum((columns[0] & (row[1] == columns[1])).astype(jnp.float32))
+
+    like = over_rows(one, (present, entity_set), (present, entity_set), split)
+    count = jnp.sum(present.astype(jnp.float32))
+    equal = jnp.sum(jnp.where(present, like - 1.0, 0.0))
+    return equal / jnp.maximum(count * (count - 1.0), 1.0)

@@ -9,14 +9,17 @@ groups', so that a group needs to find its like in the set, not to equal all of 
 import jax
 import jax.numpy as jnp
 
-from ovseg_jax.shapes import Array, Bool, Float
+from ovseg_jax.losses.contrastive import Candidates, log_sums
+from ovseg_jax.losses.rows import WHOLE, Split
+from ovseg_jax.shapes import Array, Float
 
 
 def group_set_nce(
     own: Float[Array, "B S E"],
     other: Float[Array, "B S E"],
     scale: Float[Array, ""],
-    candidates: Bool[Array, "B B"],
+    among: Candidates,
+    split: Split = WHOLE,
 ) -> Float[Array, "B"]:
     """InfoNCE between the groups of one image and the set of its partner, one value per pair.
 
@@ -24,16 +27,13 @@ def group_set_nce(
       own: unit-norm groups of the online model. other: those of the partner, by the teacher;
         nothing flows back into them.
       scale: inverse temperature.
-      candidates: ``[i, j]`` False keeps the groups of pair j out of the denominators of pair i; the
-        diagonal always counts.
+      among: pairs whose groups are negatives of one another; a pair's own always count.
+      split: how the rows are worked on.
 
     Returns:
       The mean over a pair's own groups of minus the log probability of the partner's set, float32.
     """
     other = jax.lax.stop_gradient(other)
-    logits = scale * jnp.einsum("ise,jte->isjt", own, other)
-    keep = candidates | jnp.eye(own.shape[0], dtype=bool)
-    logits = jnp.where(keep[:, None, :, None], logits, jnp.finfo(jnp.float32).min)
-    sets = jax.nn.logsumexp(logits, axis=-1)
-    positive = jnp.einsum("isi->is", sets)
-    return jnp.mean(jax.nn.logsumexp(sets, axis=-1) - positive, axis=1)
+    everything, _ = log_sums(own, other, scale, among, split)
+    cosines = jnp.einsum("bse,bte->bst", own, other, precision="highest")
+    return jnp.mean(everything - jax.nn.logsumexp(scale * cosines, axis=-1), axis=1)

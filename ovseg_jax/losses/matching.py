@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from scipy.optimize import linear_sum_assignment
 
+from ovseg_jax import platforms
 from ovseg_jax.shapes import Array, Float, Int
 from ovseg_jax.sharding import BATCH_AXES
 
@@ -80,7 +81,7 @@ def _on_host(cost: Array) -> Array:
     if count == 0:
         return jnp.zeros((0, size), jnp.int32)
     limit = count
-    if jax.default_backend() == "cpu":
+    if platforms.target() == "cpu":
         limit = max(1, CPU_CALLBACK_BYTES // (4 * size * size))
     parts = []
     for start in range(0, count, limit):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ovseg_jax import platforms
 from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 
@@ -43,7 +44,7 @@ def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
                 functools.partial(_einsum, spec, dtype=kind) for kind in (jnp.float32, dtype)
             )
             return jax.lax.platform_dependent(a, b, cpu=exact, default=rounded)
-        if jax.default_backend() == "cpu":
+        if platforms.target() == "cpu":
             dtype = jnp.float32
     return _einsum(spec, a, b, dtype)
 

@@ -54,7 +54,7 @@ def run_benchmarks(
     results: Path | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``; nothing where `results` is None.
+    """Evaluates on each benchmark and writes ``RESULTS/NAME.json`` (where `results` is given).
 
     Args:
       config: fields of the benchmarks under their names, and `batch_size`.

@@ -6,9 +6,10 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidate_pairs, false_negative_rate, info_nce
+from ovseg_jax.losses.contrastive import candidates, false_negative_rate, info_nce
 from ovseg_jax.losses.masked_tokens import masked_token_loss
 from ovseg_jax.losses.objective import weighted_mean
+from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.train.batches import Batch
@@ -78,6 +79,7 @@ def completion_term(
     scale: Float[Array, ""],
     batch: Batch,
     mask_equal_entities: bool,
+    split: Split,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 8 and 9: the completed caption against the sentence that names what was masked.
 
@@ -92,9 +94,9 @@ def completion_term(
     z_prompt = unit(embed_sentences(call, texts["prompt"]))
     z_masked = call("complete", masked.tokens, masked.mask, groups, True)
     sets = batch["entity_set"]
-    pairs = candidate_pairs(weight, sets if mask_equal_entities else None)
-    value = weighted_mean(info_nce(z_masked, z_prompt, scale, pairs), weight)
-    return value, {"entity_false_negatives": false_negative_rate(weight, sets)}
+    among = candidates(weight, sets if mask_equal_entities else None)
+    value = weighted_mean(info_nce(z_masked, z_prompt, scale, among, split)[0], weight)
+    return value, {"entity_false_negatives": false_negative_rate(weight, sets, split)}
 
 
 def token_term(

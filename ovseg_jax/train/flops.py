@@ -1,7 +1,6 @@
-"""Floating-point operations of a step, counted in its matrix products.
+"""Counting the floating-point operations of a program, before it is compiled.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, and the layers of
-the model are such loops: it would miss eleven of twelve.
+XLA's own count takes the body of a loop once, and the layers here are loops.
 """
 
 import math
@@ -12,52 +11,44 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def matmul_flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Multiplications and additions in all matrix products and convolutions of a function.
+def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """Operations of all matrix products of `function(*arguments)`, on all devices together.
 
-    What is computed again in the backward pass (rematerialization) counts again only where it was
-    traced so: give a function without it for the model's own FLOPs.
+    A product [n, k] x [k, m] counts 2 n k m. Everything else is left out, as is usual for
+    model-FLOPs utilization. What rematerialization makes again counts again.
 
     Args:
-      function: traced, not run. arguments: arrays or shapes.
+      arguments: arrays or shapes.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Jaxpr) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "dot_general":
-            total += _of_product(equation)
-        elif name == "conv_general_dilated":
-            total += _of_convolution(equation)
-        elif name == "cond":
-            total += max(_of_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
-        else:
-            times = equation.params["length"] if name == "scan" else 1
-            if name == "shard_map":
-                times = equation.params["mesh"].size
-            total += times * sum(_of_jaxpr(inner) for inner in _inside(equation))
-    return total
+def _count(jaxpr: Jaxpr) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
-def _inside(equation: Any) -> Iterator[Jaxpr]:
-    for value in equation.params.values():
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
+def _of_equation(equation: Any) -> int:
+    name, inner = equation.primitive.name, list(_programs(equation.params.values()))
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        out = math.prod(equation.outvars[0].aval.shape)
+        return 2 * out * math.prod(left[axis] for axis in contracted)
+    if name == "cond":
+        return max(map(_count, inner))
+    times = 1
+    if name == "scan":
+        times = equation.params["length"]
+    elif name == "shard_map":
+        times = equation.params["mesh"].size  # inside, shapes are those of one device
+    return times * sum(map(_count, inner))
 
 
-def _of_product(equation: Any) -> float:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-
-
-def _of_convolution(equation: Any) -> float:
-    kernel = equation.invars[1].aval.shape
-    outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+def _programs(values: Any) -> Iterator[Jaxpr]:
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _programs(value)

@@ -1,8 +1,8 @@
 """The training loop: phases, steps, logs, checkpoints, interruption."""
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.evaluations import evaluate_and_keep_best
+from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.profiling import Profiler
@@ -81,7 +83,7 @@ def _check_profile(profile: tuple[int, int] | None, step: int, total: int) -> No
         )
 
 
-@dataclass
+@dataclasses.dataclass
 class _Training:
     """What the steps of a run need besides the state."""
 
@@ -181,10 +183,16 @@ class _Training:
 
 
 def _flops(run: Run, phase: Phase, batch: Mapping[str, jax.Array]) -> float | None:
-    """Of one step, where the devices' peak is known to compare it with: counting takes seconds."""
+    """Of one step, without what rematerialization repeats.
+
+    None where no peak of the devices is known to compare with: counting takes seconds.
+    """
     if peak_flops(jax.devices()[0].device_kind) is None:
         return None
-    return run.step_flops(phase, batch)
+    config = run.config.model.copy_and_resolve_references()
+    config.image.remat = config.text.remat = "none"
+    plain = dataclasses.replace(run, model=build_model(config))
+    return float(matmul_flops(plain.step(phase), plain.state_layout(phase)[0], dict(batch)))
 
 
 def _refuse_stuck(values: Mapping[str, float], step: int, limit: int, unread: int) -> None:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidate_pairs
+from ovseg_jax.losses.contrastive import candidates
 from ovseg_jax.losses.group_consistency import group_set_nce
 from ovseg_jax.losses.group_masks import COSTS, group_mask_loss
 from ovseg_jax.losses.mask_consistency import (
@@ -21,6 +21,7 @@ from ovseg_jax.losses.mask_consistency import (
     subgroup_count,
 )
 from ovseg_jax.losses.objective import divided_sum, weighted_mean
+from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.vit import VisualTokens
 from ovseg_jax.shapes import Array, Float
@@ -152,7 +153,7 @@ def mask_term(
     weight = batch["weight"] * batch["pair_weight"]
     if config.cross_image == "groups":
         loss = weighted_mean(
-            _group_consistency(online, teacher, entity, scale, weight, config), weight
+            _group_consistency(online, teacher, entity, scale, weight, config, mesh), weight
         )
         return loss, {"mask": loss}
     options = {"threshold": config.mask_threshold, "backend": config.matching, "mesh": mesh}
@@ -200,6 +201,7 @@ def _group_consistency(
     scale: Float[Array, ""],
     weight: Float[Array, "B"],
     config: ConfigDict,
+    mesh: Mesh | None,
 ) -> Float[Array, "B"]:
     def chosen(one: View) -> Array:
         joint = unit(one.embedded)
@@ -207,9 +209,9 @@ def _group_consistency(
         places = select_groups(joint, unit(entity), count)
         return jnp.take_along_axis(joint, places[..., None], axis=1)
 
-    pairs = candidate_pairs(weight)
+    among, split = candidates(weight), Split(mesh, config.contrast_chunk)
     directions = [
-        group_set_nce(chosen(online[i]), chosen(teacher[1 - i]), scale, pairs)
+        group_set_nce(chosen(online[i]), chosen(teacher[1 - i]), scale, among, split)
         for i in online_images(config)
     ]
     return jnp.mean(jnp.stack(directions), axis=0)

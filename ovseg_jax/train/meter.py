@@ -7,37 +7,29 @@ from typing import Any
 import jax
 import numpy as np
 
+from ovseg_jax.train.aot.chips import CHIPS
+
 PERCENTILES = (50, 90, 99)
 
-# Dense bfloat16 (TPU) or float16 (GPU) FLOP/s of one device as JAX counts them, in units of 1e12,
-# from the makers' data sheets. A name is matched as a part of `Device.device_kind`, first come
-# first served. Of a v2 or v3, JAX counts each of a chip's two cores.
-PEAK_TERAFLOPS = (
-    ("TPU v6 lite", 918.0),
-    ("TPU v6e", 918.0),
-    ("TPU v5 lite", 197.0),
-    ("TPU v5e", 197.0),
-    ("TPU v5p", 459.0),
-    ("TPU v5", 459.0),
-    ("TPU v4", 275.0),
-    ("TPU v3", 61.5),
-    ("TPU v2", 22.5),
-    ("B200", 2250.0),
-    ("H200", 989.5),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.5),
-    ("A100", 312.0),
-    ("A10", 125.0),
-    ("L40S", 362.0),
-    ("L4", 121.0),
-    ("V100", 125.0),
-    ("T4", 65.0),
+# Of which chip a device is, by a part of the name that JAX gives it; the first that fits.
+KINDS = (
+    ("PCIe", None),  # slower than the modules of the table
+    ("TPU v6 lite", "v6e"),
+    ("TPU v6e", "v6e"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v4", "v4"),
+    ("A100", "a100"),
+    ("H100", "h100"),
+    ("H200", "h200"),
 )
 
 
 def peak_flops(kind: str) -> float | None:
-    """FLOP/s of a device by the name that JAX gives it; None where the table has none (CPUs)."""
-    return next((peak * 1e12 for name, peak in PEAK_TERAFLOPS if name in kind), None)
+    """FLOP/s of a device by the name that JAX gives it; None where no table has it (CPUs)."""
+    chip = next((chip for name, chip in KINDS if name in kind), None)
+    return None if chip is None else CHIPS[chip].peak
 
 
 def memory_in_use() -> dict[str, float]:

@@ -1,8 +1,7 @@
 """Everything a run is made of, put together from its config once."""
 
-import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import processes, sharding
@@ -24,22 +22,18 @@ from ovseg_jax.data.templates import chosen
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
-from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import Phase, check_cached_images, make_phases, rate_at
+from ovseg_jax.train.phases import Phase, check_cached_images, make_phases
+from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
-from ovseg_jax.train.state import TrainState, new_state, state_shardings
-from ovseg_jax.train.step import compile_step, train_step
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics
 from ovseg_jax.weights.sources import find_weights
 from ovseg_jax.weights.start import published_start
@@ -49,26 +43,15 @@ LENGTH_SAMPLE = 20_000
 
 
 @dataclass
-class Run:
-    """A run's fixed parts. Build one with `make_run`."""
+class Run(Program):
+    """A run's fixed parts: its program, its data and who reports. Build one with `make_run`."""
 
-    config: ConfigDict
-    mesh: Mesh
-    model: OVSegmentor
     tokenizer: Tokenizer
     source: RecordSource
     entities: EntitySet
-    phases: list[Phase]
     text_length: int
     progress: Progress
-    param_shardings: Any
     stores: dict[str, FeatureStore] = field(default_factory=dict)
-    _layouts: dict[int, tuple[TrainState, TrainState]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Steps of the whole run."""
-        return self.phases[-1].last
 
     def initial_params(self, announce: bool = True) -> dict[str, Any]:
         """Random parameters from the seed, published weights laid over them, sharded.
@@ -93,56 +76,6 @@ class Run:
             transform = self.phases[0].transform
             return standardized_neck(self.model, params, self.source, transform, self.config.seed)
         return params
-
-    def optimizer(self, phase: Phase, params: Any) -> Any:
-        """The optax chain of a phase; `params` may be abstract."""
-        return make_optimizer(self.config.optimizer, *groups.split(params, phase.frozen))
-
-    @functools.cached_property
-    def abstract_params(self) -> dict[str, Any]:
-        """Shapes of all parameters."""
-        return nn.unbox(jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0)))
-
-    def state_layout(self, phase: Phase) -> tuple[TrainState, TrainState]:
-        """(abstract state, shardings) of a phase; made once, since tracing takes a second."""
-        if phase.index not in self._layouts:
-            params = self.abstract_params
-            tx = self.optimizer(phase, params)
-            abstract = jax.eval_shape(
-                lambda p: new_state(p, tx, phase.frozen, init_statistics(self.model)), params
-            )
-            shardings = state_shardings(abstract, self.param_shardings, self.mesh)
-            self._layouts[phase.index] = abstract, shardings
-        return self._layouts[phase.index]
-
-    def compiled_step(self, phase: Phase) -> Callable[..., Any]:
-        """The jitted train step of a phase: (state, batch) -> (state, metrics)."""
-        step = self._step(phase, self.model)
-        return compile_step(step, self.state_layout(phase)[1], self.mesh)
-
-    def step_flops(self, phase: Phase, batch: Mapping[str, Any]) -> float:
-        """FLOPs of a phase's step, without those that rematerialization repeats.
-
-        Args:
-          batch: global arrays or their shapes.
-        """
-        config = self.config.model.copy_and_resolve_references()
-        config.image.remat = config.text.remat = "none"
-        step = self._step(phase, build_model(config))
-        return matmul_flops(step, self.state_layout(phase)[0], dict(batch))
-
-    def _step(self, phase: Phase, model: OVSegmentor) -> Callable[..., Any]:
-        return functools.partial(
-            train_step,
-            model=model,
-            tx=self.optimizer(phase, self.abstract_params),
-            rate=lambda s: rate_at(s, self.config, phase, self.total),
-            config=self.config,
-            mask_weight=phase.mask_weight,
-            frozen=phase.frozen,
-            mesh=self.mesh,
-            erase=phase.erase,
-        )
 
     def templates(self) -> tuple[str, ...]:
         """The prompt templates of training; the first few where texts are cached."""
@@ -310,7 +243,6 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
     phases = make_phases(config, len(source))
     if config.data.cache_images:
         check_cached_images(phases)
-    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return Run(
         config=config,
         mesh=mesh,
@@ -321,7 +253,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         phases=phases,
         text_length=length,
         progress=progress,
-        param_shardings=sharding.parameter_shardings(boxed, mesh),
+        param_shardings=sharding.parameter_shardings(boxed_params(model), mesh),
     )
 
 

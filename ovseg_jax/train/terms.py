@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidate_pairs, info_nce
+from ovseg_jax.losses.contrastive import candidates, info_nce
 from ovseg_jax.losses.objective import total_loss, weighted_mean
+from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.train.batches import Batch, merge, unmerge
@@ -127,24 +128,26 @@ def loss_terms(
         z_text = unit(embed_sentences(call, texts["caption"]))
     embedded, first = view(call, tokens[FIRST])
     z_image = unit(embedded)
-    contrastive = weighted_mean(info_nce(z_image, z_text, scale, candidate_pairs(weight)), weight)
-    nearest = jnp.argmax(jnp.einsum("ie,je->ij", z_image, z_text), axis=1)
-    hits = (nearest == jnp.arange(nearest.shape[0])).astype(jnp.float32)
+    split = Split(mesh, config.contrast_chunk)
+    values, hits = info_nce(z_image, z_text, scale, candidates(weight), split)
+    contrastive = weighted_mean(values, weight)
     metrics = {
         "contrastive": contrastive,
-        "image_to_text": weighted_mean(hits, weight),
+        "image_to_text": weighted_mean(hits.astype(jnp.float32), weight),
         "temperature": 1.0 / scale,
         "group_usage": group_usage(first.tokens.affinity, weight),
     }
     entity = mask = None
     if masking is not None:
         if masking is Masking.MULTI_LABEL:
-            entity, extra = noun_term(z_image, z_nouns, scale, batch), {}
+            entity, extra = noun_term(z_image, z_nouns, scale, batch, split), {}
         elif masking.classifies:
             entity, extra = token_term(call, texts, first.tokens.groups, batch)
         else:
             equal = config.mask_equal_entities
-            entity, extra = completion_term(call, texts, first.tokens.groups, scale, batch, equal)
+            entity, extra = completion_term(
+                call, texts, first.tokens.groups, scale, batch, equal, split
+            )
         metrics |= {"entity": entity, **extra}
     if with_mask:
         drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=mesh)
@@ -174,6 +177,6 @@ def loss_terms(
         mask_weight=mask_weight,
     )
     if nouns and masking is not Masking.MULTI_LABEL:
-        metrics["nouns"] = noun_term(z_image, z_nouns, scale, batch)
+        metrics["nouns"] = noun_term(z_image, z_nouns, scale, batch, split)
         loss = loss + config.noun_weight * metrics["nouns"]
     return loss, ({"loss": loss, **metrics}, call.statistics)

@@ -1,5 +1,7 @@
 """Eq. 7 and 9 against plain NumPy, and what weights and excluded pairs do."""
 
+import math
+import re
 from pathlib import Path
 
 import jax
@@ -8,13 +10,16 @@ import numpy as np
 import pytest
 from reference import losses as reference
 
+from ovseg_jax import sharding
 from ovseg_jax.losses.contrastive import (
-    candidate_pairs,
+    Candidates,
+    candidates,
     false_negative_rate,
     info_nce,
     multi_label_info_nce,
 )
 from ovseg_jax.losses.objective import divided_sum, total_loss, weighted_mean
+from ovseg_jax.losses.rows import Split
 
 RELEASED = Path(__file__).parents[1] / "released"
 
@@ -26,35 +31,52 @@ def unit_rows(seed):
     return jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
 
 
+def everyone(count):
+    return Candidates(jnp.ones(count, bool))
+
+
+def some(seed, count=B):
+    """Candidates with absent examples and equal labels, and the same as a matrix."""
+    rng = np.random.default_rng(seed)
+    present, label = rng.random(count) < 0.8, rng.integers(0, 3, count, np.int32)
+    present[2] = False
+    matrix = present[:, None] & present[None] & (label[:, None] != label[None])
+    return Candidates(jnp.asarray(present), jnp.asarray(label)), matrix
+
+
 def numpy64(*arrays):
     return [np.asarray(array, np.float64) for array in arrays]
 
 
 def test_info_nce_over_all_pairs():
     a, b = unit_rows(0), unit_rows(1)
-    everything = jnp.ones((B, B), bool)
-    got = jax.jit(info_nce)(a, b, jnp.float32(14.0), everything)
+    got, hits = jax.jit(info_nce)(a, b, jnp.float32(14.0), everyone(B))
     want = reference.info_nce(*numpy64(a, b), 14.0, np.ones((B, B), bool))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     # Both directions enter alike.
-    np.testing.assert_allclose(info_nce(b, a, jnp.float32(14.0), everything), got, rtol=1e-5)
+    turned, _ = info_nce(b, a, jnp.float32(14.0), everyone(B))
+    np.testing.assert_allclose(turned, got, rtol=1e-5)
+    nearest = np.argmax(np.asarray(a) @ np.asarray(b).T, axis=1)
+    np.testing.assert_array_equal(hits, nearest == np.arange(B))
+    assert 0 < hits.sum() < B
 
 
 def test_info_nce_with_excluded_pairs():
     a, b = unit_rows(2), unit_rows(3)
-    keep = np.random.default_rng(4).random((B, B)) < 0.5
-    keep[2] = keep[:, 2] = False
-    got = info_nce(a, b, jnp.float32(5.0), jnp.asarray(keep))
+    among, keep = some(4)
+    assert 0 < keep.sum() < 0.8 * B * B
+    got, hits = info_nce(a, b, jnp.float32(5.0), among)
     np.testing.assert_allclose(
         got, reference.info_nce(*numpy64(a, b), 5.0, keep), rtol=1e-5, atol=1e-6
     )
-    assert got[2] == 0.0  # alone with itself
+    np.testing.assert_allclose(got[2], 0, atol=1e-6)  # alone with itself
+    assert hits[2]
 
 
 def test_matched_pairs_at_a_high_temperature_cost_nothing_and_stay_finite():
     z = jnp.eye(B)
     loss, grad = jax.value_and_grad(
-        lambda z: jnp.sum(info_nce(z, z, jnp.float32(100.0), jnp.ones((B, B), bool)))
+        lambda z: jnp.sum(info_nce(z, z, jnp.float32(100.0), everyone(B))[0])
     )(z)
     assert loss < 1e-6 and np.isfinite(grad).all()
 
@@ -63,12 +85,11 @@ def test_two_devices_of_the_released_training_are_one_global_batch():
     arrays = np.load(RELEASED / "contrastive_2rank.npz")
     a, b = (jnp.asarray(arrays[f"{name}_x"].reshape(6, -1)) for name in ("image", "text"))
     a, b = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    pairs = jnp.ones((6, 6), bool)
     for scale, name in ((jnp.exp(2.5), "ls2p5"), (100.0, "ls6_clamped")):
-        each = info_nce(a, b, jnp.float32(scale), pairs)
+        each, _ = info_nce(a, b, jnp.float32(scale), everyone(6))
         by_rank = each.reshape(2, 3).mean(1)
         np.testing.assert_allclose(by_rank, arrays[f"loss_per_rank_{name}"], rtol=1e-5)
-    mean = jnp.mean(info_nce(a, b, jnp.exp(jnp.float32(2.5)), pairs))
+    mean = jnp.mean(info_nce(a, b, jnp.exp(jnp.float32(2.5)), everyone(6))[0])
     np.testing.assert_allclose(mean, arrays["loss_global_batch_ls2p5"], rtol=1e-5)
 
 
@@ -76,21 +97,22 @@ def test_several_texts_per_image():
     rng = np.random.default_rng(8)
     texts = rng.normal(size=(B, 3, E))
     texts = jnp.asarray(texts / np.linalg.norm(texts, axis=-1, keepdims=True), jnp.float32)
-    a, keep, present = unit_rows(9), rng.random((B, B)) < 0.7, rng.random((B, 3)) < 0.7
+    a, (among, keep), present = unit_rows(9), some(10), rng.random((B, 3)) < 0.7
     present[1] = False
-    masks = jnp.asarray(keep), jnp.asarray(present)
+    masks = among, jnp.asarray(present)
     got, grad = jax.value_and_grad(
         lambda b: jnp.sum(multi_label_info_nce(a, b, jnp.float32(6.0), *masks))
     )(texts)
     want = reference.multi_label_info_nce(*numpy64(a, texts), 6.0, keep, present)
-    assert want[1] == 0 and (want > 0).sum() == B - 1
+    assert want[1] == 0 and (want > 0).sum() >= B - 2
     np.testing.assert_allclose(
         multi_label_info_nce(a, texts, jnp.float32(6.0), *masks), want, rtol=1e-5, atol=1e-6
     )
     np.testing.assert_array_equal(grad[~present], 0)
     assert np.isfinite(got) and np.isfinite(grad).all()
     one = multi_label_info_nce(a, texts[:, :1], jnp.float32(6.0), masks[0], jnp.ones((B, 1), bool))
-    np.testing.assert_allclose(one, info_nce(a, texts[:, 0], jnp.float32(6.0), masks[0]), rtol=1e-6)
+    pairs, _ = info_nce(a, texts[:, 0], jnp.float32(6.0), among)
+    np.testing.assert_allclose(one, pairs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dev", "dev2"])
@@ -102,26 +124,66 @@ def test_the_released_multi_label_loss(name):
         for key in ("out/image_x", "out/text_x", "entity/answer_text_x")
     )
     scale = jnp.asarray(arrays["out/logit_scale_exp_clamped"])
-    every = jnp.ones((len(image),) * 2, bool)
+    every = everyone(len(image))
     texts = jnp.asarray(np.stack(texts, 1))
     present = jnp.ones(texts.shape[:2], bool)
     values = multi_label_info_nce(jnp.asarray(image), texts, scale, every, present)
     np.testing.assert_allclose(jnp.mean(values), arrays["out/multi_label_loss"], rtol=1e-5)
-    pairs = info_nce(jnp.asarray(image), texts[:, 0], scale, every)
+    pairs, _ = info_nce(jnp.asarray(image), texts[:, 0], scale, every)
     np.testing.assert_allclose(jnp.mean(pairs), arrays["out/matching_loss"], rtol=1e-5)
 
 
-def test_candidate_pairs():
+def test_false_negatives():
     weight = jnp.asarray([1.0, 0.0, 2.0, 1.0])
     sets = jnp.asarray([5, 5, 5, 7], jnp.int32)
-    present = np.array([1, 0, 1, 1], bool)
-    both = present[:, None] & present[None]
-    np.testing.assert_array_equal(candidate_pairs(weight), both)
-    differ = np.asarray(sets)[:, None] != np.asarray(sets)[None]
-    np.testing.assert_array_equal(candidate_pairs(weight, sets), both & differ)
     # Of the six ordered pairs of three examples, two share their entities.
     np.testing.assert_allclose(false_negative_rate(weight, sets), 2 / 6)
     assert false_negative_rate(jnp.zeros(4), sets) == 0
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("chunk", [0, 3, 64])
+def test_rows_on_many_devices_and_in_chunks_are_the_plain_loss(devices, chunk):
+    """Also where chunks do not divide a device's rows; gradients and false negatives too."""
+    count = 40
+    rng = np.random.default_rng(11)
+    a, b = (rng.normal(size=(2, count, 16)) / 4).astype(np.float32)
+    among, _ = some(12, count)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+
+    def loss(a, b, scale, split):
+        values, hits = info_nce(a, b, scale, among, split)
+        texts = jnp.stack([b, jnp.roll(b, 1, axis=0)], axis=1)
+        several = multi_label_info_nce(a, texts, scale, among, jnp.ones((count, 2), bool), split)
+        rate = false_negative_rate(among.present.astype(jnp.float32), among.label, split)
+        total = jnp.mean(values * jnp.arange(count).astype(jnp.float32)) + jnp.mean(several)
+        return total, (hits, rate)
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+    want, gradient = run(a, b, jnp.float32(9.0), Split())
+    found, others = run(a, b, jnp.float32(9.0), Split(mesh, chunk))
+    np.testing.assert_array_equal(found[1][0], want[1][0])
+    np.testing.assert_allclose([found[0], found[1][1]], [want[0], want[1][1]], rtol=1e-5)
+    assert want[1][1] > 0.1
+    for x, y in zip(gradient, others, strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-5 * np.abs(x).max())
+
+
+@pytest.mark.parametrize(("split_rows", "square"), [(False, True), (True, False)])
+def test_no_device_holds_the_square(split_rows, square):
+    """Read from the compiled program, forward and backward."""
+    count, mesh = 256, sharding.make_mesh()
+    split = Split(mesh, 8) if split_rows else Split()
+
+    def loss(a, b):
+        return jnp.mean(info_nce(a, b, jnp.float32(9.0), everyone(count), split)[0])
+
+    a = jax.ShapeDtypeStruct((count, 8), np.float32, sharding=sharding.batch_sharding(mesh))
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(a, a).compile().as_text()
+    sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)}
+    # A device has 32 rows of 256, of which 8 are worked on together.
+    largest = max(sizes)
+    assert (largest >= count * count // 8) == square and (largest <= 8 * count) == split_rows
 
 
 def test_a_weightless_example_changes_nothing_whatever_it_holds():
@@ -129,8 +191,7 @@ def test_a_weightless_example_changes_nothing_whatever_it_holds():
     weight = jnp.asarray([1.0, 1.0, 0.0, 1.0, 0.5, 1.0])
 
     def loss(a, b):
-        pairs = candidate_pairs(weight)
-        return weighted_mean(info_nce(a, b, jnp.float32(9.0), pairs), weight)
+        return weighted_mean(info_nce(a, b, jnp.float32(9.0), candidates(weight))[0], weight)
 
     value, grad = jax.value_and_grad(loss)(a, b)
     swapped = loss(a.at[2].set(c[2]), b.at[2].set(c[3]))

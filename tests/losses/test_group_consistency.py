@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ovseg_jax.losses.contrastive import Candidates
 from ovseg_jax.losses.group_consistency import group_set_nce
 
 B, S, E = 5, 3, 8
@@ -16,7 +17,9 @@ def unit(x):
 
 
 OWN, OTHER = (unit(RNG.normal(size=(B, S, E))) for _ in range(2))
-KEEP = RNG.random((B, B)) < 0.6
+PRESENT, LABEL = np.array([1, 1, 0, 1, 1], bool), np.array([0, 1, 2, 0, 3], np.int32)
+AMONG = Candidates(jnp.asarray(PRESENT), jnp.asarray(LABEL))
+KEEP = PRESENT[:, None] & PRESENT[None] & (LABEL[:, None] != LABEL[None])
 
 
 def plain(own, other, keep):
@@ -32,31 +35,32 @@ def plain(own, other, keep):
 
 
 def test_equals_the_sum_written_out():
-    found = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, jnp.asarray(KEEP))
+    found = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, AMONG)
     np.testing.assert_allclose(found, plain(OWN.astype(float), OTHER.astype(float), KEEP), 1e-5)
 
 
 def test_the_order_within_a_set_is_none():
     turned = OTHER[:, ::-1]
     one, two = (
-        group_set_nce(jnp.asarray(OWN), jnp.asarray(x), SCALE, jnp.asarray(KEEP))
-        for x in (OTHER, turned)
+        group_set_nce(jnp.asarray(OWN), jnp.asarray(x), SCALE, AMONG) for x in (OTHER, turned)
     )
     np.testing.assert_allclose(one, two, rtol=1e-6)
 
 
 def test_gradients_go_to_the_online_groups_alone():
     def total(own, other):
-        return group_set_nce(own, other, SCALE, jnp.ones((B, B), bool)).sum()
+        return group_set_nce(own, other, SCALE, Candidates(jnp.ones(B, bool))).sum()
 
     own, other = jax.grad(total, argnums=(0, 1))(jnp.asarray(OWN), jnp.asarray(OTHER))
     assert np.abs(own).min() > 0 and not np.abs(other).any()
 
 
 def test_sets_that_agree_cost_less_and_alone_nothing():
-    everyone = jnp.ones((B, B), bool)
+    everyone = Candidates(jnp.ones(B, bool))
     same = group_set_nce(jnp.asarray(OTHER), jnp.asarray(OTHER), SCALE, everyone)
     apart = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, everyone)
     assert same.mean() < apart.mean()
-    alone = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, jnp.zeros((B, B), bool))
+    alone = group_set_nce(
+        jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, Candidates(jnp.zeros(B, bool))
+    )
     np.testing.assert_allclose(alone, 0.0, atol=1e-5)

@@ -2,15 +2,12 @@
 
 import time
 
-import jax
-import jax.numpy as jnp
 import pytest
 import runs
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import Flag, parse
 from ovseg_jax.train.config_changes import changed_fields, plain
-from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.profiling import step_range
 
@@ -61,35 +58,10 @@ def test_devices_are_known_by_the_names_that_jax_gives_them():
     assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
     assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
     assert peak_flops("TPU v6 lite") == 918e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") is None
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("cpu") is None
-
-
-def test_flops_of_loops_products_and_their_gradients():
-    x, w = jnp.ones((5, 7)), jnp.ones((3, 7, 7))
-
-    def loop(x, w):
-        return jnp.sum(jax.lax.scan(lambda c, w: (c @ w, None), x, w)[0])
-
-    forward = 3 * 2 * 5 * 7 * 7
-    assert matmul_flops(loop, x, w) == forward
-    assert matmul_flops(jax.grad(loop, argnums=(0, 1)), x, w) == 3 * forward
-    again = jax.grad(jax.checkpoint(loop), argnums=(0, 1))
-    assert matmul_flops(again, x, w) > 3 * forward
-    batched = jax.jit(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))
-    assert matmul_flops(batched, jnp.ones((4, 2, 3)), jnp.ones((4, 3, 5))) == 4 * 2 * 2 * 3 * 5
-
-
-def test_flops_of_a_convolution():
-    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((4, 4, 3, 6))
-    numbers = ("NHWC", "HWIO", "NHWC")
-    count = matmul_flops(
-        lambda a, b: jax.lax.conv_general_dilated(a, b, (4, 4), "VALID", dimension_numbers=numbers),
-        image,
-        kernel,
-    )
-    assert count == 2 * (2 * 2 * 2 * 6) * (4 * 4 * 3)
 
 
 def test_a_range_of_steps():

@@ -1,0 +1,185 @@
+"""One phase's train step on a machine that is not there: memory, operations, communication."""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from ml_collections import ConfigDict
+
+from ovseg_jax import platforms, sharding
+from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
+from ovseg_jax.train.aot.chips import Machine
+from ovseg_jax.train.aot.collectives import Collective, collectives_of
+from ovseg_jax.train.aot.inputs import batch_shapes
+from ovseg_jax.train.checkpoint import abstract_state
+from ovseg_jax.train.flops import matmul_flops
+from ovseg_jax.train.mask_terms import check_mask_config
+from ovseg_jax.train.noun_terms import check_noun_config
+from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.program import Program, boxed_params
+
+# Stands in for the length of the training set: epochs become steps of the schedule, which change
+# nothing in the program but a number.
+RECORDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip.
+
+    Attributes:
+      arguments: state and batch. temporaries: everything made in a step. total: both, with the
+        program itself and what it returns in memory of its own.
+      limit: what the compiler may use, where it said so.
+    """
+
+    arguments: int
+    temporaries: int | None = None
+    total: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known about a step.
+
+    Attributes:
+      phase: its name. batch_size: global.
+      parameters: of the model.
+      fits: whether the compiler found room for it; None where it was not compiled.
+      flops: of the matrix products of a step on all chips, with what rematerialization repeats.
+      model_flops: without.
+      collectives: of one device; None where it was not compiled.
+    """
+
+    phase: str
+    batch_size: int
+    parameters: int
+    fits: bool | None
+    memory: Memory
+    flops: int
+    model_flops: int
+    collectives: list[Collective] | None
+
+
+def program_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Program:
+    """The program of a config on a mesh, without data or weights.
+
+    Raises:
+      UserError: the config is wrong.
+    """
+    check_mask_config(config.loss)
+    check_noun_config(config)
+    model = build_model(config.model)
+    shardings = sharding.parameter_shardings(boxed_params(model), mesh)
+    return Program(config, mesh, model, make_phases(config, RECORDS), shardings)
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
+    """The mesh of `count` chips without devices; -1 for `data` takes what the other axes leave.
+
+    Raises:
+      UserError: the axes' product is not the number of chips.
+    """
+    if data == -1:
+        data = max(1, count // (fsdp * tensor))
+    if data * fsdp * tensor != count:
+        raise UserError(
+            f"config.mesh asks for {data} x {fsdp} x {tensor} chips, the topology has {count}"
+        )
+    shape = (data, fsdp, tensor)
+    return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def measured(
+    config: ConfigDict,
+    machine: Machine,
+    devices: list[Any] | None,
+    phase_index: int,
+    batch_size: int,
+    text_length: int,
+) -> Measured:
+    """Traces and, where there are devices, compiles the train step of a phase.
+
+    Args:
+      devices: of the machine, see `devices.devices_of`; None to compile nothing.
+      batch_size: global.
+      text_length: tokens that texts are padded to.
+
+    Raises:
+      UserError: the config is wrong, or the batch does not divide over the mesh.
+    """
+    flat = abstract_mesh(**config.mesh, count=machine.count)
+    mesh = flat
+    if devices is not None:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    program = program_of(config, mesh)
+    phase = program.phases[phase_index]
+    shards = sharding.batch_shards(flat)
+    if batch_size % shards:
+        raise UserError(f"batch size {batch_size} does not divide over {shards} batch shards")
+    batch = batch_shapes(config, phase, batch_size, text_length)
+    state, shardings = program.state_layout(phase)
+    arguments = sum(
+        _on_one(leaf, place)
+        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+    ) + sum(_on_one(leaf, sharding.batch_sharding(mesh)) for leaf in batch.values())
+    with platforms.traced_for(machine.chip.platform):
+        counts = [
+            matmul_flops(one.step(phase), one.state_layout(phase)[0], batch)
+            for one in (program_of(config, flat), program_of(_keeping_all(config), flat))
+        ]
+        memory, fits, exchanged = Memory(arguments), None, None
+        if devices is not None:
+            lowered = program.compiled_step(phase).lower(abstract_state(state, shardings), batch)
+            memory, fits, exchanged = _compiled(lowered, arguments)
+    return Measured(
+        phase=phase.name,
+        batch_size=batch_size,
+        parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
+        fits=fits,
+        memory=memory,
+        flops=counts[0],
+        model_flops=counts[1],
+        collectives=exchanged,
+    )
+
+
+def _on_one(leaf: jax.ShapeDtypeStruct, place: Any) -> int:
+    return int(np.prod(place.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+
+
+def _keeping_all(config: ConfigDict) -> ConfigDict:
+    """The config without rematerialization."""
+    plain = config.copy_and_resolve_references()
+    plain.model.image.remat = plain.model.text.remat = "none"
+    return plain
+
+
+def _compiled(lowered: Any, arguments: int) -> tuple[Memory, bool, list[Collective] | None]:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _too_large(error, arguments), False, None
+    stats = compiled.memory_analysis()
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    total += stats.generated_code_size_in_bytes
+    total += stats.output_size_in_bytes - stats.alias_size_in_bytes
+    memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, total)
+    return memory, True, collectives_of(compiled.as_text())
+
+
+def _too_large(error: Exception, arguments: int) -> Memory:
+    """What a compiler that ran out of memory says of it. Any other error is passed on."""
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+        raise error
+    with contextlib.suppress(KeyError):
+        units = {"K": 2**10, "M": 2**20, "G": 2**30}
+        total, limit = (int(float(used[i]) * units[used[i + 1]]) for i in (1, 3))
+    return Memory(arguments, total - arguments, total, limit)
