@@ -177,6 +177,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {"name": "align", "epochs": 30, "batch_size": 2048, "mask_weight": 0.0},
         {"name": "align + mask", "epochs": 10, "batch_size": 2048, "mask_weight": 0.1},
     )
+    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": (),

@@ -27,6 +27,7 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
+from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
@@ -241,6 +242,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
         )
     phases = make_phases(config, len(source))
+    check_accumulation(config, phases, mesh)
     if config.data.cache_images:
         check_cached_images(phases)
     return Run(

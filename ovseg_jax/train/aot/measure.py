@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ovseg_jax import platforms, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
+from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import Collective, collectives_of
 from ovseg_jax.train.aot.inputs import batch_shapes
@@ -77,7 +78,9 @@ def program_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Program:
     check_noun_config(config)
     model = build_model(config.model)
     shardings = sharding.parameter_shardings(boxed_params(model), mesh)
-    return Program(config, mesh, model, make_phases(config, RECORDS), shardings)
+    phases = make_phases(config, RECORDS)
+    check_accumulation(config, phases, mesh)
+    return Program(config, mesh, model, phases, shardings)
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
