@@ -8,10 +8,10 @@ regions out of one image: the teacher's own groups draw the target, the online g
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 
 from ovseg_jax.losses.matching import match
 from ovseg_jax.shapes import Array, Float, Int
+from ovseg_jax.sharding import AnyMesh
 
 
 @struct.dataclass
@@ -100,7 +100,7 @@ def consistency_loss(
     ratio: float,
     threshold: float,
     backend: str = "host",
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "B"], dict[str, Array]]:
     """Eq. 12, one value per pair of images, both directions.
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -18,6 +17,7 @@ from ovseg_jax.losses.objective import total_loss, weighted_mean
 from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
+from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.batches import Batch, Rows, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
 from ovseg_jax.train.entity_terms import (
@@ -92,7 +92,7 @@ def example_rows(
     mask_weight: float,
     text_dropout: bool,
     rngs: Mapping[str, Array],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     statistics: Params | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[Rows, Params]:
@@ -160,7 +160,7 @@ def joint_loss(
     config: ConfigDict,
     *,
     mask_weight: float,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 13 from the rows of all examples; of the parameters only the temperature matters.
 
@@ -212,7 +212,7 @@ def loss_terms(
     mask_weight: float,
     text_dropout: bool,
     rngs: Mapping[str, Array],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     statistics: Params | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Params]]:
