@@ -97,7 +97,8 @@ def lowest(scores: Float[Array, "B K"], count: int) -> Bool[Array, "B K"]:
     """True at the `count` groups with the lowest scores."""
     if count == 0:
         return jnp.zeros(scores.shape, bool)
-    chosen = jax.lax.top_k(-jax.lax.stop_gradient(scores), count)[1]
+    # Not `top_k`, for which the partitioner gathers all rows on every device.
+    chosen = jnp.argsort(jax.lax.stop_gradient(scores), axis=-1)[:, :count]
     return jnp.any(chosen[..., None] == jnp.arange(scores.shape[1])[None, None], axis=1)
 
 

@@ -49,7 +49,8 @@ def select_groups(
     Both arguments are unit norm; nothing flows back.
     """
     cosine = jnp.einsum("bke,be->bk", joint, entity)
-    return jax.lax.top_k(jax.lax.stop_gradient(cosine), count)[1]
+    # Not `top_k`, for which the partitioner gathers all rows on every device.
+    return jnp.argsort(-jax.lax.stop_gradient(cosine), axis=-1)[:, :count]
 
 
 def mask_logits(
