@@ -70,6 +70,22 @@ def grid_of(model: OVSegmentor, image: Array, patches: int) -> tuple[int, int]:
     return side, side
 
 
+def check_contrast_config(config: ConfigDict) -> None:
+    """Refuses a ``config.loss`` whose `contrast_chunk` is no number of rows.
+
+    `contrast_chunk`: rows of logits that a device works on at a time; 0 for all of its own. With
+    32 768 examples on 8 devices, 4096 rows take 512 MiB for each copy of the logits; 512 take 64.
+
+    Raises:
+      UserError: it is negative.
+    """
+    if config.contrast_chunk < 0:
+        raise UserError(
+            f"config.loss.contrast_chunk is {config.contrast_chunk}; it must be a number of rows, "
+            "or 0 for all of them"
+        )
+
+
 def usage_entropy(shares: Float[Array, "B K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
     """Entropy of the groups' share of all patches, over log K: 1 if all are used alike.
 

@@ -25,6 +25,7 @@ from ovseg_jax.train.accumulate import (
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.state import new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
+from ovseg_jax.train.terms import check_contrast_config
 
 COUNT, ROWS = 4, 24
 
@@ -192,3 +193,9 @@ def test_what_cannot_be_accumulated(tiny_config, spec, batch_size, norm, message
     phases = make_phases(tiny_config, 100)
     with pytest.raises(UserError, match=message):
         check_accumulation(tiny_config, phases, sharding.make_mesh())
+
+
+def test_a_chunk_that_is_no_number_of_rows(tiny_config):
+    tiny_config.loss.contrast_chunk = -1
+    with pytest.raises(UserError, match="config.loss.contrast_chunk is -1"):
+        check_contrast_config(tiny_config.loss)
