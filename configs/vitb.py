@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "binding_scale": None,
             "gumbel_temperature": 1.0,
             "drop_path": 0.0,
-            "remat": "dots",
+            "remat": "full",
             "unroll": 1,
         },
         "text_form": "bert",
@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "token_types": 2,
             "dropout": 0.1,
             "eps": 1e-12,
-            "remat": "dots",
+            "remat": "full",
             "unroll": 1,
         },
         "decoder": {

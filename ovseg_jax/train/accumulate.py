@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.shapes import Array, Float
-from ovseg_jax.sharding import BATCH_AXES, batch_shards
+from ovseg_jax.sharding import BATCH_AXES, AnyMesh, batch_shards
 from ovseg_jax.train.batches import Batch, Rows
 from ovseg_jax.train.calls import Params
 from ovseg_jax.train.phases import Phase
@@ -67,7 +67,7 @@ def check_accumulation(config: ConfigDict, phases: Sequence[Phase], mesh: Any) -
             )
 
 
-def in_parts(batch: Batch, count: int, mesh: Mesh | None) -> Batch:
+def in_parts(batch: Batch, count: int, mesh: AnyMesh | None) -> Batch:
     """The batch with a new first axis of micro-batches: number m has the rows m, m + count, ....
 
     Such rows lie on every device alike: nothing moves between devices, and the parts are the same
@@ -95,7 +95,7 @@ def exact_gradient(
     trainable: Params,
     batch: Batch,
     count: int,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array], Params]:
     """Loss, metrics and gradient of the whole batch, with one micro-batch's activations in memory.
 
@@ -132,7 +132,7 @@ def micro_batch_gradient(
     batch: Batch,
     statistics: Params,
     count: int,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array], Params, Params]:
     """Mean loss, metrics and gradient of micro-batches that are contrasted each within itself.
 

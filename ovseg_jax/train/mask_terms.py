@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -25,6 +24,7 @@ from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.vit import VisualTokens
 from ovseg_jax.shapes import Array, Float
+from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.batches import Batch, Rows, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
 
@@ -92,7 +92,7 @@ def teacher_views(
     *,
     rngs: Mapping[str, Array],
     noise: Mapping[str, Any] | None,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> dict[int, View]:
     """The teacher's views of a pair; nothing flows back.
 
@@ -129,7 +129,7 @@ def mask_rows(
     config: ConfigDict,
     *,
     grid: tuple[int, int],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> Rows:
     """Cross-image consistency of each pair: of masks (Eq. 10-12), or what that of groups needs.
 

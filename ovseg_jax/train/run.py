@@ -35,6 +35,7 @@ from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import Phase, check_cached_images, make_phases
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
+from ovseg_jax.train.terms import check_contrast_config
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics
 from ovseg_jax.weights.sources import find_weights
 from ovseg_jax.weights.start import published_start
@@ -209,6 +210,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         raise UserError(
             f"config.model.neck_init is {config.model.neck_init!r}; it must be standardize or empty"
         )
+    check_contrast_config(config.loss)
     check_mask_config(config.loss)
     check_noun_config(config)
     masking_of(config.loss)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
+from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train import accumulate
 from ovseg_jax.train.erasing import erased_batch
 from ovseg_jax.train.state import TrainState, teacher_of
@@ -40,7 +40,7 @@ def train_step(
     config: ConfigDict,
     mask_weight: float,
     frozen: tuple[str, ...],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     erase: Mapping[str, Any] | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -155,7 +155,7 @@ def _gradient(
 
 
 def compile_step(
-    step: Callable[..., Any], shardings: TrainState, mesh: Mesh
+    step: Callable[..., Any], shardings: TrainState, mesh: AnyMesh
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Jits `step(state, batch)`: state donated and kept in place, batch split, metrics whole."""
     whole = sharding.replicated(mesh)

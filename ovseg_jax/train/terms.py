@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -18,6 +17,7 @@ from ovseg_jax.losses.objective import total_loss, weighted_mean
 from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
+from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.batches import Batch, Rows, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
 from ovseg_jax.train.entity_terms import (
@@ -70,6 +70,22 @@ def grid_of(model: OVSegmentor, image: Array, patches: int) -> tuple[int, int]:
     return side, side
 
 
+def check_contrast_config(config: ConfigDict) -> None:
+    """Refuses a ``config.loss`` whose `contrast_chunk` is no number of rows.
+
+    `contrast_chunk`: rows of logits that a device works on at a time; 0 for all of its own. With
+    32 768 examples on 8 devices, 4096 rows take 512 MiB for each copy of the logits; 512 take 64.
+
+    Raises:
+      UserError: it is negative.
+    """
+    if config.contrast_chunk < 0:
+        raise UserError(
+            f"config.loss.contrast_chunk is {config.contrast_chunk}; it must be a number of rows, "
+            "or 0 for all of them"
+        )
+
+
 def usage_entropy(shares: Float[Array, "B K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
     """Entropy of the groups' share of all patches, over log K: 1 if all are used alike.
 
@@ -92,7 +108,7 @@ def example_rows(
     mask_weight: float,
     text_dropout: bool,
     rngs: Mapping[str, Array],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     statistics: Params | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[Rows, Params]:
@@ -160,7 +176,7 @@ def joint_loss(
     config: ConfigDict,
     *,
     mask_weight: float,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 13 from the rows of all examples; of the parameters only the temperature matters.
 
@@ -212,7 +228,7 @@ def loss_terms(
     mask_weight: float,
     text_dropout: bool,
     rngs: Mapping[str, Array],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     statistics: Params | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Params]]:
