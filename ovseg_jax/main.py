@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,17 @@ from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
+from ovseg_jax.segmentation.comparison import (
+    comparison_rows,
+    number,
+    protocol_lines,
+    remarks,
+    result_rows,
+)
 from ovseg_jax.segmentation.evaluate import evaluate, write_result
+from ovseg_jax.segmentation.model_eval import evaluate_model
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.published import NAMES
 from ovseg_jax.segmentation.report import (
     benchmark_of,
     calibrated,
@@ -37,7 +47,7 @@ from ovseg_jax.train.loop import (
 from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
 from ovseg_jax.train.run import Run, config_hash, make_run
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.model_dir import save_model
 from ovseg_jax.weights.start import architecture
 
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
@@ -45,7 +55,7 @@ ABOUT = """Learn to segment from captions, or evaluate what was learned.
 Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
            python -m ovseg_jax.main --mode=eval --model=DIR [--benchmark=a,b]  (a model directory)
-           ... --benchmark=voc --config.eval.voc.dir=VOCdevkit/VOC2012         (official folders)
+           ... --benchmark=voc,ade20k --data_dir=DIR [--protocol=released]     (official folders)
 """
 
 FLAGS = (
@@ -54,12 +64,12 @@ FLAGS = (
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
     flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    flags.Flag("data_dir", help="folder with the benchmarks' official folders, or one of them"),
+    flags.Flag("protocol", help=f"how to evaluate, in place of the model's: {', '.join(NAMES)}"),
+    flags.Flag("sweep", int, default=0, help="images of training splits to choose thresholds on"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
-
-# Eval needs few fields; these stand in where a model directory comes without a config.
-MODEL_EVAL = {"batch_size": 32}
 
 
 def main(argv: list[str]) -> int:
@@ -69,12 +79,21 @@ def main(argv: list[str]) -> int:
         raise UserError("--model is for --mode=eval; training takes --config and --workdir")
     if args.mode == "eval" and bool(args.model) == bool(args.config):
         raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
+    if args.mode == "train" and (args.data_dir or args.protocol or args.sweep):
+        raise UserError("--data_dir, --protocol and --sweep are for --mode=eval")
+    if args.sweep < 0:
+        raise UserError("--sweep is a number of images, at least 0")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     enable_compilation_cache()
     progress = Progress(quiet=jax.process_index() != 0)
     if args.model:
-        return _evaluate_model(args)
+        return _evaluate_model(args, progress)
     config = flags.config_from(args)
+    if args.mode == "eval" and (args.data_dir or args.protocol or args.sweep):
+        raise UserError(
+            "--data_dir, --protocol and --sweep go with --model=DIR; a run has its benchmarks and "
+            "its protocol in its config (config.eval)"
+        )
     workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
     if args.mode == "eval":
         return _evaluate_run(config, workdir, args, progress)
@@ -209,24 +228,18 @@ def _summary(
                 segmenter, benchmark, fitted, batch_size=config.eval.batch_size
             )
     rows = [("mIoU, %", *names)]
-    rows.append(("this model", *(_number(results[name]["miou"]) for name in names)))
+    rows.append(("this model", *(number(results[name]["miou"]) for name in names)))
     for key, label in (("miou_seen", "  named classes"), ("miou_unseen", "  never named")):
         if any(results[name].get(key) is not None for name in names):
-            rows.append((label, *(_number(results[name].get(key)) for name in names)))
+            rows.append((label, *(number(results[name].get(key)) for name in names)))
     if untrained:
-        rows.append(("untrained", *(_number(untrained[name]["miou"]) for name in names)))
-    rows.append(
-        ("all background", *(_number(results[n].get("all_background_miou")) for n in names))
-    )
+        rows.append(("untrained", *(number(untrained[name]["miou"]) for name in names)))
+    rows.append(("all background", *(number(results[n].get("all_background_miou")) for n in names)))
     data = results[names[0]]["data"]
     facts = ", ".join(
         f"{key} {value:.3g}" for key, value in data.items() if isinstance(value, float)
     )
     return f"\n{table(rows)}\n\n{names[0]}: {facts or data.get('title', '')}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _evaluate_run(
@@ -236,6 +249,7 @@ def _evaluate_run(
         raise UserError(
             f"--workdir={workdir} holds no checkpoint: train first, or give --model=DIR"
         )
+    _refuse_other_training(config, workdir)
     run = make_run(config, progress)
     state = restored(run, workdir)
     names = tuple(args.benchmark or config.eval.benchmarks)
@@ -244,35 +258,63 @@ def _evaluate_run(
     return 0
 
 
-def _evaluate_model(args: SimpleNamespace) -> int:
+def _refuse_other_training(config: ConfigDict, workdir: Path) -> None:
+    """An evaluation of a run takes only its config.eval from the command line."""
+    try:
+        trained = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    asked = json.loads(config.to_json_best_effort())
+    have = {key: _value_at(trained, key) for key in flags.paths(trained)}
+    for key in flags.paths(asked):
+        value = _value_at(asked, key)
+        if key.startswith("eval") or isinstance(value, dict | list):
+            continue
+        if key in have and have[key] != value:
+            raise UserError(
+                f"config.{key} = {value!r} does not apply: the run in {workdir} was trained with "
+                f"{have[key]!r}; an evaluation changes config.eval alone"
+            )
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    """The value at a key of `flags.paths`, such as 'phases[1].steps'."""
+    for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", key):
+        tree = tree[name] if name else tree[int(index)]
+    return tree
+
+
+def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
     workdir = Path(args.workdir or "runs/eval")
-    saved = load_model(args.model)
-    protocol = Protocol.from_config(saved.info["protocol"])
-    segmenter = ModelSegmenter.of_saved(saved, protocol)
-    names = tuple(args.benchmark or ("scenes",))
-    config = ConfigDict({"eval": {**MODEL_EVAL, **FOLDER_FIELDS, **saved.info["benchmarks"]}})
-    for key, text in args.overrides:
-        flags.apply_override(config, key, text)
-    provenance = {"model": str(args.model)}
-    where = workdir / "results"
-    results = run_benchmarks(segmenter, names, config.eval, protocol, where, provenance)
-    _print_results(results, where)
+    results = evaluate_model(
+        args.model,
+        tuple(args.benchmark or ("scenes",)),
+        workdir / "results",
+        data_dir=args.data_dir or "",
+        protocol_name=args.protocol or "",
+        overrides=tuple(args.overrides),
+        sweep=args.sweep,
+        progress=progress.count,
+    )
+    _print_results(results, workdir / "results")
     return 0
 
 
 def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
-    rows = [("benchmark", "mIoU, %", "pixel accuracy, %", "images", "images/s")]
+    if jax.process_index() != 0:
+        return
+    said: list[str] = []
     for name, result in results.items():
-        rows.append(
-            (
-                name,
-                _number(result["miou"]),
-                _number(result["pixel_accuracy"]),
-                str(result["images"]),
-                _number(result["images_per_second"]),
-            )
-        )
-    print(f"{table(rows)}\n\nresults   {where}")
+        lines = protocol_lines(result["protocol"])
+        said += [f"{name}: {line}" for line in lines]
+    print("\n".join(said))
+    print(f"\n{table(result_rows(results))}\n")
+    for line in remarks(results):
+        print(line)
+    for result in results.values():
+        if rows := comparison_rows(result):
+            print(f"\n{table(rows)}")
+    print(f"\nresults   {where}")
 
 
 def _write_run_files(config: ConfigDict, workdir: Path, args: SimpleNamespace) -> None:

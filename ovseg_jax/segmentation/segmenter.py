@@ -93,6 +93,10 @@ class ModelSegmenter:
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
         whole = sharding.replicated(mesh) if mesh is not None else None
+        leaves = jax.tree.leaves(self.variables)
+        if mesh is not None and not any(isinstance(leaf, jax.Array) for leaf in leaves):
+            # Once: arrays of the host would travel to the devices in every call.
+            self.variables = jax.device_put(self.variables, whole)
 
         def encode(variables: Any, images: Array) -> tuple[Array, Array, Array]:
             return encode_images(model, variables, images, protocol.affinity)
@@ -105,7 +109,9 @@ class ModelSegmenter:
         self._embed = jax.jit(embed, out_shardings=whole)
 
     @classmethod
-    def of_saved(cls, saved: SavedModel, protocol: Protocol) -> "ModelSegmenter":
+    def of_saved(
+        cls, saved: SavedModel, protocol: Protocol, mesh: Mesh | None = None
+    ) -> "ModelSegmenter":
         """The segmenter of a model directory, as a protocol asks for it."""
         return cls(
             saved.model,
@@ -114,6 +120,7 @@ class ModelSegmenter:
             text_length=saved.info["text_length"],
             protocol=protocol,
             batch_stats=saved.batch_stats,
+            mesh=mesh,
         )
 
     def encode(

@@ -58,7 +58,7 @@ def test_labels_and_scores_are_those_of_the_pieces(directory, model):
     words = ["cat", "dog", "sky", "person", "grass", "wall", "car", "tree", "floor"]
     text = segmenter.text(words, protocol.templates)
     scored = image_scores(without_index(segmenter.encode), text, [PIXELS], protocol, 1)
-    ((one, labels),) = label_maps(scored, protocol, classes=2)
+    ((one, labels),) = label_maps(scored, protocol, (0, 1, *[-1] * 7))
     np.testing.assert_array_equal(found.labels, labels)
     assert found.labels.shape == (40, 56) and found.classes == ("cat", "dog")
     assert len(np.unique(labels)) > 1
