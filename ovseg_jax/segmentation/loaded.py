@@ -23,7 +23,8 @@ from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
 from ovseg_jax.segmentation.windows import resize_image
 from ovseg_jax.weights.model_dir import load_model
 
-AnyImage = str | os.PathLike | Image.Image | np.ndarray | jax.Array
+# The bytes are those of an image file.
+AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
 # Words in the softmax where neither the caller nor the model's calibration says how many.
 WORDS = 20
@@ -250,13 +251,15 @@ def read_image(image: AnyImage) -> np.ndarray:
     """
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | bytes | os.PathLike):
+        name = "the data" if isinstance(image, bytes) else image
         try:
-            return np.asarray(decode(Path(image).read_bytes()))
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return np.asarray(decode(data))
         except OSError as error:
-            raise UserError(f"{image} cannot be read: {error.strerror}") from None
+            raise UserError(f"{name} cannot be read: {error.strerror}") from None
         except UnreadableImage as error:
-            raise UserError(f"{image} is no image that can be read: {error.cause}") from None
+            raise UserError(f"{name} is no image that can be read: {error.cause}") from None
     array = np.asarray(image)
     gray = array.ndim == 2
     if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):

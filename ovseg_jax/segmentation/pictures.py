@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt
 
 from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
 from ovseg_jax.shapes import UInt8
 
+LARGEST = 2048  # pixels: the longest side of a picture
 PANEL = 320  # pixels: small images are enlarged to about this side
 MARGIN = 12
 PAPER, INK, FRAME = (255, 255, 255), (25, 25, 25), (150, 150, 150)
@@ -23,22 +25,52 @@ def overlay(
     *,
     background: bool = True,
     opacity: float = 0.55,
+    names: bool = False,
 ) -> Image.Image:
     """The image with its regions tinted and outlined, and a legend below of the classes in it.
 
     With `background`, label 0 is left as it is and label i is class i - 1; without, label i is
-    class i.
+    class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
+
+    Args:
+      names: also write each class's name where it is widest.
     """
-    labels, side = labels.astype(np.int64), max(image.shape[:2])
-    factor = max(1, round(2 * PANEL / side))
+    side = max(image.shape[:2])
+    factor, step = max(1, round(2 * PANEL / side)), -(-side // LARGEST)
+    image, labels = (x[::step, ::step] for x in (image, labels.astype(np.int64, copy=False)))
     image, labels = (np.repeat(np.repeat(x, factor, 0), factor, 1) for x in (image, labels))
     tint = paint(labels, len(class_names), background=background)
     inside = ((labels > 0) | (not background))[..., None]
-    mixed = np.where(inside, image + opacity * (tint.astype(np.float32) - image), image)
+    image = image.astype(np.float32)
+    mixed = np.where(inside, image + np.float32(opacity) * (tint - image), image)
     mixed[_borders(labels)] = PAPER
     shown = labels[labels > 0] if background else labels
     legend = _legend(shown, class_names, background)
-    return _with_legend(Image.fromarray(mixed.astype(np.uint8)), legend)
+    picture = Image.fromarray(mixed.astype(np.uint8))
+    if names:
+        _write_names(picture, labels, class_names, background)
+    return _with_legend(picture, legend)
+
+
+def _write_names(
+    picture: Image.Image, labels: np.ndarray, class_names: Sequence[str], background: bool
+) -> None:
+    """Names on their regions, in place, each at the pixel that is farthest from the region's edge;
+    regions that a name would hide are left to the legend."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
+    first = int(background)
+    for label in np.unique(labels):
+        if not first <= label < first + len(class_names):
+            continue
+        # With a margin of zeros, so that the edge of the image is an edge too.
+        inside = distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(inside.argmax(), inside.shape)
+        if inside[y, x] < FONT:
+            continue
+        text = class_names[label - first]
+        half = font.getlength(text) / 2
+        x = min(max(x, half + 2), picture.width - half - 2)
+        draw.text((x, y), text, PAPER, font, anchor="mm", stroke_width=3, stroke_fill=INK)
 
 
 def scene_panel(

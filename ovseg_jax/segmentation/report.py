@@ -94,6 +94,8 @@ def run_benchmarks(
         if name in tuned:
             chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
         count = functools.partial(progress, name) if progress else None
+        if count:
+            count(0, len(benchmark))  # the rate is counted from here
         result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
         found[name] = {**result, **extra, **provenance}
         if parts["part"][0] == 0:
