@@ -37,7 +37,7 @@ from ovseg_jax.segmentation.report import (
     tune_split,
     write_pictures,
 )
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.segmenter import ModelSegmenter, whole
 from ovseg_jax.train.loop import (
     Interrupted,
     evaluation_params,
@@ -153,7 +153,9 @@ def _evaluate_state(
         return segmenter, protocol, {}
     step = int(state.step)
     provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
-    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
+    results = run_benchmarks(
+        segmenter.on_this_host(), names, config, protocol, workdir / "results", provenance
+    )
     writer = MetricsWriter(workdir if jax.process_index() == 0 else None)
     for name, result in results.items():
         writer.write(step, {f"eval/{name}/miou": result["miou"]})
@@ -164,8 +166,8 @@ def _evaluate_state(
 def _write_model(
     run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
 ) -> None:
-    params = jax.tree.map(_whole, evaluation_params(run, state))
-    batch_stats = jax.tree.map(_whole, state.batch_stats)
+    params = jax.tree.map(whole, evaluation_params(run, state))
+    batch_stats = jax.tree.map(whole, state.batch_stats)
     if jax.process_index() != 0:
         return
     config = run.config
@@ -200,15 +202,6 @@ def _write_model(
         provenance=provenance,
         batch_stats=batch_stats,
     )
-
-
-def _whole(leaf: jax.Array) -> Any:
-    """A parameter as one NumPy array, also where its parts lie on several hosts."""
-    if leaf.is_fully_addressable:
-        return jax.device_get(leaf)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _summary(

@@ -67,7 +67,7 @@ def _labels_of(
 
 def _large_words(
     labels: Integer[np.ndarray, "H W"], protocol: Protocol, owners: Owners, words: int
-) -> Float[np.ndarray, " W"]:
+) -> Float[np.ndarray, " words"]:
     """1 for each word of a class that is found on enough pixels, and of the background."""
     classes = np.arange(words) if owners is None else np.asarray(owners)
     first = int(protocol.threshold is not None)
@@ -121,11 +121,11 @@ def _late(protocol: Protocol) -> bool:
 
 
 def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
-    """Scores [1, h, w, W] at the size at which the image was segmented: the mean over its views,
-    then refined by the image's colors. Also no margins [1, 1, 1, W]: they are in the scores."""
-    total = None
+    """Scores [1, h, w, W] at the protocol's size: the mean over the image's views, then refined by
+    its colors. Also no margins [1, 1, 1, W]: they are in the scores."""
+    total, base = None, windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
     for view in (one, *one.more):
-        rows, columns = view.weights(one.resized)
+        rows, columns = view.weights(base)
         part = _view_map(
             view.cells,
             view.image_margins(),

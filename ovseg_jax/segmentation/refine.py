@@ -44,7 +44,7 @@ def pamr(
     distance = jnp.abs(neighbors - colors[None]) / (0.1 * deviation + 1e-8)[None]
     weights = jax.nn.softmax(-jnp.mean(distance, axis=-1), axis=0)
 
-    def smooth(_: int, current: Array) -> Array:
+    def smooth(step: Array, current: Array) -> Array:
         total = jnp.zeros_like(current)
         for number, shifted in enumerate(_shifted(current, dilations)):
             total = total + weights[number][..., None] * shifted

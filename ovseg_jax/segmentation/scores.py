@@ -59,7 +59,7 @@ class ImageScores:
       window, stride: of the windows, pixels.
       mirrored: whether it is the image seen in a mirror.
       more: the same image at the protocol's other scales, and mirrored.
-      image: as it was segmented, where the protocol refines by colors.
+      image: at the protocol's size, where it refines by colors.
     """
 
     index: int
@@ -146,17 +146,17 @@ class _View:
         mirrored: bool,
     ):
         self.index, self.size, self.protocol, self.mirrored = index, size, protocol, mirrored
-        sides = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+        self.base = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
         least = windows.least_side(protocol.short_side)
-        self.resized = tuple(max(least, int(side * scale + 0.5)) for side in sides)
+        self.resized = tuple(max(least, int(side * scale + 0.5)) for side in self.base)
         self.grid = windows.window_grid(*self.resized, protocol.window, protocol.stride)
         self.parts: dict[int, tuple[np.ndarray, ...]] = {}
         self.image: np.ndarray | None = None
 
     def cut(self, image: np.ndarray) -> Iterator[np.ndarray]:
-        image = windows.resize_image(image, *self.resized, self.protocol.resize)
         if self.protocol.pamr_steps:
-            self.image = image
+            self.image = windows.resize_image(image, *self.base, self.protocol.resize)
+        image = windows.resize_image(image, *self.resized, self.protocol.resize)
         if self.mirrored:
             image = image[:, ::-1]
         side = self.protocol.window

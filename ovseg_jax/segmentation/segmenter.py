@@ -62,6 +62,15 @@ def embed_prompts(
     return model.apply(variables, text.pooled, method=method)
 
 
+def whole(leaf: Any) -> Any:
+    """An array as one NumPy array, also where its parts lie on several hosts."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return jax.device_get(leaf)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
 class ModelSegmenter:
     """Implements `segmentation.scores.Segmenter` for one set of parameters.
 
@@ -90,13 +99,14 @@ class ModelSegmenter:
         mesh: Mesh | None = None,
     ):
         protocol = protocol or Protocol()
+        self._protocol = protocol
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
-        whole = sharding.replicated(mesh) if mesh is not None else None
+        everywhere = sharding.replicated(mesh) if mesh is not None else None
         leaves = jax.tree.leaves(self.variables)
         if mesh is not None and not any(isinstance(leaf, jax.Array) for leaf in leaves):
             # Once: arrays of the host would travel to the devices in every call.
-            self.variables = jax.device_put(self.variables, whole)
+            self.variables = jax.device_put(self.variables, everywhere)
 
         def encode(variables: Any, images: Array) -> tuple[Array, Array, Array]:
             return encode_images(model, variables, images, protocol.affinity)
@@ -105,8 +115,8 @@ class ModelSegmenter:
             return embed_prompts(model, variables, ids, protocol.average)
 
         self._model = model
-        self._encode = jax.jit(encode, out_shardings=whole)
-        self._embed = jax.jit(embed, out_shardings=whole)
+        self._encode = jax.jit(encode, out_shardings=everywhere)
+        self._embed = jax.jit(embed, out_shardings=everywhere)
 
     @classmethod
     def of_saved(
@@ -121,6 +131,25 @@ class ModelSegmenter:
             protocol=protocol,
             batch_stats=saved.batch_stats,
             mesh=mesh,
+        )
+
+    def on_this_host(self) -> "ModelSegmenter":
+        """The same for the images of this process alone: whole parameters on its own devices.
+
+        Several processes that share a mesh must all encode the same batch at the same time. All of
+        them must call this.
+        """
+        if jax.process_count() == 1:
+            return self
+        variables = jax.tree.map(whole, self.variables)
+        return ModelSegmenter(
+            self._model,
+            variables["params"],
+            self._tokenizer,
+            text_length=self._length,
+            protocol=self._protocol,
+            batch_stats=variables["batch_stats"],
+            mesh=sharding.make_mesh(devices=jax.local_devices()),
         )
 
     def encode(

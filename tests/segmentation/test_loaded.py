@@ -1,6 +1,5 @@
 """ovseg_jax.load: what people call."""
 
-import json
 import subprocess
 import sys
 
@@ -9,39 +8,15 @@ import pytest
 from PIL import Image
 
 import ovseg_jax
-from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.loaded import read_image
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.model_dir import load_model
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", ".", "sky"]
-# Distractors must differ from the classes for the text encoder too.
-WORDS += ["person", "grass", "wall", "car", "tree", "floor", "bird", "water", "flower"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory, shared_tiny_config, tiny_params):
-    folder = tmp_path_factory.mktemp("loaded")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    protocol = Protocol(
-        short_side=32, window=32, stride=16, scale=20.0, threshold=0.12, order="upsample_first"
-    )
-    save_model(
-        folder / "model",
-        tiny_params,
-        Tokenizer(folder),
-        model=json.loads(shared_tiny_config.model.to_json_best_effort()),
-        protocol=protocol.as_dict(),
-        text_length=8,
-        benchmarks={},
-        provenance={"calibrated_words": 9},
-    )
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
