@@ -4,10 +4,10 @@ import glob
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence
@@ -38,7 +38,7 @@ class Picture:
 
 
 def find_pictures(
-    given: Sequence[str], stdin: TextIO, *, urls: bool = False, every: int = 1
+    given: Sequence[str], stdin: Iterable[str], *, urls: bool = False, every: int = 1
 ) -> list[str]:
     """The sources that the arguments stand for, in their order.
 
