@@ -67,6 +67,7 @@ FLAGS = (
     flags.Flag("data_dir", help="folder with the benchmarks' official folders, or one of them"),
     flags.Flag("protocol", help=f"how to evaluate, in place of the model's: {', '.join(NAMES)}"),
     flags.Flag("sweep", int, default=0, help="images of training splits to choose thresholds on"),
+    flags.Flag("pictures", int, default=0, help="best, median and worst images to draw, each"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -79,21 +80,20 @@ def main(argv: list[str]) -> int:
         raise UserError("--model is for --mode=eval; training takes --config and --workdir")
     if args.mode == "eval" and bool(args.model) == bool(args.config):
         raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
-    if args.mode == "train" and (args.data_dir or args.protocol or args.sweep):
-        raise UserError("--data_dir, --protocol and --sweep are for --mode=eval")
-    if args.sweep < 0:
-        raise UserError("--sweep is a number of images, at least 0")
+    of_model = args.data_dir or args.protocol or args.sweep or args.pictures
+    if of_model and not args.model:
+        raise UserError(
+            "--data_dir, --protocol, --sweep and --pictures go with --mode=eval --model=DIR; a run "
+            "has its benchmarks and its protocol in its config (config.eval)"
+        )
+    if min(args.sweep, args.pictures) < 0:
+        raise UserError("--sweep and --pictures are numbers of images, at least 0")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     enable_compilation_cache()
     progress = Progress(quiet=jax.process_index() != 0)
     if args.model:
         return _evaluate_model(args, progress)
     config = flags.config_from(args)
-    if args.mode == "eval" and (args.data_dir or args.protocol or args.sweep):
-        raise UserError(
-            "--data_dir, --protocol and --sweep go with --model=DIR; a run has its benchmarks and "
-            "its protocol in its config (config.eval)"
-        )
     workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
     if args.mode == "eval":
         return _evaluate_run(config, workdir, args, progress)
@@ -287,6 +287,7 @@ def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
         protocol_name=args.protocol or "",
         overrides=tuple(args.overrides),
         sweep=args.sweep,
+        pictures=args.pictures,
         progress=progress.count,
     )
     _print_results(results, workdir / "results")
@@ -297,11 +298,17 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     if jax.process_index() != 0:
         return
     said: list[str] = []
+    whole = {name: result for name, result in results.items() if "miou" not in result}
+    results = {name: result for name, result in results.items() if name not in whole}
     for name, result in results.items():
         lines = protocol_lines(result["protocol"])
         said += [f"{name}: {line}" for line in lines]
-    print("\n".join(said))
-    print(f"\n{table(result_rows(results))}\n")
+    if results:
+        print("\n".join(said))
+        print(f"\n{table(result_rows(results))}\n")
+    for name, result in whole.items():
+        numbers = ((key, value) for key, value in result.items() if isinstance(value, float))
+        print(table([(name, "%"), *((key, number(value)) for key, value in numbers)]))
     for line in remarks(results):
         print(line)
     for result in results.values():

@@ -179,11 +179,22 @@ def summary(confusion: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Writes a result as JSON; a reader never finds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(Path(path), _readable(result) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file, at once as seen from outside.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(_readable(result) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _readable(result: dict[str, Any]) -> str:

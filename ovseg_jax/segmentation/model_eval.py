@@ -15,6 +15,11 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.report import run_benchmarks
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.whole_images import (
+    WHOLE_IMAGES,
+    whole_image_results,
+    whole_image_sets,
+)
 from ovseg_jax.weights.model_dir import load_model
 
 BATCH = 32  # windows encoded at once, where the command line does not say
@@ -29,22 +34,31 @@ def evaluate_model(
     protocol_name: str = "",
     overrides: Sequence[tuple[str, str]] = (),
     sweep: int = 0,
+    pictures: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The results of benchmarks by name, also written to ``RESULTS/NAME.json``.
 
     Args:
-      model: model directory. names: of benchmarks.
+      model: model directory.
+      names: of benchmarks, those of `whole_images` among them (every process works on all of
+        those).
       data_dir: folder with the official folders (or one of them) of those that have no `dir`.
       protocol_name: a named protocol, in place of the model's own.
       overrides: (key, text) pairs as `flags.parse` gives them. Keys are eval.protocol.FIELD,
         eval.batch_size, and eval.NAME.FIELD of the benchmarks asked for.
-      sweep, progress: see `report.run_benchmarks`.
+      sweep, pictures, progress: see `report.run_benchmarks`.
 
     Raises:
       UserError: an override that does not apply, an unknown name, or missing files, before
         anything is computed.
     """
+    masked = tuple(name for name in names if name not in WHOLE_IMAGES)
+    unmasked = whole_image_sets(names, data_dir)
+    if not masked and names:
+        _refuse_settings(overrides, protocol_name, sweep)
+        return whole_image_results(model, unmasked, results)
+    names = masked
     saved = load_model(model)
     protocol = named_protocol(protocol_name) if protocol_name else None
     protocol = protocol or Protocol.from_config(saved.info["protocol"])
@@ -71,7 +85,7 @@ def evaluate_model(
     config.eval.batch_size = -(-config.eval.batch_size // shards) * shards
     segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
     provenance = {"model": str(model)}
-    return run_benchmarks(
+    found = run_benchmarks(
         segmenter,
         names,
         config.eval,
@@ -79,8 +93,18 @@ def evaluate_model(
         results,
         provenance,
         sweep=sweep,
+        pictures=pictures,
         progress=progress,
     )
+    return {**found, **whole_image_results(model, unmasked, results)}
+
+
+def _refuse_settings(overrides: Sequence[tuple[str, str]], protocol: str, sweep: int) -> None:
+    if overrides or protocol or sweep:
+        raise UserError(
+            "--config.*, --protocol and --sweep are about label maps, and "
+            f"{' and '.join(WHOLE_IMAGES)} have none"
+        )
 
 
 def _check_applies(key: str, own: dict[str, Any]) -> None:

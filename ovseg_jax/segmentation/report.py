@@ -12,8 +12,10 @@ from PIL import Image
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark, Every, make_benchmark
 from ovseg_jax.segmentation.calibrate import calibrate
+from ovseg_jax.segmentation.chosen import chosen_images, write_sheet
 from ovseg_jax.segmentation.class_words import words_of
 from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark, write_result
+from ovseg_jax.segmentation.html_report import write_report
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.official import FOLDERS
 from ovseg_jax.segmentation.parts import gather_counts, this_part
@@ -61,6 +63,7 @@ def run_benchmarks(
     provenance: Mapping[str, Any],
     *,
     sweep: int = 0,
+    pictures: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
@@ -73,6 +76,8 @@ def run_benchmarks(
       provenance: plain values added to each result: which model this was.
       sweep: choose the threshold of each benchmark with a background on this many images of its
         training split; 0 to take the protocol's.
+      pictures: this many best, median and worst images of each benchmark are drawn, in
+        ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
       progress: called with (benchmark, images done, images of this process).
 
     Raises:
@@ -100,6 +105,14 @@ def run_benchmarks(
         found[name] = {**result, **extra, **provenance}
         if parts["part"][0] == 0:
             write_result(results / f"{name}.json", found[name])
+            if pictures:
+                own = chosen.for_benchmark(name)
+                own = own if benchmark.has_background else own.replace(threshold=None)
+                best = found[name]["image_miou"], pictures, config.batch_size
+                images = chosen_images(segmenter, benchmark, own, *best)
+                groups = found[name]["group_usage"]["groups"]
+                write_sheet(images, benchmark, results / f"{name}.png", groups)
+                write_report(results / f"{name}.html", found[name], benchmark, images, groups)
     return found
 
 
