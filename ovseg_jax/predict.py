@@ -60,7 +60,7 @@ FLAGS = (
         "formats", flags.comma_list, default=["png", "overlay", "json"], help="what to write"
     ),
     flags.Flag("words", int, default=0, help="words that compete in all; 0: as in calibration"),
-    flags.Flag("batch_size", int, default=4, help="windows encoded at once"),
+    flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0: what suits"),
     flags.Flag("every", int, default=1, help="of videos: each so many-th frame"),
     flags.Flag("urls", bool, default=False, help="let addresses among --images be downloaded"),
     flags.Flag("flip", bool, default=False, help="average with the mirrored image"),

@@ -17,7 +17,13 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.distractors import with_distractors
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale, without_index
+from ovseg_jax.segmentation.scores import (
+    ImageScores,
+    default_batch,
+    image_scores,
+    with_scale,
+    without_index,
+)
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
 from ovseg_jax.segmentation.windows import resize_image
@@ -93,7 +99,7 @@ class LoadedModel:
         background: bool | Sequence[str] = True,
         threshold: float | None = None,
         words: int = 0,
-        batch_size: int = 4,
+        batch_size: int = 0,
     ) -> Segmentation | list[Segmentation]:
         """Gives every pixel of an image a class, or background.
 
@@ -109,7 +115,8 @@ class LoadedModel:
           words: words that compete in all; with fewer classes everyday words are added, and what
             they win becomes background. 0: as many as in the model's calibration. Not used where
             words for the background are given.
-          batch_size: windows encoded at once; the encoder is compiled once for each.
+          batch_size: windows encoded at once; the encoder is compiled once for each. 0: what suits
+            the devices.
 
         Returns:
           A result, or a list of results in the order of the images.
@@ -134,7 +141,7 @@ class LoadedModel:
         background: bool | Sequence[str] = True,
         threshold: float | None = None,
         words: int = 0,
-        batch_size: int = 4,
+        batch_size: int = 0,
     ) -> Iterator[tuple[int, Segmentation]]:
         """(position, result) of each image as it is done, not always in order; see `segment`.
 
@@ -159,7 +166,7 @@ class LoadedModel:
             yield one.index, Segmentation(shifted.astype(np.int32), vocabulary.classes, best, one)
 
     def embed_image(
-        self, images: AnyImage | Sequence[AnyImage], batch_size: int = 4
+        self, images: AnyImage | Sequence[AnyImage], batch_size: int = 0
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of whole images, to be compared with those of `embed_text`.
 
@@ -200,8 +207,11 @@ class LoadedModel:
 
     def _whole_batch(self, batch_size: int) -> int:
         """The least number of windows, from `batch_size` on, that all devices share evenly."""
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        if batch_size < 0:
+            raise UserError(
+                f"batch_size is {batch_size}; it must be at least 1, or 0 to choose one"
+            )
+        batch_size = batch_size or default_batch(self.protocol.window)
         return -(-batch_size // self._shards) * self._shards
 
     def _competition(

@@ -14,6 +14,7 @@ from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, ScenesB
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.report import run_benchmarks
+from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.whole_images import (
     WHOLE_IMAGES,
@@ -21,8 +22,6 @@ from ovseg_jax.segmentation.whole_images import (
     whole_image_sets,
 )
 from ovseg_jax.weights.model_dir import load_model
-
-BATCH = 32  # windows encoded at once, where the command line does not say
 
 
 def evaluate_model(
@@ -69,7 +68,7 @@ def evaluate_model(
     }
     own = {name: dict(fields[name]) for name in dict.fromkeys(names) if name in BENCHMARKS}
     settings = protocol.as_dict()
-    config = ConfigDict({"eval": {"batch_size": BATCH, "protocol": settings, **own}})
+    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **own}})
     for key, text in overrides:
         _check_applies(key, own)
         _check_not_hidden(key, protocol, own)
@@ -77,12 +76,13 @@ def evaluate_model(
     for name in own:
         if name in FOLDER_FIELDS and not config.eval[name].dir:
             config.eval[name].dir = data_dir
-    if config.eval.batch_size < 1:
-        raise UserError("config.eval.batch_size must be at least 1")
+    if config.eval.batch_size < 0:
+        raise UserError("config.eval.batch_size must be at least 1, or 0 to choose one")
     protocol = Protocol.from_config(config.eval.protocol.to_dict())
     mesh = sharding.make_mesh(devices=jax.local_devices())
     shards = sharding.batch_shards(mesh)
-    config.eval.batch_size = -(-config.eval.batch_size // shards) * shards
+    batch = config.eval.batch_size or default_batch(protocol.window)
+    config.eval.batch_size = -(-batch // shards) * shards
     segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
     provenance = {"model": str(model)}
     found = run_benchmarks(

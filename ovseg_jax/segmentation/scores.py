@@ -42,6 +42,18 @@ def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.
 Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]
 
 
+# Pixels in a batch of windows. On two cores, batches of four windows of 448 pixels took a third
+# longer for each window than single ones (tests/bench/segment_speed.py).
+CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
+
+
+def default_batch(window: int) -> int:
+    """Windows to encode at once, for windows of so many pixels a side, on the devices there are."""
+    if jax.default_backend() == "cpu":
+        return max(1, CPU_PIXELS // window**2)
+    return ACCELERATOR_WINDOWS
+
+
 @dataclass(frozen=True)
 class ImageScores:
     """Cosines of all windows of one image, and the way from their cells to its pixels.

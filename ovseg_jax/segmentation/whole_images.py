@@ -102,7 +102,7 @@ def whole_image_results(
     loaded, found = LoadedModel(model), {}
     for name, data in sets.items():
         rows = [
-            loaded.embed_image(list(data.files[start : start + _AT_ONCE]), batch_size=16)
+            loaded.embed_image(list(data.files[start : start + _AT_ONCE]))
             for start in range(0, len(data.files), _AT_ONCE)
         ]
         images = np.concatenate(rows)

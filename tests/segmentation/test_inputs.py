@@ -240,7 +240,7 @@ def test_kinds_of_background(call, tmp_path, background):
         (("--classes=cat", "--background=,"), "threshold, 'none', or words"),
         (("--classes=cat", "--formats=gif"), "unknown format"),
         (("--classes=cat", "--scales=a"), "not numbers"),
-        (("--classes=cat", "--batch_size=0"), "at least 1"),
+        (("--classes=cat", "--batch_size=-1"), "at least 1"),
         (("--vocabulary=nothing.txt",), "no such file"),
     ],
 )

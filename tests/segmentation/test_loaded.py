@@ -157,7 +157,7 @@ def test_settings_of_the_protocol(directory):
 BAD = {
     "not one text": lambda m, p: m.segment(PIXELS, "cat"),
     "background is a list": lambda m, p: m.segment(PIXELS, ["cat"], background="sky"),
-    "batch_size is 0": lambda m, p: m.segment(PIXELS, ["cat"], batch_size=0),
+    "batch_size is -1": lambda m, p: m.segment(PIXELS, ["cat"], batch_size=-1),
     "empty class name": lambda m, p: m.segment(PIXELS, ["cat", ""]),
     "at least one text": lambda m, p: m.embed_text([]),
     "each with {}": lambda m, p: m.embed_text(["cat"], ["a cat"]),

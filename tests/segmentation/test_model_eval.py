@@ -123,7 +123,7 @@ REFUSED = {
     "a threshold that voc has": ([("eval.protocol.threshold", "0.5")], "thresholds.voc"),
     "a scale that voc has": ([("eval.protocol.scale", "3.0")], "per_benchmark.voc.scale"),
     "bad value": ([("eval.protocol.order", "x")], "upsample_first"),
-    "bad batch": ([("eval.batch_size", "0")], "at least 1"),
+    "bad batch": ([("eval.batch_size", "-1")], "at least 1"),
 }
 
 
