@@ -20,7 +20,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ovseg_jax.flags import load_config
-from ovseg_jax.segmentation.published import groupvit_protocol
+from ovseg_jax.segmentation.published import named_protocol
 
 VARIANTS = ("", "own_text", "smoke")
 
@@ -87,5 +87,5 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         config.phases = ({"name": "align", "steps": 4, "batch_size": 8, "mask_weight": 0.0},)
     with config.ignore_type():
-        config.eval.protocol = groupvit_protocol().as_dict()
+        config.eval.protocol = named_protocol("groupvit").as_dict()
     return config

@@ -6,6 +6,8 @@ model = ovseg_jax.load("runs/quickstart/model")
 found = model.segment("street.jpg", ["car", "traffic light"])
 found.labels  # [height, width]: 0 background, 1 car, 2 traffic light
 found.scores  # how sure the model is of each class, 0 to 1
+found.groups  # [height, width]: the group of each pixel
+model.embed_image("street.jpg") @ model.embed_text(["a street", "a beach"], ["{}"]).T
 """
 
 from typing import Any
@@ -13,14 +15,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(model_dir: Any) -> Any:
+def load(model_dir: Any, **settings: Any) -> Any:
     """The model in a model directory, ready to segment.
 
     Args:
       model_dir: path of a directory that training, `ovseg_jax.convert` or `ovseg_jax.export` wrote.
+      settings: fields of the model's protocol that are to differ, such as ``flip=True``,
+        ``scales=(0.75, 1.0, 1.25)`` or ``pamr_steps=10``; see `segmentation.protocol.Protocol`.
 
     Returns:
-      A `segmentation.loaded.LoadedModel`; its method `segment(image, classes)` is all that most
+      A `segmentation.loaded.LoadedModel`; its method `segment(images, classes)` is all that most
       uses need.
 
     Raises:
@@ -29,4 +33,4 @@ def load(model_dir: Any) -> Any:
     # Here, so that importing the package alone stays light.
     from ovseg_jax.segmentation.loaded import LoadedModel
 
-    return LoadedModel(model_dir)
+    return LoadedModel(model_dir, **settings)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.published import groupvit_protocol, released_protocol
+from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.checkpoint_files import WRITERS
 from ovseg_jax.weights.published import PUBLISHED, Told, from_model_dir, to_model_dir
@@ -34,7 +34,6 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 _whole_numbers.__name__ = "list of whole numbers"
 
-PROTOCOLS = {"released": released_protocol, "groupvit": groupvit_protocol}
 ENTRY = flags.Flag(
     "entry", default="", help="entry of the checkpoint that holds the weights; found by default"
 )
@@ -126,7 +125,7 @@ def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
         raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
     if args.model:
         return from_model_dir(kind, Path(args.model), out, args.to)
-    protocol = PROTOCOLS[kind]().replace(short_side=args.short_side)
+    protocol = named_protocol(kind).replace(short_side=args.short_side)
     if args.background_threshold is not None:
         protocol = protocol.replace(threshold=args.background_threshold, thresholds={})
     everything = Told(

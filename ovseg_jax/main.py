@@ -15,8 +15,17 @@ from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
+from ovseg_jax.segmentation.comparison import (
+    comparison_rows,
+    number,
+    protocol_lines,
+    remarks,
+    result_rows,
+)
 from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.model_eval import evaluate_model
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.published import NAMES
 from ovseg_jax.segmentation.report import (
     benchmark_of,
     calibrated,
@@ -25,6 +34,7 @@ from ovseg_jax.segmentation.report import (
     write_pictures,
 )
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import evaluation_params
 from ovseg_jax.train.loop import train
 from ovseg_jax.train.profiling import step_range
@@ -34,7 +44,7 @@ from ovseg_jax.train.starts import restored
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.train.stopping import Interrupted
 from ovseg_jax.train.watchdog import print_stacks_on_signal
-from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.model_dir import save_model
 from ovseg_jax.weights.start import architecture
 
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
@@ -45,7 +55,7 @@ Train:     python -m ovseg_jax.main --config=configs/quickstart.py --workdir=run
            143 after SIGTERM and whatever else the same command, given again, gets past.
 Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (a run)
            python -m ovseg_jax.main --mode=eval --model=DIR [--benchmark=a,b]  (a model directory)
-           ... --benchmark=voc --config.eval.voc.dir=VOCdevkit/VOC2012         (official folders)
+           ... --benchmark=voc,ade20k --data_dir=DIR [--protocol=released]     (official folders)
 """
 
 FLAGS = (
@@ -54,12 +64,13 @@ FLAGS = (
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
     flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    flags.Flag("data_dir", help="folder with the benchmarks' official folders, or one of them"),
+    flags.Flag("protocol", help=f"how to evaluate, in place of the model's: {', '.join(NAMES)}"),
+    flags.Flag("sweep", int, default=0, help="images of training splits to choose thresholds on"),
+    flags.Flag("pictures", int, default=0, help="best, median and worst images to draw, each"),
     *processes.FLAGS,
     flags.Flag("profile", step_range, help="START:STOP, steps to trace into WORKDIR/profile"),
 )
-
-# Eval needs few fields; these stand in where a model directory comes without a config.
-MODEL_EVAL = {"batch_size": 32}
 
 
 def main(argv: list[str]) -> int:
@@ -69,6 +80,14 @@ def main(argv: list[str]) -> int:
         raise UserError("--model is for --mode=eval; training takes --config and --workdir")
     if args.mode == "eval" and bool(args.model) == bool(args.config):
         raise UserError("--mode=eval takes exactly one of --config (with --workdir) and --model")
+    of_model = args.data_dir or args.protocol or args.sweep or args.pictures
+    if of_model and not args.model:
+        raise UserError(
+            "--data_dir, --protocol, --sweep and --pictures go with --mode=eval --model=DIR; a run "
+            "has its benchmarks and its protocol in its config (config.eval)"
+        )
+    if min(args.sweep, args.pictures) < 0:
+        raise UserError("--sweep and --pictures are numbers of images, at least 0")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     processes.join(args)
     enable_compilation_cache()
@@ -76,7 +95,7 @@ def main(argv: list[str]) -> int:
     progress = Progress(quiet=not processes.is_first())
     with processes.leaving_at_once():
         if args.model:
-            return _evaluate_model(args)
+            return _evaluate_model(args, progress)
         config = flags.config_from(args)
         workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
         if args.mode == "eval":
@@ -138,8 +157,7 @@ def _evaluate_state(
         return segmenter, protocol, {}
     step = int(state.step)
     provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
-    where = workdir / "results" if processes.is_first() else None
-    results = run_benchmarks(segmenter, names, config, protocol, where, provenance)
+    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
     writer = MetricsWriter(workdir if processes.is_first() else None)
     for name, result in results.items():
         writer.write(step, {f"eval/{name}/miou": result["miou"]})
@@ -205,24 +223,18 @@ def _summary(
                 segmenter, benchmark, fitted, batch_size=config.eval.batch_size
             )
     rows = [("mIoU, %", *names)]
-    rows.append(("this model", *(_number(results[name]["miou"]) for name in names)))
+    rows.append(("this model", *(number(results[name]["miou"]) for name in names)))
     for key, label in (("miou_seen", "  named classes"), ("miou_unseen", "  never named")):
         if any(results[name].get(key) is not None for name in names):
-            rows.append((label, *(_number(results[name].get(key)) for name in names)))
+            rows.append((label, *(number(results[name].get(key)) for name in names)))
     if untrained:
-        rows.append(("untrained", *(_number(untrained[name]["miou"]) for name in names)))
-    rows.append(
-        ("all background", *(_number(results[n].get("all_background_miou")) for n in names))
-    )
+        rows.append(("untrained", *(number(untrained[name]["miou"]) for name in names)))
+    rows.append(("all background", *(number(results[n].get("all_background_miou")) for n in names)))
     data = results[names[0]]["data"]
     facts = ", ".join(
         f"{key} {value:.3g}" for key, value in data.items() if isinstance(value, float)
     )
     return f"\n{table(rows)}\n\n{names[0]}: {facts or data.get('title', '')}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _evaluate_run(
@@ -232,6 +244,7 @@ def _evaluate_run(
         raise UserError(
             f"--workdir={workdir} holds no checkpoint: train first, or give --model=DIR"
         )
+    _refuse_other_training(config, workdir)
     run = make_run(config, progress)
     state = restored(run, workdir)
     names = tuple(args.benchmark or config.eval.benchmarks)
@@ -240,35 +253,63 @@ def _evaluate_run(
     return 0
 
 
-def _evaluate_model(args: SimpleNamespace) -> int:
+def _refuse_other_training(config: ConfigDict, workdir: Path) -> None:
+    """An evaluation of a run takes only its config.eval from the command line."""
+    try:
+        trained = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    changes = [
+        line
+        for line in changed_fields(trained, plain(config))
+        # Fields that this version has added said nothing when the run was trained.
+        if not line.startswith("config.eval") and ": absent -> " not in line
+    ]
+    if changes:
+        raise UserError(
+            f"an evaluation changes config.eval alone, but the run in {workdir} was trained with "
+            "other settings (trained -> given now):\n  " + "\n  ".join(changes[:20])
+        )
+
+
+def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
     workdir = Path(args.workdir or "runs/eval")
-    saved = load_model(args.model)
-    protocol = Protocol.from_config(saved.info["protocol"])
-    segmenter = ModelSegmenter.of_saved(saved, protocol)
-    names = tuple(args.benchmark or ("scenes",))
-    config = ConfigDict({"eval": {**MODEL_EVAL, **FOLDER_FIELDS, **saved.info["benchmarks"]}})
-    for key, text in args.overrides:
-        flags.apply_override(config, key, text)
-    provenance = {"model": str(args.model)}
-    where = workdir / "results"
-    results = run_benchmarks(segmenter, names, config.eval, protocol, where, provenance)
-    _print_results(results, where)
+    results = evaluate_model(
+        args.model,
+        tuple(args.benchmark or ("scenes",)),
+        workdir / "results",
+        data_dir=args.data_dir or "",
+        protocol_name=args.protocol or "",
+        overrides=tuple(args.overrides),
+        sweep=args.sweep,
+        pictures=args.pictures,
+        progress=progress.count,
+    )
+    _print_results(results, workdir / "results")
     return 0
 
 
 def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
-    rows = [("benchmark", "mIoU, %", "pixel accuracy, %", "images", "images/s")]
+    if not processes.is_first():
+        return
+    said: list[str] = []
+    whole = {name: result for name, result in results.items() if "miou" not in result}
+    results = {name: result for name, result in results.items() if name not in whole}
     for name, result in results.items():
-        rows.append(
-            (
-                name,
-                _number(result["miou"]),
-                _number(result["pixel_accuracy"]),
-                str(result["images"]),
-                _number(result["images_per_second"]),
-            )
-        )
-    print(f"{table(rows)}\n\nresults   {where}")
+        lines = protocol_lines(result["protocol"])
+        said += [f"{name}: {line}" for line in lines]
+    if results:
+        print("\n".join(said))
+        print(f"\n{table(result_rows(results))}\n")
+    for name, result in whole.items():
+        numbers = ((key, value) for key, value in result.items() if isinstance(value, float))
+        print(table([(name, "%"), *((key, number(value)) for key, value in numbers)]))
+    for line in remarks(results):
+        print(line)
+    for result in results.values():
+        if rows := comparison_rows(result):
+            print(f"\n{table(rows)}")
+    print(f"\nresults   {where}")
 
 
 if __name__ == "__main__":

@@ -3,87 +3,168 @@
 ``python -m ovseg_jax.predict --model=DIR --images=a.jpg,b.png --classes="cat,dog" --out=DIR``
 """
 
-import json
+import itertools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.distractors import check_class_names
-from ovseg_jax.segmentation.loaded import Segmentation, read_image
-from ovseg_jax.segmentation.palette import write_palette_png
-from ovseg_jax.segmentation.pictures import overlay
+from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures
+from ovseg_jax.segmentation.outputs import FORMATS, check_formats, write_results
+from ovseg_jax.segmentation.vocabulary import Vocabulary
+from ovseg_jax.segmentation.word_lists import word_list
+from ovseg_jax.train.report import Progress
 
-ABOUT = """Segment images into classes that you name.
+ABOUT = (
+    """Segment images into classes that you name.
 
-Writes for each image NAME.mask.png (palette; 0 is background, then the classes in order),
-NAME.overlay.png (with a legend) and NAME.json (area and score of each class).
+    python -m ovseg_jax.predict --model=DIR --images=photos/ --classes="cat|kitten,dog"
+    find . -name '*.jpg' | python -m ovseg_jax.predict --model=DIR --images=- --vocabulary=coco
+
+Formats: """
+    + "\n         ".join(FORMATS.values())
+    + """
+
 With few classes, everyday words are added to the competition, so that one class alone does not
-take every pixel; what they win becomes background.
+take every pixel; what they win becomes background. An image that fails is reported and the others
+are done; the exit code is then 1.
 """
+)
 
 FLAGS = (
     flags.Flag("model", required=True, help="model directory"),
-    flags.Flag("images", flags.comma_list, required=True, help="image files, comma-separated"),
-    flags.Flag("classes", flags.comma_list, required=True, help="class names, comma-separated"),
+    flags.Flag(
+        "images",
+        flags.comma_list,
+        required=True,
+        help="files, folders, globs, videos, or - for a list of them on stdin; comma-separated",
+    ),
+    flags.Flag(
+        "classes", flags.comma_list, help="class names, comma-separated; synonyms as cat|kitten"
+    ),
+    flags.Flag("vocabulary", help="a list of classes: voc, coco, ade20k, ..., or a text file"),
+    flags.Flag(
+        "background",
+        help="a threshold from 0 to 1, 'none' for no background, or words that stand for it; "
+        "default the model's threshold",
+    ),
     flags.Flag("out", default="predictions", help="folder for the results"),
+    flags.Flag(
+        "formats", flags.comma_list, default=["png", "overlay", "json"], help="what to write"
+    ),
     flags.Flag("words", int, default=0, help="words that compete in all; 0: as in calibration"),
+    flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0: what suits"),
+    flags.Flag("every", int, default=1, help="of videos: each so many-th frame"),
+    flags.Flag("urls", bool, default=False, help="let addresses among --images be downloaded"),
+    flags.Flag("flip", bool, default=False, help="average with the mirrored image"),
+    flags.Flag("scales", flags.comma_list, help="average over sizes, such as 0.75,1,1.25"),
+    flags.Flag("pamr", int, default=0, help="rounds of refinement by the image's colors"),
+    flags.Flag("assignment", choices=("soft", "hard"), help="of patches to groups"),
+    flags.Flag("temperature", float, help="of the soft assignment"),
 )
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, ABOUT)
-    check_class_names(args.classes)
-    paths = [Path(name) for name in args.images]
-    if not paths:
-        raise UserError("--images is empty: name at least one file")
-    if clash := _same_names(paths):
-        raise UserError(f"--images holds two files called {clash!r}; results would overwrite")
-    images = [read_image(path) for path in paths]
+    if (args.classes is None) == (args.vocabulary is None):
+        raise UserError("give exactly one of --classes and --vocabulary")
+    classes = list(word_list(args.vocabulary)) if args.vocabulary else args.classes
+    background = _background(args.background)
+    words = background["background"]
+    vocabulary = Vocabulary.of(classes, words if isinstance(words, list) else ())
+    check_formats(args.formats, len(vocabulary.classes))
+    sources = find_pictures(args.images, sys.stdin, urls=args.urls, every=args.every)
     enable_compilation_cache()
-    model = ovseg_jax.load(args.model)
+    model = ovseg_jax.load(args.model, **_settings(args))
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for index, found in model.segment_each(images, args.classes, words=args.words):
-        path = paths[index]
-        _write(out, path.stem, images[index], found, model.protocol.as_dict())
-        print(f"{path}: {out / path.stem}.overlay.png")
-    return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    return _segment(model, sources, classes, background, args, out)
 
 
-def _same_names(paths: list[Path]) -> str | None:
-    seen: set[str] = set()
-    for path in paths:
-        if path.stem in seen:
-            return path.stem
-        seen.add(path.stem)
-    return None
+def _segment(
+    model: Any,
+    sources: list[str],
+    classes: list[str],
+    background: dict[str, Any],
+    args: SimpleNamespace,
+    out: Path,
+) -> int:
+    """Does every image that can be done; 1 if any failed."""
+    progress, failed, done = Progress(), 0, 0
+    places = itertools.count()  # as `segment_each` counts: images that failed are not among them
+    waiting: dict[int, tuple[Picture, np.ndarray]] = {}
+
+    def readable() -> Iterator[np.ndarray]:
+        nonlocal failed
+        for picture in pictures(sources, args.every):
+            try:
+                image = picture.read()
+            except UserError as error:
+                failed += 1
+                progress.say(f"error: {error}")
+                continue
+            waiting[next(places)] = (picture, image)
+            yield image
+
+    options = {**background, "words": args.words, "batch_size": args.batch_size}
+    protocol = model.protocol.as_dict()
+    for index, found in model.segment_each(readable(), classes, **options):
+        picture, image = waiting.pop(index)
+        files = write_results(out, picture.name, image, found, protocol, args.formats)
+        done += 1
+        print(f"{picture.source}: {files[-1]}")
+        progress.count("images", done + failed, max(len(sources), done + failed))
+    if failed:
+        progress.say(f"{failed} of {done + failed} images failed")
+    return 1 if failed else 0
 
 
-def _write(
-    out: Path, stem: str, image: np.ndarray, found: Segmentation, protocol: dict[str, Any]
-) -> None:
-    write_palette_png(out / f"{stem}.mask.png", found.labels, len(found.classes))
-    picture: Image.Image = overlay(image, found.labels, list(found.classes))
-    picture.save(out / f"{stem}.overlay.png")
-    record = {
-        "image": stem,
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "background": round(float((found.labels == 0).mean()), 6),
-        "classes": [
-            {"name": name, "area": round(float(area), 6), "score": round(float(score), 6)}
-            for name, area, score in zip(found.classes, found.areas, found.scores, strict=True)
-        ],
-        "protocol": protocol,
-    }
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def _background(text: str | None) -> dict[str, Any]:
+    """The arguments of `segment` that a value of --background stands for."""
+    if text is None:
+        return {"background": True}
+    if text.lower() == "none":
+        return {"background": False}
+    try:
+        threshold = float(text)
+    except ValueError:
+        words = flags.comma_list(text)
+        if not words:
+            raise UserError("--background is a threshold, 'none', or words") from None
+        return {"background": words}
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--background={text}: a threshold is a probability, from 0 to 1")
+    return {"background": True, "threshold": threshold}
+
+
+def _settings(args: SimpleNamespace) -> dict[str, Any]:
+    """The fields of the protocol that the flags change."""
+    settings: dict[str, Any] = {}
+    if args.flip:
+        settings["flip"] = True
+    if args.scales:
+        try:
+            settings["scales"] = tuple(float(text) for text in args.scales)
+        except ValueError:
+            raise UserError(f"--scales={','.join(args.scales)} are not numbers") from None
+    if args.pamr:
+        settings["pamr_steps"] = args.pamr
+    if args.assignment:
+        settings["assignment"] = args.assignment
+    if args.temperature is not None:
+        settings["assignment_temperature"] = args.temperature
+    return settings
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.published import groupvit_protocol
+from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.checkpoint_files import read_checkpoint
 from ovseg_jax.weights.model_dir import load_model, save_model
@@ -159,7 +159,7 @@ def test_groupvit_there_and_back_is_exact_to_the_bit(names, tmp_path, capsys):
     assert "1 of them serve nothing" in capsys.readouterr().out
     saved = load_model(tmp_path / "m")
     assert saved.info["model"]["text"]["heads"] == 4 and saved.info["model"]["decoder"] is None
-    assert saved.info["protocol"]["thresholds"] == groupvit_protocol().thresholds
+    assert saved.info["protocol"]["thresholds"] == named_protocol("groupvit").thresholds
     assert run("groupvit", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'b.pth'}") == 0
     found = read_checkpoint(tmp_path / "b.pth").tensors
     assert found.keys() == tensors.keys()

@@ -119,15 +119,27 @@ def test_model_directory_evaluates_like_the_run(trained, tmp_path):
         "--mode=eval",
         f"--model={workdir / 'model'}",
         "--benchmark=scenes,voc",
-        f"--config.eval.voc.dir={tmp_path / 'official'}",
+        f"--data_dir={tmp_path / 'official'}",
+        "--pictures=1",
         f"--workdir={out}",
     )
     assert of_model.returncode == 0, of_model.stderr
+    assert "voc: 2 images, but the whole set has 1449" in of_model.stdout
+    assert (out / "results" / "voc.html").is_file()
     of_folder = json.loads((out / "results" / "voc.json").read_text())
     assert (of_folder["images"], len(of_folder["iou"])) == (2, 21)
     found = json.loads((out / "results" / "scenes.json").read_text())
     assert found["miou"] == pytest.approx(result["miou"], abs=1e-3)
     assert found["iou"].keys() == result["iou"].keys()
+
+
+def test_evaluation_of_a_run_changes_its_eval_alone(trained):
+    workdir, _ = trained
+    run = ("main", "--mode=eval", f"--config={TINY}", f"--workdir={workdir}")
+    refused = call(*run, "--config.model.joint_width=8")
+    assert refused.returncode == 2
+    assert "config.model.joint_width = 8 does not apply: " in refused.stderr
+    assert "trained with 16" in refused.stderr
 
 
 def test_export_of_the_last_step_is_the_model_of_the_run(trained, tmp_path):
@@ -224,12 +236,17 @@ ERRORS = {
         ["main", "--mode=eval", "--model=/nonexistent"],
         "no such directory",
     ),
+    "settings of a model for a run": (
+        ["main", "--mode=eval", f"--config={TINY}", "--data_dir=x"],
+        "go with --mode=eval --model=DIR",
+    ),
+    "negative sweep": (["main", "--mode=eval", "--model=x", "--sweep=-1"], "at least 0"),
     "vitb without data": (["main", "--config=configs/vitb.py"], "needs what is not here"),
     "no classes": (["predict", "--model=x", "--images=a.png", "--classes="], "no classes"),
     "missing image": (["predict", "--model=x", "--images=/no.png", "--classes=cat"], "/no.png"),
     "missing model": (
         ["predict", "--model=/nonexistent", "--images=README.md", "--classes=cat"],
-        "README.md",
+        "no such directory",
     ),
 }
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ovseg_jax.data import scenes
-from ovseg_jax.data.benchmarks import OPENERS, LabeledFolder
-from ovseg_jax.data.benchmarks.prepared import PreparedSet, is_prepared, open_prepared
-from ovseg_jax.data.decoding import UnreadableImage, decode
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
+from ovseg_jax.segmentation.official import FOLDERS, FolderBenchmark, UnseenAlone
+from ovseg_jax.segmentation.own_folder import OwnFolder
+from ovseg_jax.segmentation.splits import ZSS
 from ovseg_jax.shapes import UInt8
 
 
@@ -93,88 +93,35 @@ def _scene_statistics(split: str, count: int, seed: int, size: int) -> dict[str,
     return scenes.describe(split, min(count, 200), seed, size)
 
 
-@dataclass(frozen=True)
-class FolderBenchmark:
-    """The validation set of an official folder, in its official order.
+class Every:
+    """Every `step`-th image of a benchmark, `count` in all."""
 
-    Attributes:
-      name: of `data.benchmarks.OPENERS`.
-      dir: the official folder, or what `data.benchmarks.builders` has written of it.
-      count: of the first images, for a quick look; 0 for all, which alone is to be reported.
-
-    Raises:
-      UserError: files are missing (it names them), or a field is wrong.
-    """
-
-    name: str
-    dir: str = ""
-    count: int = 0
-
-    unseen = ()
-
-    def __post_init__(self):
-        if self.count < 0:
-            raise UserError(f"benchmark {self.name}: count must not be negative")
-        # Opened here, so that a missing file is reported before any model runs.
-        if not len(self._images):
-            raise UserError(f"benchmark {self.name}: {self._images.root} holds no images")
-
-    @functools.cached_property
-    def _images(self) -> LabeledFolder | PreparedSet:
-        if is_prepared(self.dir):
-            return open_prepared(self.name, self.dir)
-        return OPENERS[self.name](self.dir, f"config.eval.{self.name}.dir")
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self._images.table.words
-
-    @property
-    def has_background(self) -> bool:
-        return self._images.table.background
+    def __init__(self, whole: Benchmark, step: int, count: int):
+        self.name, self.class_names = whole.name, whole.class_names
+        self.has_background, self.unseen = whole.has_background, whole.unseen
+        self.official_names = getattr(whole, "official_names", whole.class_names)
+        self._whole, self._step, self._count = whole, step, count
 
     def __len__(self) -> int:
-        return min(self.count, len(self._images)) if self.count else len(self._images)
+        return self._count
 
-    def __getitem__(
-        self, index: int
-    ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        try:
-            image = np.asarray(decode(self._images.image_bytes(index)))
-        except UnreadableImage as error:
-            raise UserError(
-                f"benchmark {self.name}: image {index} of {self._images.root} cannot be read "
-                f"({error}); copy the official file again"
-            ) from error
-        labels = self._images.labels(index)
-        if labels.shape != image.shape[:2]:
-            raise UserError(
-                f"benchmark {self.name}: image {index} of {self._images.root} has "
-                f"{image.shape[1]}x{image.shape[0]} pixels but its labels "
-                f"{labels.shape[1]}x{labels.shape[0]}: they are not of the same release"
-            )
-        return image, labels
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._whole[index * self._step]
 
     def describe(self) -> dict[str, Any]:
-        table = self._images.table
-        return {
-            "title": table.title,
-            "source": table.source,
-            "rule": table.rule,
-            "form": self._images.form,
-            "whole": len(self) == len(self._images),
-        }
+        """As the whole, with the choice of images."""
+        return {**self._whole.describe(), "every": self._step, "count": self._count}
 
 
 # A new benchmark is one more row: its name, and what makes it from the fields of a config.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "scenes": ScenesBenchmark,
-    **{name: functools.partial(FolderBenchmark, name) for name in OPENERS},
+    **{name: functools.partial(FolderBenchmark, name) for name in FOLDERS},
+    **{f"{name}_zss": functools.partial(UnseenAlone, f"{name}_zss") for name in ZSS},
+    "folder": OwnFolder,
 }
 # The fields of `config.eval.NAME` for each of them that is a folder.
-FOLDER_FIELDS = {name: {"dir": "", "count": 0} for name in OPENERS}
+FOLDER_FIELDS = {name: {"dir": "", "count": 0} for name in BENCHMARKS if name != "scenes"}
 
 
 def make_benchmark(name: str, config: Mapping[str, Any] | None = None) -> Benchmark:

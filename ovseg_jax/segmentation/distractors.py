@@ -7,7 +7,7 @@ classes everyday nouns are added to the softmax; pixels that one of them wins ar
 
 from collections.abc import Sequence
 
-from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.vocabulary import Vocabulary
 
 # Noun: other words for it, kinds and parts of it, and wider words that include it. A class that is
 # any of these would lose its own pixels to the noun, so the noun is then not used. Frequent
@@ -105,25 +105,11 @@ def with_distractors(
     Raises:
       UserError: no class, an empty class name, or one that is listed twice.
     """
-    check_class_names(class_names)
+    Vocabulary.of(class_names)
     vocabulary = DISTRACTORS if vocabulary is None else vocabulary
     taken = set().union(*(_words(name) for name in class_names))
     free = [noun for noun, related in vocabulary.items() if not taken & _forms({noun, *related})]
     return [*class_names, *free[: max(0, minimum - len(class_names))]]
-
-
-def check_class_names(class_names: Sequence[str]) -> None:
-    """Raises UserError for an empty list, an empty name, or a name listed twice."""
-    if not class_names:
-        raise UserError("no classes: name at least one, for example --classes='cat,dog'")
-    seen = set()
-    for name in class_names:
-        key = name.strip().lower()
-        if not key:
-            raise UserError(f"empty class name in {list(class_names)}")
-        if key in seen:
-            raise UserError(f"class {name!r} is listed twice")
-        seen.add(key)
 
 
 def _words(class_name: str) -> set[str]:

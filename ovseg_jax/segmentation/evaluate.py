@@ -1,8 +1,10 @@
 """Zero-shot evaluation of a segmenter on a benchmark, and the result file."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +14,13 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.class_words import words_of
+from ovseg_jax.segmentation.counts import Counts, percent
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
+from ovseg_jax.segmentation.parts import Gather
 from ovseg_jax.segmentation.protocol import Protocol, names_hash
+from ovseg_jax.segmentation.published import is_named, protocol_notes
 from ovseg_jax.segmentation.scores import (
     Encode,
     ImageScores,
@@ -33,23 +39,28 @@ def scored_benchmark(
     *,
     batch_size: int = 32,
     encode: Encode | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[ImageScores, UInt8[np.ndarray, "H W"]]]:
-    """Class scores and true labels of each image: what `calibrate` takes.
+    """Scores of the words and true labels of each image: what `calibrate` takes.
 
     Args:
       encode: instead of `segmenter.encode`, see `scores.Encode`.
+      part: (p, n) for every n-th image from image p on. The scores' index is the image's number in
+        the whole benchmark all the same.
     """
-    text = segmenter.text(list(benchmark.class_names), protocol.templates)
-    truths = {}
+    vocabulary, _ = words_of(benchmark, protocol.class_names)
+    text = segmenter.text(list(vocabulary.words), protocol.templates)
+    numbers, truths = range(part[0], len(benchmark), part[1]), {}
 
     def images():
-        for index in range(len(benchmark)):
-            image, truths[index] = benchmark[index]
+        for place, number in enumerate(numbers):
+            image, truths[place] = benchmark[number]
             yield image
 
     encode = encode or without_index(segmenter.encode)
     for scores in image_scores(encode, text, images(), protocol, batch_size):
-        yield scores, truths.pop(scores.index)
+        truth = truths.pop(scores.index)
+        yield dataclasses.replace(scores, index=numbers[scores.index]), truth
 
 
 def evaluate(
@@ -60,6 +71,8 @@ def evaluate(
     batch_size: int = 32,
     encode: Encode | None = None,
     progress: Callable[[int, int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
+    gather: Gather | None = None,
 ) -> dict[str, Any]:
     """The result of one benchmark: plain values, ready for JSON.
 
@@ -67,10 +80,14 @@ def evaluate(
       batch_size: windows in one call of the encoder.
       encode: instead of `segmenter.encode`, see `scores.Encode`.
       progress: called with (images done, images in all).
+      part: (p, n), the share of the images that this process works on, see `scored_benchmark`.
+      gather: what puts the counts of all parts together, `parts.gather_counts`. The result is then
+        that of the whole benchmark, whatever the number of parts.
 
     Raises:
       UserError: a benchmark with background and a protocol without a threshold.
     """
+    open_scale = protocol.scale is None
     protocol = with_scale(protocol.for_benchmark(benchmark.name), segmenter)
     if not benchmark.has_background:
         protocol = protocol.replace(threshold=None)
@@ -79,52 +96,67 @@ def evaluate(
             f"benchmark {benchmark.name} has a background but the protocol has no threshold: "
             "set one, or find it on a tune split"
         )
-    confusion = ConfusionMatrix.empty(len(benchmark.class_names) + benchmark.has_background)
+    vocabulary, names_file = words_of(benchmark, protocol.class_names)
+    counts = Counts(len(vocabulary.classes) + benchmark.has_background, len(benchmark))
     truths, clock, done = {}, _Clock(), 0
+    own = len(range(part[0], len(benchmark), part[1]))
 
     def scores():
-        options = {"batch_size": batch_size, "encode": encode}
+        options = {"batch_size": batch_size, "encode": encode, "part": part}
         for one, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
             truths[one.index] = truth
             yield one
 
-    for one, labels in label_maps(scores(), protocol, group=batch_size):
-        confusion.update(labels, truths.pop(one.index))
+    for one, labels in label_maps(scores(), protocol, vocabulary.owners, group=batch_size):
+        counts.add(one, labels, truths.pop(one.index))
         done += 1
-        if done % batch_size == 0 or done == len(benchmark):
+        if done % batch_size == 0 or done == own:
             clock.tick(done)
             if progress:
-                progress(done, len(benchmark))
+                progress(done, own)
+    counts.images, counts.clock = done, (clock.seconds(), clock.rate())
+    if gather is not None:
+        counts = counts.joined(gather)
+    seconds, rate = counts.clock
     return {
         "benchmark": benchmark.name,
-        **summary(confusion, benchmark),
-        "images": done,
-        "seconds": round(clock.seconds(), 3),
-        "images_per_second": round(clock.rate(), 3),
+        **summary(counts.confusion, benchmark),
+        "images": counts.images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(rate, 3),
+        "group_usage": counts.group_usage(),
         "data": benchmark.describe(),
         "protocol": {
             **protocol.as_dict(),
             "background": benchmark.has_background,
-            "classes": len(benchmark.class_names),
-            "class_names_hash": names_hash(benchmark.class_names),
+            "classes": len(vocabulary.classes),
+            "words": list(vocabulary.lines()),
+            "class_names_hash": names_hash(vocabulary.lines()),
+            "class_names_file": names_file,
+            "as_named": is_named(protocol, benchmark.name, open_scale),
+            "notes": protocol_notes(protocol.name),
         },
+        "confusion": counts.confusion.counts.tolist(),
+        "image_miou": counts.image_miou(),
     }
 
 
 def summary(confusion: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
     """Every measure of a confusion matrix, in percent; None where it is not defined.
 
-    `miou` is over all labels, background included; `miou_seen` and `miou_unseen` are over the
-    classes that training captions name or never name, without background. `all_background_miou` is
-    what labeling everything background would get on the same images.
+    `miou` is over all labels, background included; `miou_seen` and `miou_unseen` (Table 7) are over
+    the classes that training captions name or never name, without background; `zss` (Table 2) over
+    the classes that zero-shot segmentation leaves out, all classes being candidates.
+    `all_background_miou` is what labeling everything background would get on the same images.
     """
     first = int(benchmark.has_background)
     names = ["background"] * first + list(benchmark.class_names)
     unseen = {first + i for i in benchmark.unseen}
     seen = [i for i in range(first, len(names)) if i not in unseen]
+    known = getattr(benchmark, "entities_known", bool(unseen))
     result = {
         "miou": confusion.miou(),
-        "miou_seen": confusion.miou(seen),
+        "miou_seen": confusion.miou(seen) if known else math.nan,
         "miou_unseen": confusion.miou(sorted(unseen)),
         "pixel_accuracy": confusion.pixel_accuracy(),
         "mean_accuracy": confusion.mean_accuracy(),
@@ -132,22 +164,44 @@ def summary(confusion: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
     }
     if benchmark.has_background:
         result["all_background_miou"] = confusion.all_background().miou()
-    result = {name: _percent(value) for name, value in result.items()}
+    result = {name: percent(value) for name, value in result.items()}
+    if known:
+        counts = getattr(benchmark, "paper_counts", None)
+        result["entities"] = {"seen": len(seen), "unseen": len(unseen), "in_paper": counts}
+    if zss := getattr(benchmark, "zss", ()):
+        result["zss"] = {
+            "classes": [benchmark.class_names[i] for i in zss],
+            "miou": percent(confusion.miou([first + i for i in zss])),
+        }
     per_class = zip(names, confusion.iou(), strict=True)
-    return {**result, "iou": {name: _percent(value) for name, value in per_class}}
+    return {**result, "iou": {name: percent(value) for name, value in per_class}}
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Writes a result as JSON; a reader never finds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(Path(path), _readable(result) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file, at once as seen from outside.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _percent(value: float) -> float | None:
-    return None if math.isnan(value) else round(100 * float(value), 4)
+def _readable(result: dict[str, Any]) -> str:
+    """JSON with one line a field, and one a row of long lists of numbers."""
+    text = json.dumps(result, indent=2, allow_nan=False)
+    numbers = re.compile(r"\[\s+(-?[\d.e+-]+|null)(,\s+(-?[\d.e+-]+|null))*\s+\]")
+    return numbers.sub(lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 class _Clock:

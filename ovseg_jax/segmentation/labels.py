@@ -2,24 +2,28 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
 from ovseg_jax.segmentation import one_group, readout, windows
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.shapes import Float
 
 # Floats of class probability per pixel that exist at one time; more pixels are done in bands.
 BAND_FLOATS = 32 << 20
+Owners = tuple[int, ...] | None
 
 
 def label_maps(
     scores: Iterable[ImageScores],
     protocol: Protocol,
-    classes: int | None = None,
+    owners: Owners = None,
     group: int = 16,
 ) -> Iterator[tuple[ImageScores, Integer[np.ndarray, "H W"]]]:
     """Each image's scores with its labels at its original size.
@@ -28,49 +32,128 @@ def label_maps(
     None (see `readout.decide`).
 
     Args:
-      classes: number of real classes, all that were scored by default; the others are distractors.
+      owners: the class of each word that was scored, -1 for background; by default every word is a
+        class.
       group: consecutive images of equal size that are labeled in one call.
     """
     same: list[ImageScores] = []
     for one in scores:
-        if same and (len(same) == group or one.shapes != same[0].shapes):
-            yield from zip(same, _labels_of(same, protocol, classes, group), strict=True)
+        if same and (len(same) == group or one.shapes != same[0].shapes or protocol.refined):
+            yield from zip(same, _labels_of(same, protocol, owners, group), strict=True)
             same = []
         same.append(one)
     if same:
-        yield from zip(same, _labels_of(same, protocol, classes, group), strict=True)
+        yield from zip(same, _labels_of(same, protocol, owners, group), strict=True)
 
 
 def _labels_of(
-    same: Sequence[ImageScores], protocol: Protocol, classes: int | None, group: int
+    same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int
 ) -> Integer[np.ndarray, "B H W"]:
     if protocol.grouping == "one_group":
-        return np.stack([_one_group_labels(one, protocol, classes) for one in same])
-    cells = np.stack([one.cells for one in same])
-    margins = np.stack([one.image_margins() for one in same])
-    if len(same) > 1:  # one shape for any number of images, so nothing is compiled again
-        padding = ((0, group - len(same)), (0, 0), (0, 0), (0, 0))
-        cells, margins = np.pad(cells, padding), np.pad(margins, padding)
-    rows, columns = same[0].weights(nearest=protocol.order == "argmax_first")
-    label = functools.partial(
+        return np.stack([_one_group_labels(one, protocol, owners) for one in same])
+    label = _prepared(same, protocol, owners, group)
+    if not protocol.min_area:
+        return label(protocol.threshold, None)
+    # The rule counts pixels of the best class, before the threshold.
+    found = label(None if protocol.threshold is None else 0.0, None)
+    kept = [
+        _large_words(one, protocol, owners, one_score)
+        for one, one_score in zip(
+            found, (score.group_cosines.shape[-1] for score in same), strict=True
+        )
+    ]
+    return label(protocol.threshold, np.stack(kept))
+
+
+def _large_words(
+    labels: Integer[np.ndarray, "H W"], protocol: Protocol, owners: Owners, words: int
+) -> Float[np.ndarray, " words"]:
+    """1 for each word of a class that is found on enough pixels, and of the background."""
+    classes = np.arange(words) if owners is None else np.asarray(owners)
+    first = int(protocol.threshold is not None)
+    areas = np.bincount(labels.ravel(), minlength=classes.max() + 1 + first)[first:]
+    large = areas > protocol.min_area * areas.sum()
+    return np.where(classes < 0, True, large[classes]).astype(np.float32)
+
+
+def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int) -> Any:
+    """(threshold, kept words [B, W] or None) -> labels [B, H, W], in bands of rows."""
+    if protocol.refined:
+        maps, margins = _refined(same[0], protocol)
+        height, width = same[0].size
+        rows = windows.bilinear_weights(height, maps.shape[1])
+        columns = windows.bilinear_weights(width, maps.shape[2])
+    else:
+        maps = np.stack([one.cells for one in same])
+        margins = np.stack([one.image_margins() for one in same])
+        rows, columns = same[0].weights(nearest=protocol.order == "argmax_first")
+    count = len(same)
+    padding = ((0, group - count if count > 1 else 0), (0, 0), (0, 0), (0, 0))
+    if count > 1:  # one shape for any number of images, so nothing is compiled again
+        maps, margins = np.pad(maps, padding), np.pad(margins, padding)
+    height, floats = len(rows), maps.shape[0] * len(columns) * (maps.shape[-1] + 1)
+    band = -(-height // -(-height * floats // BAND_FLOATS))
+    rows = np.pad(rows, ((0, band * -(-height // band) - height), (0, 0)))
+    band_of = functools.partial(
         _label_band,
-        threshold=protocol.threshold,
         scale=protocol.scale,
         image_scale=protocol.image_scale,
         order=protocol.order,
-        classes=classes,
+        owners=owners,
+        averaged="done" if protocol.refined and not _late(protocol) else protocol.averaged,
     )
-    height = len(rows)
-    floats = cells.shape[0] * len(columns) * (cells.shape[-1] + 1)
-    bands = -(-height * floats // BAND_FLOATS)
-    band = -(-height // bands)
-    rows = np.pad(rows, ((0, band * -(-height // band) - height), (0, 0)))
-    parts = [label(cells, margins, rows[i : i + band], columns) for i in range(0, height, band)]
-    return np.concatenate(parts, 1)[: len(same), :height]
+
+    def label(threshold: float | None, kept: Any) -> Integer[np.ndarray, "B H W"]:
+        if kept is not None:
+            kept = np.pad(kept, padding[:2])
+        labels = np.empty((count, height, len(columns)), np.int32)
+        for start in range(0, height, band):
+            part = band_of(maps, margins, rows[start : start + band], columns, threshold, kept)
+            labels[:, start : start + band] = np.asarray(part)[:count, : height - start]
+        return labels
+
+    return label
+
+
+def _late(protocol: Protocol) -> bool:
+    """Whether the softmax over classes comes last."""
+    return protocol.averaged == "cosines"
+
+
+def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
+    """Scores [1, h, w, W] at the protocol's size: the mean over the image's views, then refined by
+    its colors. Also no margins [1, 1, 1, W]: they are in the scores."""
+    total, base = None, windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
+    for view in (one, *one.more):
+        rows, columns = view.weights(base)
+        part = _view_map(
+            view.cells,
+            view.image_margins(),
+            rows,
+            columns,
+            protocol.scale,
+            protocol.image_scale,
+            late=_late(protocol),
+        )
+        total = part if total is None else total + part
+    maps = total / np.float32(len(one.more) + 1)
+    if protocol.pamr_steps:
+        dilations = tuple(protocol.pamr_dilations)
+        maps = pamr(maps, one.image, steps=protocol.pamr_steps, dilations=dilations)
+    return maps[None], np.zeros((1, 1, 1, maps.shape[-1]), np.float32)
+
+
+@jax.jit(static_argnames=("late",))
+def _view_map(cells, margins, rows, columns, scale, image_scale, late):
+    maps = cells[None]
+    if not late:
+        maps = readout.probabilities(maps, scale)
+        maps = readout.held_to_image(maps, margins[None], image_scale)
+    return readout.spread(maps, rows, columns)[0]
 
 
 def _one_group_labels(
-    one: ImageScores, protocol: Protocol, classes: int | None
+    one: ImageScores, protocol: Protocol, owners: Owners
 ) -> Integer[np.ndarray, "H W"]:
     side, stride = protocol.window, protocol.stride
     return one_group.label_image(
@@ -82,7 +165,7 @@ def _one_group_labels(
         size=one.size,
         threshold=protocol.threshold,
         cap=protocol.cap_threshold,
-        classes=classes,
+        owners=owners,
         band_floats=BAND_FLOATS,
     )
 
@@ -102,9 +185,17 @@ def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarra
 _group_probabilities = jax.jit(one_group.group_probabilities, static_argnames="image_classes")
 
 
-@jax.jit(static_argnames=("order", "classes"))
-def _label_band(cells, margins, rows, columns, threshold, scale, image_scale, order, classes):
-    p = readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
-    maps = readout.before_spread(p, threshold, order, classes)
-    maps = readout.spread(maps, rows, columns)
-    return readout.after_spread(maps, threshold, order, classes)
+@jax.jit(static_argnames=("order", "owners", "averaged"))
+def _label_band(
+    maps, margins, rows, columns, threshold, kept, scale, image_scale, order, owners, averaged
+):
+    if averaged == "probabilities":
+        p = readout.held_to_image(readout.probabilities(maps, scale), margins, image_scale)
+        p = readout.spread(readout.before_spread(p, threshold, order, owners), rows, columns)
+    elif averaged == "cosines":
+        p = readout.probabilities(readout.spread(maps, rows, columns), scale)
+    else:
+        p = readout.spread(jnp.asarray(maps), rows, columns)
+    if kept is not None:
+        p = p * jnp.asarray(kept)[:, None, None]
+    return readout.after_spread(p, threshold, order, owners)

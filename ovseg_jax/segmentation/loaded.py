@@ -2,23 +2,35 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
+from ovseg_jax import sharding
 from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.distractors import check_class_names, with_distractors
+from ovseg_jax.segmentation.distractors import with_distractors
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
+from ovseg_jax.segmentation.scores import (
+    ImageScores,
+    default_batch,
+    image_scores,
+    with_scale,
+    without_index,
+)
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
+from ovseg_jax.segmentation.windows import resize_image
 from ovseg_jax.weights.model_dir import load_model
 
-AnyImage = str | os.PathLike | Image.Image | np.ndarray
+# The bytes are those of an image file.
+AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
 # Words in the softmax where neither the caller nor the model's calibration says how many.
 WORDS = 20
@@ -32,20 +44,28 @@ class Segmentation:
 
     Attributes:
       labels: at the size of the image: 0 is background, 1 + i the i-th class.
-      classes: their names.
+      classes: their names; the first word of each that was given with synonyms.
       scores: of each class, its highest probability anywhere in the image, 0 to 1. Probabilities
         compare the words that compete, so they depend on the list of classes.
+      parts: what the labels were made of, window by window.
     """
 
     labels: Int[np.ndarray, "H W"]
     classes: tuple[str, ...]
     scores: Float[np.ndarray, "C"]
+    parts: ImageScores = field(repr=False, compare=False)
 
     @property
     def areas(self) -> Float[np.ndarray, "C"]:
         """Share of the image that each class takes, 0 to 1."""
         counts = np.bincount(self.labels.reshape(-1), minlength=1 + len(self.classes))
         return counts[1:] / self.labels.size
+
+    @property
+    def groups(self) -> Int[np.ndarray, "H W"]:
+        """The group of each pixel. Windows are grouped one by one: with K groups, those of window
+        n count from n K, and a pixel in several windows has its group in the first of them."""
+        return self.parts.group_map()
 
 
 class LoadedModel:
@@ -54,86 +74,168 @@ class LoadedModel:
     Attributes:
       protocol: how label maps are made.
       info: what the model directory's config.json says, provenance included.
+
+    Args:
+      directory: the model directory.
+      settings: fields of the protocol (`segmentation.protocol.Protocol`) that are to differ, such
+        as ``flip=True`` or ``pamr_steps=10``.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, **settings: Any):
         saved = load_model(Path(directory))
         self.info = saved.info
-        protocol = Protocol.from_config(saved.info["protocol"])
-        self._segmenter = ModelSegmenter.of_saved(saved, protocol)
+        protocol = Protocol.from_config({**saved.info["protocol"], **settings})
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+        self._shards = sharding.batch_shards(mesh)
+        self._segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
         self.protocol = with_scale(protocol, self._segmenter)
         self._embeddings: dict[tuple[str, ...], np.ndarray] = {}
 
     def segment(
         self,
-        image: AnyImage,
+        images: AnyImage | Sequence[AnyImage],
         classes: Sequence[str],
         *,
-        background: bool = True,
+        background: bool | Sequence[str] = True,
         threshold: float | None = None,
         words: int = 0,
-    ) -> Segmentation:
+        batch_size: int = 0,
+    ) -> Segmentation | list[Segmentation]:
         """Gives every pixel of an image a class, or background.
 
         Args:
-          image: a path, a PIL image, or uint8 [H, W, 3] RGB (or [H, W] gray) of any size.
-          classes: names in plain words, such as ["cat", "fire hydrant"].
+          images: a path, a PIL image, or uint8 [H, W, 3] RGB (or [H, W] gray) of NumPy or JAX, of
+            any size; or a list of those, or uint8 [B, H, W, 3].
+          classes: names in plain words, such as ["cat", "fire hydrant"]; synonyms of one class
+            between bars, "cat|kitten|tabby".
           background: whether pixels may belong to none of the classes. Without, every pixel gets
-            the best class.
+            the best class. A list of words instead: pixels that one of them wins are background.
           threshold: a pixel whose best probability is lower is background; by default the
-            protocol's.
+            protocol's, or 0 where words for the background are given.
           words: words that compete in all; with fewer classes everyday words are added, and what
-            they win becomes background. 0: as many as in the model's calibration.
+            they win becomes background. 0: as many as in the model's calibration. Not used where
+            words for the background are given.
+          batch_size: windows encoded at once; the encoder is compiled once for each. 0: what suits
+            the devices.
+
+        Returns:
+          A result, or a list of results in the order of the images.
 
         Raises:
           UserError: an image that cannot be read, or a bad list of classes.
         """
+        many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
         options = {"background": background, "threshold": threshold, "words": words}
-        _, result = next(self.segment_each([image], classes, **options, batch_size=1))
-        return result
+        found = dict(
+            self.segment_each(
+                images if many else [images], classes, **options, batch_size=batch_size
+            )
+        )
+        return [found[i] for i in range(len(found))] if many else found[0]
 
     def segment_each(
         self,
         images: Iterable[AnyImage],
         classes: Sequence[str],
         *,
-        background: bool = True,
+        background: bool | Sequence[str] = True,
         threshold: float | None = None,
         words: int = 0,
-        batch_size: int = 4,
+        batch_size: int = 0,
     ) -> Iterator[tuple[int, Segmentation]]:
         """(position, result) of each image as it is done, not always in order; see `segment`.
 
         Args:
           images: read as they are needed.
-          batch_size: windows encoded at once.
         """
-        if isinstance(classes, str):
-            raise UserError(f"classes is a list of names: [{classes!r}], not one text")
-        classes = tuple(classes)
-        check_class_names(classes)
-        protocol, competing = self.protocol, list(classes)
-        if not background:
-            protocol = protocol.replace(threshold=None)
-        else:
-            limit = protocol.threshold if threshold is None else threshold
-            protocol = protocol.replace(threshold=0.0 if limit is None else float(limit))
-            minimum = words or self.info["provenance"].get("calibrated_words", WORDS)
-            competing = with_distractors(classes, minimum=minimum)
-        text = self._text(tuple(competing))
+        vocabulary, protocol = self._competition(classes, background, threshold, words)
         scored = image_scores(
             without_index(self._segmenter.encode),
-            text,
+            self._text(vocabulary.words),
             (read_image(image) for image in images),
             protocol,
-            batch_size=batch_size,
+            batch_size=self._whole_batch(batch_size),
         )
-        count = len(classes)
-        for one, labels in label_maps(scored, protocol, classes=count, group=1):
-            p = class_probabilities(one, protocol).reshape(-1, len(competing))[:, :count]
+        owners = np.array(vocabulary.owners)
+        for one, labels in label_maps(scored, protocol, vocabulary.owners, group=1):
+            p = class_probabilities(one, protocol).reshape(-1, len(owners)).max(axis=0)
+            best = np.zeros(len(vocabulary.classes), np.float32)
+            np.maximum.at(best, owners[owners != BACKGROUND], p[owners != BACKGROUND])
             # Without background, labels count the classes from 0.
-            shifted = labels if background else labels + 1
-            yield one.index, Segmentation(shifted.astype(np.int32), classes, p.max(axis=0))
+            shifted = labels if protocol.threshold is not None else labels + 1
+            yield one.index, Segmentation(shifted.astype(np.int32), vocabulary.classes, best, one)
+
+    def embed_image(
+        self, images: AnyImage | Sequence[AnyImage], batch_size: int = 0
+    ) -> Float[np.ndarray, "N E"]:
+        """Unit embeddings of whole images, to be compared with those of `embed_text`.
+
+        Each image is seen once: its short side is brought to the protocol's window, and the square
+        in its middle is taken.
+
+        Args:
+          images, batch_size: see `segment`; a single image gives one row.
+        """
+        many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        side, rows = self.protocol.window, []
+        size = self._whole_batch(batch_size)
+        squares = [_middle(read_image(x), side) for x in (images if many else [images])]
+        for start in range(0, len(squares), size):
+            part = np.stack(squares[start : start + size])
+            padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+            rows.append(np.asarray(self._segmenter.encode(padded)[2])[: len(part)])
+        embeddings = np.concatenate(rows).astype(np.float32)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+    def embed_text(
+        self, texts: Sequence[str], templates: Sequence[str] | None = None
+    ) -> Float[np.ndarray, "N E"]:
+        """Unit embeddings of class names in the protocol's templates, averaged over them.
+
+        Args:
+          templates: others, each with {} for the name; ("{}",) for whole sentences.
+
+        Raises:
+          UserError: no text, or a template without {}.
+        """
+        if isinstance(texts, str) or not len(texts):
+            raise UserError("texts is a list of at least one text")
+        templates = self.protocol.templates if templates is None else tuple(templates)
+        if not templates or any("{}" not in template for template in templates):
+            raise UserError("templates need at least one text, each with {} for the name")
+        return self._segmenter.text(tuple(texts), templates)
+
+    def _whole_batch(self, batch_size: int) -> int:
+        """The least number of windows, from `batch_size` on, that all devices share evenly."""
+        if batch_size < 0:
+            raise UserError(
+                f"batch_size is {batch_size}; it must be at least 1, or 0 to choose one"
+            )
+        batch_size = batch_size or default_batch(self.protocol.window)
+        return -(-batch_size // self._shards) * self._shards
+
+    def _competition(
+        self,
+        classes: Sequence[str],
+        background: bool | Sequence[str],
+        threshold: float | None,
+        words: int,
+    ) -> tuple[Vocabulary, Protocol]:
+        """The words that compete for a pixel, and the protocol with its threshold."""
+        if isinstance(background, str):
+            raise UserError(f"background is a list of words: [{background!r}], not one text")
+        if background is False:
+            return Vocabulary.of(classes), self.protocol.replace(threshold=None, thresholds={})
+        if background is True:
+            vocabulary = Vocabulary.of(classes)
+            minimum = words or self.info["provenance"].get("calibrated_words", WORDS)
+            names = list(vocabulary.words)
+            more = with_distractors(names, minimum=minimum)[len(names) :]
+            vocabulary = vocabulary.with_background(more)
+            limit = self.protocol.threshold if threshold is None else threshold
+        else:
+            vocabulary, limit = Vocabulary.of(classes, background), threshold
+        return vocabulary, self.protocol.replace(threshold=float(limit or 0.0))
 
     def _text(self, words: tuple[str, ...]) -> np.ndarray:
         if words not in self._embeddings:
@@ -141,6 +243,14 @@ class LoadedModel:
                 self._embeddings.pop(next(iter(self._embeddings)))
             self._embeddings[words] = self._segmenter.text(words, self.protocol.templates)
         return self._embeddings[words]
+
+
+def _middle(image: np.ndarray, side: int) -> np.ndarray:
+    """The square in the middle of the image, [side, side, 3]."""
+    factor = side / min(image.shape[:2])
+    h, w = (max(side, round(length * factor)) for length in image.shape[:2])
+    top, left = (h - side) // 2, (w - side) // 2
+    return resize_image(image, h, w)[top : top + side, left : left + side]
 
 
 def read_image(image: AnyImage) -> np.ndarray:
@@ -151,13 +261,15 @@ def read_image(image: AnyImage) -> np.ndarray:
     """
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | bytes | os.PathLike):
+        name = "the data" if isinstance(image, bytes) else image
         try:
-            return np.asarray(decode(Path(image).read_bytes()))
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return np.asarray(decode(data))
         except OSError as error:
-            raise UserError(f"{image} cannot be read: {error.strerror}") from None
+            raise UserError(f"{name} cannot be read: {error.strerror}") from None
         except UnreadableImage as error:
-            raise UserError(f"{image} is no image that can be read: {error.cause}") from None
+            raise UserError(f"{name} is no image that can be read: {error.cause}") from None
     array = np.asarray(image)
     gray = array.ndim == 2
     if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):

@@ -122,7 +122,7 @@ def label_image(
     size: tuple[int, int],
     threshold: float | None,
     cap: bool,
-    classes: int | None = None,
+    owners: tuple[int, ...] | None = None,
     band_floats: int,
 ) -> Int[np.ndarray, "H W"]:
     """The label map of one image: 0 for background and 1 + class, or the class without threshold.
@@ -132,15 +132,15 @@ def label_image(
       window: (height, width) of the windows. corners: their (top, left).
       resized, size: (height, width) of the image as it was segmented, and as it came.
       cap: see `with_background`.
-      classes: number of real classes, all by default; the others are distractors, and background.
+      owners: the class of each word, -1 for background; by default every word is a class.
       band_floats: scores that exist at one time; more are done in bands of rows.
 
     Raises:
-      UserError: distractors without a background.
+      UserError: words for the background, and no threshold.
     """
-    count = p.shape[-1] if classes is None else classes
-    if threshold is None and count != p.shape[-1]:
-        raise UserError("distractors need a background that they can be painted as")
+    classes = np.arange(p.shape[-1]) if owners is None else np.asarray(owners)
+    if threshold is None and classes.min() < 0:
+        raise UserError("words for the background need a background that they can be painted as")
     tables = jnp.asarray(p) if threshold is None else with_background(p, threshold, cap)
     members = pixel_groups(soft, window)
     down, columns = (bilinear_taps(n, m) for n, m in zip(size, resized, strict=True))
@@ -160,5 +160,6 @@ def label_image(
         for start in range(0, padded, band)
     ]
     labels = np.concatenate([np.asarray(part) for part in parts])[: size[0]]
-    # Distractors come after the real classes, and the background before them.
-    return labels if threshold is None else np.where(labels > count, 0, labels)
+    # The winning column of the table: the background, if there is one, then the words.
+    table = classes if threshold is None else np.concatenate([[0], classes + 1])
+    return table.astype(np.int32)[labels]

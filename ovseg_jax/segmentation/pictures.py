@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt
 
 from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
-from ovseg_jax.shapes import UInt8
+from ovseg_jax.shapes import Float, UInt8
 
+LARGEST = 2048  # pixels: the longest side of a picture
 PANEL = 320  # pixels: small images are enlarged to about this side
 MARGIN = 12
 PAPER, INK, FRAME = (255, 255, 255), (25, 25, 25), (150, 150, 150)
@@ -23,22 +25,60 @@ def overlay(
     *,
     background: bool = True,
     opacity: float = 0.55,
+    names: bool = False,
 ) -> Image.Image:
     """The image with its regions tinted and outlined, and a legend below of the classes in it.
 
     With `background`, label 0 is left as it is and label i is class i - 1; without, label i is
-    class i.
+    class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
+
+    Args:
+      names: also write each class's name where it is widest.
     """
-    labels, side = labels.astype(np.int64), max(image.shape[:2])
-    factor = max(1, round(2 * PANEL / side))
+    side = max(image.shape[:2])
+    factor, step = max(1, round(2 * PANEL / side)), -(-side // LARGEST)
+    image, labels = (x[::step, ::step] for x in (image, labels.astype(np.int64, copy=False)))
     image, labels = (np.repeat(np.repeat(x, factor, 0), factor, 1) for x in (image, labels))
-    tint = paint(labels, len(class_names), background=background)
-    inside = ((labels > 0) | (not background))[..., None]
-    mixed = np.where(inside, image + opacity * (tint.astype(np.float32) - image), image)
-    mixed[_borders(labels)] = PAPER
+    mixed = _tinted(image, labels, len(class_names), background, opacity)
     shown = labels[labels > 0] if background else labels
     legend = _legend(shown, class_names, background)
-    return _with_legend(Image.fromarray(mixed.astype(np.uint8)), legend)
+    picture = Image.fromarray(mixed)
+    if names:
+        _write_names(picture, labels, class_names, background)
+    return _with_legend(picture, legend)
+
+
+def _tinted(
+    image: np.ndarray, labels: np.ndarray, count: int, background: bool, opacity: float = 0.55
+) -> np.ndarray:
+    """The image with the colors of the labels mixed in, and white borders between them."""
+    tint = paint(labels, count, background=background)
+    inside = ((labels > 0) | (not background))[..., None]
+    image = image.astype(np.float32)
+    mixed = np.where(inside, image + np.float32(opacity) * (tint - image), image)
+    mixed[_borders(labels)] = PAPER
+    return mixed.astype(np.uint8)
+
+
+def _write_names(
+    picture: Image.Image, labels: np.ndarray, class_names: Sequence[str], background: bool
+) -> None:
+    """Names on their regions, in place, each at the pixel that is farthest from the region's edge;
+    regions that a name would hide are left to the legend."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
+    first = int(background)
+    for label in np.unique(labels):
+        if not first <= label < first + len(class_names):
+            continue
+        # With a margin of zeros, so that the edge of the image is an edge too.
+        inside = distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(inside.argmax(), inside.shape)
+        if inside[y, x] < FONT:
+            continue
+        text = class_names[label - first]
+        half = font.getlength(text) / 2
+        x = min(max(x, half + 2), picture.width - half - 2)
+        draw.text((x, y), text, PAPER, font, anchor="mm", stroke_width=3, stroke_fill=INK)
 
 
 def scene_panel(
@@ -52,7 +92,7 @@ def scene_panel(
     background: bool = True,
     group_count: int | None = None,
 ) -> Image.Image:
-    """image | groups | prediction | truth, with titles, and a legend of the classes seen in them.
+    """image | groups | prediction | truth | overlay, and a legend of the classes in them.
 
     Args:
       groups: the group of each pixel.
@@ -68,6 +108,10 @@ def scene_panel(
         shown.append((name, paint(label.astype(np.int64), len(class_names), background=background)))
     font = ImageFont.load_default(size=FONT)
     tiles = [(name, _enlarged(pixels)) for name, pixels in shown]
+    large, found = (np.asarray(_enlarged(x)) for x in (image, prediction.astype(np.uint8)))
+    named = Image.fromarray(_tinted(large, found.astype(np.int64), len(class_names), background))
+    _write_names(named, found, class_names, background)
+    tiles.append(("overlay", named))
     width = sum(tile.width + MARGIN for _, tile in tiles) + MARGIN
     head = MARGIN + (FONT + 8) * (2 if title else 1)
     sheet = Image.new("RGB", (width, head + tiles[0][1].height + MARGIN), PAPER)
@@ -83,6 +127,29 @@ def scene_panel(
         left += tile.width + MARGIN
     parts = np.concatenate([label.ravel() for _, label in labels])
     return _with_legend(sheet, _legend(parts, class_names, background))
+
+
+def soft_maps(
+    maps: Float[np.ndarray, "maps h w"], groups: Sequence[int], width: int
+) -> Image.Image:
+    """Affinity maps in a row, each from black (its lowest) to white (its highest).
+
+    Args:
+      groups: which group each map is of. width: of the row, pixels.
+    """
+    font = ImageFont.load_default(size=FONT)
+    side = (width - MARGIN) // max(len(maps), 1) - MARGIN
+    height = max(1, round(side * maps.shape[1] / maps.shape[2]))
+    sheet = Image.new("RGB", (width, FONT + 8 + height + MARGIN), PAPER)
+    draw, left = ImageDraw.Draw(sheet), MARGIN
+    for group, soft in zip(groups, maps, strict=True):
+        spread = max(float(np.ptp(soft)), 1e-9)
+        gray = np.rint(255 * (soft - soft.min()) / spread).astype(np.uint8)
+        tile = Image.fromarray(gray).resize((side, height), Image.Resampling.NEAREST)
+        draw.text((left + side // 2, FONT + 2), f"group {group}", INK, font, anchor="ms")
+        sheet.paste(tile.convert("RGB"), (left, FONT + 8))
+        left += side + MARGIN
+    return sheet
 
 
 def contact_sheet(rows: Sequence[Image.Image], columns: int = 1) -> Image.Image:

@@ -16,7 +16,12 @@ CHOICES = {
     "average": ("unit", "raw"),
     "resize": ("antialiased", "four_pixels"),
     "grid": ("exact", "rounded_patch"),
+    "averaged": ("probabilities", "cosines"),
+    "assignment": ("soft", "hard"),
+    "class_names": ("released", "official", "sclip"),
 }
+# Fields that a benchmark may have a value of its own for: all but the name and the tables.
+_TABLES = ("name", "thresholds", "per_benchmark")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,19 @@ class Protocol:
       average: what is averaged over the templates, 'unit' embeddings or 'raw' ones.
       resize: 'antialiased' or 'four_pixels', see `windows.resize_image`.
       grid: 'exact' or 'rounded_patch', see `windows.grid_shape`.
+      averaged: what is averaged over windows and interpolated to pixels: 'probabilities', or
+        'cosines', with the softmax over classes taken at each pixel.
+      class_names: whose words stand for the classes of a benchmark, see `class_names`.
+      min_area: classes found on less than this share of all foreground pixels are taken out, and
+        their pixels go to the best of the other words; 0 for none.
+      assignment: 'soft', or 'hard': each patch belongs to its best group alone.
+      assignment_temperature: affinities are raised to the power 1 / temperature and divided by
+        their sum over groups; below 1 sharper, 1 as they are.
+      flip: average with the mirrored image.
+      scales: factors on the resized image; what is found at all of them is averaged.
+      pamr_steps, pamr_dilations: refinement by the image's own colors, see `refine`; 0 steps for
+        none.
+      per_benchmark: fields that differ for some benchmarks, by the benchmarks' names.
     """
 
     name: str = "paper"
@@ -67,6 +85,16 @@ class Protocol:
     resize: str = "antialiased"
     grid: str = "exact"
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    averaged: str = "probabilities"
+    class_names: str = "released"
+    min_area: float = 0.0
+    assignment: str = "soft"
+    assignment_temperature: float = 1.0
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    pamr_steps: int = 0
+    pamr_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    per_benchmark: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_order(self.order)
@@ -89,6 +117,44 @@ class Protocol:
             raise UserError("protocol: image_classes must be at least 0")
         if not self.templates or any("{}" not in text for text in self.templates):
             raise UserError("protocol: templates need at least one text, each with {} for the name")
+        self._check_refinement()
+        for name, fields in self.per_benchmark.items():
+            self.replace(**_checked(fields, f"per_benchmark.{name}"), per_benchmark={})
+
+    def _check_refinement(self) -> None:
+        if not 0 <= self.min_area < 1:
+            raise UserError("protocol: min_area is a share of the pixels, at least 0 and below 1")
+        if self.assignment_temperature <= 0:
+            raise UserError("protocol: assignment_temperature must be above 0")
+        if not self.scales or min(self.scales) <= 0:
+            raise UserError("protocol: scales need at least one factor, all above 0")
+        if self.pamr_steps < 0 or not self.pamr_dilations or min(self.pamr_dilations) < 1:
+            raise UserError("protocol: pamr_steps are at least 0, pamr_dilations at least 1 pixel")
+        if self.averaged == "cosines" and self.image_scale:
+            raise UserError("protocol: image_scale needs averaged='probabilities'")
+        plain = self.grouping == "soft_patches" and self.order == "upsample_first"
+        if not plain and (self.refined or self.averaged != "probabilities" or self.min_area):
+            raise UserError(
+                "protocol: flip, scales, pamr_steps, averaged='cosines' and min_area need "
+                "grouping='soft_patches' and order='upsample_first'"
+            )
+        hard = self.assignment != "soft" or self.assignment_temperature != 1.0
+        if self.grouping == "one_group" and hard:
+            raise UserError(
+                "protocol: assignment and assignment_temperature need grouping='soft_patches'; "
+                "with 'one_group' each pixel has one group already"
+            )
+
+    @property
+    def refined(self) -> bool:
+        """Whether an image is seen more than once, or refined by its colors."""
+        return self.flip or tuple(self.scales) != (1.0,) or self.pamr_steps > 0
+
+    @property
+    def views(self) -> tuple[tuple[float, bool], ...]:
+        """(factor on the size, mirrored) of each time an image is seen."""
+        sides = (False, True) if self.flip else (False,)
+        return tuple((float(scale), side) for scale in self.scales for side in sides)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Protocol":
@@ -97,31 +163,60 @@ class Protocol:
         unknown = sorted(set(config) - known)
         if unknown:
             raise UserError(f"protocol: unknown {', '.join(unknown)}; there are: {sorted(known)}")
-        values = {key: config[key] for key in config}
-        kinds = {
-            "scale": float,
-            "image_scale": float,
-            "threshold": float,
-            "templates": tuple,
-            "thresholds": dict,
-        }
-        for key, kind in kinds.items():
-            if values.get(key) is not None:  # lists and ints of JSON and config files
-                values[key] = kind(values[key])
-        return cls(**values)
+        return cls(**_plain(config))
 
     def replace(self, **changes: Any) -> "Protocol":
         """A copy with some fields changed, for example a calibrated scale and threshold."""
         return dataclasses.replace(self, **changes)
 
     def for_benchmark(self, name: str) -> "Protocol":
-        """The protocol with the threshold that `thresholds` has for this benchmark, if any."""
-        return self.replace(threshold=self.thresholds.get(name, self.threshold), thresholds={})
+        """The protocol with what `thresholds` and `per_benchmark` have for this benchmark."""
+        threshold = self.thresholds.get(name, self.threshold)
+        own = self.per_benchmark.get(name, {})
+        return self.replace(
+            **{"threshold": threshold, **own, "thresholds": {}, "per_benchmark": {}}
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_config` reads them back."""
-        values = {**dataclasses.asdict(self), "templates": list(self.templates)}
-        return {**values, "thresholds": dict(self.thresholds)}
+        values = dataclasses.asdict(self)
+        lists = {key: list(x) for key, x in values.items() if isinstance(x, tuple)}
+        own = {name: dict(fields) for name, fields in self.per_benchmark.items()}
+        return {**values, **lists, "thresholds": dict(self.thresholds), "per_benchmark": own}
+
+
+def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """Lists and ints of JSON and config files as the fields' own types."""
+    values = {key: config[key] for key in config}
+    kinds = {
+        "scale": float,
+        "image_scale": float,
+        "threshold": float,
+        "min_area": float,
+        "assignment_temperature": float,
+        "templates": tuple,
+        "scales": tuple,
+        "pamr_dilations": tuple,
+        "thresholds": dict,
+    }
+    for key, kind in kinds.items():
+        if values.get(key) is not None:
+            values[key] = kind(values[key])
+    if "per_benchmark" in values:
+        values["per_benchmark"] = {
+            name: _checked(fields, f"per_benchmark.{name}")
+            for name, fields in dict(values["per_benchmark"]).items()
+        }
+    return values
+
+
+def _checked(fields: Mapping[str, Any] | ConfigDict, where: str) -> dict[str, Any]:
+    """The fields, if a benchmark may have values of its own for all of them."""
+    known = {field.name for field in dataclasses.fields(Protocol)} - set(_TABLES)
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise UserError(f"protocol: {where} has unknown {', '.join(unknown)}")
+    return _plain(fields)
 
 
 def names_hash(class_names: Sequence[str]) -> str:

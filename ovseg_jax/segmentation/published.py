@@ -1,48 +1,79 @@
-"""How the published models of this family are evaluated."""
+"""Evaluation protocols by name, and what others have scored under them.
 
+Each file of ``protocols/`` has a title, the source of its settings, in what it differs from that
+source, and the settings: fields of `Protocol`. ``published_results.json`` has mIoU of published
+models, each row with its source and the protocols under which its authors computed it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
 from ovseg_jax.segmentation.protocol import Protocol
 
-# Below these a pixel is background. Where the paper has other values (VOC 2012: 0.9), these are
-# what the published numbers were computed with. ADE20K has no background.
-THRESHOLDS = {"voc": 0.95, "context": 0.35, "coco_object": 0.9}
-GROUPVIT_THRESHOLDS = {"voc": 0.95, "context": 0.35, "coco_object": 0.95}
+NAMES = ("paper", "released", "groupvit", "tcl", "sclip")
+_FIELDS = tuple(field.name for field in dataclasses.fields(Protocol) if field.name != "name")
 
 
-def released_protocol(scale: float | None = None) -> Protocol:
-    """The rule of the released OVSegmentor (and of GroupViT before it).
+@functools.cache
+def _document(file: str) -> dict[str, Any]:
+    path = resources.files("ovseg_jax.segmentation") / file
+    return json.loads(path.read_text(encoding="utf-8"))
 
-    One group for each pixel of a window; probabilities times those among the window's five most
-    likely classes; a background threshold that never exceeds the window's best probability; one
-    template, averaged before the norm; images resized without antialiasing.
+
+def file_digest(package: str, file: str) -> str:
+    """First digits of the SHA-256 of a data file of the package."""
+    return hashlib.sha256((resources.files(package) / file).read_bytes()).hexdigest()[:12]
+
+
+def named_protocol(name: str) -> Protocol:
+    """The protocol called `name`.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in NAMES:
+        raise UserError(
+            f"unknown protocol {name!r}{nearest(name, list(NAMES))}; there are: {', '.join(NAMES)}"
+        )
+    return Protocol.from_config({**_document(f"protocols/{name}.json")["settings"], "name": name})
+
+
+def protocol_notes(name: str) -> dict[str, str]:
+    """Title, source and difference of a named protocol, for reports; {} for one of another name."""
+    if name not in NAMES:
+        return {}
+    document = _document(f"protocols/{name}.json")
+    return {key: document[key] for key in ("title", "source", "differs")}
+
+
+def is_named(protocol: Protocol, benchmark: str, own_scale: bool = False) -> bool:
+    """Whether results under `protocol` may stand beside published ones of the protocol it names.
 
     Args:
-      scale: inverse temperature; None takes what the model learned.
+      protocol: as it was for the benchmark.
+      own_scale: its scale is the model's, where the named one leaves the scale to the model.
     """
-    return Protocol(
-        name="released",
-        short_side=448,
-        long_limit=2048,
-        window=448,
-        stride=224,
-        scale=scale,
-        threshold=THRESHOLDS["voc"],
-        thresholds=dict(THRESHOLDS),
-        order="upsample_first",
-        templates=("a photo of a {}.",),
-        affinity="binding",
-        grouping="one_group",
-        image_classes=5,
-        cap_threshold=True,
-        average="raw",
-        resize="four_pixels",
-        grid="rounded_patch",
+    if protocol.name not in NAMES:
+        return False
+    named = named_protocol(protocol.name).for_benchmark(benchmark)
+    skipped = {"scale"} if own_scale and named.scale is None else set()
+    # Benchmarks without background have no threshold.
+    skipped |= {"threshold"} if protocol.threshold is None else set()
+    return all(
+        getattr(protocol, field) == getattr(named, field)
+        for field in _FIELDS
+        if field not in skipped
     )
 
 
-def groupvit_protocol(scale: float | None = None) -> Protocol:
-    """GroupViT's rule: that of `released_protocol`, with other thresholds."""
-    return released_protocol(scale).replace(
-        name="groupvit",
-        threshold=GROUPVIT_THRESHOLDS["voc"],
-        thresholds=dict(GROUPVIT_THRESHOLDS),
-    )
+def published_rows(protocol: str, benchmark: str) -> list[Mapping[str, Any]]:
+    """Rows of ``published_results.json`` with a score on the benchmark under the protocol."""
+    rows = _document("published_results.json")["rows"]
+    return [row for row in rows if protocol in row["protocols"] and benchmark in row["miou"]]

@@ -9,8 +9,10 @@ Pure functions of arrays, to be jitted by the caller. The steps, in order:
    round.
 
 Background is no class of the text encoder: a pixel is background where its best probability is
-below a threshold, or where a distractor word wins it (see `distractors`).
+below a threshold, or where a word that stands for background wins it (see `vocabulary`).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,26 +105,34 @@ def spread(
 def decide(
     p: Float[AnyArray, "... C"],
     threshold: float | Float[AnyArray, ""] | None,
-    classes: int | None = None,
+    owners: tuple[int, ...] | None = None,
 ) -> Int[Array, "..."]:
     """The label of each position.
 
-    With a threshold: 0 (background) where the best probability is below it or where the best class
-    is a distractor, else 1 + the best class. With None there is no background: the best class,
-    0..C-1.
+    With a threshold: 0 (background) where the best probability is below it or where the best word
+    stands for background, else 1 + the class of the best word. With None there is no background:
+    the class of the best word, 0..C-1. The best word's class is also the class with the highest
+    probability where a class has that of its best word.
 
     Args:
-      p: probabilities of the classes, then of the distractors if there are any.
-      classes: number of real classes, C by default.
+      p: probabilities of the words.
+      owners: the class of each word, -1 for background; by default every word is a class.
+
+    Raises:
+      UserError: words for the background, and no threshold.
     """
     best = jnp.argmax(p, axis=-1).astype(jnp.int32)
-    classes = p.shape[-1] if classes is None else classes
+    if owners is not None:
+        best = jnp.asarray(_checked(owners, threshold), jnp.int32)[best]
     if threshold is None:
-        if classes != p.shape[-1]:
-            raise UserError("distractors need a background that they can be painted as")
         return best
-    found = (jnp.max(p, axis=-1) >= threshold) & (best < classes)
-    return jnp.where(found, best + 1, 0)
+    return jnp.where(jnp.max(p, axis=-1) >= threshold, best + 1, 0)
+
+
+def _checked(owners: tuple[int, ...], threshold: Any) -> tuple[int, ...]:
+    if threshold is None and min(owners) < 0:
+        raise UserError("words for the background need a background that they can be painted as")
+    return owners
 
 
 def votes(labels: Int[AnyArray, "..."], labels_count: int) -> Float[Array, "... N"]:
@@ -134,25 +144,25 @@ def before_spread(
     p: Float[AnyArray, "B h w C"],
     threshold: float | Float[AnyArray, ""] | None,
     order: str,
-    classes: int | None = None,
+    owners: tuple[int, ...] | None = None,
 ) -> Float[Array, "B h w N"]:
     """What `spread` carries to the pixels: probabilities, or votes for labels decided by cell."""
     check_order(order)
     if order == "upsample_first":
         return jnp.asarray(p)
-    count = p.shape[-1] if classes is None else classes
-    return votes(decide(p, threshold, classes), count + (threshold is not None))
+    count = p.shape[-1] if owners is None else max(owners) + 1
+    return votes(decide(p, threshold, owners), count + (threshold is not None))
 
 
 def after_spread(
     maps: Float[AnyArray, "B H W N"],
     threshold: float | Float[AnyArray, ""] | None,
     order: str,
-    classes: int | None = None,
+    owners: tuple[int, ...] | None = None,
 ) -> Int[Array, "B H W"]:
     """Labels of the pixels from what `spread` gave; the counterpart of `before_spread`."""
     if order == "upsample_first":
-        return decide(maps, threshold, classes)
+        return decide(maps, threshold, owners)
     return jnp.argmax(maps, axis=-1).astype(jnp.int32)
 
 
@@ -161,7 +171,7 @@ def label_map(
     threshold: float | Float[AnyArray, ""] | None,
     size: tuple[int, int],
     order: str = "upsample_first",
-    classes: int | None = None,
+    owners: tuple[int, ...] | None = None,
 ) -> Int[Array, "B H W"]:
     """Labels of one window's pixels, see `decide`.
 
@@ -172,8 +182,8 @@ def label_map(
     """
     weights = bilinear_weights if order == "upsample_first" else nearest_weights
     rows, columns = (weights(n, m) for n, m in zip(size, p.shape[1:3], strict=True))
-    maps = before_spread(p, threshold, order, classes)
-    return after_spread(spread(maps, rows, columns), threshold, order, classes)
+    maps = before_spread(p, threshold, order, owners)
+    return after_spread(spread(maps, rows, columns), threshold, order, owners)
 
 
 def check_order(order: str) -> None:

@@ -1,7 +1,8 @@
 """A benchmark run from end to end: calibration, result file, pictures."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import Benchmark, make_benchmark
+from ovseg_jax.segmentation.benchmarks import Benchmark, Every, make_benchmark
 from ovseg_jax.segmentation.calibrate import calibrate
+from ovseg_jax.segmentation.chosen import chosen_images, write_sheet
+from ovseg_jax.segmentation.class_words import words_of
 from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark, write_result
+from ovseg_jax.segmentation.html_report import write_report
 from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.official import FOLDERS
+from ovseg_jax.segmentation.parts import gather_counts, this_part
 from ovseg_jax.segmentation.pictures import contact_sheet, scene_panel
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import Segmenter, image_scores, with_scale, without_index
+from ovseg_jax.segmentation.sweep import swept
 
 # Scales of the softmax over classes that calibration tries.
 SCALES = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 45.0)
@@ -32,10 +39,11 @@ def calibrated(
 ) -> tuple[Protocol, float]:
     """The protocol with scales and threshold chosen on a tune split, and the mIoU (percent) there.
 
-    Never pass the split that is reported. A protocol of one group per pixel keeps its own scale and
-    threshold: it is only measured.
+    Never pass the split that is reported. A protocol of one group per pixel, or one that refines,
+    keeps its own scale and threshold: it is only measured.
     """
-    if protocol.grouping == "one_group":
+    plain = protocol.averaged == "probabilities" and not (protocol.refined or protocol.min_area)
+    if protocol.grouping == "one_group" or not plain:
         result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
         return protocol, result["miou"]
     pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
@@ -51,27 +59,60 @@ def run_benchmarks(
     names: tuple[str, ...],
     config: ConfigDict,
     protocol: Protocol,
-    results: Path | None,
+    results: Path,
     provenance: Mapping[str, Any],
+    *,
+    sweep: int = 0,
+    pictures: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates on each benchmark and writes ``RESULTS/NAME.json`` (where `results` is given).
+    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
+
+    Several processes each take their part of the images, and all have the whole result; the first
+    writes it.
 
     Args:
       config: fields of the benchmarks under their names, and `batch_size`.
       provenance: plain values added to each result: which model this was.
+      sweep: choose the threshold of each benchmark with a background on this many images of its
+        training split; 0 to take the protocol's.
+      pictures: this many best, median and worst images of each benchmark are drawn, in
+        ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
+      progress: called with (benchmark, images done, images of this process).
 
     Raises:
-      UserError: an unknown benchmark, before any is run.
+      UserError: an unknown benchmark, or missing files, before any is run.
     """
+    # A name given twice is one benchmark.
     benchmarks = {name: benchmark_of(name, config) for name in names}
     if not benchmarks:
         raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
+    tuned = {
+        name: train_split(name, config, sweep)
+        for name, benchmark in benchmarks.items()
+        if sweep and benchmark.has_background
+    }
+    parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
     found = {}
     for name, benchmark in benchmarks.items():
-        result = evaluate(segmenter, benchmark, protocol, batch_size=config.batch_size)
-        found[name] = {**result, **provenance}
-        if results is not None:
+        chosen, extra = protocol, {}
+        if name in tuned:
+            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
+        count = functools.partial(progress, name) if progress else None
+        if count:
+            count(0, len(benchmark))  # the rate is counted from here
+        result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
+        found[name] = {**result, **extra, **provenance}
+        if parts["part"][0] == 0:
             write_result(results / f"{name}.json", found[name])
+            if pictures:
+                own = chosen.for_benchmark(name)
+                own = own if benchmark.has_background else own.replace(threshold=None)
+                best = found[name]["image_miou"], pictures, config.batch_size
+                images = chosen_images(segmenter, benchmark, own, *best)
+                groups = found[name]["group_usage"]["groups"]
+                write_sheet(images, benchmark, results / f"{name}.png", groups)
+                write_report(results / f"{name}.html", found[name], benchmark, images, groups)
     return found
 
 
@@ -96,12 +137,13 @@ def write_pictures(
     protocol = with_scale(protocol, segmenter)
     count = min(count, len(benchmark))
     images = [benchmark[index] for index in range(count)]
-    text = segmenter.text(list(benchmark.class_names), protocol.templates)
+    vocabulary, _ = words_of(benchmark, protocol.class_names)
+    text = segmenter.text(list(vocabulary.words), protocol.templates)
     scored = image_scores(
         without_index(segmenter.encode), text, (image for image, _ in images), protocol, count
     )
     panels: dict[int, Image.Image] = {}
-    for scores, labels in label_maps(scored, protocol, group=count):
+    for scores, labels in label_maps(scored, protocol, vocabulary.owners, group=count):
         image, truth = images[scores.index]
         panels[scores.index] = scene_panel(
             image,
@@ -133,3 +175,22 @@ def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
     if "split" not in fields:
         return None
     return benchmark_of(name, config, split="tune", count=config.tune_count)
+
+
+def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
+    """`count` images to choose a threshold on, none of which is reported.
+
+    Raises:
+      UserError: the benchmark has no such images.
+    """
+    if name == "scenes":
+        return benchmark_of(name, config, split="tune", count=count)
+    if name not in FOLDERS:
+        raise UserError(
+            f"benchmark {name} has no training split to choose a threshold on; set "
+            "--config.eval.protocol.threshold, or leave out --sweep"
+        )
+    tune = benchmark_of(name, config, split="train", count=0)
+    # Evenly over the split, whose order follows years or scenes.
+    step = max(1, len(tune) // count)
+    return Every(tune, step, min(count, len(tune)))

@@ -5,8 +5,9 @@ batches; the last one is padded. What comes back is small, one cosine for each p
 stays on the host until an image has all its windows.
 """
 
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +42,18 @@ def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.
 Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]
 
 
+# Pixels in a batch of windows. On two cores, batches of four windows of 448 pixels took a third
+# longer for each window than single ones (tests/bench/segment_speed.py).
+CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
+
+
+def default_batch(window: int) -> int:
+    """Windows to encode at once, for windows of so many pixels a side, on the devices there are."""
+    if jax.default_backend() == "cpu":
+        return max(1, CPU_PIXELS // window**2)
+    return ACCELERATOR_WINDOWS
+
+
 @dataclass(frozen=True)
 class ImageScores:
     """Cosines of all windows of one image, and the way from their cells to its pixels.
@@ -56,6 +69,9 @@ class ImageScores:
       size, resized: (height, width) of the image as it came, and as it was segmented.
       tiles: number of windows along the height and the width.
       window, stride: of the windows, pixels.
+      mirrored: whether it is the image seen in a mirror.
+      more: the same image at the protocol's other scales, and mirrored.
+      image: at the protocol's size, where it refines by colors.
     """
 
     index: int
@@ -69,14 +85,22 @@ class ImageScores:
     tiles: tuple[int, int]
     window: int
     stride: int
+    mirrored: bool = False
+    more: tuple["ImageScores", ...] = ()
+    image: UInt8[np.ndarray, "H W 3"] | None = None
 
     def weights(
-        self, *, nearest: bool = False
+        self, size: tuple[int, int] | None = None, *, nearest: bool = False
     ) -> tuple[Float[np.ndarray, "H h"], Float[np.ndarray, "W w"]]:
-        """Matrices from cells to pixels for the two axes; see `windows.cell_weights`."""
+        """Matrices from cells to pixels for the two axes; see `windows.cell_weights`.
+
+        Args:
+          size: (height, width) of the pixels, by default those of the image as it came.
+        """
+        size = size or self.size
         rows, columns = (
             windows.cell_weights(
-                self.size[axis],
+                size[axis],
                 self.resized[axis],
                 self.window,
                 self.stride,
@@ -85,7 +109,7 @@ class ImageScores:
             )
             for axis in (0, 1)
         )
-        return rows, columns
+        return rows, columns[::-1] if self.mirrored else columns
 
     def image_margins(self) -> Float[np.ndarray, "h w C"]:
         """For each cell, how far each class falls short of its window's best (cosines)."""
@@ -101,27 +125,52 @@ class ImageScores:
 
     def by_window(self) -> Float[np.ndarray, "windows h w scores"]:
         """`cells`, window by window."""
-        (down, across), (h, w) = self.tiles, self.cells.shape[:2]
-        parts = self.cells.reshape(down, h // down, across, w // across, -1)
-        return parts.transpose(0, 2, 1, 3, 4).reshape(-1, h // down, w // across, parts.shape[-1])
+        return self.windows_of(self.cells)
+
+    def windows_of(self, maps: np.ndarray) -> np.ndarray:
+        """Maps [h, w, ...] of all windows side by side, window by window."""
+        (down, across), (h, w) = self.tiles, maps.shape[:2]
+        parts = maps.reshape(down, h // down, across, w // across, *maps.shape[2:])
+        return parts.swapaxes(1, 2).reshape(-1, h // down, w // across, *maps.shape[2:])
 
     def group_map(self) -> Integer[np.ndarray, "H W"]:
-        """The group of each pixel, for pictures of images that are one window."""
+        """The group of each pixel in the first window that covers it.
+
+        Windows are grouped one by one: with K groups, those of window n count from n K.
+        """
+        (down, across), count = self.tiles, self.group_cosines.shape[1]
+        first = np.arange(down * across, dtype=np.int32).reshape(self.tiles) * count
+        sides = (self.groups.shape[0] // down, self.groups.shape[1] // across)
+        numbers = self.groups + first.repeat(sides[0], 0).repeat(sides[1], 1)
         rows, columns = (matrix.argmax(1) for matrix in self.weights(nearest=True))
-        return self.groups[rows][:, columns]
+        return numbers[rows][:, columns]
 
 
-class _Pending:
-    """An image some of whose windows are not encoded yet."""
+class _View:
+    """An image at one scale, some of whose windows are not encoded yet."""
 
-    def __init__(self, index: int, size: tuple[int, int], protocol: protocol_lib.Protocol):
-        self.index, self.size, self.protocol = index, size, protocol
-        self.resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+    def __init__(
+        self,
+        index: int,
+        size: tuple[int, int],
+        protocol: protocol_lib.Protocol,
+        scale: float,
+        mirrored: bool,
+    ):
+        self.index, self.size, self.protocol, self.mirrored = index, size, protocol, mirrored
+        self.base = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+        least = windows.least_side(protocol.short_side)
+        self.resized = tuple(max(least, int(side * scale + 0.5)) for side in self.base)
         self.grid = windows.window_grid(*self.resized, protocol.window, protocol.stride)
         self.parts: dict[int, tuple[np.ndarray, ...]] = {}
+        self.image: np.ndarray | None = None
 
     def cut(self, image: np.ndarray) -> Iterator[np.ndarray]:
+        if self.protocol.pamr_steps:
+            self.image = windows.resize_image(image, *self.base, self.protocol.resize)
         image = windows.resize_image(image, *self.resized, self.protocol.resize)
+        if self.mirrored:
+            image = image[:, ::-1]
         side = self.protocol.window
         for top, left in self.grid:
             yield image[top : top + side, left : left + side]
@@ -146,7 +195,15 @@ class _Pending:
             tiles=tiles,
             window=self.protocol.window,
             stride=self.protocol.stride,
+            mirrored=self.mirrored,
+            image=self.image,
         )
+
+
+def _joined(views: Sequence[_View]) -> ImageScores:
+    """The scores of the first view, with those of the others."""
+    first, *more = (view.scores() for view in views)
+    return dataclasses.replace(first, more=tuple(more))
 
 
 def _side_by_side(parts: tuple[np.ndarray, ...], tiles: tuple[int, int]) -> np.ndarray:
@@ -175,31 +232,36 @@ def image_scores(
     running: deque = deque()  # batches the device works on while the host prepares the next
 
     def start(batch: list) -> None:
-        pixels = np.stack([window for window, _, _ in batch])
-        index = np.array([image.index for _, image, _ in batch], np.int32)
+        pixels = np.stack([window for window, *_ in batch])
+        index = np.array([views[0].index for _, views, _, _ in batch], np.int32)
         padding = batch_size - len(batch)
         pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
         index = np.pad(index, (0, padding), constant_values=-1)
         affinity, groups, embedding = encode(pixels, index)
         grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
-        results = _window_scores(affinity, groups, embedding, text, grid, protocol.grouping)
+        sharper = (protocol.assignment, protocol.assignment_temperature)
+        results = _window_scores(
+            affinity, groups, embedding, text, grid, protocol.grouping, *sharper
+        )
         running.append((batch, results))
 
     def finish() -> Iterator[ImageScores]:
         batch, results = running.popleft()
         results = [np.asarray(result) for result in results]
-        for row, (_, image, number) in enumerate(batch):
-            image.parts[number] = tuple(result[row] for result in results)
-            if image.complete():
-                yield image.scores()
+        for row, (_, views, view, number) in enumerate(batch):
+            view.parts[number] = tuple(result[row] for result in results)
+            if all(one.complete() for one in views):
+                yield _joined(views)
 
     for index, pixels in enumerate(images):
-        image = _Pending(index, pixels.shape[:2], protocol)
-        for number, window in enumerate(image.cut(pixels)):
-            same = waiting.setdefault(window.shape, [])
-            same.append((window, image, number))
-            if len(same) == batch_size:
-                start(waiting.pop(window.shape))
+        size = pixels.shape[:2]
+        views = [_View(index, size, protocol, *how) for how in protocol.views]
+        for view in views:
+            for number, window in enumerate(view.cut(pixels)):
+                same = waiting.setdefault(window.shape, [])
+                same.append((window, views, view, number))
+                if len(same) == batch_size:
+                    start(waiting.pop(window.shape))
         while len(running) > 1:
             yield from finish()
     for batch in waiting.values():
@@ -213,13 +275,29 @@ def without_index(encode: Callable[[np.ndarray], tuple[Any, Any, Any]]) -> Encod
     return lambda images, index: encode(images)
 
 
-@jax.jit(static_argnames=("grid", "grouping"))
-def _window_scores(affinity, groups, embedding, text, grid, grouping):
+def assigned(
+    affinity: Float[jax.Array | np.ndarray, "B L K"], assignment: str, temperature: float
+) -> Float[jax.Array, "B L K"]:
+    """The affinity as the protocol wants it: see its `assignment` and `assignment_temperature`."""
+    affinity = jnp.asarray(affinity).astype(jnp.float32)
+    if assignment == "hard":
+        return jax.nn.one_hot(jnp.argmax(affinity, -1), affinity.shape[-1], dtype=jnp.float32)
+    if temperature == 1.0:
+        return affinity
+    # The least positive float keeps the logarithm of an exact zero finite.
+    logits = jnp.log(jnp.maximum(affinity, jnp.finfo(jnp.float32).tiny))
+    return jax.nn.softmax(logits / temperature, axis=-1)
+
+
+@jax.jit(static_argnames=("grid", "grouping", "assignment", "temperature"))
+def _window_scores(affinity, groups, embedding, text, grid, grouping, assignment, temperature):
     affinity, embedding = jnp.asarray(affinity), readout.unit(embedding)
     nearest = jnp.argmax(affinity, -1).reshape(-1, *grid).astype(jnp.int32)
     if grouping == "one_group":
         cells = affinity.astype(jnp.float32).reshape(-1, *grid, affinity.shape[-1])
     else:
-        cells = readout.class_scores(affinity, groups, text, grid)
+        cells = readout.class_scores(
+            assigned(affinity, assignment, temperature), groups, text, grid
+        )
     whole = readout.cosines(embedding[:, None], text)[:, 0]
     return cells, nearest, embedding, readout.cosines(groups, text), whole

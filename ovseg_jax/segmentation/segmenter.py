@@ -90,9 +90,14 @@ class ModelSegmenter:
         mesh: Mesh | None = None,
     ):
         protocol = protocol or Protocol()
+        self._protocol = protocol
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
-        whole = sharding.replicated(mesh) if mesh is not None else None
+        everywhere = sharding.replicated(mesh) if mesh is not None else None
+        leaves = jax.tree.leaves(self.variables)
+        if mesh is not None and not any(isinstance(leaf, jax.Array) for leaf in leaves):
+            # Once: arrays of the host would travel to the devices in every call.
+            self.variables = jax.device_put(self.variables, everywhere)
 
         def encode(variables: Any, images: Array) -> tuple[Array, Array, Array]:
             return encode_images(model, variables, images, protocol.affinity)
@@ -101,11 +106,13 @@ class ModelSegmenter:
             return embed_prompts(model, variables, ids, protocol.average)
 
         self._model = model
-        self._encode = jax.jit(encode, out_shardings=whole)
-        self._embed = jax.jit(embed, out_shardings=whole)
+        self._encode = jax.jit(encode, out_shardings=everywhere)
+        self._embed = jax.jit(embed, out_shardings=everywhere)
 
     @classmethod
-    def of_saved(cls, saved: SavedModel, protocol: Protocol) -> "ModelSegmenter":
+    def of_saved(
+        cls, saved: SavedModel, protocol: Protocol, mesh: Mesh | None = None
+    ) -> "ModelSegmenter":
         """The segmenter of a model directory, as a protocol asks for it."""
         return cls(
             saved.model,
@@ -114,6 +121,7 @@ class ModelSegmenter:
             text_length=saved.info["text_length"],
             protocol=protocol,
             batch_stats=saved.batch_stats,
+            mesh=mesh,
         )
 
     def encode(

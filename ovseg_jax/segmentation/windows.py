@@ -14,17 +14,26 @@ from PIL import Image
 from ovseg_jax.errors import UserError
 from ovseg_jax.shapes import Float, UInt8
 
+PATCH = 16  # pixels; no published model of this family has larger patches
+
 
 def resized_shape(h: int, w: int, short_side: int, long_limit: int) -> tuple[int, int]:
     """Size at which an image of h x w pixels is segmented, its aspect kept.
 
     The factor brings the short side to `short_side` unless the long side would exceed
-    `long_limit`; half pixels round up. (224 x 900 at 448, 2048 -> 448 x 1800.)
+    `long_limit`; half pixels round up. (224 x 900 at 448, 2048 -> 448 x 1800.) A side that would
+    be shorter than `least_side` is brought to that, and the aspect then not kept.
     """
     if min(h, w) < 1:
         raise UserError(f"an image of {h} x {w} pixels cannot be segmented")
     factor = min(long_limit / max(h, w), short_side / min(h, w))
-    return max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
+    least = least_side(short_side)
+    return max(least, int(h * factor + 0.5)), max(least, int(w * factor + 0.5))
+
+
+def least_side(short_side: int) -> int:
+    """Shortest side that is segmented, pixels: a strip narrower than a patch has no patches."""
+    return min(PATCH, short_side)
 
 
 def resize_image(

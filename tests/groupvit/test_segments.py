@@ -14,7 +14,7 @@ from ovseg_jax.data.clip_tokens import END, START
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.published import groupvit_protocol
+from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config
@@ -43,7 +43,7 @@ def saved(tokenizer, tmp_path_factory):
     tensors = {k.removeprefix(PREFIX): arrays[k] for k in arrays.files if k.startswith(PREFIX)}
     config = groupvit_config(tensors, heads=4, text_heads=4)
     params, statistics = from_groupvit(tensors, config)
-    protocol = groupvit_protocol().replace(short_side=32, window=32, stride=16)
+    protocol = named_protocol("groupvit").replace(short_side=32, window=32, stride=16)
     target = tmp_path_factory.mktemp("models") / "groupvit"
     save_model(
         target,

@@ -1,47 +1,24 @@
 """ovseg_jax.load: what people call."""
 
-import json
+import io
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import ovseg_jax
-from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.loaded import read_image
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.model_dir import load_model
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", ".", "sky"]
-# Distractors must differ from the classes for the text encoder too.
-WORDS += ["person", "grass", "wall", "car", "tree", "floor", "bird", "water", "flower"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory, shared_tiny_config, tiny_params):
-    folder = tmp_path_factory.mktemp("loaded")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    protocol = Protocol(
-        short_side=32, window=32, stride=16, scale=20.0, threshold=0.12, order="upsample_first"
-    )
-    save_model(
-        folder / "model",
-        tiny_params,
-        Tokenizer(folder),
-        model=json.loads(shared_tiny_config.model.to_json_best_effort()),
-        protocol=protocol.as_dict(),
-        text_length=8,
-        benchmarks={},
-        provenance={"calibrated_words": 9},
-    )
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +35,7 @@ def test_labels_and_scores_are_those_of_the_pieces(directory, model):
     words = ["cat", "dog", "sky", "person", "grass", "wall", "car", "tree", "floor"]
     text = segmenter.text(words, protocol.templates)
     scored = image_scores(without_index(segmenter.encode), text, [PIXELS], protocol, 1)
-    ((one, labels),) = label_maps(scored, protocol, classes=2)
+    ((one, labels),) = label_maps(scored, protocol, (0, 1, *[-1] * 7))
     np.testing.assert_array_equal(found.labels, labels)
     assert found.labels.shape == (40, 56) and found.classes == ("cat", "dog")
     assert len(np.unique(labels)) > 1
@@ -105,8 +82,85 @@ def test_many_images_each_with_its_number(model):
         np.testing.assert_allclose(found[index].scores, alone.scores, rtol=1e-4)
 
 
+def test_lists_stacks_and_jax_arrays(model):
+    stack = np.stack([PIXELS, PIXELS[::-1]])
+    alone = [model.segment(image, ["cat", "dog"]) for image in stack]
+    for images in (
+        list(stack),
+        stack,
+        jax.numpy.asarray(stack),
+        [Image.fromarray(x) for x in stack],
+    ):
+        found = model.segment(images, ["cat", "dog"])
+        assert len(found) == 2
+        for one, other in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(one.labels, other.labels)
+            np.testing.assert_array_equal(one.groups, other.groups)
+    assert alone[0].groups.shape == (40, 56) and alone[0].groups.max() < 4 * 6
+    assert model.segment([], ["cat"]) == []
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "PNG")
+    found = model.segment(stream.getvalue(), ["cat", "dog"])
+    np.testing.assert_array_equal(found.labels, alone[0].labels)
+
+
+def test_synonyms_and_words_for_the_background(model):
+    words = model.segment(PIXELS, ["cat", "dog", "sky"], threshold=0.0, words=3)
+    joined = model.segment(PIXELS, ["cat|dog", "sky"], threshold=0.0, words=3)
+    np.testing.assert_array_equal(joined.labels, np.array([0, 1, 1, 2])[words.labels])
+    np.testing.assert_array_equal(joined.scores, [words.scores[:2].max(), words.scores[2]])
+    assert joined.classes == ("cat", "sky")
+    behind = model.segment(PIXELS, ["cat", "dog"], background=["sky"])
+    np.testing.assert_array_equal(behind.labels, np.array([0, 1, 2, 0])[words.labels])
+
+
+def test_embeddings(directory, model):
+    saved = load_model(directory)
+    segmenter = ModelSegmenter.of_saved(saved, model.protocol)
+    square = np.ascontiguousarray(PIXELS[:32, :32])
+    whole = np.asarray(segmenter.encode(np.stack([square] * 8))[2])[0]
+    found = model.embed_image([square, PIXELS])
+    assert found.shape == (2, 8) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0], whole / np.linalg.norm(whole), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.embed_image(square)[0], found[0], rtol=1e-5, atol=1e-6)
+    text = model.embed_text(["cat", "dog"])
+    np.testing.assert_allclose(text, segmenter.text(["cat", "dog"], model.protocol.templates))
+    other = model.embed_text(["cat"], ["a {}", "{}"])
+    assert other.shape == (1, 8) and not np.allclose(other[0], text[0])
+
+
+def test_any_size_and_aspect(model):
+    rng = np.random.default_rng(4)
+    for h, w in ((16, 16), (1, 1), (16, 900), (900, 16), (700, 500)):
+        image = rng.integers(0, 256, (h, w, 3), np.uint8)
+        found = model.segment(image, ["cat", "dog"])
+        assert found.labels.shape == found.groups.shape == (h, w)
+
+
+def test_many_classes(model):
+    found = model.segment(PIXELS, [f"cat {i}" for i in range(500)])
+    assert found.scores.shape == (500,)
+
+
+def test_settings_of_the_protocol(directory):
+    mirrored = ovseg_jax.load(directory, flip=True)
+    assert mirrored.protocol.flip
+    one = mirrored.segment(PIXELS, ["cat", "dog"], background=False)
+    other = mirrored.segment(PIXELS[:, ::-1], ["cat", "dog"], background=False)
+    # Seen both ways, an image and its mirror image are segmented alike, up to ties.
+    assert (one.labels == other.labels[:, ::-1]).mean() > 0.99
+    with pytest.raises(UserError, match="unknown flipp"):
+        ovseg_jax.load(directory, flipp=True)
+
+
 BAD = {
-    "is a list of names": lambda m, p: m.segment(PIXELS, "cat"),
+    "not one text": lambda m, p: m.segment(PIXELS, "cat"),
+    "background is a list": lambda m, p: m.segment(PIXELS, ["cat"], background="sky"),
+    "batch_size is -1": lambda m, p: m.segment(PIXELS, ["cat"], batch_size=-1),
+    "empty class name": lambda m, p: m.segment(PIXELS, ["cat", ""]),
+    "at least one text": lambda m, p: m.embed_text([]),
+    "each with {}": lambda m, p: m.embed_text(["cat"], ["a cat"]),
     "no classes": lambda m, p: m.segment(PIXELS, []),
     "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
     "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),

@@ -107,3 +107,37 @@ def test_refuses_what_cannot_be_counted():
     assert not matrix.counts.any()
     # A strange prediction where the truth is ignored does not matter.
     matrix.update(np.array([[255]], np.uint8), np.array([[255]], np.uint8))
+
+
+def published_measures(predictions, truths, classes, ignore=255):
+    """The measures of mmsegmentation, by its published formula: for each image histograms of
+    intersection, prediction and truth; summed; then IoU, Acc, mIoU, mAcc and aAcc."""
+    totals = np.zeros((3, classes))
+    for prediction, truth in zip(predictions, truths, strict=True):
+        valid = truth != ignore
+        p, t = prediction[valid], truth[valid]
+        for row, values in enumerate((p[p == t], p, t)):
+            totals[row] += np.histogram(values, bins=classes, range=(0, classes - 1))[0]
+    intersect, area_p, area_t = totals
+    with np.errstate(invalid="ignore"):
+        iou, accuracy = intersect / (area_p + area_t - intersect), intersect / area_t
+    return {
+        "iou": iou,
+        "miou": np.nanmean(iou),
+        "mean_accuracy": np.nanmean(accuracy),
+        "pixel_accuracy": intersect.sum() / area_t.sum(),
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(seeds, min_size=1, max_size=4), st.sampled_from([2, 21, 60, 150]))
+def test_published_formula(list_of_seeds, classes):
+    """With ignored pixels, classes that are absent, and classes that are never predicted."""
+    pairs = [maps(seed, classes=classes) for seed in list_of_seeds]
+    matrix = ConfusionMatrix.empty(classes)
+    for prediction, truth in pairs:
+        matrix.update(prediction, truth)
+    expected = published_measures(*zip(*pairs, strict=True), classes)
+    np.testing.assert_allclose(matrix.iou(), expected["iou"], rtol=0, atol=1e-12)
+    for name in ("miou", "mean_accuracy", "pixel_accuracy"):
+        assert abs(getattr(matrix, name)() - expected[name]) < 1e-12

@@ -14,7 +14,7 @@ from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.published import released_protocol
+from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.report import calibrated
 from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
 
@@ -242,13 +242,14 @@ def test_distractors_are_background():
         scored = image_scores(without_index(segmenter.encode), text, pictures(), protocol, 4)
         return {one.index: labels for one, labels in label_maps(scored, protocol, **options)}
 
-    every, few = run(), run(classes=3)
+    few_of = (0, 1, 2, *[-1] * (C - 3))
+    every, few = run(), run(owners=few_of)
     for index, labels in every.items():
         np.testing.assert_array_equal(few[index], np.where(labels > 3, 0, labels))
     assert any((labels > 3).any() for labels in every.values())
     protocol = protocol.replace(threshold=None)
     with pytest.raises(UserError, match="background"):
-        run(classes=3)
+        run(owners=few_of)
 
 
 def test_probabilities_of_each_group_of_each_window():
@@ -299,7 +300,7 @@ def test_benchmarks_have_their_own_thresholds():
     result = evaluate(Random(), Painted(), protocol, batch_size=4)["protocol"]
     assert result["threshold"] == 0.3 and result["thresholds"] == {}
     assert protocol.for_benchmark("third").threshold == PROTOCOL.threshold
-    released = released_protocol()
+    released = named_protocol("released")
     limits = [released.for_benchmark(name).threshold for name in ("voc", "context", "coco_object")]
     assert limits == [0.95, 0.35, 0.9]
     assert Protocol.from_config(json.loads(json.dumps(released.as_dict()))) == released

@@ -80,7 +80,7 @@ def test_scene_panel(with_truth):
     panel = pictures.scene_panel(
         image, groups, labels, truth if with_truth else None, names, title=title, group_count=8
     )
-    count = 4 if with_truth else 3
+    count = 5 if with_truth else 4
     assert panel.width == count * (pictures.PANEL + pictures.MARGIN) + pictures.MARGIN
     assert has_color(panel, colors(5)[1])
     assert has_color(panel, colors(5)[2]) == with_truth

@@ -101,7 +101,7 @@ def test_the_orders_differ_between_patches():
 
 def test_a_compiled_threshold_can_change():
     p = readout.probabilities(numpy_scores(*a_case()), 10.0)
-    label = jax.jit(readout.label_map, static_argnames=("size", "order", "classes"))
+    label = jax.jit(readout.label_map, static_argnames=("size", "order", "owners"))
     for threshold in (0.2, 0.4, 0.6):
         expected = readout.label_map(p, threshold, (6, 6))
         np.testing.assert_array_equal(label(p, threshold, (6, 6)), expected)
@@ -122,14 +122,14 @@ def test_one_class_does_not_paint_what_a_distractor_matches_better():
     groups = np.array([[[1, 0.2, 0], [0.6, 0.8, 0]]], np.float32)
     affinity = np.eye(2, dtype=np.float32)[None]
     both = readout.class_scores(affinity, groups, text, (1, 2))
-    labels = readout.label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), classes=1)
+    labels = readout.label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), owners=(0, -1, -1))
     np.testing.assert_array_equal(labels, [[[1, 0]]])
     # Without distractors its probability is 1 everywhere, whatever the threshold.
     alone = readout.class_scores(affinity, groups, text[:1], (1, 2))
     labels = readout.label_map(readout.probabilities(alone, 10.0), 0.99, (1, 2))
     np.testing.assert_array_equal(labels, [[[1, 1]]])
     with pytest.raises(UserError, match="background"):
-        readout.label_map(readout.probabilities(both, 10.0), None, (1, 2), classes=1)
+        readout.label_map(readout.probabilities(both, 10.0), None, (1, 2), owners=(0, -1, -1))
 
 
 def test_distractors_fill_up_to_the_minimum():

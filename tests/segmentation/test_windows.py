@@ -18,7 +18,7 @@ from ovseg_jax.segmentation import windows
         (375, 500, (448, 597)),  # 597.33
         (500, 333, (673, 448)),  # 672.67
         (300, 3000, (205, 2048)),  # the long side decides: 204.8
-        (1, 5000, (1, 2048)),  # never less than a pixel
+        (1, 5000, (16, 2048)),  # never narrower than a patch
         (7, 16, (448, 1024)),
     ],
 )

@@ -14,24 +14,24 @@ from ovseg_jax.data.benchmarks.tables import ClassTable, class_table
 from ovseg_jax.errors import UserError
 
 NAME = "coco_object"
-INSTANCES = "annotations/instances_val2017.json"
-IMAGES = ("val2017", "images/val2017")
 
 
-def open_coco_object(directory: str | Path, field: str) -> LabeledFolder:
-    """Opens the folder with val2017 and annotations/instances_val2017.json.
+def open_coco_object(directory: str | Path, field: str, split: str = "val") -> LabeledFolder:
+    """Opens the folder with val2017 and annotations/instances_val2017.json, or those of "train".
 
     Images without any instance belong to it: they are background throughout.
 
     Raises:
       UserError: files are missing (it names them), or pycocotools is.
     """
-    needed = ("|".join(IMAGES), INSTANCES)
+    instances = f"annotations/instances_{split}2017.json"
+    places = (f"{split}2017", f"images/{split}2017")
+    needed = ("|".join(places), instances)
     root = find_root(NAME, directory, ("", "coco", "coco2017"), needed, field)
     load_codec()
     table = class_table(NAME)
     try:
-        document = json.loads((root / INSTANCES).read_bytes())
+        document = json.loads((root / instances).read_bytes())
         entries = sorted(document["images"], key=lambda entry: entry["id"])
         regions = defaultdict(list)
         for region in document["annotations"]:
@@ -39,12 +39,12 @@ def open_coco_object(directory: str | Path, field: str) -> LabeledFolder:
         names = {entry["id"]: entry["name"] for entry in document["categories"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"benchmark {NAME}: {root / INSTANCES} is no COCO instance file "
+            f"benchmark {NAME}: {root / instances} is no COCO instance file "
             f"({type(error).__name__}: {error}); copy it again"
         ) from error
     if names != dict(zip(table.values, table.names, strict=True)):
-        raise UserError(f"benchmark {NAME}: {root / INSTANCES} has other categories than COCO's 80")
-    folder = next(root / place for place in IMAGES if (root / place).is_dir())
+        raise UserError(f"benchmark {NAME}: {root / instances} has other categories than COCO's 80")
+    folder = next(root / place for place in places if (root / place).is_dir())
     images = tuple(folder / entry["file_name"] for entry in entries)
     require(NAME, images)
     keys = tuple(path.stem for path in images)

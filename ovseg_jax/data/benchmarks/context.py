@@ -33,13 +33,16 @@ from ovseg_jax.errors import UserError
 
 NAME = "context"
 PNG, JSON, MAT = "SegmentationClassContext", "trainval_merged.json", "trainval"
-PNG_SPLIT, SPLIT = "ImageSets/SegmentationContext/val.txt", "ImageSets/Main/val.txt"
+PNG_SPLITS, SPLITS = "ImageSets/SegmentationContext", "ImageSets/Main"
 # 59_labels.txt spells three classes otherwise than labels.txt does.
 SPELLING = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": "cloth"}
 
 
-def open_context(directory: str | Path, field: str) -> LabeledFolder:
+def open_context(directory: str | Path, field: str, split: str = "val") -> LabeledFolder:
     """Opens VOCdevkit/VOC2010 (or a folder above it) with one of the forms of the annotation.
+
+    Args:
+      split: "val" or "train".
 
     Raises:
       UserError: files are missing; it names them.
@@ -47,18 +50,18 @@ def open_context(directory: str | Path, field: str) -> LabeledFolder:
     needed = ("JPEGImages", f"{PNG}|{JSON}|{MAT}")
     root = find_root(NAME, directory, ("", "VOC2010", "VOCdevkit/VOC2010"), needed, field)
     if (root / PNG).is_dir():
-        return _open_png(root)
-    return _open_json(root) if (root / JSON).is_file() else _open_mat(root)
+        return _open_png(root, split)
+    return _open_json(root, split) if (root / JSON).is_file() else _open_mat(root, split)
 
 
 def _images(root: Path, keys: Sequence[str]) -> tuple[Path, ...]:
     return tuple(root / "JPEGImages" / f"{key}.jpg" for key in keys)
 
 
-def _open_png(root: Path) -> LabeledFolder:
-    table = class_table(NAME)
-    require(NAME, [root / PNG_SPLIT])
-    keys = read_names(NAME, root / PNG_SPLIT)
+def _open_png(root: Path, split: str) -> LabeledFolder:
+    table, listed = class_table(NAME), root / PNG_SPLITS / f"{split}.txt"
+    require(NAME, [listed])
+    keys = read_names(NAME, listed)
     images, masks = _images(root, keys), tuple(root / PNG / f"{key}.png" for key in keys)
     require(NAME, (*images, *masks))
     numbers = tuple(range(1, len(table.names) + 1))
@@ -73,12 +76,12 @@ def _open_png(root: Path) -> LabeledFolder:
     )
 
 
-def _open_json(root: Path) -> LabeledFolder:
+def _open_json(root: Path, split: str) -> LabeledFolder:
     load_codec()
     table = class_table(NAME)
     try:
         document = json.loads((root / JSON).read_bytes())
-        entries = [entry for entry in document["images"] if entry["phase"] == "val"]
+        entries = [entry for entry in document["images"] if entry["phase"] == split]
         keys = tuple(Path(entry["file_name"]).stem for entry in entries)
         regions = defaultdict(list)
         for region in document["annos_segmentation"]:
@@ -89,7 +92,7 @@ def _open_json(root: Path) -> LabeledFolder:
             f"({type(error).__name__}: {error}); copy it again"
         ) from error
     if not keys:
-        raise UserError(f"benchmark {NAME}: {root / JSON} has no image of the phase 'val'")
+        raise UserError(f"benchmark {NAME}: {root / JSON} has no image of the phase {split!r}")
     images = _images(root, keys)
     require(NAME, images)
 
@@ -104,12 +107,12 @@ def _open_json(root: Path) -> LabeledFolder:
     return LabeledFolder(NAME, table, root, "json", keys, images, read_labels)
 
 
-def _open_mat(root: Path) -> LabeledFolder:
-    table = class_table(NAME)
-    require(NAME, [root / name for name in ("59_labels.txt", "labels.txt", SPLIT)])
+def _open_mat(root: Path, split: str) -> LabeledFolder:
+    table, listed = class_table(NAME), f"{SPLITS}/{split}.txt"
+    require(NAME, [root / name for name in ("59_labels.txt", "labels.txt", listed)])
     values = official_values(table, root / "labels.txt", root / "59_labels.txt")
-    # VOC 2010's own validation list: every image of it is annotated.
-    keys = read_names(NAME, root / SPLIT)
+    # VOC 2010's own lists: every image of them is annotated.
+    keys = read_names(NAME, root / listed)
     images, maps = _images(root, keys), tuple(root / MAT / f"{key}.mat" for key in keys)
     require(NAME, (*images, *maps))
 

@@ -20,6 +20,18 @@ def is_prepared(directory: str | Path) -> bool:
     return bool(str(directory)) and (Path(directory) / "dataset_info.json").is_file()
 
 
+def prepared_folder(name: str, directory: str | Path) -> Path | None:
+    """The written set that `directory` is or, in ovseg_NAME/VERSION, holds (newest version)."""
+    if is_prepared(directory):
+        return Path(directory)
+    if not str(directory):
+        return None
+    versions = [p for p in Path(directory).glob(f"ovseg_{name}/*.*.*") if is_prepared(p)]
+    return max(
+        versions, key=lambda p: [int(x) for x in p.name.split(".") if x.isdigit()], default=None
+    )
+
+
 @dataclass(frozen=True)
 class PreparedSet:
     """A written evaluation set; it offers what `folders.LabeledFolder` does, but for the keys."""

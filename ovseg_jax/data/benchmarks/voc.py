@@ -15,18 +15,18 @@ from ovseg_jax.data.benchmarks.folders import (
 from ovseg_jax.data.benchmarks.tables import IGNORE, class_table
 
 NAME = "voc"
-SPLIT = "ImageSets/Segmentation/val.txt"
 
 
-def open_voc(directory: str | Path, field: str) -> LabeledFolder:
-    """Opens VOCdevkit/VOC2012 (or a folder above it).
+def open_voc(directory: str | Path, field: str, split: str = "val") -> LabeledFolder:
+    """Opens VOCdevkit/VOC2012 (or a folder above it); `split` is "val" or "train".
 
     Raises:
       UserError: files are missing; it names them.
     """
+    listed = f"ImageSets/Segmentation/{split}.txt"
     below = ("", "VOC2012", "VOCdevkit/VOC2012")
-    root = find_root(NAME, directory, below, ("JPEGImages", "SegmentationClass", SPLIT), field)
-    keys = read_names(NAME, root / SPLIT)
+    root = find_root(NAME, directory, below, ("JPEGImages", "SegmentationClass", listed), field)
+    keys = read_names(NAME, root / listed)
     images = tuple(root / "JPEGImages" / f"{key}.jpg" for key in keys)
     masks = tuple(root / "SegmentationClass" / f"{key}.png" for key in keys)
     require(NAME, (*images, *masks))

@@ -1,0 +1,47 @@
+"""Which words stand for the classes of a benchmark, and from which file they come."""
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.official import FOLDERS
+from ovseg_jax.segmentation.published import file_digest
+from ovseg_jax.segmentation.vocabulary import Vocabulary
+
+_SCLIP = "protocols/sclip_words.json"
+
+
+@functools.cache
+def _sclip() -> dict[str, Any]:
+    path = resources.files("ovseg_jax.segmentation") / _SCLIP
+    return json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+
+
+def words_of(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str, str]]:
+    """The words of a benchmark's classes, and the file they are from with its digest.
+
+    Args:
+      which: 'released' (the words of the released model where they differ from the official
+        names), 'official' names, or 'sclip' (with synonyms, and words for the background). Sets
+        that are not published have one list alone, for all of them.
+
+    Raises:
+      UserError: there are no such words for this benchmark.
+    """
+    if benchmark.name not in FOLDERS:
+        return Vocabulary.of(getattr(benchmark, "entries", benchmark.class_names)), {}
+    if which == "sclip":
+        if benchmark.name not in _sclip():
+            raise UserError(
+                f"protocol: class_names='sclip' has no words for benchmark {benchmark.name}"
+            )
+        own = _sclip()[benchmark.name]
+        file = {"file": _SCLIP, "sha256": file_digest("ovseg_jax.segmentation", _SCLIP)}
+        return Vocabulary.of(own["classes"], own["background"]), file
+    table = f"tables/{FOLDERS[benchmark.name].base}.json"
+    file = {"file": table, "sha256": file_digest("ovseg_jax.data.benchmarks", table)}
+    names = benchmark.class_names if which == "released" else benchmark.official_names
+    return Vocabulary.of(names), file

@@ -1,0 +1,118 @@
+"""What ``predict`` writes for an image: label maps, overlays, run lengths, numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.loaded import Segmentation
+from ovseg_jax.segmentation.palette import write_palette_png
+from ovseg_jax.segmentation.pictures import overlay
+
+# What can be asked for, and what it is.
+FORMATS = {
+    "png": "NAME.mask.png: palette image, 0 background, then the classes in order",
+    "overlay": "NAME.overlay.png: the image, tinted, with the names on it and a legend",
+    "json": "NAME.json: area and score of each class",
+    "npz": "NAME.npz: labels, groups, scores, classes, for NumPy",
+    "rle": "NAME.rle.json: run lengths of each class found, as COCO's results have them",
+}
+_PALETTE = 255  # classes that fit into a palette image
+
+
+def check_formats(formats: list[str], classes: int) -> None:
+    """Raises UserError for a format that does not exist, or cannot hold so many classes."""
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"unknown format {name!r}; there are: {', '.join(FORMATS)}")
+    if not formats:
+        raise UserError(f"--formats is empty; there are: {', '.join(FORMATS)}")
+    if classes > _PALETTE and {"png", "overlay"} & set(formats):
+        raise UserError(
+            f"{classes} classes do not fit into a palette image, which has {_PALETTE} beside the "
+            "background: use --formats=npz,rle,json"
+        )
+
+
+def write_results(
+    out: Path,
+    name: str,
+    image: np.ndarray,
+    found: Segmentation,
+    protocol: dict[str, Any],
+    formats: list[str],
+) -> list[Path]:
+    """Writes each of `formats` and returns the files.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    written = []
+    try:
+        for kind in formats:
+            path = out / f"{name}.{_SUFFIX[kind]}"
+            if kind == "png":
+                write_palette_png(path, found.labels, len(found.classes))
+            elif kind == "overlay":
+                overlay(image, found.labels, list(found.classes), names=True).save(path)
+            elif kind == "npz":
+                arrays = {"labels": found.labels, "groups": found.groups, "scores": found.scores}
+                np.savez_compressed(path, **arrays, classes=np.array(found.classes))
+            else:
+                record = _rle(name, found) if kind == "rle" else _numbers(name, found, protocol)
+                path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            written.append(path)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    return written
+
+
+_SUFFIX = {
+    "png": "mask.png",
+    "overlay": "overlay.png",
+    "json": "json",
+    "npz": "npz",
+    "rle": "rle.json",
+}
+
+
+def _numbers(name: str, found: Segmentation, protocol: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "image": name,
+        "height": found.labels.shape[0],
+        "width": found.labels.shape[1],
+        "background": round(float((found.labels == 0).mean()), 6),
+        "classes": [
+            {"name": name, "area": round(float(area), 6), "score": round(float(score), 6)}
+            for name, area, score in zip(found.classes, found.areas, found.scores, strict=True)
+        ],
+        "protocol": protocol,
+    }
+
+
+def _rle(name: str, found: Segmentation) -> list[dict[str, Any]]:
+    """One entry a class that was found, in the form of COCO's segmentation results."""
+    present = [i for i in np.unique(found.labels).tolist() if i]
+    return [
+        {
+            "image_id": name,
+            "category_id": i,
+            "category": found.classes[i - 1],
+            "score": round(float(found.scores[i - 1]), 6),
+            "segmentation": run_lengths(found.labels == i),
+        }
+        for i in present
+    ]
+
+
+def run_lengths(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+    """COCO's uncompressed run lengths: column by column, the first run is of zeros."""
+    flat = mask.T.reshape(-1)
+    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
+    if flat[0]:
+        counts = [0, *counts]
+    return {"size": list(mask.shape), "counts": counts}

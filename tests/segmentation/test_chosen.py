@@ -1,0 +1,115 @@
+"""The best, median and worst images, as pictures and as a page."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from data.benchmarks import miniatures as mini
+from PIL import Image
+from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
+
+from ovseg_jax.segmentation.chosen import chosen_images, extremes, write_sheet
+from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.html_report import write_report
+from ovseg_jax.segmentation.model_eval import evaluate_model
+from ovseg_jax.segmentation.pictures import scene_panel, soft_maps
+
+
+class Numbered(Blocks):
+    """With a class name that HTML must not read as a tag."""
+
+    class_names = ("red</script>", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    benchmark, segmenter = Numbered(SIZES), ByColor(4)
+    result = evaluate(segmenter, benchmark, PROTOCOL, batch_size=4)
+    own = result["image_miou"], 2, 4
+    return benchmark, result, chosen_images(segmenter, benchmark, PROTOCOL, *own)
+
+
+def test_extremes():
+    assert extremes([3.0, 1.0, None, 2.0, 5.0, 4.0], 1) == [
+        (4, "best"),
+        (0, "median"),
+        (1, "worst"),
+    ]
+    assert extremes([3.0, 1.0], 5) == [(0, "best"), (1, "best")]
+    assert extremes([None], 2) == []
+
+
+def test_chosen_images_are_those_of_the_evaluation(evaluated):
+    benchmark, result, chosen = evaluated
+    miou = result["image_miou"]
+    assert [one.kind for one in chosen] == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
+    assert chosen[0].miou == max(miou) and chosen[-1].miou == min(miou)
+    for one in chosen:
+        image, truth = benchmark[one.index]
+        np.testing.assert_array_equal(one.image, image)
+        np.testing.assert_array_equal(one.truth, truth)
+        assert one.prediction.shape == one.groups.shape == truth.shape
+        # Each patch belongs to one of four groups, wholly.
+        np.testing.assert_array_equal(one.maps.sum(0), 1)
+        ious = [
+            ((one.prediction == c) & (truth == c)).sum()
+            / ((one.prediction == c) | (truth == c)).sum()
+            for c in range(4)
+            if ((one.prediction == c) | (truth == c)).any()
+        ]
+        assert one.miou == pytest.approx(100 * np.mean(ious), abs=1e-3)
+
+
+def test_the_page(evaluated, tmp_path):
+    benchmark, result, chosen = evaluated
+    path = tmp_path / "new" / "page.html"
+    write_report(path, result, benchmark, chosen, 4)
+    page = path.read_text()
+    assert not re.search(r"https?://(?!www)|src=[\"']?(?!\")", page.split("<script>")[0])
+    assert page.count("</script>") == 1 and "@" not in page.split("<script>")[0]
+    data = json.loads(re.search(r"const data = (.*);\n", page)[1])
+    assert data["names"] == ["background", *benchmark.class_names]
+    assert len(data["colors"]) == 4 and data["colors"][0] == "#000000"
+    assert data["iou"] == list(result["iou"].values())
+    for entry, one in zip(data["images"], chosen, strict=True):
+        labels = np.frombuffer(base64.b64decode(entry["prediction"]), np.uint8)
+        np.testing.assert_array_equal(
+            labels.reshape(entry["height"], entry["width"]), one.prediction
+        )
+        picture = base64.b64decode(entry["groups"].partition(",")[2])
+        with Image.open(io.BytesIO(picture)) as image:
+            assert image.size == (entry["width"], entry["height"])
+        assert entry["classes"] == np.unique(one.truth).tolist()
+
+
+def test_the_sheet(evaluated, tmp_path):
+    benchmark, _, chosen = evaluated
+    write_sheet(chosen, benchmark, tmp_path / "a" / "sheet.png", 4)
+    with Image.open(tmp_path / "a" / "sheet.png") as sheet:
+        assert sheet.height > 6 * 320 and sheet.width > 5 * 320
+
+
+def test_soft_maps_and_overlay():
+    maps = np.array([[[0.0, 1.0]], [[0.5, 0.5]]], np.float32)
+    row = np.asarray(soft_maps(maps, (3, 1), 400))
+    assert row.shape[1] == 400
+    assert row[-20, 30].tolist() == [0, 0, 0] and row[-20, 150].tolist() == [255, 255, 255]
+    image = np.full((60, 90, 3), 120, np.uint8)
+    labels = np.zeros((60, 90), np.uint8)
+    labels[:, :45] = 1
+    panel = scene_panel(image, labels, labels, labels, ["a"])
+    other = scene_panel(image, labels, labels, labels, ["another"])
+    tile = (slice(60, 200), slice(-332, -172))  # the left half of the overlay
+    assert (np.asarray(panel)[tile] != np.asarray(other)[tile]).any()
+
+
+def test_pictures_of_a_benchmark(directory, tmp_path):
+    mini.voc(tmp_path)
+    small = [(f"eval.protocol.{field}", "16") for field in ("short_side", "window", "stride")]
+    options = {"data_dir": str(tmp_path), "overrides": small, "pictures": 1}
+    evaluate_model(str(directory), ("voc", "voc20"), tmp_path / "out", **options)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{a}.{b}" for a in ("voc", "voc20") for b in ("json", "html", "png")}

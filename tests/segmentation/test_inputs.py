@@ -1,0 +1,250 @@
+"""What predict may be given, and what it writes."""
+
+import http.server
+import io
+import json
+import sys
+import threading
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as codec
+
+from ovseg_jax import flags, predict
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import inputs
+from ovseg_jax.segmentation.inputs import find_pictures, pictures
+from ovseg_jax.segmentation.outputs import check_formats, run_lengths
+
+RNG = np.random.default_rng(0)
+
+
+def write(path, size=(24, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def write_gif(path, frames=5):
+    images = [Image.fromarray(np.full((20, 30, 3), 40 * i, np.uint8)) for i in range(frames)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=40)
+
+
+def no_lines():
+    return io.StringIO("")
+
+
+def test_files_folders_globs_and_lists(tmp_path):
+    for name in ("b.png", "a.jpg", "deep/c.png"):
+        write(tmp_path / name)
+    for name in ("deep/d.txt", "notes.txt"):
+        (tmp_path / name).write_text("no picture")
+
+    def names(found):
+        return [path.removeprefix(f"{tmp_path}/") for path in found]
+
+    assert names(find_pictures([str(tmp_path)], no_lines())) == ["a.jpg", "b.png"]
+    assert names(find_pictures([f"{tmp_path}/*.p*g"], no_lines())) == ["b.png"]
+    deep = find_pictures([f"{tmp_path}/**/*.png"], no_lines())
+    assert names(deep) == ["b.png", "deep/c.png"]
+    lines = io.StringIO(f"{tmp_path}/b.png\n\n{tmp_path}/deep\n")
+    assert names(find_pictures(["-"], lines)) == ["b.png", "deep/c.png"]
+    # A file whose name looks like a pattern is itself.
+    write(tmp_path / "odd[1].png")
+    assert names(find_pictures([f"{tmp_path}/odd[1].png"], no_lines())) == ["odd[1].png"]
+    assert [picture.name for picture in pictures(deep)] == ["b", "c"]
+
+
+def test_bad_arguments(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / "other" / "a.jpg")
+    (tmp_path / "empty").mkdir()
+    for given, options, said in (
+        ([], {}, "is empty"),
+        (["-"], {}, "is empty"),
+        ([f"{tmp_path}/none.png"], {}, "does not exist"),
+        ([f"{tmp_path}/*.bmp"], {}, "no file matches"),
+        ([f"{tmp_path}/empty"], {}, "holds no image"),
+        ([f"{tmp_path}/a.png", f"{tmp_path}/other"], {}, "would both write 'a'"),
+        (["http://x.org/a.png"], {}, "give --urls"),
+        ([f"{tmp_path}/a.png"], {"every": 0}, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_pictures(given, no_lines(), **options)
+
+
+def test_frames_of_animations(tmp_path):
+    write_gif(tmp_path / "v.gif")
+    found = list(pictures([str(tmp_path / "v.gif")], every=2))
+    assert [picture.name for picture in found] == ["v_000000", "v_000002", "v_000004"]
+    for picture, gray in zip(found, (0, 80, 160), strict=True):
+        assert np.abs(picture.read().astype(int) - gray).max() <= 4
+    (tmp_path / "bad.gif").write_bytes(b"no animation")
+    (broken,) = pictures([str(tmp_path / "bad.gif")])
+    with pytest.raises(UserError, match="cannot be read as an animation"):
+        broken.read()
+
+
+def test_videos_go_through_pyav(tmp_path, monkeypatch):
+    class Container:
+        def __init__(self, path):
+            if "bad" in path:
+                raise OSError("Invalid data")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def decode(self, video):
+            assert video == 0
+            for i in range(3):
+                frame = np.full((4, 6, 3), i, np.uint8)
+                yield SimpleNamespace(to_ndarray=lambda format, frame=frame: frame)
+
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=Container))
+    found = list(pictures(["clip.mp4"]))
+    assert [picture.name for picture in found] == [f"clip_{i:06d}" for i in range(3)]
+    assert [picture.read().max() for picture in found] == [0, 1, 2]
+    (broken,) = pictures(["bad.mp4"])
+    with pytest.raises(UserError, match="cannot be read as a video"):
+        broken.read()
+    monkeypatch.setitem(sys.modules, "av", None)
+    (missing,) = pictures(["clip.mp4"])
+    with pytest.raises(UserError, match=r"ovseg_jax\[video\]"):
+        missing.read()
+
+
+def test_addresses(tmp_path, monkeypatch):
+    pixels = write(tmp_path / "a b.png")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Quiet) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            base = f"http://localhost:{server.server_port}"
+            given = [f"{base}/a%20b.png?size=1", f"{base}/none.png"]
+            found = list(pictures(find_pictures(given, no_lines(), urls=True)))
+            assert [picture.name for picture in found] == ["a%20b", "none"]
+            np.testing.assert_array_equal(found[0].read(), pixels)
+            with pytest.raises(UserError, match="cannot be downloaded .*404"):
+                found[1].read()
+            monkeypatch.setattr(inputs, "MOST_BYTES", 10)
+            with pytest.raises(UserError, match="larger than"):
+                found[0].read()
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_run_lengths_are_those_of_coco():
+    for seed in range(5):
+        mask = np.random.default_rng(seed).random((7, 11)) < (0.1 + 0.2 * seed)
+        found = run_lengths(mask)
+        encoded = codec.frPyObjects(found, *found["size"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of pycocotools' arrays
+            np.testing.assert_array_equal(codec.decode(encoded), mask)
+    assert run_lengths(np.ones((2, 2), bool)) == {"size": [2, 2], "counts": [0, 4]}
+
+
+def test_formats():
+    check_formats(["npz", "rle", "json"], 500)
+    for formats, classes, said in (
+        (["jpg"], 2, "unknown format"),
+        ([], 2, "is empty"),
+        (["png"], 256, "256 classes do not fit"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_formats(formats, classes)
+
+
+# ---- the command, with a model that is loaded once
+
+
+@pytest.fixture
+def call(directory, monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        out = tmp_path / "out"
+        monkeypatch.setattr(predict, "enable_compilation_cache", lambda: None)
+        argv = ["predict", f"--model={directory}", f"--out={out}", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stop:
+            flags.run(predict.main)
+        captured = capsys.readouterr()
+        return stop.value.code, out, captured.out, captured.err
+
+    return run
+
+
+def test_every_format_and_a_failure_among_others(call, tmp_path):
+    photos = tmp_path / "photos"
+    write(photos / "a.png", (24, 40))
+    write(photos / "z.png", (70, 33))
+    (photos / "bad.png").write_text("no image")
+    write_gif(photos / "v.gif", frames=2)
+    code, out, said, error = call(
+        f"--images={photos}",
+        "--classes=cat|kitten,dog",
+        "--formats=png,overlay,json,npz,rle",
+        "--background=0.0",
+        "--words=2",
+    )
+    assert code == 1 and "bad.png is no image" in error and "1 of 5 images failed" in error
+    assert len(said.splitlines()) == 4
+    stems = ("a", "z", "v_000000", "v_000001")
+    suffixes = ("mask.png", "overlay.png", "json", "npz", "rle.json")
+    assert {path.name for path in out.iterdir()} == {f"{a}.{b}" for a in stems for b in suffixes}
+    with np.load(out / "z.npz") as arrays, Image.open(out / "z.mask.png") as mask:
+        labels = arrays["labels"]
+        np.testing.assert_array_equal(labels, np.asarray(mask))
+        assert labels.shape == arrays["groups"].shape == (70, 33)
+        assert arrays["classes"].tolist() == ["cat", "dog"]
+    entries = json.loads((out / "z.rle.json").read_text())
+    assert {entry["category"] for entry in entries} <= {"cat", "dog"} and entries
+    area = sum(sum(entry["segmentation"]["counts"][1::2]) for entry in entries)
+    assert area == (labels > 0).sum()
+
+
+@pytest.mark.parametrize("background", ["none", "wall,sky,grass,car,tree,floor,person"])
+def test_kinds_of_background(call, tmp_path, background):
+    write(tmp_path / "a.png", (40, 70))
+    options = ("--formats=npz", "--pamr=1", "--flip", "--scales=1,1.5")
+    more = (f"--background={background}", "--assignment=hard", *options)
+    code, out, _, error = call(f"--images={tmp_path}/a.png", "--classes=cat,dog", *more)
+    assert code == 0, error
+    with np.load(out / "a.npz") as arrays:
+        assert (arrays["labels"] == 0).any() == (background != "none")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--classes=cat", "--vocabulary=voc"), "exactly one"),
+        ((), "exactly one"),
+        (("--classes=cat,Cat",), "twice"),
+        (("--classes=cat", "--background=1.5"), "from 0 to 1"),
+        (("--classes=cat", "--background=cat"), "twice"),
+        (("--classes=cat", "--background=,"), "threshold, 'none', or words"),
+        (("--classes=cat", "--formats=gif"), "unknown format"),
+        (("--classes=cat", "--scales=a"), "not numbers"),
+        (("--classes=cat", "--batch_size=-1"), "at least 1"),
+        (("--vocabulary=nothing.txt",), "no such file"),
+    ],
+)
+def test_mistakes(call, tmp_path, arguments, said):
+    write(tmp_path / "a.png")
+    code, out, _, error = call(f"--images={tmp_path}/a.png", *arguments)
+    assert code == 2 and said in error and error.startswith("error: ")

@@ -1,0 +1,118 @@
+"""Protocols by name: complete, sourced, and compared with published results of their own only."""
+
+import json
+
+import pytest
+from data.benchmarks import miniatures as mini
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.benchmarks import make_benchmark
+from ovseg_jax.segmentation.class_words import words_of
+from ovseg_jax.segmentation.comparison import comparison_rows, protocol_lines, remarks, result_rows
+from ovseg_jax.segmentation.official import FOLDERS
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.published import (
+    NAMES,
+    is_named,
+    named_protocol,
+    protocol_notes,
+    published_rows,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_protocols(name):
+    protocol = named_protocol(name)
+    assert protocol.name == name
+    assert Protocol.from_config(json.loads(json.dumps(protocol.as_dict()))) == protocol
+    notes = protocol_notes(name)
+    assert notes["title"] and notes["source"]
+    for benchmark in FOLDERS:
+        own = protocol.for_benchmark(benchmark)
+        assert own.per_benchmark == {} and own.thresholds == {}
+        assert is_named(own, benchmark, own_scale=True)
+        assert not is_named(own.replace(short_side=own.short_side + 1), benchmark)
+        assert not is_named(own.replace(name="mine"), benchmark)
+
+
+def test_settings_that_the_sources_state():
+    paper, released, sclip = (named_protocol(name) for name in ("paper", "released", "sclip"))
+    names = ("voc", "context", "coco_object")
+    assert [paper.for_benchmark(name).threshold for name in names] == [0.9, 0.35, 0.9]
+    assert [released.for_benchmark(name).threshold for name in names] == [0.95, 0.35, 0.9]
+    assert [sclip.for_benchmark(name).scale for name in (*names, "ade20k")] == [65, 50, 50, 40]
+    assert sclip.for_benchmark("cityscapes").short_side == 560
+    assert sclip.for_benchmark("voc").min_area == 0.1 and len(sclip.templates) == 80
+    tcl = named_protocol("tcl")
+    assert (tcl.pamr_steps, tcl.pamr_dilations) == (10, (1, 2, 4, 8, 12, 24))
+    with pytest.raises(UserError, match="did you mean 'sclip'"):
+        named_protocol("slip")
+
+
+def test_words(tmp_path):
+    mini.voc(tmp_path)
+    voc = make_benchmark("voc", {"dir": str(tmp_path)})
+    released, file = words_of(voc, "released")
+    assert released.words[10] == "table" and file["file"] == "tables/voc.json"
+    official, same = words_of(voc, "official")
+    assert official.words[10] == "diningtable" and same == file and len(file["sha256"]) == 12
+    sclip, other = words_of(voc, "sclip")
+    assert sclip.classes[3] == "ship" and sclip.owners.count(14) == 7 and -1 in sclip.owners
+    assert other["sha256"] != file["sha256"]
+    alone, _ = words_of(make_benchmark("voc20", {"dir": str(tmp_path)}), "sclip")
+    assert alone.classes == sclip.classes and -1 not in alone.owners
+    few = make_benchmark("voc_zss", {"dir": str(tmp_path)})
+    assert words_of(few, "sclip")[0].words == few.class_names
+
+
+def a_result(name="released", **changes):
+    protocol = {
+        **named_protocol(name).for_benchmark("voc").as_dict(),
+        "as_named": True,
+        "class_names_file": {"file": "tables/voc.json", "sha256": "0123"},
+        "notes": protocol_notes(name),
+    }
+    return {
+        "benchmark": "voc",
+        "miou": 50.0,
+        "pixel_accuracy": 80.0,
+        "images": 1449,
+        "images_per_second": 2.0,
+        "data": {"images_expected": 1449},
+        "entities": {"seen": 20, "unseen": 0, "in_paper": (20, 0)},
+        "zss": {"classes": ["sheep"], "miou": 1.25},
+        "protocol": protocol,
+        **changes,
+    }
+
+
+def test_comparison_is_of_one_protocol_alone():
+    rows = comparison_rows(a_result())
+    methods = [row[0] for row in rows[1:]]
+    assert rows[0][0] == "voc, protocol released" and "SCLIP" not in methods
+    # By score: ours, 50.0, below the 53.8 of the paper's ViT-B.
+    assert methods[-2:] == ["this model", "OVSegmentor"] and rows[-1][-1] == "53.8"
+    assert [row["method"] for row in published_rows("sclip", "voc")] == ["SCLIP"]
+    assert comparison_rows(a_result(images=1448)) == []
+    changed = a_result()
+    changed["protocol"]["as_named"] = False
+    assert comparison_rows(changed) == []
+    assert comparison_rows({**a_result(), "benchmark": "scenes"}) == []
+
+
+def test_what_is_said():
+    result = a_result(images=100)
+    said = "\n".join(remarks({"voc": result}))
+    assert "100 images, but the whole set has 1449" in said
+    assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
+    assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
+    lines = "\n".join(protocol_lines(result["protocol"]))
+    for word in ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}."):
+        assert word in lines
+
+
+def test_every_published_row_has_a_source():
+    for name in NAMES:
+        for benchmark in FOLDERS:
+            for row in published_rows(name, benchmark):
+                assert row["source"] and 0 < row["miou"][benchmark] < 100

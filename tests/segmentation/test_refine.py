@@ -1,0 +1,200 @@
+"""Refinement options, each against the same in plain NumPy."""
+
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import windows
+from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.refine import pamr
+from ovseg_jax.segmentation.scores import assigned, image_scores, without_index
+
+PATCH, K, C = 4, 5, 4
+PROTOCOL = Protocol(short_side=20, long_limit=64, window=20, stride=8, scale=6.0, threshold=0.3)
+
+
+class Linear:
+    """Groups and affinities are fixed linear maps of a patch's mean color."""
+
+    rng = np.random.default_rng(3)
+    to_groups = rng.normal(size=(3, K)).astype(np.float32)
+    groups = rng.normal(size=(K, C)).astype(np.float32)
+
+    def encode(self, images):
+        b, h, w, _ = images.shape
+        h, w = h // PATCH, w // PATCH
+        cells = images[:, : h * PATCH, : w * PATCH].reshape(b, h, PATCH, w, PATCH, 3)
+        color = cells.mean((2, 4)).reshape(b, h * w, 3) / 64.0
+        # Where a patch lies in its window matters too, so that a mirrored image is another one.
+        place = np.arange(h * w) % w / w
+        logits = color.astype(np.float32) @ self.to_groups + place[:, None] * self.to_groups[0]
+        logits = logits.astype(np.float32)
+        affinity = np.exp(logits - logits.max(-1, keepdims=True))
+        affinity /= affinity.sum(-1, keepdims=True)
+        return affinity, np.tile(self.groups, (b, 1, 1)), np.ones((b, C), np.float32)
+
+    def text(self, names, templates):
+        return np.eye(C, dtype=np.float32)
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    for h, w in ((20, 20), (23, 41), (64, 30)):
+        coarse = rng.integers(0, 256, (-(-h // 6), -(-w // 6), 3), np.uint8)
+        yield coarse.repeat(6, 0).repeat(6, 1)[:h, :w]
+
+
+def found(protocol, owners=None):
+    scored = image_scores(
+        without_index(Linear().encode), Linear().text((), ()), pictures(), protocol, 4
+    )
+    labels = {one.index: labels for one, labels in label_maps(scored, protocol, owners)}
+    return [labels[i] for i in range(len(labels))]
+
+
+def upsample(maps, size):
+    rows, columns = (windows.bilinear_weights(n, m) for n, m in zip(size, maps.shape, strict=False))
+    return np.einsum("Hh,hwc,Ww->HWc", rows.astype(np.float64), maps, columns.astype(np.float64))
+
+
+def numpy_pamr(maps, image, steps, dilations):
+    h, w, _ = maps.shape
+    image = image / 255.0
+
+    def values(x):
+        ys, xs = np.mgrid[:h, :w]
+        return np.stack(
+            [
+                x[np.clip(ys + d * i, 0, h - 1), np.clip(xs + d * j, 0, w - 1)]
+                for d in dilations
+                for i in (-1, 0, 1)
+                for j in (-1, 0, 1)
+            ]
+        )
+
+    center = np.array([i == 4 for _ in dilations for i in range(9)])
+    everywhere = values(image)
+    deviation = everywhere.std(0, ddof=1)
+    logits = -(np.abs(everywhere[~center] - image) / (0.1 * deviation + 1e-8)).mean(-1)
+    weights = np.exp(logits - logits.max(0))
+    weights /= weights.sum(0)
+    for _ in range(steps):
+        maps = (values(maps)[~center] * weights[..., None]).sum(0)
+    return maps
+
+
+def plain(image, protocol, words=C):
+    """One image by the book: every view, window by window, then refinement, then labels."""
+    size = image.shape[:2]
+    base = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+    late, means = protocol.averaged == "cosines", []
+    for scale, mirrored in protocol.views:
+        resized = tuple(max(16, int(side * scale + 0.5)) for side in base)
+        seen = windows.resize_image(image, *resized)
+        seen = seen[:, ::-1] if mirrored else seen
+        total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
+        for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
+            part = seen[top : top + protocol.window, left : left + protocol.window]
+            affinity, groups, _ = (x[0].astype(np.float64) for x in Linear().encode(part[None]))
+            if protocol.assignment == "hard":
+                affinity = np.eye(K)[affinity.argmax(-1)]
+            else:
+                affinity = affinity ** (1 / protocol.assignment_temperature)
+                affinity /= affinity.sum(-1, keepdims=True)
+            unit = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
+            scores = affinity @ unit
+            if not late:
+                scores = softmax(protocol.scale * scores)
+            scores = scores.reshape(part.shape[0] // PATCH, part.shape[1] // PATCH, C)
+            place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
+            total[place] += upsample(scores, part.shape[:2])
+            cover[place] += 1
+        mean = total / cover
+        means.append(upsample(mean[:, ::-1] if mirrored else mean, base))
+    maps = np.mean(means, 0)
+    if protocol.pamr_steps:
+        seen = windows.resize_image(image, *base)
+        maps = numpy_pamr(maps, seen, protocol.pamr_steps, protocol.pamr_dilations)
+    maps = upsample(maps, size)
+    p = softmax(protocol.scale * maps) if late else maps
+    if protocol.min_area:
+        areas = np.bincount(p.argmax(-1).ravel(), minlength=C)
+        p = p * (areas > protocol.min_area * areas.sum())
+    best = np.sort(p, -1)
+    margin = np.minimum(best[..., -1] - best[..., -2], np.abs(best[..., -1] - protocol.threshold))
+    return np.where(p.max(-1) < protocol.threshold, 0, p.argmax(-1) + 1), margin
+
+
+def softmax(x):
+    exponents = np.exp(x - x.max(-1, keepdims=True))
+    return exponents / exponents.sum(-1, keepdims=True)
+
+
+OPTIONS = {
+    "none": {},
+    "flip": {"flip": True},
+    "scales": {"scales": (0.8, 1.0, 1.5)},
+    "pamr": {"pamr_steps": 3, "pamr_dilations": (1, 2)},
+    "all at once": {"flip": True, "scales": (1.0, 1.3), "pamr_steps": 2, "pamr_dilations": (1, 4)},
+    "hard": {"assignment": "hard"},
+    "sharp": {"assignment_temperature": 0.25},
+    "cosines": {"averaged": "cosines"},
+    "cosines, refined": {"averaged": "cosines", "flip": True, "pamr_steps": 1},
+    "large classes alone": {"min_area": 0.35},
+    "large classes alone, refined": {"min_area": 0.2, "averaged": "cosines", "flip": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_against_plain_numpy(name):
+    protocol = PROTOCOL.replace(**OPTIONS[name])
+    changed = 0
+    for image, labels, before in zip(pictures(), found(protocol), found(PROTOCOL), strict=True):
+        expected, margin = plain(image, protocol)
+        clear = margin > 1e-4
+        assert clear.mean() > 0.99
+        np.testing.assert_array_equal(labels[clear], expected[clear])
+        changed += (labels != before).sum()
+    assert (changed > 0) == (name != "none")
+
+
+def test_pamr_against_plain_numpy():
+    rng = np.random.default_rng(2)
+    maps = rng.random((13, 17, 3)).astype(np.float32)
+    image = rng.integers(0, 256, (13, 17, 3), np.uint8)
+    image[:5] = 90  # a flat part, where nothing deviates
+    dilations = (1, 2, 4, 8, 12, 24)
+    ours = pamr(maps, image, steps=10, dilations=dilations)
+    np.testing.assert_allclose(ours, numpy_pamr(maps, image, 10, dilations), atol=2e-5)
+
+
+def test_temperature_and_hard_assignment():
+    affinity = np.random.default_rng(1).dirichlet(np.ones(K), (2, 6)).astype(np.float32)
+    affinity[0, 0] = [1, 0, 0, 0, 0]
+    np.testing.assert_array_equal(assigned(affinity, "soft", 1.0), affinity)
+    hard = np.asarray(assigned(affinity, "hard", 1.0))
+    np.testing.assert_array_equal(hard, np.eye(K)[affinity.argmax(-1)])
+    cold = np.asarray(assigned(affinity, "soft", 1e-3))
+    assert np.isfinite(cold).all()
+    np.testing.assert_allclose(cold[affinity.max(-1) > 0.6].max(-1), 1, atol=1e-3)
+
+
+def test_refinement_that_does_not_fit():
+    for changes, said in (
+        ({"flip": True, "order": "argmax_first"}, "upsample_first"),
+        ({"pamr_steps": 2, "grouping": "one_group"}, "soft_patches"),
+        ({"assignment": "hard", "grouping": "one_group"}, "one group already"),
+        ({"scales": ()}, "at least one factor"),
+        ({"scales": (0.0,)}, "above 0"),
+        ({"pamr_steps": -1}, "at least 0"),
+        ({"pamr_dilations": ()}, "dilations"),
+        ({"assignment_temperature": 0.0}, "above 0"),
+        ({"min_area": 1.0}, "below 1"),
+        ({"averaged": "cosines", "image_scale": 1.0}, "image_scale"),
+        ({"averaged": "x"}, "cosines"),
+        ({"per_benchmark": {"voc": {"name": "x"}}}, "per_benchmark.voc"),
+        ({"per_benchmark": {"voc": {"scales": ()}}}, "factor"),
+    ):
+        with pytest.raises(UserError, match=said):
+            PROTOCOL.replace(**changes)

@@ -1,0 +1,76 @@
+"""Words, the classes they stand for, and label maps made from them."""
+
+import numpy as np
+import pytest
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import readout
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
+from ovseg_jax.segmentation.word_lists import word_list
+
+
+def test_synonyms_and_background():
+    found = Vocabulary.of(["cat|kitten| tabby", "dog"], ["wall", "sky"])
+    assert found.classes == ("cat", "dog")
+    assert found.words == ("cat", "kitten", "tabby", "dog", "wall", "sky")
+    assert found.owners == (0, 0, 0, 1, BACKGROUND, BACKGROUND)
+    assert found.lines() == ("cat|kitten|tabby", "dog", "background: wall|sky")
+    more = found.with_background(["Sky", "grass"])
+    assert more.words == (*found.words, "grass") and more.owners == (*found.owners, BACKGROUND)
+    assert Vocabulary.of(["cat"]).lines() == ("cat",)
+
+
+@pytest.mark.parametrize(
+    "entries, background, said",
+    [
+        ([], (), "no classes"),
+        ("cat", (), "not one text"),
+        (["cat", " "], (), "empty class name"),
+        (["cat|", "dog"], (), "empty class name"),
+        (["cat", "Cat "], (), "twice"),
+        (["cat|kitten", "kitten"], (), "twice"),
+        (["cat", "wall"], ["wall"], "twice"),
+        (["cat"], [""], "empty"),
+    ],
+)
+def test_bad_lists(entries, background, said):
+    with pytest.raises(UserError, match=said):
+        Vocabulary.of(entries, background)
+
+
+def test_five_hundred_classes():
+    many = Vocabulary.of([f"class {i}" for i in range(500)])
+    p = np.random.default_rng(0).random((2, 3, 500)).astype(np.float32)
+    labels = readout.decide(p, 0.0, many.owners)
+    np.testing.assert_array_equal(labels, p.argmax(-1) + 1)
+
+
+@pytest.mark.parametrize("order", readout.ORDERS)
+def test_a_class_has_the_probability_of_its_best_word(order):
+    rng = np.random.default_rng(1)
+    p = rng.dirichlet(np.ones(6), (1, 5, 4)).astype(np.float32)
+    owners, threshold = (0, 1, 0, 2, 1, BACKGROUND), 0.35
+    # By the book: the maximum over each class's words, background among them.
+    classes = np.stack([p[..., [0, 2]].max(-1), p[..., [1, 4]].max(-1), p[..., 3], p[..., 5]], -1)
+    expected = np.where(classes.argmax(-1) == 3, 0, classes.argmax(-1) + 1)
+    expected = np.where(classes.max(-1) < threshold, 0, expected)
+    assert set(np.unique(expected)) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(readout.label_map(p, threshold, (5, 4), order, owners), expected)
+    with pytest.raises(UserError, match="background"):
+        readout.label_map(p, None, (5, 4), order, owners)
+
+
+def test_lists_by_name_and_from_a_file(tmp_path):
+    assert len(word_list("voc")) == 20 and len(word_list("ade20k")) == 150
+    assert word_list("coco") == word_list("coco_object") and len(word_list("coco")) == 80
+    path = tmp_path / "words.txt"
+    path.write_text("cat|kitten\n\n dog \n")
+    assert word_list(str(path)) == ("cat|kitten", "dog")
+    path.write_text("\n")
+    with pytest.raises(UserError, match="lists no classes"):
+        word_list(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="no text file"):
+        word_list(str(path))
+    with pytest.raises(UserError, match="did you mean 'ade20k'"):
+        word_list("ade20")
