@@ -178,6 +178,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "frozen": (TRUNK, TEXT),
         },
     )
+    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": ("scenes",),

@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "binding_scale": None,
             "gumbel_temperature": 1.0,
             "drop_path": 0.0,
-            "remat": "dots",
+            "remat": "full",
             "unroll": 1,
         },
         "text_form": "bert",
@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "token_types": 2,
             "dropout": 0.1,
             "eps": 1e-12,
-            "remat": "dots",
+            "remat": "full",
             "unroll": 1,
         },
         "decoder": {
@@ -174,6 +174,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {"name": "align", "epochs": 30, "batch_size": 2048, "mask_weight": 0.0},
         {"name": "align + mask", "epochs": 10, "batch_size": 2048, "mask_weight": 0.1},
     )
+    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": (),

@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ovseg_jax.errors import UserError
+
+# Programs are also traced for meshes that have no devices.
+AnyMesh = Mesh | AbstractMesh
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -57,12 +60,12 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Leading axis split over the batch axes, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def keep_split(tree: Any, mesh: Mesh | None) -> Any:
+def keep_split(tree: Any, mesh: AnyMesh | None) -> Any:
     """Activations, pinned to the batch sharding in the forward and the backward pass.
 
     Left alone, the partitioner moves the width of some activations to the fsdp axis, as the
@@ -75,17 +78,17 @@ def keep_split(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: AnyMesh) -> int:
     """How many parts a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """The partition of a parameter from its logical axis names.
 
     An axis that the mesh axis does not divide stays whole, and a mesh axis is used once per array.
@@ -109,7 +112,7 @@ def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -
     return PartitionSpec(*parts)
 
 
-def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
+def parameter_shardings(boxed: Any, mesh: AnyMesh) -> Any:
     """Shardings of a boxed (abstract) parameter tree, in the shape of the unboxed one."""
 
     def leaf(value: Any) -> NamedSharding:
@@ -120,7 +123,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def shardings_like(tree: Any, parameters: dict[str, NamedSharding], mesh: Mesh) -> Any:
+def shardings_like(tree: Any, parameters: dict[str, NamedSharding], mesh: AnyMesh) -> Any:
     """Shardings for a tree that holds copies of parameters among other things.
 
     Optimizer moments and the EMA teacher keep a parameter's path as the end of their own, and are
@@ -144,7 +147,7 @@ def shardings_like(tree: Any, parameters: dict[str, NamedSharding], mesh: Mesh) 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], mesh: AnyMesh) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch onto its devices as one global array each."""
     sharding = batch_sharding(mesh)
     return {
@@ -153,7 +156,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-def process_slots(batch_size: int, mesh: Mesh) -> list[int]:
+def process_slots(batch_size: int, mesh: AnyMesh) -> list[int]:
     """The global batch rows that live on this process's devices, in order.
 
     Raises:

@@ -142,6 +142,7 @@ def make_tiny_config() -> ConfigDict:
         "frozen_text_dropout": False,
         "matching": "host",
     }
+    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
     config.optimizer = {
         "b1": 0.9,
         "b2": 0.999,

@@ -14,6 +14,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.train.aot.inputs import batch_shapes
 from ovseg_jax.train.phases import make_phases, rate_at
 from ovseg_jax.train.state import new_state
 from ovseg_jax.train.step import train_step
@@ -96,7 +97,7 @@ def test_every_phase_traces(name):
                 erase=phase.erase,
             ),
             state,
-            _batch(config, phase),
+            batch_shapes(config, phase, 16, 24),
         )
         assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
             lambda x: (x.shape, x.dtype), state
@@ -105,33 +106,3 @@ def test_every_phase_traces(name):
         assert ("mask" in metrics) == (phase.mask_weight > 0)
         assert ("nouns" in metrics) == (config.loss.noun_weight > 0)
         assert ("entity" in metrics) == (config.loss.entity_weight > 0)
-
-
-def _batch(config, phase, count=16, length=24):
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct((count, *shape), dtype)
-
-    size = phase.transform["size"]
-    width = config.model.text.width
-    batch = {name: array((), np.float32) for name in ("weight", "entity_weight", "pair_weight")}
-    batch["entity_set"] = array((), np.int32)
-    if config.data.cache_images:
-        patches = (size // config.model.image.patch) ** 2
-        trunk = config.model.image.trunk_width or config.model.image.width
-        for name in ("image_features", "image2_features"):
-            batch[name] = array((patches, trunk), np.float16)
-    else:
-        for name in ("image", "image2"):
-            batch[name] = array((size, size, 3), np.uint8)
-    if config.data.nouns:
-        batch["noun_ids"] = array((config.data.nouns, length), np.int32)
-        batch["noun_present"] = array((config.data.nouns,), np.bool_)
-    if config.data.cache_texts:
-        for name in ("caption_pooled", "prompt_pooled", "shared_pooled"):
-            batch[name] = array((width,), np.float16)
-        batch["masked_tokens"] = array((length, width), np.float16)
-        batch["masked_mask"] = array((length,), np.bool_)
-    else:
-        for name in ("caption_ids", "masked_ids", "prompt_ids", "shared_ids"):
-            batch[name] = array((length,), np.int32)
-    return batch

@@ -16,11 +16,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ovseg_jax.losses.mask_consistency import mask_logits
 from ovseg_jax.losses.matching import match
 from ovseg_jax.shapes import Array, Bool, Float
+from ovseg_jax.sharding import AnyMesh
 
 COSTS = ("euclidean", "cosine")
 # Interpolated values decide bits at a threshold: three digits of a fast matmul would move them.
@@ -97,7 +97,8 @@ def lowest(scores: Float[Array, "B K"], count: int) -> Bool[Array, "B K"]:
     """True at the `count` groups with the lowest scores."""
     if count == 0:
         return jnp.zeros(scores.shape, bool)
-    chosen = jax.lax.top_k(-jax.lax.stop_gradient(scores), count)[1]
+    # Not `top_k`, for which the partitioner gathers all rows on every device.
+    chosen = jnp.argsort(jax.lax.stop_gradient(scores), axis=-1)[:, :count]
     return jnp.any(chosen[..., None] == jnp.arange(scores.shape[1])[None, None], axis=1)
 
 
@@ -141,7 +142,7 @@ def group_mask_loss(
     threshold: float,
     cost: str = "euclidean",
     backend: str = "host",
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "B"], dict[str, Array]]:
     """One value per pair of images, in one direction. Only `queries` receives a gradient.
 

@@ -8,10 +8,10 @@ regions out of one image: the teacher's own groups draw the target, the online g
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 
 from ovseg_jax.losses.matching import match
 from ovseg_jax.shapes import Array, Float, Int
+from ovseg_jax.sharding import AnyMesh
 
 
 @struct.dataclass
@@ -49,7 +49,8 @@ def select_groups(
     Both arguments are unit norm; nothing flows back.
     """
     cosine = jnp.einsum("bke,be->bk", joint, entity)
-    return jax.lax.top_k(jax.lax.stop_gradient(cosine), count)[1]
+    # Not `top_k`, for which the partitioner gathers all rows on every device.
+    return jnp.argsort(-jax.lax.stop_gradient(cosine), axis=-1)[:, :count]
 
 
 def mask_logits(
@@ -100,7 +101,7 @@ def consistency_loss(
     ratio: float,
     threshold: float,
     backend: str = "host",
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "B"], dict[str, Array]]:
     """Eq. 12, one value per pair of images, both directions.
 

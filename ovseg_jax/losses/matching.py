@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from scipy.optimize import linear_sum_assignment
 
 from ovseg_jax import platforms
 from ovseg_jax.shapes import Array, Float, Int
-from ovseg_jax.sharding import BATCH_AXES
+from ovseg_jax.sharding import BATCH_AXES, AnyMesh
 
 # On CPU, a callback argument of 100 KiB or more is copied by the same thread pool that waits for
 # the callbacks of the other (fake) devices, and the program hangs. Stay well below.
@@ -31,7 +31,7 @@ BACKENDS = ("host", "device", "enumerate")
 
 
 def match(
-    cost: Float[Array, "N k k"], backend: str = "host", mesh: Mesh | None = None
+    cost: Float[Array, "N k k"], backend: str = "host", mesh: AnyMesh | None = None
 ) -> Int[Array, "N k"]:
     """The permutation of least total cost for each of N square problems.
 

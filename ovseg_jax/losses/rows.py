@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from ovseg_jax.sharding import BATCH_AXES
+from ovseg_jax.sharding import BATCH_AXES, AnyMesh
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Split:
       chunk: rows of a device that are worked on together; 0 for all of them.
     """
 
-    mesh: Mesh | None = None
+    mesh: AnyMesh | None = None
     chunk: int = 0
 
 

@@ -13,10 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from ovseg_jax import platforms
 from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
+
+# What policies of rematerialization call the result of a `Dense`.
+DENSE = "dense"
 
 TRUNCATED_NORMAL = nn.initializers.truncated_normal(0.02)
 
@@ -38,6 +42,10 @@ def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     Returns:
       The contraction, float32.
     """
+    return _product(spec, a, b, dtype)
+
+
+def _product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     if dtype != jnp.float32 and not _is_fast_on_cpu(spec):
         if _EVERY_PLATFORM.get():
             exact, rounded = (
@@ -79,7 +87,8 @@ def _is_fast_on_cpu(spec: str) -> bool:
 
 
 def _contract_forward(spec: str, a: Array, b: Array, dtype: Any) -> tuple[Array, tuple]:
-    return contract(spec, a, b, dtype), (a, b)
+    # Not `contract` itself, within which policies of rematerialization would see no product.
+    return _product(spec, a, b, dtype), (a, b)
 
 
 def _contract_backward(spec: str, dtype: Any, residuals: tuple, cotangent: Array) -> tuple:
@@ -131,7 +140,8 @@ class Dense(nn.Module):
                 "bias", logical(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32
             )
             y = y + bias[None]
-        return y.reshape(*x.shape[:-1], self.features).astype(self.dtype)
+        y = y.reshape(*x.shape[:-1], self.features).astype(self.dtype)
+        return checkpoint_name(y, DENSE)
 
 
 class LayerNorm(nn.Module):

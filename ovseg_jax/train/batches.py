@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ovseg_jax.shapes import Array
 
 Batch = Mapping[str, Array]
+# What the examples of a batch contribute to the losses: floats, one row an example.
+Rows = dict[str, Array]
 
 
 def merge(*parts: Array) -> Array:

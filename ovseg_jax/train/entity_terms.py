@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.masking import Masking
@@ -12,7 +13,7 @@ from ovseg_jax.losses.objective import weighted_mean
 from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.shapes import Array, Float
-from ovseg_jax.train.batches import Batch
+from ovseg_jax.train.batches import Batch, Rows
 from ovseg_jax.train.calls import Calls
 from ovseg_jax.train.texts import Sentences, embed_sentences
 
@@ -72,42 +73,59 @@ def check_entity_config(config: ConfigDict, mask_id: int, entities: int) -> None
             raise UserError(f"{where} needs a tokenizer with a mask token")
 
 
-def completion_term(
-    call: Calls,
-    texts: Mapping[str, Sentences],
-    groups: Float[Array, "B K D"],
-    scale: Float[Array, ""],
-    batch: Batch,
-    mask_equal_entities: bool,
-    split: Split,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Eq. 8 and 9: the completed caption against the sentence that names what was masked.
+def completion_rows(
+    call: Calls, texts: Mapping[str, Sentences], groups: Float[Array, "B K D"]
+) -> Rows:
+    """Eq. 8: the completed caption, and the sentence that names what was masked, [B, E] each.
 
     Args:
       texts: "masked" and "prompt".
+    """
+    masked = texts["masked"]
+    if call.statistics:
+        embed_sentences(call, masked)  # for its part in the running statistics
+    prompt = unit(embed_sentences(call, texts["prompt"]))
+    return {
+        "completed": call("complete", masked.tokens, masked.mask, groups, True),
+        "prompt": prompt,
+    }
+
+
+def completion_term(
+    rows: Rows, scale: Float[Array, ""], batch: Batch, mask_equal_entities: bool, split: Split
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Eq. 9 on what `completion_rows` gave.
+
+    Args:
       scale: inverse temperature.
       mask_equal_entities: whether equal answers are no negatives of one another.
     """
-    weight, masked = batch["weight"] * batch["entity_weight"], texts["masked"]
-    if call.statistics:
-        embed_sentences(call, masked)  # for its part in the running statistics
-    z_prompt = unit(embed_sentences(call, texts["prompt"]))
-    z_masked = call("complete", masked.tokens, masked.mask, groups, True)
-    sets = batch["entity_set"]
+    weight, sets = batch["weight"] * batch["entity_weight"], batch["entity_set"]
     among = candidates(weight, sets if mask_equal_entities else None)
-    value = weighted_mean(info_nce(z_masked, z_prompt, scale, among, split)[0], weight)
-    return value, {"entity_false_negatives": false_negative_rate(weight, sets, split)}
+    values, _ = info_nce(rows["completed"], rows["prompt"], scale, among, split)
+    rate = false_negative_rate(weight, sets, split)
+    return weighted_mean(values, weight), {"entity_false_negatives": rate}
 
 
-def token_term(
+def token_rows(
     call: Calls, texts: Mapping[str, Sentences], groups: Float[Array, "B K D"], batch: Batch
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Masked language modeling: a mean over the examples that have a masked token."""
+) -> Rows:
+    """Masked language modeling: the loss of each example, its masked tokens and the right ones."""
     masked, targets = texts["masked"], batch["masked_targets"]
     logits = call("classify_tokens", masked.tokens, masked.mask, groups)
     hidden = targets >= 0
-    weight = batch["weight"] * hidden.any(axis=1).astype(logits.dtype)
-    hits = (logits.argmax(axis=-1) == targets) & hidden & (weight > 0)[:, None]
-    counted = hidden & (weight > 0)[:, None]
-    accuracy = hits.sum().astype(logits.dtype) / counted.sum().clip(1).astype(logits.dtype)
-    return weighted_mean(masked_token_loss(logits, targets), weight), {"token_accuracy": accuracy}
+    hits = (logits.argmax(axis=-1) == targets) & hidden
+    return {
+        "token_loss": masked_token_loss(logits, targets),
+        "tokens": hidden.sum(axis=1).astype(jnp.float32),
+        "token_hits": hits.sum(axis=1).astype(jnp.float32),
+    }
+
+
+def token_term(rows: Rows, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """A mean over the examples that have a masked token."""
+    weight = batch["weight"] * (rows["tokens"] > 0).astype(jnp.float32)
+    counted = (weight > 0).astype(jnp.float32)
+    tokens = jnp.sum(counted * rows["tokens"])
+    accuracy = jnp.sum(counted * rows["token_hits"]) / jnp.maximum(tokens, 1.0)
+    return weighted_mean(rows["token_loss"], weight), {"token_accuracy": accuracy}

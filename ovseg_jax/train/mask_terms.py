@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -25,7 +24,8 @@ from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.vit import VisualTokens
 from ovseg_jax.shapes import Array, Float
-from ovseg_jax.train.batches import Batch, merge, unmerge
+from ovseg_jax.sharding import AnyMesh
+from ovseg_jax.train.batches import Batch, Rows, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
 
 CHOICES = {
@@ -92,7 +92,7 @@ def teacher_views(
     *,
     rngs: Mapping[str, Array],
     noise: Mapping[str, Any] | None,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> dict[int, View]:
     """The teacher's views of a pair; nothing flows back.
 
@@ -122,18 +122,16 @@ def teacher_views(
     }
 
 
-def mask_term(
+def mask_rows(
     online: Mapping[int, View],
     teacher: Mapping[int, View],
     entity: Float[Array, "B E"],
-    batch: Batch,
     config: ConfigDict,
     *,
-    scale: Float[Array, ""],
     grid: tuple[int, int],
-    mesh: Mesh | None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Cross-image consistency over a batch of pairs: of masks (Eq. 10-12), or of groups.
+    mesh: AnyMesh | None,
+) -> Rows:
+    """Cross-image consistency of each pair: of masks (Eq. 10-12), or what that of groups needs.
 
     Args:
       online, teacher: views by image.
@@ -142,20 +140,15 @@ def mask_term(
         `group_consistency`), for which only `group_ratio` and `mask_directions` count.
         `mask_maps`: "final_tokens" (the paper's, see `mask_consistency`) or "binding" (the released
         model's, see `group_masks`, with `detached_ratio`, `mask_size` in pixels and `mask_cost`).
-        `mask_divisor`: 0 for the mean over pairs; else their sum is divided by it.
-      scale: inverse temperature of the contrastive losses, for groups.
       grid: (rows, columns) of an image's patches.
 
     Returns:
-      The loss and the metrics.
+      Of masks "mask_loss" and "target_fraction" [B]; of groups "own_groups" and "other_groups"
+      [B, n, S, E], for each of the n directions.
     """
     entity = jax.lax.stop_gradient(entity)
-    weight = batch["weight"] * batch["pair_weight"]
     if config.cross_image == "groups":
-        loss = weighted_mean(
-            _group_consistency(online, teacher, entity, scale, weight, config, mesh), weight
-        )
-        return loss, {"mask": loss}
+        return _chosen_groups(online, teacher, entity, config)
     options = {"threshold": config.mask_threshold, "backend": config.matching, "mesh": mesh}
     if config.mask_maps == "final_tokens":
         per_pair, extra = consistency_loss(
@@ -186,35 +179,52 @@ def mask_term(
         count = len(directions)
         per_pair = jnp.mean(values.reshape(-1, count), axis=1)
         extra = {name: jnp.mean(x.reshape(-1, count), axis=1) for name, x in extra.items()}
-    fraction = weighted_mean(extra["target_fraction"], weight)
-    if config.mask_divisor:
-        loss = divided_sum(per_pair, weight, config.mask_divisor)
-    else:
-        loss = weighted_mean(per_pair, weight)
-    return loss, {"mask": loss, "mask_target_fraction": fraction}
+    return {"mask_loss": per_pair, "target_fraction": extra["target_fraction"]}
 
 
-def _group_consistency(
+def _chosen_groups(
     online: Mapping[int, View],
     teacher: Mapping[int, View],
     entity: Float[Array, "B E"],
-    scale: Float[Array, ""],
-    weight: Float[Array, "B"],
     config: ConfigDict,
-    mesh: Mesh | None,
-) -> Float[Array, "B"]:
+) -> Rows:
     def chosen(one: View) -> Array:
         joint = unit(one.embedded)
         count = subgroup_count(joint.shape[1], config.group_ratio)
         places = select_groups(joint, unit(entity), count)
         return jnp.take_along_axis(joint, places[..., None], axis=1)
 
-    among, split = candidates(weight), Split(mesh, config.contrast_chunk)
-    directions = [
-        group_set_nce(chosen(online[i]), chosen(teacher[1 - i]), scale, among, split)
-        for i in online_images(config)
-    ]
-    return jnp.mean(jnp.stack(directions), axis=0)
+    directions = online_images(config)
+    return {
+        "own_groups": jnp.stack([chosen(online[i]) for i in directions], axis=1),
+        "other_groups": jnp.stack([chosen(teacher[1 - i]) for i in directions], axis=1),
+    }
+
+
+def mask_term(
+    rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict, split: Split
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of a batch of pairs and its metrics, from what `mask_rows` gave.
+
+    Args:
+      scale: inverse temperature of the contrastive losses, for groups.
+      config: the run's ``config.loss``. `mask_divisor`: 0 for the mean over pairs; else their sum
+        is divided by it.
+    """
+    weight = batch["weight"] * batch["pair_weight"]
+    if config.cross_image == "groups":
+        own, other, among = rows["own_groups"], rows["other_groups"], candidates(weight)
+        values = [
+            group_set_nce(own[:, i], other[:, i], scale, among, split) for i in range(own.shape[1])
+        ]
+        loss = weighted_mean(jnp.mean(jnp.stack(values), axis=0), weight)
+        return loss, {"mask": loss}
+    if config.mask_divisor:
+        loss = divided_sum(rows["mask_loss"], weight, config.mask_divisor)
+    else:
+        loss = weighted_mean(rows["mask_loss"], weight)
+    fraction = weighted_mean(rows["target_fraction"], weight)
+    return loss, {"mask": loss, "mask_target_fraction": fraction}
 
 
 def _regions(one: View) -> Regions:

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.phases import Phase, rate_at
 from ovseg_jax.train.state import TrainState, new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
@@ -24,7 +24,7 @@ class Program:
     """What is compiled. Nothing in it needs data, weights or the devices of the mesh."""
 
     config: ConfigDict
-    mesh: Mesh
+    mesh: AnyMesh
     model: OVSegmentor
     phases: list[Phase]
     param_shardings: Any

@@ -27,6 +27,7 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
+from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.neck import standardized_neck
@@ -34,6 +35,7 @@ from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import Phase, check_cached_images, make_phases
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
+from ovseg_jax.train.terms import check_contrast_config
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics
 from ovseg_jax.weights.sources import find_weights
 from ovseg_jax.weights.start import published_start
@@ -210,6 +212,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         raise UserError(
             f"config.model.neck_init is {config.model.neck_init!r}; it must be standardize or empty"
         )
+    check_contrast_config(config.loss)
     check_mask_config(config.loss)
     check_noun_config(config)
     masking_of(config.loss)
@@ -242,6 +245,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
         )
     phases = make_phases(config, len(source))
+    check_accumulation(config, phases, mesh)
     if config.data.cache_images:
         check_cached_images(phases)
     return Run(

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from ovseg_jax import sharding
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
+from ovseg_jax.sharding import AnyMesh
 
 
 @struct.dataclass
@@ -46,7 +46,7 @@ def new_state(
     return TrainState(zero, zero, dict(params), tx.init(trainable), dict(batch_stats or {}))
 
 
-def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:
+def state_shardings(abstract: TrainState, params: Any, mesh: AnyMesh) -> TrainState:
     """Shardings of a state: moments and teacher lie where their parameters do.
 
     Args:

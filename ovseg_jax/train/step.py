@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
+from ovseg_jax.sharding import AnyMesh
+from ovseg_jax.train import accumulate
 from ovseg_jax.train.erasing import erased_batch
 from ovseg_jax.train.state import TrainState, teacher_of
-from ovseg_jax.train.terms import loss_terms
+from ovseg_jax.train.terms import example_rows, joint_loss, loss_terms
 
 RNG_NAMES = ("gumbel", "dropout")
 ERASING = len(RNG_NAMES)  # number of the stream that no part of the model draws from
@@ -39,7 +40,7 @@ def train_step(
     config: ConfigDict,
     mask_weight: float,
     frozen: tuple[str, ...],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     erase: Mapping[str, Any] | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -53,7 +54,7 @@ def train_step(
       rate: learning rate as a function of the step. config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
       erase: random erasing of the images, see `erasing.erased_batch`; None for none.
-      noise: see `loss_terms`.
+      noise: see `loss_terms`; not with accumulation.
     """
     trainable, held = groups.split(state.params, frozen)
     teacher = teacher_of(state, frozen) if mask_weight > 0 else None
@@ -62,22 +63,18 @@ def train_step(
     if erase is not None:
         batch = erased_batch(batch, erase, _step_key(config.seed, ERASING, state.step))
 
-    def objective(trainable: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-        return loss_terms(
-            model,
-            groups.join(held, trainable),
-            teacher,
-            batch,
-            config.loss,
-            mask_weight=mask_weight,
-            text_dropout=text_dropout,
-            rngs=rngs,
-            mesh=mesh,
-            statistics=state.batch_stats,
-            noise=noise,
-        )
-
-    (loss, (metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
+    loss, metrics, batch_stats, grads = _gradient(
+        model,
+        trainable,
+        held,
+        teacher,
+        batch,
+        config,
+        rngs,
+        state.batch_stats,
+        {"mask_weight": mask_weight, "mesh": mesh},
+        {"text_dropout": text_dropout, "noise": noise},
+    )
     learning_rate = rate(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, rate=learning_rate)
     # One number is not finite where any gradient is not (or where their squares overflow). Testing
@@ -102,8 +99,63 @@ def train_step(
     return new, metrics
 
 
+def _gradient(
+    model: OVSegmentor,
+    trainable: Any,
+    held: Any,
+    teacher: Any,
+    batch: Mapping[str, jax.Array],
+    config: ConfigDict,
+    rngs: Mapping[str, jax.Array],
+    statistics: Any,
+    shared: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
+    """Loss, metrics, running statistics and gradient, in as many passes as the config says.
+
+    Args:
+      shared: keywords of both halves of the loss. options: further ones of `example_rows`.
+    """
+    count, mesh = config.accumulation.micro_batches, shared["mesh"]
+
+    def loss_of(
+        trainable: Any, part: Any, rngs: Any, statistics: Any, loss: ConfigDict
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        params = groups.join(held, trainable)
+        keywords = {**shared, **options, "rngs": rngs, "statistics": statistics}
+        return loss_terms(model, params, teacher, part, loss, **keywords)
+
+    if count == 1:
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (metrics, after)), grads = differentiate(
+            trainable, batch, rngs, statistics, config.loss
+        )
+        return loss, metrics, after, grads
+    if config.accumulation.contrast == "micro_batch":
+        part_loss = accumulate.part_config(config.loss, count)
+
+        def numbered_loss(trainable: Any, part: Any, number: Any, statistics: Any) -> Any:
+            keys = accumulate.numbered(rngs, number)
+            return loss_of(trainable, part, keys, statistics, part_loss)
+
+        return accumulate.micro_batch_gradient(
+            numbered_loss, trainable, batch, statistics, count, mesh
+        )
+
+    def rows_of(trainable: Any, part: Any, number: Any) -> Any:
+        params = groups.join(held, trainable)
+        keywords = {**shared, **options, "rngs": accumulate.numbered(rngs, number)}
+        return example_rows(model, params, teacher, part, config.loss, **keywords)[0]
+
+    def joint(trainable: Any, rows: Any, batch: Any) -> Any:
+        return joint_loss(model, groups.join(held, trainable), rows, batch, config.loss, **shared)
+
+    loss, metrics, grads = accumulate.exact_gradient(rows_of, joint, trainable, batch, count, mesh)
+    return loss, metrics, statistics, grads
+
+
 def compile_step(
-    step: Callable[..., Any], shardings: TrainState, mesh: Mesh
+    step: Callable[..., Any], shardings: TrainState, mesh: AnyMesh
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Jits `step(state, batch)`: state donated and kept in place, batch split, metrics whole."""
     whole = sharding.replicated(mesh)

@@ -1,10 +1,12 @@
-"""From a batch to the loss terms: where model and losses meet (with `mask_terms`)."""
+"""From a batch to the loss terms: where model and losses meet (with `mask_terms`).
+
+In two halves: what runs the model, example by example, and what compares examples.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
@@ -15,13 +17,21 @@ from ovseg_jax.losses.objective import total_loss, weighted_mean
 from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
-from ovseg_jax.train.batches import Batch, merge, unmerge
+from ovseg_jax.sharding import AnyMesh
+from ovseg_jax.train.batches import Batch, Rows, merge, unmerge
 from ovseg_jax.train.calls import Calls, Params
-from ovseg_jax.train.entity_terms import completion_term, masking_of, token_term
+from ovseg_jax.train.entity_terms import (
+    completion_rows,
+    completion_term,
+    masking_of,
+    token_rows,
+    token_term,
+)
 from ovseg_jax.train.mask_terms import (
     FIRST,
     SECOND,
     check_mask_config,
+    mask_rows,
     mask_term,
     online_images,
     teacher_views,
@@ -60,12 +70,152 @@ def grid_of(model: OVSegmentor, image: Array, patches: int) -> tuple[int, int]:
     return side, side
 
 
-def group_usage(affinity: Float[Array, "B L K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
-    """Entropy of the groups' share of all patches, over log K: 1 if all are used alike."""
-    shares = jnp.sum(jnp.mean(affinity, axis=1) * weight[:, None], axis=0)
-    shares = shares / jnp.maximum(jnp.sum(shares), 1e-6)
-    entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, 1e-9)))
-    return entropy / jnp.log(float(affinity.shape[-1]))
+def check_contrast_config(config: ConfigDict) -> None:
+    """Refuses a ``config.loss`` whose `contrast_chunk` is no number of rows.
+
+    `contrast_chunk`: rows of logits that a device works on at a time; 0 for all of its own. With
+    32 768 examples on 8 devices, 4096 rows take 512 MiB for each copy of the logits; 512 take 64.
+
+    Raises:
+      UserError: it is negative.
+    """
+    if config.contrast_chunk < 0:
+        raise UserError(
+            f"config.loss.contrast_chunk is {config.contrast_chunk}; it must be a number of rows, "
+            "or 0 for all of them"
+        )
+
+
+def usage_entropy(shares: Float[Array, "B K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
+    """Entropy of the groups' share of all patches, over log K: 1 if all are used alike.
+
+    Args:
+      shares: of each image's patches.
+    """
+    total = jnp.sum(shares * weight[:, None], axis=0)
+    total = total / jnp.maximum(jnp.sum(total), 1e-6)
+    entropy = -jnp.sum(total * jnp.log(jnp.maximum(total, 1e-9)))
+    return entropy / jnp.log(float(shares.shape[-1]))
+
+
+def example_rows(
+    model: OVSegmentor,
+    params: Params,
+    teacher: Params | None,
+    batch: Batch,
+    config: ConfigDict,
+    *,
+    mask_weight: float,
+    text_dropout: bool,
+    rngs: Mapping[str, Array],
+    mesh: AnyMesh | None,
+    statistics: Params | None = None,
+    noise: Mapping[str, Any] | None = None,
+) -> tuple[Rows, Params]:
+    """All that runs the model: what each example contributes to the terms of Eq. 13.
+
+    But for batch norms, no example's row depends on the others.
+
+    Args:
+      See `loss_terms`.
+
+    Returns:
+      The rows, and the running statistics after the step.
+    """
+    check_mask_config(config)
+    call = Calls(model, params, statistics or {})
+    with_mask, masking = mask_weight > 0, _masking(config)
+    kinds = ("caption",)
+    kinds += ("masked",) if masking and (masking.completes or masking.classifies) else ()
+    kinds += ("prompt",) if masking and masking.completes else ()
+    kinds += ("shared",) if with_mask else ()
+    nouns: tuple[str, ...] = ()
+    if _with_nouns(config, masking):
+        batch, nouns = noun_batch(batch)
+    texts = encode_texts(call, batch, kinds + nouns, text_dropout, rngs, mesh)
+    images = images_of(batch, with_mask)
+    seen = online_images(config) if with_mask else (FIRST,)
+    visual = call(
+        "visual_tokens",
+        merge(*(images[i] for i in seen)),
+        True,
+        merge(*(noise["online"][i] for i in seen)) if noise is not None else None,
+        rngs=rngs,
+    )
+    tokens = dict(zip(seen, sharding.keep_split(unmerge(visual, len(seen)), mesh), strict=True))
+    rows: Rows = {}
+    if nouns:
+        rows["text"], rows["nouns"] = embed_with_nouns(call, texts, nouns)
+    else:
+        rows["text"] = unit(embed_sentences(call, texts["caption"]))
+    embedded, first = view(call, tokens[FIRST])
+    rows["image"] = unit(embedded)
+    rows["group_shares"] = jnp.mean(first.tokens.affinity, axis=1)
+    if masking is not None and masking.classifies:
+        rows |= token_rows(call, texts, first.tokens.groups, batch)
+    elif masking is not None and masking.completes:
+        rows |= completion_rows(call, texts, first.tokens.groups)
+    if with_mask:
+        drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=mesh)
+        shared = embed_sentences(call, texts["shared"])
+        online = {FIRST: first}
+        if SECOND in seen:
+            online[SECOND] = view(call, tokens[SECOND])[1]
+            if call.statistics:
+                embed_sentences(call, texts["shared"])  # once for each direction
+        grid = grid_of(model, images[SECOND], first.tokens.affinity.shape[1])
+        rows |= mask_rows(online, drawn, shared, config, grid=grid, mesh=mesh)
+    return rows, call.statistics
+
+
+def joint_loss(
+    model: OVSegmentor,
+    params: Params,
+    rows: Rows,
+    batch: Batch,
+    config: ConfigDict,
+    *,
+    mask_weight: float,
+    mesh: AnyMesh | None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Eq. 13 from the rows of all examples; of the parameters only the temperature matters.
+
+    Args:
+      See `loss_terms`.
+
+    Returns:
+      The total loss and the metrics (scalars).
+    """
+    scale = Calls(model, params, {})("logit_scale")
+    masking, weight = _masking(config), batch["weight"]
+    split = Split(mesh, config.contrast_chunk)
+    values, hits = info_nce(rows["image"], rows["text"], scale, candidates(weight), split)
+    contrastive = weighted_mean(values, weight)
+    metrics = {
+        "contrastive": contrastive,
+        "image_to_text": weighted_mean(hits.astype(jnp.float32), weight),
+        "temperature": 1.0 / scale,
+        "group_usage": usage_entropy(rows["group_shares"], weight),
+    }
+    entity = mask = None
+    if masking is Masking.MULTI_LABEL:
+        entity, extra = noun_term(rows["image"], rows["nouns"], scale, batch, split), {}
+        metrics |= {"entity": entity}
+    elif masking is not None:
+        if masking.classifies:
+            entity, extra = token_term(rows, batch)
+        else:
+            entity, extra = completion_term(rows, scale, batch, config.mask_equal_entities, split)
+        metrics |= {"entity": entity, **extra}
+    if mask_weight > 0:
+        mask, extra = mask_term(rows, scale, batch, config, split)
+        metrics |= extra
+    weights = {"entity_weight": config.entity_weight, "mask_weight": mask_weight}
+    loss = total_loss(contrastive, entity, mask, **weights)
+    if "nouns" in rows and masking is not Masking.MULTI_LABEL:
+        metrics["nouns"] = noun_term(rows["image"], rows["nouns"], scale, batch, split)
+        loss = loss + config.noun_weight * metrics["nouns"]
+    return loss, {"loss": loss, **metrics}
 
 
 def loss_terms(
@@ -78,7 +228,7 @@ def loss_terms(
     mask_weight: float,
     text_dropout: bool,
     rngs: Mapping[str, Array],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     statistics: Params | None = None,
     noise: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Params]]:
@@ -97,86 +247,29 @@ def loss_terms(
     Returns:
       The total loss; the metrics (scalars) and the running statistics after the step.
     """
-    check_mask_config(config)
-    call = Calls(model, params, statistics or {})
-    with_entity, with_mask = config.entity_weight > 0, mask_weight > 0
-    masking = masking_of(config) if with_entity else None
-    kinds = ("caption",)
-    kinds += ("masked",) if masking and (masking.completes or masking.classifies) else ()
-    kinds += ("prompt",) if masking and masking.completes else ()
-    kinds += ("shared",) if with_mask else ()
-    nouns: tuple[str, ...] = ()
-    if config.get("noun_weight", 0.0) > 0 or masking is Masking.MULTI_LABEL:
-        batch, nouns = noun_batch(batch)
-    texts = encode_texts(call, batch, kinds + nouns, text_dropout, rngs, mesh)
-    images = images_of(batch, with_mask)
-    seen = online_images(config) if with_mask else (FIRST,)
-    visual = call(
-        "visual_tokens",
-        merge(*(images[i] for i in seen)),
-        True,
-        merge(*(noise["online"][i] for i in seen)) if noise is not None else None,
-        rngs=rngs,
-    )
-    tokens = dict(zip(seen, sharding.keep_split(unmerge(visual, len(seen)), mesh), strict=True))
-
-    scale = call("logit_scale")
-    weight = batch["weight"]
-    if nouns:
-        z_text, z_nouns = embed_with_nouns(call, texts, nouns)
-    else:
-        z_text = unit(embed_sentences(call, texts["caption"]))
-    embedded, first = view(call, tokens[FIRST])
-    z_image = unit(embedded)
-    split = Split(mesh, config.contrast_chunk)
-    values, hits = info_nce(z_image, z_text, scale, candidates(weight), split)
-    contrastive = weighted_mean(values, weight)
-    metrics = {
-        "contrastive": contrastive,
-        "image_to_text": weighted_mean(hits.astype(jnp.float32), weight),
-        "temperature": 1.0 / scale,
-        "group_usage": group_usage(first.tokens.affinity, weight),
-    }
-    entity = mask = None
-    if masking is not None:
-        if masking is Masking.MULTI_LABEL:
-            entity, extra = noun_term(z_image, z_nouns, scale, batch, split), {}
-        elif masking.classifies:
-            entity, extra = token_term(call, texts, first.tokens.groups, batch)
-        else:
-            equal = config.mask_equal_entities
-            entity, extra = completion_term(
-                call, texts, first.tokens.groups, scale, batch, equal, split
-            )
-        metrics |= {"entity": entity, **extra}
-    if with_mask:
-        drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=mesh)
-        shared = embed_sentences(call, texts["shared"])
-        online = {FIRST: first}
-        if SECOND in seen:
-            online[SECOND] = view(call, tokens[SECOND])[1]
-            if call.statistics:
-                embed_sentences(call, texts["shared"])  # once for each direction
-        patches = first.tokens.affinity.shape[1]
-        mask, extra = mask_term(
-            online,
-            drawn,
-            shared,
-            batch,
-            config,
-            scale=scale,
-            grid=grid_of(model, images[SECOND], patches),
-            mesh=mesh,
-        )
-        metrics |= extra
-    loss = total_loss(
-        contrastive,
-        entity,
-        mask,
-        entity_weight=config.entity_weight,
+    rows, statistics = example_rows(
+        model,
+        params,
+        teacher,
+        batch,
+        config,
         mask_weight=mask_weight,
+        text_dropout=text_dropout,
+        rngs=rngs,
+        mesh=mesh,
+        statistics=statistics,
+        noise=noise,
     )
-    if nouns and masking is not Masking.MULTI_LABEL:
-        metrics["nouns"] = noun_term(z_image, z_nouns, scale, batch, split)
-        loss = loss + config.noun_weight * metrics["nouns"]
-    return loss, ({"loss": loss, **metrics}, call.statistics)
+    loss, metrics = joint_loss(
+        model, params, rows, batch, config, mask_weight=mask_weight, mesh=mesh
+    )
+    return loss, (metrics, statistics)
+
+
+def _masking(config: ConfigDict) -> Masking | None:
+    """The entity objective; None where there is none."""
+    return masking_of(config) if config.entity_weight > 0 else None
+
+
+def _with_nouns(config: ConfigDict, masking: Masking | None) -> bool:
+    return config.get("noun_weight", 0.0) > 0 or masking is Masking.MULTI_LABEL

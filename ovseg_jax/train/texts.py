@@ -4,10 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 
 from ovseg_jax import sharding
 from ovseg_jax.shapes import Array, Bool, Float
+from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.batches import Batch, merge, unmerge
 from ovseg_jax.train.calls import Calls
 
@@ -28,7 +28,7 @@ class Sentences:
 
 
 def encode_texts(
-    call: Calls, batch: Batch, kinds: tuple[str, ...], train: bool, rngs: Any, mesh: Mesh | None
+    call: Calls, batch: Batch, kinds: tuple[str, ...], train: bool, rngs: Any, mesh: AnyMesh | None
 ) -> dict[str, Sentences]:
     """The texts that a step needs.
 

@@ -11,6 +11,7 @@ from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import DropPath, contract
 from ovseg_jax.models.stack import PreNormStack
+from ovseg_jax.train.flops import matmul_flops
 
 FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}
 B, M, K = 3, 7, 4
@@ -49,21 +50,34 @@ def test_pre_norm_layers(layer_scale):
         close(got[b], want)
 
 
-def test_remat_and_unrolling_change_nothing():
+def gradient_of_stack(remat, unroll):
+    """The gradient as a function, and the parameters to take it at."""
     x = normal(1, B, M, 8)
+    stack = PreNormStack(2, 2, 2.0, 1e-6, None, (0.0, 0.0), remat, unroll, **FLOATS)
+    params = random_parameters(stack, x, False)
+    return jax.grad(lambda p: jnp.sum(stack.apply({"params": p}, x, False) ** 2)), params
 
-    def gradient(remat, unroll):
-        stack = PreNormStack(2, 2, 2.0, 1e-6, None, (0.0, 0.0), remat, unroll, **FLOATS)
-        params = random_parameters(stack, x, False)
-        return jax.jit(jax.grad(lambda p: jnp.sum(stack.apply({"params": p}, x, False) ** 2)))(
-            params
-        )
 
-    plain = gradient("none", 1)
-    other = gradient("full", 2)
+@pytest.mark.parametrize(("remat", "unroll"), [("full", 2), ("dots", 1), ("dense", 1)])
+def test_remat_and_unrolling_change_nothing(remat, unroll):
+    plain, params = gradient_of_stack("none", 1)
+    other, _ = gradient_of_stack(remat, unroll)
+    plain, other = jax.jit(plain)(params), jax.jit(other)(params)
     assert jax.tree.structure(plain) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_remat_makes_again():
+    """In matrix products: nothing, those of attention alone, or the whole forward pass."""
+    none, dots, dense, full = (
+        matmul_flops(*gradient_of_stack(remat, 1)) for remat in ("none", "dots", "dense", "full")
+    )
+    attention = 2 * 2 * (2 * B * M * M * 8)  # two layers: logits, and values mixed by them
+    maps = 2 * (2 * B * M * 8 * (4 * 8 + 2 * 16))
+    assert none == pytest.approx(3 * (attention + maps), rel=0.05)
+    assert 0 < dots - none <= attention and dots == dense
+    assert full - none > 0.7 * (attention + maps)  # the last map of a layer is not needed
 
 
 def test_bert_encoder():

@@ -17,7 +17,7 @@ from ovseg_jax.optim.schedule import learning_rate
 from ovseg_jax.train.state import new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
 
-MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "mixed": (2, 2, 2)}
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "mixed": (2, 2, 2)}
 STEPS = 5
 
 

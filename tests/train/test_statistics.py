@@ -1,6 +1,7 @@
 """A step of a model with batch norms: one device or eight, and what a refused step leaves."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -66,8 +67,8 @@ def steps(released_tiny):
     start = jax.device_get(jax.jit(lambda p: new_state(p, tx, (), init_statistics(model)))(params))
 
     @functools.cache
-    def make(devices):
-        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    def make(*shape):
+        mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
         step = functools.partial(
             train_step,
             model=model,
@@ -87,9 +88,10 @@ def steps(released_tiny):
     return start, make
 
 
-def test_eight_devices_keep_the_statistics_of_one(steps):
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_eight_devices_keep_the_statistics_of_one(steps, shape):
     start, make = steps
-    (one, losses), (eight, others) = (jax.device_get(make(n)(start)) for n in (1, 8))
+    (one, losses), (eight, others) = (jax.device_get(make(*n)(start)) for n in ((1, 1, 1), shape))
     for name in ("contrastive", "entity", "mask"):
         np.testing.assert_allclose(losses[name], others[name], rtol=1e-4, err_msg=name)
     for a, b in zip(*(jax.tree.leaves(x.batch_stats) for x in (one, eight)), strict=True):
@@ -103,7 +105,7 @@ def test_eight_devices_keep_the_statistics_of_one(steps):
 def test_a_refused_step_leaves_the_statistics(steps):
     start, make = steps
     broken = start.replace(params={**start.params, "log_scale": np.float32(np.nan)})
-    state, metrics = jax.device_get(make(1)(broken))
+    state, metrics = jax.device_get(make(1, 1, 1)(broken))
     assert metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, start.batch_stats)
 

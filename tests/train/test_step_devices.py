@@ -1,4 +1,4 @@
-"""One device, eight, and a mesh with every axis: the same losses, gradients and parameters."""
+"""One device, eight, and meshes with every axis: the same losses, gradients and parameters."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def compare(run, other, start):
 
 
 @pytest.mark.parametrize("mask_weight", [0.0, 0.1])
-@pytest.mark.parametrize("mesh", ["one", "mixed"])
+@pytest.mark.parametrize("mesh", ["one", "fsdp", "mixed"])
 def test_the_mesh_changes_nothing(run_steps, tiny_params, mesh, mask_weight):
     compare(run_steps("data", mask_weight), run_steps(mesh, mask_weight), tiny_params)
 

@@ -22,7 +22,7 @@ class Chip:
     """
 
     platform: str
-    memory: float
+    memory: int
     peak: float
     options: tuple[tuple[str, str], ...] = ()
 
@@ -35,9 +35,9 @@ CHIPS = {
     "v5e": Chip("tpu", 16 * GIB, 197e12),
     "v5p": Chip("tpu", 95 * GIB, 459e12),
     "v6e": Chip("tpu", 32 * GIB, 918e12),
-    "a100": Chip("gpu", 80e9, 312e12),
-    "h100": Chip("gpu", 80e9, 989e12),
-    "h200": Chip("gpu", 141e9, 989e12),
+    "a100": Chip("gpu", 80 * 10**9, 312e12),
+    "h100": Chip("gpu", 80 * 10**9, 989e12),
+    "h200": Chip("gpu", 141 * 10**9, 989e12),
 }
 
 

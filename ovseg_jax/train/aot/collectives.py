@@ -40,8 +40,8 @@ class Collective:
 def collectives_of(text: str) -> list[Collective]:
     """All collectives of a program (`jax.stages.Compiled.as_text`).
 
-    The compiler writes one that runs beside computations several times, with the same channel: it
-    is listed once.
+    The TPU compiler writes one that runs beside computations into each of them, as links of a
+    chain: it is listed once.
     """
     bodies = _computations(text)
     found, seen = [], set()
@@ -51,11 +51,11 @@ def collectives_of(text: str) -> list[Collective]:
             match = _COLLECTIVE.search(line)
             if match is None:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line)
-            if channel is not None and channel[1] in seen:
+            chain = re.search(r'chain_id="(\d+)"', line)
+            if chain is not None and chain[1] in seen:
                 continue
-            if channel is not None:
-                seen.add(channel[1])
+            if chain is not None:
+                seen.add(chain[1])
             shapes = tuple(
                 (dtype, tuple(int(n) for n in dims.split(",") if n))
                 for dtype, dims in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", match[1]))

@@ -1,18 +1,19 @@
 """One phase's train step on a machine that is not there: memory, operations, communication."""
 
-import contextlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from ovseg_jax import platforms, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
+from ovseg_jax.sharding import AnyMesh
+from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import Collective, collectives_of
 from ovseg_jax.train.aot.inputs import batch_shapes
@@ -22,6 +23,7 @@ from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.program import Program, boxed_params
+from ovseg_jax.train.terms import check_contrast_config
 
 # Stands in for the length of the training set: epochs become steps of the schedule, which change
 # nothing in the program but a number.
@@ -67,17 +69,20 @@ class Measured:
     collectives: list[Collective] | None
 
 
-def program_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Program:
+def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
     """The program of a config on a mesh, without data or weights.
 
     Raises:
       UserError: the config is wrong.
     """
+    check_contrast_config(config.loss)
     check_mask_config(config.loss)
     check_noun_config(config)
     model = build_model(config.model)
     shardings = sharding.parameter_shardings(boxed_params(model), mesh)
-    return Program(config, mesh, model, make_phases(config, RECORDS), shardings)
+    phases = make_phases(config, RECORDS)
+    check_accumulation(config, phases, mesh)
+    return Program(config, mesh, model, phases, shardings)
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
@@ -137,7 +142,7 @@ def measured(
         memory, fits, exchanged = Memory(arguments), None, None
         if devices is not None:
             lowered = program.compiled_step(phase).lower(abstract_state(state, shardings), batch)
-            memory, fits, exchanged = _compiled(lowered, arguments)
+            memory, fits, exchanged = compiled(lowered, arguments)
     return Measured(
         phase=phase.name,
         batch_size=batch_size,
@@ -161,17 +166,22 @@ def _keeping_all(config: ConfigDict) -> ConfigDict:
     return plain
 
 
-def _compiled(lowered: Any, arguments: int) -> tuple[Memory, bool, list[Collective] | None]:
+def compiled(lowered: Any, arguments: int) -> tuple[Memory, bool, list[Collective] | None]:
+    """Memory, whether it fits and the collectives of a lowered step (`jax.stages.Lowered`).
+
+    Args:
+      arguments: bytes on one chip, for a step that does not fit.
+    """
     try:
-        compiled = lowered.compile()
+        program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return _too_large(error, arguments), False, None
-    stats = compiled.memory_analysis()
+    stats = program.memory_analysis()
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     total += stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, total)
-    return memory, True, collectives_of(compiled.as_text())
+    return memory, True, collectives_of(program.as_text())
 
 
 def _too_large(error: Exception, arguments: int) -> Memory:
@@ -179,7 +189,6 @@ def _too_large(error: Exception, arguments: int) -> Memory:
     used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
         raise error
-    with contextlib.suppress(KeyError):
-        units = {"K": 2**10, "M": 2**20, "G": 2**30}
-        total, limit = (int(float(used[i]) * units[used[i + 1]]) for i in (1, 3))
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    total, limit = (int(float(used[i]) * units[used[i + 1]]) for i in (1, 3))
     return Memory(arguments, total - arguments, total, limit)

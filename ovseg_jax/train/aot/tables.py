@@ -16,7 +16,7 @@ GPU_NOTE = (
 )
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:

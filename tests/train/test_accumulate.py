@@ -1,0 +1,201 @@
+"""Accumulated gradients: equal to those of one batch, or those of its parts, as the config says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.batches import make_batch
+
+from ovseg_jax import sharding
+from ovseg_jax.errors import UserError
+from ovseg_jax.losses.contrastive import Candidates, info_nce
+from ovseg_jax.models.build import build_model
+from ovseg_jax.optim.ema_teacher import find_teacher
+from ovseg_jax.optim.groups import flatten
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.train.accumulate import (
+    check_accumulation,
+    exact_gradient,
+    in_one,
+    in_parts,
+    micro_batch_gradient,
+)
+from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.state import new_state, state_shardings
+from ovseg_jax.train.step import compile_step, train_step
+from ovseg_jax.train.terms import check_contrast_config
+
+COUNT, ROWS = 4, 24
+
+
+# ---- the arithmetic, on a toy model
+
+
+def toy_rows(params, part, number):
+    """Two linear maps with dropout, whose draws follow from the part's number."""
+    key = jax.random.fold_in(jax.random.key(7), number)
+    rows = {}
+    for index, name in enumerate(("a", "b")):
+        x = part["x"] @ params[name]
+        kept = jax.random.bernoulli(jax.random.fold_in(key, index), 0.7, x.shape)
+        x = x * kept.astype(x.dtype)
+        rows[name] = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-3)
+    return rows
+
+
+def toy_loss(params, rows, batch):
+    among = Candidates(batch["weight"] > 0)
+    values, hits = info_nce(rows["a"], rows["b"], jnp.exp(params["scale"]), among)
+    loss = jnp.sum(values * batch["weight"]) / jnp.sum(batch["weight"])
+    return loss, {"loss": loss, "hits": jnp.mean(hits.astype(jnp.float32))}
+
+
+@pytest.fixture(scope="module")
+def toy():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(6, 5)).astype(np.float32) for name in ("a", "b")}
+    params["scale"] = np.float32(1.5)
+    weight = (np.arange(ROWS) != 3).astype(np.float32)
+    batch = {"x": rng.normal(size=(ROWS, 6)).astype(np.float32), "weight": weight}
+    return jax.tree.map(jnp.asarray, (params, batch))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_cached_embeddings_give_the_gradient_of_the_whole_batch(toy, devices):
+    """With dropout: the second forward pass draws what the first did."""
+    params, batch = toy
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+
+    def directly(params):
+        parts = in_parts(batch, COUNT, None)
+        rows = [toy_rows(params, jax.tree.map(lambda x, i=i: x[i], parts), i) for i in range(COUNT)]
+        rows = in_one(jax.tree.map(lambda *parts: jnp.stack(parts), *rows))
+        return toy_loss(params, rows, batch)
+
+    (want, metrics), gradient = jax.jit(jax.value_and_grad(directly, has_aux=True))(params)
+    run = jax.jit(lambda p, b: exact_gradient(toy_rows, toy_loss, p, b, COUNT, mesh))
+    loss, found, accumulated = run(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert found.keys() == metrics.keys() and found["hits"] == metrics["hits"]
+    for name, value in gradient.items():
+        limit = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(accumulated[name], value, rtol=1e-4, atol=limit, err_msg=name)
+
+
+def test_micro_batches_are_contrasted_each_within_itself(toy):
+    params, batch = toy
+
+    def loss_of(params, part, number, statistics):
+        loss, metrics = toy_loss(params, toy_rows(params, part, number), part)
+        return loss, (metrics, {"count": statistics["count"] + 1})
+
+    start = {"count": jnp.zeros((), jnp.int32)}
+    run = jax.jit(lambda p, b: micro_batch_gradient(loss_of, p, b, start, COUNT, None))
+    loss, metrics, statistics, gradient = run(params, batch)
+    assert statistics["count"] == COUNT
+    parts = [jax.tree.map(lambda x, i=i: x[i::COUNT], batch) for i in range(COUNT)]
+    each = [
+        jax.value_and_grad(loss_of, has_aux=True)(params, part, i, start)
+        for i, part in enumerate(parts)
+    ]
+    np.testing.assert_allclose(loss, np.mean([value for (value, _), _ in each]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    for name in params:
+        mean = np.mean([grads[name] for _, grads in each], axis=0)
+        np.testing.assert_allclose(gradient[name], mean, rtol=1e-4, atol=1e-6)
+    # Fewer negatives: another loss than that of the whole batch.
+    whole, _ = toy_loss(params, toy_rows(params, batch, 0), batch)
+    assert abs(whole - loss) > 0.1
+
+
+def test_parts_and_back():
+    batch = {"x": jnp.arange(12)}
+    parts = in_parts(batch, 3, None)
+    np.testing.assert_array_equal(parts["x"][1], [1, 4, 7, 10])
+    np.testing.assert_array_equal(in_one(parts)["x"], batch["x"])
+
+
+# ---- the train step
+
+
+@pytest.fixture(scope="module")
+def run(shared_tiny_config, tiny_boxed, tiny_params):
+    """Two steps of a model in which nothing is drawn at random: (metrics of each, last state)."""
+
+    def run(micro_batches, mask_weight):
+        config = shared_tiny_config.copy_and_resolve_references()
+        config.model.image.assignment = "soft"
+        config.model.text.dropout = 0.0
+        config.accumulation.micro_batches = micro_batches
+        mesh = sharding.make_mesh(devices=jax.devices()[:2])
+        tx = make_optimizer(config.optimizer, tiny_params)
+        step = functools.partial(
+            train_step,
+            model=build_model(config.model),
+            tx=tx,
+            rate=lambda step: np.float32(1e-3) + 0 * step.astype(np.float32),
+            config=config,
+            mask_weight=mask_weight,
+            frozen=(),
+            mesh=mesh,
+        )
+        start = jax.device_get(jax.jit(lambda p: new_state(p, tx, ()))(tiny_params))
+        shardings = state_shardings(start, sharding.parameter_shardings(tiny_boxed, mesh), mesh)
+        compiled = compile_step(step, shardings, mesh)
+        state, history = jax.device_put(start, shardings), []
+        for index in range(2):
+            batch = make_batch(index, second=mask_weight > 0)
+            state, metrics = compiled(state, sharding.put_batch(batch, mesh))
+            history.append(jax.device_get(metrics))
+        return history, jax.device_get(state)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask_weight", [0.0, 0.1])
+def test_accumulated_steps_are_those_of_one_batch(run, tiny_params, mask_weight):
+    (whole, one), (parts, other) = run(1, mask_weight), run(4, mask_weight)
+    for a, b in zip(whole, parts, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
+    start = flatten(tiny_params)
+    # The teacher moves once a step, not once a micro-batch.
+    for part in (lambda s: s.params, lambda s: find_teacher(s.opt_state)):
+        first, second = flatten(part(one)), flatten(part(other))
+        for path, a in first.items():
+            if path.endswith(("attention/key/bias", "query/bias", "group_norm/bias")):
+                continue  # a gradient of zero but for rounding
+            apart = np.linalg.norm(a - second[path]) / np.linalg.norm(a - start[path])
+            assert apart < 0.01, f"{path}: {apart}"
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch_size", "norm", "message"),
+    [
+        ({"contrast": "all"}, 8, "none", "'batch', 'micro_batch'"),
+        ({"micro_batches": 0}, 8, "none", "must be at least 1"),
+        ({"micro_batches": 2}, 8, "batch", "cannot be exact with batch norms"),
+        ({"micro_batches": 3}, 16, "none", "does not divide into 3 micro-batches on 8"),
+    ],
+)
+def test_what_cannot_be_accumulated(tiny_config, spec, batch_size, norm, message):
+    tiny_config.accumulation.update(spec)
+    tiny_config.model.projector_norm = norm
+    tiny_config.data = {"transform": {"kind": "none", "size": 32}}
+    tiny_config.phases = ({"name": "one", "steps": 1, "batch_size": batch_size},)
+    phases = make_phases(tiny_config, 100)
+    with pytest.raises(UserError, match=message):
+        check_accumulation(tiny_config, phases, sharding.make_mesh())
+
+
+def test_a_chunk_that_is_no_number_of_rows(tiny_config):
+    tiny_config.loss.contrast_chunk = -1
+    with pytest.raises(UserError, match="config.loss.contrast_chunk is -1"):
+        check_contrast_config(tiny_config.loss)

@@ -1,0 +1,55 @@
+"""What a compiled step sends between devices: embeddings and gradients, never what it matches."""
+
+import re
+
+import jax
+import pytest
+from reference.batches import B, make_batch
+
+from ovseg_jax import sharding
+from ovseg_jax.train.aot.collectives import KINDS, collectives_of
+
+pytestmark = pytest.mark.slow
+
+JOINT = 8  # width of the tiny model's joint space
+DEVICES, GROUPS = 8, 2  # of which each image keeps two for the mask loss
+
+
+@pytest.fixture(scope="module")
+def program(make_steps):
+    """Text of the compiled mask phase on eight devices of data parallelism."""
+    steps = make_steps("data", 0.1)
+    batch = sharding.put_batch(make_batch(0), steps.mesh)
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        steps.start,
+        steps.shardings,
+    )
+    return steps.compiled.lower(state, batch).compile().as_text()
+
+
+def test_on_a_pure_data_mesh_only_embeddings_are_gathered(program):
+    """And what says which pairs count: one number an example."""
+    moved = [one for one in collectives_of(program) if one.kind != "all-reduce"]
+    assert any(shape[1][-1:] == (JOINT,) for one in moved for shape in one.shapes)
+    for one in moved:
+        assert one.kind in ("all-gather", "reduce-scatter"), one
+        for _, shape in one.shapes:
+            rows = shape[:-1] if shape[-1:] == (JOINT,) else shape
+            assert rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1)), one
+
+
+def test_the_matching_on_the_host_is_local(program):
+    """Each device hands over the costs of its own pairs, of which no collective knows."""
+    local = f"f32[{2 * B // DEVICES},{GROUPS},{GROUPS}]"
+    calls = [line for line in program.splitlines() if "callback" in line and "custom-call(" in line]
+    assert len(calls) == 1
+    operands = re.findall(r"custom-call\((.*?)\)", calls[0])[0]
+    name = operands.split("%")[-1].split(",")[0]
+    made = next(line for line in program.splitlines() if f"%{name} = " in line)
+    assert local in made
+    assert f"f32[{2 * B},{GROUPS},{GROUPS}]" not in program
+    for line in program.splitlines():
+        if re.search(rf" ({'|'.join(KINDS)})(-start)?\(", line):
+            assert local not in line
+            assert f"s32[{2 * B // DEVICES},{GROUPS}]" not in line
