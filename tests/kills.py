@@ -72,14 +72,12 @@ def kill_once(workdir, kind, step, draw):
     return f"{kind:5} killed after step {logged} {hit}; saved: step {saved}"
 
 
-def run_with_kills(directory, count, seed, say=print):
-    """Does it all in `directory`.
+def run_with_kills(alone, killed, count, seed, say=print):
+    """A run in the folder `killed`, compared with the finished one in `alone`.
 
     Raises:
       AssertionError: something was lost, or the ends differ.
     """
-    alone, killed = Path(directory) / "alone", Path(directory) / "killed"
-    runs.train(alone)
     draw = random.Random(seed)
     for number, (kind, step) in enumerate(plan(count, seed), 1):
         say(f"{number:2}. {kill_once(killed, kind, step, draw)}")
@@ -95,12 +93,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", default=None, help="kept afterwards; default: a temporary")
     args = parser.parse_args()
-    if args.directory:
-        Path(args.directory).mkdir(parents=True)
-        run_with_kills(args.directory, args.count, args.seed)
-    else:
-        with tempfile.TemporaryDirectory() as directory:
-            run_with_kills(directory, args.count, args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(args.directory or temporary)
+        directory.mkdir(parents=True, exist_ok=args.directory is None)
+        runs.train(directory / "alone")
+        run_with_kills(directory / "alone", directory / "killed", args.count, args.seed)
 
 
 if __name__ == "__main__":

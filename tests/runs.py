@@ -28,9 +28,12 @@ def environment():
     }
 
 
-def begin(workdir, *arguments, **options):
-    """Starts training; its stderr goes to the file WORKDIR.log, where it can be read meanwhile."""
-    command = [sys.executable, "-m", "ovseg_jax.main", f"--config={CONFIG}"]
+def begin(workdir, *arguments, through=()):
+    """Starts training; its stderr goes to the file WORKDIR.log, where it can be read meanwhile.
+
+    `through` is a command that takes the one to run as its arguments.
+    """
+    command = [*through, sys.executable, "-m", "ovseg_jax.main", f"--config={CONFIG}"]
     command += [f"--workdir={workdir}", *arguments]
     with Path(f"{workdir}.log").open("w") as log:
         return subprocess.Popen(
@@ -40,7 +43,6 @@ def begin(workdir, *arguments, **options):
             stdout=subprocess.DEVNULL,
             stderr=log,
             text=True,
-            **options,
         )
 
 
@@ -59,9 +61,9 @@ def finish(process, workdir, code=0, seconds=300):
     return log_of(workdir)
 
 
-def train(workdir, *arguments, code=0, **options):
+def train(workdir, *arguments, code=0, through=()):
     """A whole run."""
-    return finish(begin(workdir, *arguments, **options), workdir, code)
+    return finish(begin(workdir, *arguments, through=through), workdir, code)
 
 
 def wait_until(condition, process, workdir, seconds=300):

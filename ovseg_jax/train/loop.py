@@ -132,13 +132,16 @@ class _Training:
                 running = metrics
             self.profiler.after(step, metrics)
             stopping = self.stop.reached(step)
-            if step % config.log_every == 0 or step == phase.last or stopping:
+            logging = step % config.log_every == 0 or step == phase.last or stopping
+            evaluating = config.eval.every and step % config.eval.every == 0
+            if logging or evaluating:
                 self._finish(running, meter)
                 running = None
+            if logging:
                 self._log(phase, step, metrics, meter, cuts, len(loader.failures))
             if step == phase.last and cuts.cut:
                 run.progress.say(cuts.note(phase.name, run.text_length))
-            if config.eval.every and step % config.eval.every == 0:
+            if evaluating:
                 self.watchdog.rest()
                 position = position_of(run, phase, step)
                 evaluate_and_keep_best(run, state, step, position, self.checkpoints, self.writer)

@@ -16,7 +16,8 @@ from ovseg_jax.errors import RESTART
 
 def print_stacks_on_signal() -> None:
     """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on."""
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    # The process's own stderr: what may stand in its place is no file that a signal can write to.
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 
 class Watchdog:
@@ -66,7 +67,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         sys.stderr.flush()
         for worker in multiprocessing.active_children():
             worker.kill()  # they would outlive a process that leaves like this

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import runs
 from reference.batches import adam_of, make_batch
 
 from ovseg_jax import sharding
@@ -98,3 +99,18 @@ def run_steps(make_steps):
         return Run(history, moments, jax.device_get(state))
 
     return run
+
+
+@dataclass
+class Alone:
+    """A finished run of `runs.CONFIG` that nothing happened to, and what it said."""
+
+    workdir: Any
+    said: str
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """`Alone`, with a trace of its steps 3 to 5. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    return Alone(workdir, runs.train(workdir, "--profile=3:5"))

@@ -26,7 +26,7 @@ def begin_both(workdir, *arguments):
 
 
 @pytest.mark.slow
-def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(tmp_path):
+def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(alone, tmp_path):
     workdir = tmp_path / "run"
     processes, logs = begin_both(workdir)
     runs.wait_until(lambda: runs.last_step(workdir) >= 3, processes[0], logs[0])
@@ -40,9 +40,7 @@ def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(tmp_path
     assert f"resuming at step {step}" in runs.train(workdir)
     lines = {line["step"]: line["train/loss"] for line in runs.metrics_of(workdir)}
     assert list(lines) == list(range(1, runs.STEPS + 1))
-    alone = tmp_path / "alone"
-    runs.train(alone)
-    for line in runs.metrics_of(alone)[: step + 2]:
+    for line in runs.metrics_of(alone.workdir)[: step + 2]:
         assert line["train/loss"] == pytest.approx(lines[line["step"]], rel=1e-4), line["step"]
 
 

@@ -8,9 +8,9 @@ import runs
 
 
 @pytest.mark.slow
-def test_three_kills_end_like_the_run_left_alone(tmp_path):
+def test_three_kills_end_like_the_run_left_alone(alone, tmp_path):
     said = []
-    kills.run_with_kills(tmp_path, count=3, seed=1, say=said.append)
+    kills.run_with_kills(alone.workdir, tmp_path / "killed", count=3, seed=1, say=said.append)
     assert len(said) == 4 and "equal to the bit" in said[-1]
     # Both phases were hit.
     steps = [int(re.search(r"killed after step (\d+)", line)[1]) for line in said[:3]]
