@@ -116,6 +116,8 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
     if not names:
         progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
         return 0
+    # By every process: parameters may lie on several hosts.
+    summary = _summary(run, names, protocol, results, config)
     if jax.process_index() == 0:
         sheet: Path | str = "none (config.eval.pictures = 0)"
         if config.eval.pictures:
@@ -127,7 +129,7 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
                 count=config.eval.pictures,
                 group_count=config.model.image.num_groups,
             )
-        print(_summary(run, names, protocol, results, config))
+        print(summary)
         print(
             f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
             f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
@@ -149,13 +151,12 @@ def _evaluate_state(
     if tune is not None:
         protocol, miou = calibrated(segmenter, tune, protocol, config.batch_size)
         tuned = {"tune_miou": miou, "calibrated_words": len(tune.class_names)}
+    segmenter = segmenter.on_this_host()
     if not names:
         return segmenter, protocol, {}
     step = int(state.step)
     provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
-    results = run_benchmarks(
-        segmenter.on_this_host(), names, config, protocol, workdir / "results", provenance
-    )
+    results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
     writer = MetricsWriter(workdir if jax.process_index() == 0 else None)
     for name, result in results.items():
         writer.write(step, {f"eval/{name}/miou": result["miou"]})
@@ -210,7 +211,7 @@ def _summary(
     """The table at the end of a run: this model, an untrained one, all background."""
     untrained = {}
     if config.eval.untrained:
-        segmenter = run.segmenter(run.initial_params(announce=False), protocol)
+        segmenter = run.segmenter(run.initial_params(announce=False), protocol).on_this_host()
         for name in names:
             tune = tune_split(name, config.eval)
             fitted = protocol
