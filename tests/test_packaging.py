@@ -73,6 +73,7 @@ def test_extras_are_the_documented_ones():
         "quickstart",
         "cuda",
         "tpu",
+        "video",
         "aot",
         "export",
         "golden",

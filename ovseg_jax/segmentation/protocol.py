@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.templates import chosen
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.readout import check_order
 
@@ -41,7 +42,8 @@ class Protocol:
         background.
       thresholds: thresholds of benchmarks by their names, in place of `threshold`.
       order: 'upsample_first' or 'argmax_first' (the order of Eq. 1).
-      templates: prompts whose embeddings are averaged for each class, with {} for its name.
+      templates: prompts whose embeddings are averaged for each class, with {} for its name; in a
+        config "clip" stands for all of CLIP's.
       affinity: where the patch-to-group map comes from, 'binding' (Eq. 4) or 'features' (Eq. 1).
       grouping: 'soft_patches', where a patch's score is the mean of its groups' cosines, or
         'one_group', where each pixel belongs to one group, and has its scores (see `one_group`).
@@ -194,7 +196,7 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "threshold": float,
         "min_area": float,
         "assignment_temperature": float,
-        "templates": tuple,
+        "templates": lambda names: chosen(names) if len(names) else (),
         "scales": tuple,
         "pamr_dilations": tuple,
         "thresholds": dict,

@@ -147,7 +147,7 @@ def write_pictures(
         image, truth = images[scores.index]
         panels[scores.index] = scene_panel(
             image,
-            scores.group_map(),
+            scores.group_map() % group_count,
             labels,
             truth,
             benchmark.class_names,
