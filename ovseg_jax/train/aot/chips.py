@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 
-GIB = 2.0**30
+GIB = 2**30
 
 
 @dataclass(frozen=True)
