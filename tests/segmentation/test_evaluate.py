@@ -215,7 +215,7 @@ def test_protocol_round_trip_and_mistakes():
         ({"order": "x"}, "upsample_first"),
         ({"window": 0}, "window"),
         ({"affinity": "x"}, "affinity"),
-        ({"templates": ["a photo"]}, "templates"),
+        ({"templates": ["a photo"]}, "template"),
     ):
         with pytest.raises(UserError, match=said):
             Protocol.from_config(wrong)
