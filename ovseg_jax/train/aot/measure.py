@@ -17,12 +17,12 @@ from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import Collective, collectives_of
 from ovseg_jax.train.aot.inputs import batch_shapes
-from ovseg_jax.train.checkpoint import abstract_state
 from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.mask_terms import check_mask_config
 from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.program import Program, boxed_params
+from ovseg_jax.train.state_shapes import abstract_state
 from ovseg_jax.train.terms import check_contrast_config
 
 # Stands in for the length of the training set: epochs become steps of the schedule, which change
