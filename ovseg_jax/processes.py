@@ -102,7 +102,7 @@ def _initialize(options: dict[str, Any]) -> None:
         raise UserError(
             f"the processes of this job did not find each other: {error}. Check that every process "
             "runs, and that --coordinator is a free port on process 0's machine which the others "
-            "reach"
+            "reach; --processes=1 runs this process alone"
         ) from None
 
 
