@@ -153,7 +153,6 @@ def _evaluate_state(
     if tune is not None:
         protocol, miou = calibrated(segmenter, tune, protocol, config.batch_size)
         tuned = {"tune_miou": miou, "calibrated_words": len(tune.class_names)}
-    segmenter = segmenter.on_this_host()
     if not names:
         return segmenter, protocol, {}
     step = int(state.step)
@@ -213,7 +212,7 @@ def _summary(
     """The table at the end of a run: this model, an untrained one, all background."""
     untrained = {}
     if config.eval.untrained:
-        segmenter = run.segmenter(run.initial_params(announce=False), protocol).on_this_host()
+        segmenter = run.segmenter(run.initial_params(announce=False), protocol)
         for name in names:
             tune = tune_split(name, config.eval)
             fitted = protocol
