@@ -185,4 +185,11 @@ class ReleasedSet:
             "rate_rules": ((".*", 1.0),),
             "ema_decay": options["ema"],
         }
-        return ConfigDict({"seed": 0, "loss": self.loss_config(False), "optimizer": optimizer})
+        return ConfigDict(
+            {
+                "seed": 0,
+                "loss": self.loss_config(False),
+                "optimizer": optimizer,
+                "accumulation": {"micro_batches": 1, "contrast": "batch"},
+            }
+        )

@@ -19,6 +19,7 @@ from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.run import make_run
+from ovseg_jax.train.text_cuts import TextCuts
 
 # ---- collectives
 
@@ -146,7 +147,7 @@ def test_a_batch_has_the_shapes_that_the_loader_gives(variant, tmp_path):
     if variant:
         run.fill_caches(run.initial_params(announce=False))
     for phase in run.phases:
-        (batch, *_) = run.loader(phase, phase.last - 1)
+        (batch, *_) = TextCuts().counted(run.loader(phase, phase.last - 1))
         wanted = batch_shapes(config, phase, phase.batch_size, run.text_length)
         assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
             name: (x.shape, x.dtype) for name, x in wanted.items()
