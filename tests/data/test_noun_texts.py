@@ -81,11 +81,11 @@ class Letters(Tokenizer):
     def __init__(self):
         self.pad_id = 0
 
-    def encode(self, texts, length):
+    def encode_and_tell(self, texts, length):
         ids = np.zeros((len(texts), length), np.int32)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = [ord(letter) for letter in text][:length]
-        return ids
+        return ids, np.array([len(text) > length for text in texts])
 
 
 def test_examples_hold_nouns_or_say_that_they_are_absent():
