@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,17 @@ from ovseg_jax.train.checkpoint import Checkpoints, Misfit
 from ovseg_jax.train.recovery import restore_latest
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.train.state_shapes import abstract_state
+
+
+@pytest.fixture(autouse=True)
+def collected(monkeypatch):
+    """Orbax leaves coroutines behind where a read fails, which complain when they are collected.
+
+    That is to happen here, not in whatever test comes next.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    yield
+    gc.collect()
 
 
 def state_of(step, rows=4):
