@@ -8,12 +8,11 @@ between) and is not itself followed by another open-class word.
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Protocol, runtime_checkable
 
-from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.plurals import singular
 from ovseg_jax.data.words import words
 from ovseg_jax.errors import UserError
@@ -33,21 +32,6 @@ class NounFinder(Protocol):
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
         """(singular form, stands like a noun) for each word that may be a noun."""
         ...
-
-
-@dataclass(frozen=True)
-class BuiltEntities:
-    """An entity set made from captions.
-
-    Attributes:
-      entity_set: the most frequent nouns, the most frequent first.
-      counts: entity name -> mentions in the captions, in the same order.
-      path: which of the two ways found the nouns.
-    """
-
-    entity_set: EntitySet
-    counts: dict[str, int]
-    path: str
 
 
 @functools.cache
@@ -196,27 +180,3 @@ def choose_entities(
     if not ranked:
         raise UserError("no nouns were found in the captions; give a list of entities instead")
     return {lemma: count for count, lemma in ranked}
-
-
-def build_entity_set(
-    captions: Iterable[str],
-    top: int = 100,
-    abstract: Collection[str] | None = None,
-    finder: NounFinder | None = None,
-) -> BuiltEntities:
-    """The entity set of `choose_entities`.
-
-    Args:
-      captions: read once.
-      top: how many entities to keep at most.
-      finder: how to find nouns; the best that is installed by default.
-
-    Raises:
-      UserError: no noun was found.
-    """
-    finder = finder or noun_finder()
-    found = NounCounts()
-    for caption in captions:
-        found.add_caption(caption, finder)
-    counts = choose_entities(found, top, abstract)
-    return BuiltEntities(EntitySet({lemma: [lemma] for lemma in counts}), counts, finder.name)

@@ -11,8 +11,6 @@ from importlib import resources
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 
-# The sentence for a class name at inference.
-SIMPLE = "a photo of a {}."
 # The sentence for the entity that two images share (Sec. 3.2.3); no article, no period.
 SHARED = "a photo of {}"
 # The whole list, by this name in a config.

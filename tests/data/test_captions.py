@@ -21,7 +21,7 @@ from ovseg_jax.data.captions import (
 )
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.records import Record
-from ovseg_jax.data.templates import CLIP, SIMPLE, TRAINING, chosen, fill, join_entities
+from ovseg_jax.data.templates import CLIP, TRAINING, chosen, fill, join_entities
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 
@@ -68,8 +68,8 @@ def test_masking_leaves_no_mention_and_touches_nothing_else(caption):
 
 def test_prompt_of_several_entities():
     assert join_entities(["a", "b", "c"]) == "a and b and c"
-    assert prompt(["dog", "bus"], SIMPLE) == "a photo of a dog and bus."
-    assert prompt([], SIMPLE) == ""
+    assert prompt(["dog", "bus"], "a photo of a {}.") == "a photo of a dog and bus."
+    assert prompt([], "a photo of a {}.") == ""
     assert shared_prompt("dog") == "a photo of dog"
 
 

@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovseg_jax.data import nouns
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.nouns import BundledNouns, WordNetNouns, build_entity_set, word_list
+from ovseg_jax.data.nouns import (
+    BundledNouns,
+    NounCounts,
+    WordNetNouns,
+    choose_entities,
+    noun_finder,
+    word_list,
+)
 from ovseg_jax.data.plurals import plurals, singular
 from ovseg_jax.data.words import word_spans, words
 from ovseg_jax.errors import UserError
@@ -190,19 +196,25 @@ CAPTIONS = [
 ]
 
 
+def counted(captions, finder):
+    counts = NounCounts()
+    for caption in captions:
+        counts.add_caption(caption, finder)
+    return counts
+
+
 def test_frequent_concrete_nouns_become_entities():
-    built = build_entity_set(CAPTIONS, top=4, finder=BundledNouns())
-    assert built.path == "bundled word lists"
-    assert built.counts == {"dog": 3, "cat": 2, "table": 2, "beach": 1}
-    assert built.entity_set.names == ("dog", "cat", "table", "beach")
-    everything = build_entity_set(CAPTIONS, finder=BundledNouns()).counts
+    counts = counted(CAPTIONS, BundledNouns())
+    chosen = choose_entities(counts, top=4)
+    assert list(chosen.items()) == [("dog", 3), ("cat", 2), ("table", 2), ("beach", 1)]
+    everything = choose_entities(counts, top=100)
     assert set(everything) == {"dog", "cat", "table", "beach", "garden", "chair", "box"}
-    assert "happiness" in build_entity_set(CAPTIONS, abstract=[], finder=BundledNouns()).counts
+    assert "happiness" in choose_entities(counts, top=100, abstract=[])
 
 
 def test_captions_without_nouns_are_a_user_error():
     with pytest.raises(UserError, match="no nouns"):
-        build_entity_set(["very quickly", ""], finder=BundledNouns())
+        choose_entities(counted(["very quickly", ""], BundledNouns()), top=100)
 
 
 @pytest.mark.parametrize(
@@ -254,17 +266,16 @@ def test_wordnet_is_used_where_it_is_installed(monkeypatch):
     tags = {"dogs": "NNS", "ideas": "NNS", "qwerty": "NN", "test": "NN"}
     monkeypatch.setattr(nltk.corpus, "wordnet", _WordNet())
     monkeypatch.setattr(nltk, "pos_tag", lambda tokens: [(t, tags.get(t, "DT")) for t in tokens])
-    assert isinstance(nouns.noun_finder(), WordNetNouns)
-    built = build_entity_set(["some dogs and ideas, qwerty"])
-    assert built.path == "WordNet and the tagger"
-    assert built.counts == {"dog": 1}
+    finder = noun_finder()
+    assert isinstance(finder, WordNetNouns)
+    assert choose_entities(counted(["some dogs and ideas, qwerty"], finder), top=9) == {"dog": 1}
 
 
 def test_without_corpora_the_word_lists_are_used(monkeypatch):
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])
-    assert isinstance(nouns.noun_finder(), BundledNouns)
+    assert isinstance(noun_finder(), BundledNouns)
 
 
 def test_names_are_kept_as_written(tmp_path):

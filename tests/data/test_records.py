@@ -6,6 +6,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_folder import write_records
 
 from ovseg_jax.data.records import (
     ArrayRecordSource,
@@ -17,7 +18,6 @@ from ovseg_jax.data.records import (
     pack_record,
     sample_captions,
     unpack_record,
-    write_records,
 )
 from ovseg_jax.errors import UserError
 

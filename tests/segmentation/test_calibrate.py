@@ -4,11 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.calibrate import calibrate
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.readout import ORDERS, held_to_image, label_map, probabilities
+from ovseg_jax.segmentation.readout import ORDERS, held_to_image, probabilities
 from ovseg_jax.segmentation.scores import ImageScores
 
 C = 4

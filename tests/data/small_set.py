@@ -1,0 +1,68 @@
+"""A set of 23 records for tests of batches: one is broken, one names what no other does."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.records import MemorySource, Record
+from ovseg_jax.data.tokens import Tokenizer
+
+NAMES = ("dog", "cat", "bus", "tree")
+ENTITIES = EntitySet({name: [name] for name in NAMES})
+TEMPLATES = ("a photo of a {}.", "a drawing of {}.", "{}")
+SPEC = {
+    "text_length": 12,
+    "transform": {"kind": "crop", "size": 16, "scale": (0.4, 1.0)},
+    "templates": TEMPLATES,
+}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, "a", "and", "photo", "of", "sky"]
+BROKEN = 3
+
+
+def _record(index, rng):
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+    # Record 5 alone names a tree; every seventh names nothing.
+    named = ["tree"] if index == 5 else [NAMES[index % 3], NAMES[(index // 3) % 3]]
+    caption = "a sky" if index % 7 == 0 else "a photo of a " + " and a ".join(named)
+    image = b"garbage" if index == BROKEN else buffer.getvalue()
+    return Record(image, caption, f"key-{index}")
+
+
+def make_source():
+    """The 23 records."""
+    rng = np.random.default_rng(0)
+    return MemorySource([_record(index, rng) for index in range(23)])
+
+
+def make_tokenizer(directory):
+    """A tokenizer of `WORDS`, with its vocabulary in `directory`."""
+    (directory / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return Tokenizer(directory)
+
+
+def read_batches(source, tokenizer, **changes):
+    """Seven batches of eight, unless `changes` to the loader's settings say otherwise."""
+    settings = {
+        "batch_size": 8,
+        "seed": 1,
+        "first_step": 0,
+        "last_step": 7,
+        "with_pairs": True,
+        "threads": 2,
+    }
+    settings.update(changes)
+    return list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+
+
+def assert_same(left, right):
+    """Two lists of batches are equal to the bit."""
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
