@@ -7,13 +7,14 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.aot import chips, devices, measure, tables
+from ovseg_jax.train.aot import chips, devices, measure, search, tables
 
 ABOUT = """What a train step needs on a TPU, from the real compiler, on any machine without one.
 
   python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 [--config.KEY=VALUE ...]
   python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 --search
 
+--search takes a compilation for each phase, mesh and batch size that it prints a line for.
 Needs the extra `aot` (libtpu) for v4, v5e, v5p and v6e. For a100, h100 and h200 (--topology=h100:8)
 it counts what can be known without a GPU. A compilation takes some minutes.
 """
@@ -29,7 +30,12 @@ FLAGS = (
         "data would decide",
     ),
     flags.Flag("batch_size", int, default=0, help="global; 0 takes each phase's"),
-    flags.Flag("search", bool, default=False, help="try batch sizes and meshes: which fit?"),
+    flags.Flag(
+        "search",
+        bool,
+        default=False,
+        help="try meshes, and on each double or halve the batch: which fit?",
+    ),
     flags.Flag("gathers", bool, default=False, help="also list every all-gather"),
 )
 
@@ -66,34 +72,60 @@ def _phases(
     batch_size: int,
 ) -> list[measure.Measured]:
     """Each phase that is not the same program as one before it."""
-    length = args.text_length or config.data.text_length or LONGEST
+    return [
+        _measured(args, config, machine, present, index, batch_size)
+        for index in _programs(config, batch_size)
+    ]
+
+
+def _programs(config: ConfigDict, batch_size: int) -> list[int]:
+    """Indices of the phases, without those that are the same program as one before them."""
     found, seen = [], set()
     for index, phase in enumerate(measure.make_phases(config, measure.RECORDS)):
         size = batch_size or phase.batch_size
         kind = (size, phase.mask_weight > 0, phase.frozen, str(phase.erase))
         if kind not in seen:
             seen.add(kind)
-            found.append(measure.measured(config, machine, present, index, size, length))
+            found.append(index)
     return found
+
+
+def _measured(
+    args: SimpleNamespace,
+    config: ConfigDict,
+    machine: chips.Machine,
+    present: list[Any] | None,
+    index: int,
+    batch_size: int,
+) -> measure.Measured:
+    length = args.text_length or config.data.text_length or LONGEST
+    size = batch_size or measure.make_phases(config, measure.RECORDS)[index].batch_size
+    return measure.measured(config, machine, present, index, size, length)
 
 
 def _search(
     args: SimpleNamespace, config: ConfigDict, machine: chips.Machine, present: list[Any]
 ) -> int:
-    """Doubles the batch on every mesh until it no longer fits."""
-    rows = []
+    """The largest batch that fits on each mesh; returns 1 where none does on any."""
     start = args.batch_size or max(phase["batch_size"] for phase in config.phases)
+    tried = []
     for mesh in tables.meshes_to_try(machine.count):
         config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
-        batch_size, fits = start, True
-        while fits:
-            found = _phases(args, config, machine, present, batch_size)
-            rows.append((mesh, batch_size, found))
-            print(f"{mesh}, batch {batch_size}: {found[-1].fits}", flush=True)
-            fits = all(one.fits for one in found)
-            batch_size *= 2
-    print(tables.search_table(rows))
-    return 0
+
+        def attempt(batch_size: int, mesh: tables.Mesh = mesh) -> bool:
+            found = []
+            # The last phase has the most losses: where it does not fit, no other is compiled.
+            for index in reversed(_programs(config, batch_size)):
+                found.append(_measured(args, config, machine, present, index, batch_size))
+                if not found[-1].fits:
+                    break
+            tried.append((mesh, batch_size, found))
+            print(tables.search_line(*tried[-1]), flush=True)
+            return bool(found[-1].fits)
+
+        search.largest(attempt, start, step=mesh[0] * mesh[1])
+    print(f"\n{tables.search_table(tried, machine)}")
+    return 0 if any(all(one.fits for one in found) for _, _, found in tried) else 1
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ovseg_jax import aot, platforms, sharding
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
-from ovseg_jax.train.aot import chips, devices, measure, tables
+from ovseg_jax.train.aot import chips, devices, measure, search, tables
 from ovseg_jax.train.aot.collectives import Collective, collectives_of, totals
 from ovseg_jax.train.aot.inputs import batch_shapes
 from ovseg_jax.train.flops import matmul_flops
@@ -232,12 +234,62 @@ def test_the_table():
     cells = {line[:28].strip(): line[28:].strip() for line in text.splitlines()}
     assert cells["mesh, data x fsdp x tensor"] == "16 x 1 x 1"
     assert cells["total"] == "5.00 GiB" and cells["of"] == "16.00 GiB"
-    assert cells["ms per step at peak"] == "250"  # a quarter of a second: 4 / 16
+    assert cells["ms per step at peak"] == "250.0"  # a quarter of a second: 4 / 16
     assert cells["all-gather"] == "2, 4.0 MiB" and cells["all-reduce"] == "6, 24.0 MiB"
     assert "f32[2048, 256]" in tables.gather_table(found)
     assert tables.meshes_to_try(16) == [(16, 1, 1), (4, 4, 1), (1, 16, 1), (4, 2, 2)]
-    lines = tables.search_table([((16, 1, 1), 2048, [found])]).splitlines()
-    assert lines[-1].split() == ["16", "x", "1", "x", "1", "2048", "yes", "5.00", "GiB"]
+
+
+def _found(phase, batch_size, fits, total):
+    return measure.Measured(
+        phase, batch_size, 1, fits, measure.Memory(1, total - 1, total), 1, 1, []
+    )
+
+
+def test_search_doubles_and_halves_on_every_mesh(monkeypatch, capsys):
+    """A chip that holds 100 pairs in the first phase, 80 in the second, none with 'tensor'."""
+    asked = []
+
+    def measured(config, machine, present, index, batch_size, length):
+        asked.append((tuple(config.mesh.values()), index, batch_size))
+        chips_of_batch = config.mesh.data * config.mesh.fsdp
+        room = (100, 80)[index] if config.mesh.tensor == 1 else 0
+        a_chip = batch_size // chips_of_batch
+        return _found(f"phase {index}", batch_size, a_chip <= room, a_chip * 2**20)
+
+    monkeypatch.setattr(aot.devices, "devices_of", lambda machine: [])
+    monkeypatch.setattr(aot.measure, "measured", measured)
+    config = ["--config=configs/vitb.py", "--topology=v5e:2x2", "--search"]
+    assert aot.main([*config, "--batch_size=100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mesh 4 x 1 x 1, batch 100: fits, 25.0 MiB a chip"
+    assert "mesh 4 x 1 x 1, batch 400: 'phase 1' does not fit, 100.0 MiB a chip" in lines
+    rows = [line.split("  ") for line in lines[-3:]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert rows[0] == ["4 x 1 x 1", "200", "50", "50.0 MiB", "16.00 GiB", "400"]
+    assert rows[2] == ["1 x 2 x 2", "none", "-", "-", "16.00 GiB", "2"]
+    # The phase that needs most is asked first, and alone where it does not fit.
+    assert [index for mesh, index, size in asked if size == 400 and mesh == (4, 1, 1)] == [1]
+    monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v6e"])
+    monkeypatch.setattr(aot.measure, "measured", lambda *a: _found("all", a[4], False, 2**40))
+    assert aot.main(config) == 1
+
+
+@given(st.integers(1, 3000), st.integers(1, 512), st.integers(0, 10_000))
+def test_search_finds_the_largest_of_its_sizes(start, step, room):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        assert size % step == 0
+        return size <= room
+
+    found = search.largest(fits, start, step)
+    if found is None:
+        assert min(tried) > room and min(tried) < 2 * step
+    else:
+        assert found <= room and (2 * found > room or min(t for t in tried if t > found) > room)
+    assert len(tried) == len(set(tried)) <= 16
 
 
 def test_a_gpu_is_counted_without_a_compiler(capsys):

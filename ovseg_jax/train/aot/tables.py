@@ -10,6 +10,9 @@ from ovseg_jax.train.aot.collectives import totals
 from ovseg_jax.train.aot.measure import Measured, abstract_mesh
 from ovseg_jax.train.report import table
 
+# Chips along data, fsdp and tensor.
+Mesh = tuple[int, int, int]
+
 GPU_NOTE = (
     "The GPU compiler chooses its kernels by timing them and needs a GPU: temporaries, collectives "
     "and\nwhether it fits stay unknown here. Arguments, operations and the time at peak are exact."
@@ -44,10 +47,10 @@ def step_table(config: ConfigDict, machine: Machine, found: Sequence[Measured]) 
         row("  total", [_or_dash(one.memory.total) for one in found]),
         row("  of", [size(chip.memory)] * len(found)),
         row("fits", [{True: "yes", False: "no", None: "-"}[one.fits] for one in found]),
-        row("TFLOPs per step", [f"{one.flops / 1e12:.1f}" for one in found]),
-        row("  without rematerialization", [f"{one.model_flops / 1e12:.1f}" for one in found]),
-        row("GFLOPs per pair", [f"{one.flops / one.batch_size / 1e9:.1f}" for one in found]),
-        row("ms per step at peak", [f"{1e3 * peak_seconds(one, machine):.0f}" for one in found]),
+        row("TFLOPs per step", [_digits(one.flops / 1e12) for one in found]),
+        row("  without rematerialization", [_digits(one.model_flops / 1e12) for one in found]),
+        row("GFLOPs per pair", [_digits(one.flops / one.batch_size / 1e9) for one in found]),
+        row("ms per step at peak", [_digits(1e3 * peak_seconds(one, machine)) for one in found]),
     ]
     sums = [totals(one.collectives or []) for one in found]
     for kind in sorted({kind for one in sums for kind in one}):
@@ -78,6 +81,13 @@ def peak_seconds(found: Measured, machine: Machine) -> float:
     return found.flops / (machine.count * machine.chip.peak)
 
 
+def _digits(value: float) -> str:
+    """One decimal, or as many as show two digits of a small number; none for a large one."""
+    if value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
+
+
 def _or_dash(count: int | None) -> str:
     return "-" if count is None else size(count)
 
@@ -85,23 +95,43 @@ def _or_dash(count: int | None) -> str:
 # ---- search
 
 
-def meshes_to_try(count: int) -> list[tuple[int, int, int]]:
+def meshes_to_try(count: int) -> list[Mesh]:
     """Data parallelism alone; parameters split over 4, over all chips, and over tensor too."""
     found = [(count, 1, 1), (count // 4, 4, 1), (1, count, 1), (count // 4, 2, 2)]
     return list(dict.fromkeys(mesh for mesh in found if math.prod(mesh) == count and 0 not in mesh))
 
 
-def search_table(rows: Sequence[tuple[tuple[int, int, int], int, Sequence[Measured]]]) -> str:
-    """One line for each (mesh, batch size), with the largest phase."""
-    lines = [("mesh", "batch", "fits", "HBM per chip")]
-    for mesh, batch_size, found in rows:
-        worst = max(found, key=lambda one: one.memory.total or 0)
+def search_line(mesh: Mesh, batch_size: int, found: Sequence[Measured]) -> str:
+    """What a try gave, as it is made."""
+    fits = "fits" if all(one.fits for one in found) else f"{found[-1].phase!r} does not fit"
+    most = max(one.memory.total or 0 for one in found)
+    return f"mesh {_shape(mesh)}, batch {batch_size}: {fits}, {size(most)} a chip"
+
+
+def search_table(tried: Sequence[tuple[Mesh, int, Sequence[Measured]]], machine: Machine) -> str:
+    """The largest batch that fits on each mesh, with the phase that needs most."""
+    lines = [("mesh", "largest batch", "pairs a chip", "HBM a chip", "of", "does not fit")]
+    for mesh in dict.fromkeys(mesh for mesh, _, _ in tried):
+        mine = [(batch, found) for one, batch, found in tried if one == mesh]
+        good = {
+            batch: max(one.memory.total or 0 for one in found)
+            for batch, found in mine
+            if all(one.fits for one in found)
+        }
+        bad = [batch for batch, _ in mine if batch not in good]
+        best = max(good, default=None)
         lines.append(
             (
-                " x ".join(map(str, mesh)),
-                str(batch_size),
-                "yes" if all(one.fits for one in found) else "no",
-                _or_dash(worst.memory.total),
+                _shape(mesh),
+                "none" if best is None else str(best),
+                "-" if best is None else f"{best / machine.count:g}",
+                "-" if best is None else size(good[best]),
+                size(machine.chip.memory),
+                str(min(bad)) if bad else "-",
             )
         )
     return table(lines)
+
+
+def _shape(mesh: Mesh) -> str:
+    return " x ".join(map(str, mesh))
