@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import most_tokens
 from ovseg_jax.train.aot import chips, devices, measure, search, tables
 
 ABOUT = """What a train step needs on a TPU, from the real compiler, on any machine without one.
@@ -26,8 +27,8 @@ FLAGS = (
         "text_length",
         int,
         default=0,
-        help="tokens that texts are padded to; 0 takes config.data.text_length, or 77 where the "
-        "data would decide",
+        help="tokens that texts are padded to; 0 takes config.data.text_length, or where "
+        "the data would decide 77, or less if the model has not as many positions",
     ),
     flags.Flag("batch_size", int, default=0, help="global; 0 takes each phase's"),
     flags.Flag(
@@ -98,9 +99,20 @@ def _measured(
     index: int,
     batch_size: int,
 ) -> measure.Measured:
-    length = args.text_length or config.data.text_length or LONGEST
+    length = _text_length(args, config)
     size = batch_size or measure.make_phases(config, measure.RECORDS)[index].batch_size
     return measure.measured(config, machine, present, index, size, length)
+
+
+def _text_length(args: SimpleNamespace, config: ConfigDict) -> int:
+    most = most_tokens(config.model)
+    length = args.text_length or config.data.text_length or min(LONGEST, most)
+    if length > most:
+        raise UserError(
+            f"texts of {length} tokens (--text_length, config.data.text_length), but the text "
+            f"encoder has positions for {most} (config.model.text.max_positions)"
+        )
+    return length
 
 
 def _search(

@@ -121,6 +121,12 @@ def check_model_config(config: ConfigDict) -> None:
         )
 
 
+def most_tokens(config: ConfigDict) -> int:
+    """The longest text that the text encoder of `config` (a run's ``config.model``) has positions
+    for."""
+    return config.text.max_positions - config.text.get("position_offset", 0)
+
+
 def build_model(config: ConfigDict) -> OVSegmentor:
     """Builds the model that `config` (a run's ``config.model``) describes.
 

@@ -21,7 +21,7 @@ from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.templates import chosen
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, most_tokens
 from ovseg_jax.optim import groups
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
@@ -237,11 +237,11 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"note: {cut} of {len(counts)} sampled sentences are longer than {length} tokens and "
             "are cut (config.data.text_length)"
         )
-    text, offset = config.model.text, config.model.text.get("position_offset", 0)
-    if length > text.max_positions - offset:
+    if length > most_tokens(config.model):
         raise UserError(
-            f"config.data.text_length = {length} exceeds config.model.text.max_positions = "
-            f"{text.max_positions}" + (f" less position_offset = {offset}" if offset else "")
+            f"config.data.text_length = {length}, but the text encoder has positions for "
+            f"{most_tokens(config.model)} tokens (config.model.text.max_positions, less "
+            "position_offset)"
         )
     phases = make_phases(config, len(source))
     check_accumulation(config, phases, mesh)

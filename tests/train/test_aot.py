@@ -1,6 +1,13 @@
-"""The parts of ahead-of-time compilation that need no TPU compiler."""
+"""Ahead-of-time compilation: its parts, and the real TPU compiler on a tiny model."""
 
 import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +29,8 @@ from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.run import make_run
 from ovseg_jax.train.text_cuts import TextCuts
+
+ROOT = Path(__file__).parents[2]
 
 # ---- collectives
 
@@ -316,3 +325,33 @@ def test_a_program_for_another_platform_rounds_as_that_one_does():
         assert "bf16" in str(jax.make_jaxpr(lambda a, b: attention(a, b) + 0.0)(a, a))
     assert platforms.target() == "cpu"
     assert "bf16" in str(jax.make_jaxpr(product)(a[0, 0], a[0, 0].T))
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Environment of a process that compiles for TPUs."""
+    library = Path(sys.prefix, "tpu_compiler", "libtpu", "libtpu.so")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("the TPU compiler is for Linux on x86-64")
+    if library.exists():
+        return {**os.environ, "TPU_LIBRARY_PATH": str(library)}
+    assert importlib.util.find_spec("libtpu"), f"no {library}: bash launch/test.sh installs it"
+    return dict(os.environ)
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_the_step_with_its_callback(compiler):
+    """Both phases on a data mesh: no all-gather but of embeddings, none around the callback."""
+    command = [sys.executable, "-m", "ovseg_jax.aot", "--config=tests/tiny.py", "--gathers"]
+    ended = subprocess.run(
+        [*command, "--topology=v5e:2x2"],
+        cwd=ROOT, env=compiler, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert re.search(r"^fits +yes +yes$", ended.stdout, re.M)
+    assert re.search(r"^  of +16.00 GiB +16.00 GiB$", ended.stdout, re.M)
+    gathers = re.findall(r"^(\w+)(\[.*?\])  +\d", ended.stdout, re.M)
+    assert gathers
+    for dtype, shape in gathers:
+        *_, width = json.loads(shape)
+        assert (dtype, width) == ("f32", 16), "16 is the width of the tiny model's embeddings"
