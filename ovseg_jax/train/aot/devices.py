@@ -15,6 +15,8 @@ ENVIRONMENT = {
     # It would ask Google's metadata server which TPU this machine has.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # Of this machine, which has none: it would warn that it cannot tell. The topology decides.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     # Compiling needs no chip, so another process may compile too.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
