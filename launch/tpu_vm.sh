@@ -17,7 +17,7 @@
 #   RUNTIME (v2-alpha-tpuv5-lite; v4: tpu-ubuntu2204-base, v5p: v2-alpha-tpuv5, v6e:
 #   v2-alpha-tpuv6e), SPOT (true: cheaper, may be taken away), BUCKET (for --workdir; a bucket with
 #   hierarchical namespace, mounted at ~/bucket), DATA_DISK (none; a disk with the records, mounted
-#   read-only at /mnt/data), ATTEMPTS (50, of up).
+#   read-only at /mnt/data), ATTEMPTS (50, of up), POLL (30, seconds between questions for the slice).
 #
 #   BUCKET=my-bucket DATA_DISK=cc4m bash launch/tpu_vm.sh up \
 #       --config=configs/vitb.py --config.data.records.dir=/mnt/data/cc4m
@@ -35,6 +35,9 @@ ATTEMPTS=${ATTEMPTS:-50}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false
 arguments=()
+POLL=${POLL:-30}
+# Exit code of `create` where a slice was promised and then taken away: asking again may help.
+readonly LOST=75
 
 die() {
     printf 'error: %s\n' "$*" >&2
@@ -65,24 +68,33 @@ state() {
 }
 
 create() {
-    local spot=()
+    local spot=() now before='' absent=0
     if [ "$SPOT" = true ]; then spot=(--spot); fi
-    gcloud_tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
-        --runtime-version="$RUNTIME" ${spot[@]+"${spot[@]}"}
+    if ! $dry_run && now=$(state) && [ "$now" != ABSENT ]; then
+        echo "$NAME was asked for before, and is $now"
+    else
+        gcloud_tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
+            --runtime-version="$RUNTIME" ${spot[@]+"${spot[@]}"} ||
+            die "gcloud refused the request for $NAME (its message is above)"
+    fi
     if $dry_run; then
         echo "# wait until this says ACTIVE:"
         gcloud_tpu queued-resources describe "$NAME" --format='value(state.state)'
         return
     fi
-    local now before=
     while now=$(state) && [ "$now" != ACTIVE ]; do
         [ "$now" = "$before" ] || echo "$(date +%H:%M) $NAME: $now"
         before=$now
-        case $now in
-        FAILED | SUSPENDED | ABSENT) die "the request for $NAME ended as $now; see:" \
-            "gcloud compute tpus queued-resources describe $NAME --zone=$ZONE" ;;
+        # One answer that does not come may be the network's fault.
+        if [ "$now" = ABSENT ]; then absent=$((absent + 1)); else absent=0; fi
+        case $now-$absent in
+        FAILED-* | SUSPENDED-* | ABSENT-5)
+            echo "the request for $NAME ended as $now; see:" \
+                "gcloud compute tpus queued-resources describe $NAME --zone=$ZONE" >&2
+            exit $LOST
+            ;;
         esac
-        sleep 30
+        sleep "$POLL"
     done
 }
 
@@ -152,12 +164,14 @@ delete() {
 
 up() {
     [ -n "$BUCKET" ] || die "up needs BUCKET: what lies on the machines is lost with them"
-    local attempt code again=()
+    local attempt code status again=()
     if $dry_run; then again=(--dry-run); fi
     for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
         # Each in a shell of its own: in a condition, `set -e` has no say in functions.
-        if bash "$0" create ${again[@]+"${again[@]}"} &&
-            bash "$0" install ${again[@]+"${again[@]}"} &&
+        status=0
+        bash "$0" create ${again[@]+"${again[@]}"} || status=$?
+        if [ "$status" -ne 0 ] && [ "$status" -ne $LOST ]; then exit "$status"; fi
+        if [ "$status" -eq 0 ] && bash "$0" install ${again[@]+"${again[@]}"} &&
             bash "$0" run ${again[@]+"${again[@]}"} ${arguments[@]+"${arguments[@]}"}; then
             delete
             return

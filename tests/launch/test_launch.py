@@ -116,10 +116,11 @@ def tpu(tmp_path):
     fake.parent.mkdir()
     fake.write_text((HERE / "fake_gcloud.sh").read_text())
     fake.chmod(0o755)
-    calls, codes = tmp_path / "calls", tmp_path / "codes"
+    calls, codes, said = tmp_path / "calls", tmp_path / "codes", tmp_path / "states"
 
-    def call(*arguments, answers=(), code=0, **environment):
+    def call(*arguments, answers=(), states=(), code=0, **environment):
         codes.write_text("".join(f"{answer}\n" for answer in answers))
+        said.write_text("".join(f"{state}\n" for state in states))
         bash(
             LAUNCH / "tpu_vm.sh",
             *arguments,
@@ -127,6 +128,8 @@ def tpu(tmp_path):
             PATH=f"{fake.parent}:{os.environ['PATH']}",
             CALLS=str(calls),
             CODES=str(codes),
+            STATES=str(said),
+            POLL="0.01",
             **environment,
         )
         return calls.read_text().splitlines() if calls.exists() else []
@@ -167,6 +170,23 @@ def test_tpu_up_goes_on_after_preemption_until_it_is_done(tpu):
 def test_tpu_up_stops_at_an_error_that_would_come_again(tpu):
     calls = tpu("up", *RUN, answers=(2,), code=2, BUCKET="bucket")
     assert stages(calls) == [*STAGES][:-1]
+
+
+def test_tpu_up_asks_again_for_a_slice_that_was_never_given(tpu):
+    states = ("WAITING_FOR_RESOURCES", "lost", "PROVISIONING", "FAILED", "PROVISIONING")
+    calls = tpu("up", *RUN, answers=(0,), states=states, BUCKET="bucket")
+    assert stages(calls) == ["create", "delete", *STAGES]
+
+
+def test_tpu_up_takes_the_slice_that_is_there(tpu):
+    assert stages(tpu("create")) == ["create"]
+    calls = tpu("up", *RUN, answers=(0,), BUCKET="bucket")
+    assert stages(calls) == [*STAGES]  # created above, not again
+
+
+def test_tpu_up_ends_where_the_request_is_refused(tpu):
+    calls = tpu("up", *RUN, code=2, BUCKET="bucket", REFUSE="true")
+    assert stages(calls) == ["create"]
 
 
 def test_tpu_refuses_what_it_cannot_do(tpu):
