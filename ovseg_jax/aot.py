@@ -8,12 +8,13 @@ from ml_collections import ConfigDict
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import most_tokens
-from ovseg_jax.train.aot import chips, devices, measure, search, tables
+from ovseg_jax.train.aot import chips, cost, devices, measure, search, tables
 
 ABOUT = """What a train step needs on a TPU, from the real compiler, on any machine without one.
 
   python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 [--config.KEY=VALUE ...]
   python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 --search
+  python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 --pairs=4300000 --price=PRICE
 
 --search takes a compilation for each phase, mesh and batch size that it prints a line for.
 Needs the extra `aot` (libtpu) for v4, v5e, v5p and v6e. For a100, h100 and h200 (--topology=h100:8)
@@ -37,6 +38,9 @@ FLAGS = (
         default=False,
         help="try meshes, and on each double or halve the batch: which fit?",
     ),
+    flags.Flag("pairs", int, default=0, help="of the training set: what does the whole run take?"),
+    flags.Flag("utilization", float, default=0.4, help="of the chips' peak, for --pairs"),
+    flags.Flag("price", float, default=0.0, help="of a chip-hour, for --pairs"),
     flags.Flag("gathers", bool, default=False, help="also list every all-gather"),
 )
 
@@ -49,46 +53,44 @@ def main(argv: list[str]) -> int:
     args = flags.parse(argv, FLAGS, ABOUT)
     devices.prepare()
     config = flags.config_from(args)
-    if args.batch_size < 0 or args.text_length < 0:
-        raise UserError("--batch_size and --text_length must not be negative")
+    if min(args.batch_size, args.text_length, args.pairs, args.price) < 0:
+        raise UserError("--batch_size, --text_length, --pairs and --price must not be negative")
+    if not 0 < args.utilization <= 1:
+        raise UserError(f"--utilization={args.utilization} must lie above 0 and not above 1")
     machine = chips.machine_of(args.topology)
     present = devices.devices_of(machine) if machine.chip.platform == "tpu" else None
     if args.search:
         if present is None:
             raise UserError("--search needs a compiler, which there is for TPUs alone")
         return _search(args, config, machine, present)
-    found = _phases(args, config, machine, present, args.batch_size)
-    print(tables.step_table(config, machine, found))
+    if args.batch_size:
+        _set_batch_size(config, args.batch_size)
+    programs = _programs(config)
+    found = {i: _measured(args, config, machine, present, i) for i in dict.fromkeys(programs)}
+    print(tables.step_table(config, machine, [*found.values()]))
     if args.gathers:
-        for one in found:
+        for one in found.values():
             print(f"\n{tables.gather_table(one)}")
-    return 1 if any(one.fits is False for one in found) else 0
+    if args.pairs:
+        phases = measure.make_phases(config, args.pairs)
+        steps = [phase.last - phase.first for phase in phases]
+        run = cost.Estimate([found[i] for i in programs], steps, machine, args.utilization)
+        print(f"\n{cost.cost_table(run, [phase.name for phase in phases], args.price)}")
+    return 1 if any(one.fits is False for one in found.values()) else 0
 
 
-def _phases(
-    args: SimpleNamespace,
-    config: ConfigDict,
-    machine: chips.Machine,
-    present: list[Any] | None,
-    batch_size: int,
-) -> list[measure.Measured]:
-    """Each phase that is not the same program as one before it."""
-    return [
-        _measured(args, config, machine, present, index, batch_size)
-        for index in _programs(config, batch_size)
+def _set_batch_size(config: ConfigDict, batch_size: int) -> None:
+    for phase in config.phases:
+        phase["batch_size"] = batch_size
+
+
+def _programs(config: ConfigDict) -> list[int]:
+    """For each phase the first one that is the same program."""
+    kinds = [
+        (phase.batch_size, phase.mask_weight > 0, phase.frozen, str(phase.erase))
+        for phase in measure.make_phases(config, measure.RECORDS)
     ]
-
-
-def _programs(config: ConfigDict, batch_size: int) -> list[int]:
-    """Indices of the phases, without those that are the same program as one before them."""
-    found, seen = [], set()
-    for index, phase in enumerate(measure.make_phases(config, measure.RECORDS)):
-        size = batch_size or phase.batch_size
-        kind = (size, phase.mask_weight > 0, phase.frozen, str(phase.erase))
-        if kind not in seen:
-            seen.add(kind)
-            found.append(index)
-    return found
+    return [kinds.index(kind) for kind in kinds]
 
 
 def _measured(
@@ -97,11 +99,8 @@ def _measured(
     machine: chips.Machine,
     present: list[Any] | None,
     index: int,
-    batch_size: int,
 ) -> measure.Measured:
-    length = _text_length(args, config)
-    size = batch_size or measure.make_phases(config, measure.RECORDS)[index].batch_size
-    return measure.measured(config, machine, present, index, size, length)
+    return measure.measured(config, machine, present, index, _text_length(args, config))
 
 
 def _text_length(args: SimpleNamespace, config: ConfigDict) -> int:
@@ -125,10 +124,11 @@ def _search(
         config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
 
         def attempt(batch_size: int, mesh: tables.Mesh = mesh) -> bool:
+            _set_batch_size(config, batch_size)
             found = []
             # The last phase has the most losses: where it does not fit, no other is compiled.
-            for index in reversed(_programs(config, batch_size)):
-                found.append(_measured(args, config, machine, present, index, batch_size))
+            for index in sorted(set(_programs(config)), reverse=True):
+                found.append(_measured(args, config, machine, present, index))
                 if not found[-1].fits:
                     break
             tried.append((mesh, batch_size, found))

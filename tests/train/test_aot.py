@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: its parts, and the real TPU compiler on a tiny model."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -134,8 +135,9 @@ def test_operations_of_a_vision_transformer_are_those_of_its_formula():
     """ViT-B/16 on 196 patches and 8 groups: 12 layers of 24 T D^2 + 4 T^2 D, three times in all."""
     config = load_config("configs/vitb.py")
     config.loss.entity_weight = 0.0
+    config.phases[0]["batch_size"] = 64
     machine = chips.machine_of("h100:8")
-    found = measure.measured(config, machine, None, 0, 64, 32)
+    found = measure.measured(config, machine, None, 0, 32)
     tokens, words, width = 204, 32, 768
     image = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width)
     text = 12 * (24 * words * width**2 + 4 * words**2 * width)
@@ -259,7 +261,8 @@ def test_search_doubles_and_halves_on_every_mesh(monkeypatch, capsys):
     """A chip that holds 100 pairs in the first phase, 80 in the second, none with 'tensor'."""
     asked = []
 
-    def measured(config, machine, present, index, batch_size, length):
+    def measured(config, machine, present, index, length):
+        batch_size = config.phases[index]["batch_size"]
         asked.append((tuple(config.mesh.values()), index, batch_size))
         chips_of_batch = config.mesh.data * config.mesh.fsdp
         room = (100, 80)[index] if config.mesh.tensor == 1 else 0
@@ -280,7 +283,7 @@ def test_search_doubles_and_halves_on_every_mesh(monkeypatch, capsys):
     # The phase that needs most is asked first, and alone where it does not fit.
     assert [index for mesh, index, size in asked if size == 400 and mesh == (4, 1, 1)] == [1]
     monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v6e"])
-    monkeypatch.setattr(aot.measure, "measured", lambda *a: _found("all", a[4], False, 2**40))
+    monkeypatch.setattr(aot.measure, "measured", lambda config, *_: _found("all", 1, False, 2**40))
     assert aot.main(config) == 1
 
 
@@ -310,6 +313,37 @@ def test_a_gpu_is_counted_without_a_compiler(capsys):
         aot.main(["--config=configs/quickstart.py", "--topology=h100:2", "--search"])
     with pytest.raises(UserError, match="does not divide over 7 batch shards"):
         aot.main(["--config=configs/quickstart.py", "--topology=h100:7"])
+
+
+def test_hours_and_cost_of_a_whole_run(monkeypatch, capsys):
+    config = load_config("configs/vitb.py")
+    machine = chips.machine_of("v5e:4x4")
+    second = machine.count * machine.chip.peak
+    steps = [62_988, 20_996]  # 30 and 10 epochs of 4.3 million pairs at batch 2048
+    times = iter((0.2 * second, 0.4 * second))
+
+    def measured(*_):
+        found = _found("x", 2048, True, 1)
+        return dataclasses.replace(found, flops=int(next(times)), model_flops=1)
+
+    monkeypatch.setattr(aot.devices, "devices_of", lambda machine: [])
+    monkeypatch.setattr(aot.measure, "measured", measured)
+    command = ["--config=configs/vitb.py", "--topology=v5e:4x4", "--pairs=4300000"]
+    assert aot.main([*command, "--utilization=0.5", "--price=1.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-7:]
+    rows = [re.split(r"  +", line) for line in lines]
+    hours = [steps[0] * 0.4 / 3600, steps[1] * 0.8 / 3600]
+    hours.append(sum(hours))
+    names = [phase["name"] for phase in config.phases]
+    assert rows[0] == ["at 50% of the peak", *names, "together"]
+    assert rows[2] == ["steps", "62988", "20996", "83984"]
+    assert rows[3][:3] == ["seconds per step", "0.4", "0.8"]
+    for row, factor in zip(rows[4:], (1, 16, 24), strict=True):
+        np.testing.assert_allclose(
+            [float(cell) for cell in row[1:]], np.multiply(hours, factor), 0.05
+        )
+    with pytest.raises(UserError, match="--utilization=1.5"):
+        aot.main([*command, "--utilization=1.5"])
 
 
 def test_a_program_for_another_platform_rounds_as_that_one_does():

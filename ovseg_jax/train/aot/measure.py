@@ -106,14 +106,12 @@ def measured(
     machine: Machine,
     devices: list[Any] | None,
     phase_index: int,
-    batch_size: int,
     text_length: int,
 ) -> Measured:
     """Traces and, where there are devices, compiles the train step of a phase.
 
     Args:
       devices: of the machine, see `devices.devices_of`; None to compile nothing.
-      batch_size: global.
       text_length: tokens that texts are padded to.
 
     Raises:
@@ -125,7 +123,7 @@ def measured(
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
     program = program_of(config, mesh)
     phase = program.phases[phase_index]
-    shards = sharding.batch_shards(flat)
+    batch_size, shards = phase.batch_size, sharding.batch_shards(flat)
     if batch_size % shards:
         raise UserError(f"batch size {batch_size} does not divide over {shards} batch shards")
     batch = batch_shapes(config, phase, batch_size, text_length)
@@ -153,6 +151,11 @@ def measured(
         model_flops=counts[1],
         collectives=exchanged,
     )
+
+
+def peak_seconds(found: Measured, machine: Machine) -> float:
+    """The least time of a step: all operations at the chips' peak."""
+    return found.flops / (machine.count * machine.chip.peak)
 
 
 def _on_one(leaf: jax.ShapeDtypeStruct, place: Any) -> int:

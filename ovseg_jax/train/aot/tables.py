@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import totals
-from ovseg_jax.train.aot.measure import Measured, abstract_mesh
+from ovseg_jax.train.aot.measure import Measured, abstract_mesh, peak_seconds
 from ovseg_jax.train.report import table
 
 # Chips along data, fsdp and tensor.
@@ -47,10 +47,10 @@ def step_table(config: ConfigDict, machine: Machine, found: Sequence[Measured]) 
         row("  total", [_or_dash(one.memory.total) for one in found]),
         row("  of", [size(chip.memory)] * len(found)),
         row("fits", [{True: "yes", False: "no", None: "-"}[one.fits] for one in found]),
-        row("TFLOPs per step", [_digits(one.flops / 1e12) for one in found]),
-        row("  without rematerialization", [_digits(one.model_flops / 1e12) for one in found]),
-        row("GFLOPs per pair", [_digits(one.flops / one.batch_size / 1e9) for one in found]),
-        row("ms per step at peak", [_digits(1e3 * peak_seconds(one, machine)) for one in found]),
+        row("TFLOPs per step", [digits(one.flops / 1e12) for one in found]),
+        row("  without rematerialization", [digits(one.model_flops / 1e12) for one in found]),
+        row("GFLOPs per pair", [digits(one.flops / one.batch_size / 1e9) for one in found]),
+        row("ms per step at peak", [digits(1e3 * peak_seconds(one, machine)) for one in found]),
     ]
     sums = [totals(one.collectives or []) for one in found]
     for kind in sorted({kind for one in sums for kind in one}):
@@ -76,12 +76,7 @@ def gather_table(found: Measured) -> str:
     return table(rows)
 
 
-def peak_seconds(found: Measured, machine: Machine) -> float:
-    """The least time of a step: all operations at the chips' peak."""
-    return found.flops / (machine.count * machine.chip.peak)
-
-
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """One decimal, or as many as show two digits of a small number; none for a large one."""
     if value >= 1000:
         return f"{value:.0f}"
