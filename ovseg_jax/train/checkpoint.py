@@ -101,7 +101,11 @@ class Checkpoints:
         # Orbax waits for the save before as well, but only after it was told of this one.
         self._reporting(manager.wait_until_finished)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if why := intact.refused_space(Path(manager.directory), needed):
+        try:
+            why = intact.refused_space(Path(manager.directory), needed)
+        except OSError as error:  # the folder has been taken away
+            raise UserError(f"{manager.directory} cannot be written: {error.strerror}") from None
+        if why:
             raise UserError(f"no room for the checkpoint of step {step}: {why}. {self._kept()}")
         self._saving[best] = step
         args = ocp.args.Composite(

@@ -13,6 +13,7 @@ from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.evaluations import evaluate_and_keep_best
 from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.meter import Meter, peak_flops
@@ -44,10 +45,17 @@ def train(
 
     Raises:
       UserError: bad config, missing data, a checkpoint that this config does not fit, a work
-        directory that cannot be written, or a loss that stays non-finite.
+        directory that cannot be written or that another job trains in, or a loss that stays
+        non-finite.
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
-    run = make_run(config, progress)
+    _check_numbers(config)
+    with claimed(workdir):
+        return _train(make_run(config, progress), workdir, profile)
+
+
+def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Run, TrainState]:
+    config, progress = run.config, run.progress
     checkpoints = Checkpoints(workdir / "checkpoints")
     with closing(checkpoints), processes.leaving_at_once():
         params = run.initial_params()
@@ -56,10 +64,8 @@ def train(
         del params  # the state has its own; these would stay on the devices to the end
         write_run_files(config, workdir)
         _check_profile(profile, int(state.step), run.total)
-        if processes.is_first():
-            trim_metrics(workdir / "metrics.jsonl", int(state.step))
         with (
-            closing(MetricsWriter(workdir if processes.is_first() else None)) as writer,
+            closing(_metrics_writer(workdir, int(state.step))) as writer,
             closing(Profiler(profile, workdir / "profile", progress.say)) as profiler,
             StopSignal() as stop,
             Watchdog(config.hang_seconds) as watchdog,
@@ -73,6 +79,25 @@ def train(
             watchdog.expect("the last checkpoint to be written")
             checkpoints.wait()
     return run, state
+
+
+def _metrics_writer(workdir: Path, step: int) -> MetricsWriter:
+    if not processes.is_first():
+        return MetricsWriter(None)
+    trim_metrics(workdir / "metrics.jsonl", step)
+    return MetricsWriter(workdir, step)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    least = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds": 0}
+    for name, value in least.items():
+        if config[name] < value:
+            raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
+    if config.eval.every < 0:
+        raise UserError(
+            f"config.eval.every is {config.eval.every}; it must be a number of steps, or 0 for no "
+            "evaluation before the end"
+        )
 
 
 def _check_profile(profile: tuple[int, int] | None, step: int, total: int) -> None:
@@ -186,15 +211,16 @@ class _Training:
 
 
 def _flops(run: Run, phase: Phase, batch: Mapping[str, jax.Array]) -> float | None:
-    """Of one step, without what rematerialization repeats.
+    """Of one step, without what rematerialization or accumulation repeats.
 
     None where no peak of the devices is known to compare with: counting takes seconds.
     """
     if peak_flops(jax.devices()[0].device_kind) is None:
         return None
-    config = run.config.model.copy_and_resolve_references()
-    config.image.remat = config.text.remat = "none"
-    plain = dataclasses.replace(run, model=build_model(config))
+    config = run.config.copy_and_resolve_references()
+    config.model.image.remat = config.model.text.remat = "none"
+    config.accumulation.micro_batches, config.loss.contrast_chunk = 1, 0
+    plain = dataclasses.replace(run, config=config, model=build_model(config.model))
     return float(matmul_flops(plain.step(phase), plain.state_layout(phase)[0], dict(batch)))
 
 
