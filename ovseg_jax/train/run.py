@@ -29,7 +29,7 @@ from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
-from ovseg_jax.train.mask_terms import check_mask_config
+from ovseg_jax.train.mask_terms import check_mask_config, check_matching
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import Phase, check_batch_sizes, check_cached_images, make_phases
@@ -246,6 +246,8 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
     phases = make_phases(config, len(source))
     check_batch_sizes(phases, mesh)
     check_accumulation(config, phases, mesh)
+    if any(phase.mask_weight > 0 for phase in phases):
+        check_matching(config)
     if config.data.cache_images:
         check_cached_images(phases)
     return Run(

@@ -126,6 +126,7 @@ def test_a_phase_hands_its_statistics_on(steps, released_tiny):
         ({"mask_maps": "pixels"}, "config.loss.mask_maps is 'pixels'"),
         ({"mask_directions": "first"}, "'both', 'one'"),
         ({"mask_cost": "L2"}, "'euclidean', 'cosine'"),
+        ({"matching": "hungarian"}, "config.loss.matching is 'hungarian'; .* 'host', 'device'"),
         ({"mask_maps": "final_tokens"}, "needs mask_maps = 'binding'"),
     ],
 )
