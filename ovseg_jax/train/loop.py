@@ -19,6 +19,7 @@ from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.profiling import Profiler
+from ovseg_jax.train.program import Program
 from ovseg_jax.train.report import MetricsWriter, Progress, train_line, trim_metrics
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.run_files import write_run_files
@@ -49,7 +50,7 @@ def train(
         non-finite.
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
-    _check_numbers(config)
+    check_loop_config(config)
     with claimed(workdir):
         return _train(make_run(config, progress), workdir, profile)
 
@@ -88,7 +89,12 @@ def _metrics_writer(workdir: Path, step: int) -> MetricsWriter:
     return MetricsWriter(workdir, step)
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def check_loop_config(config: ConfigDict) -> None:
+    """Refuses a config that the loop would come to grief with, before the first step.
+
+    Raises:
+      UserError: numbers of steps and seconds that are none, or evaluations that are missing.
+    """
     least = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds": 0}
     for name, value in least.items():
         if config[name] < value:
@@ -98,6 +104,17 @@ def _check_numbers(config: ConfigDict) -> None:
             f"config.eval.every is {config.eval.every}; it must be a number of steps, or 0 for no "
             "evaluation before the end"
         )
+    if config.eval.every and not config.eval.benchmarks:
+        raise UserError(
+            "config.eval.every needs a benchmark to evaluate on, but config.eval.benchmarks is "
+            "empty: name one, or set config.eval.every = 0"
+        )
+    for index, phase in enumerate(config.phases):
+        if phase.get("start_from") == "best" and not config.eval.every:
+            raise UserError(
+                f"config.phases[{index}].start_from is 'best', but no evaluation will save one: "
+                "set config.eval.every"
+            )
 
 
 def _check_profile(profile: tuple[int, int] | None, step: int, total: int) -> None:
@@ -147,7 +164,7 @@ class _Training:
                 self.watchdog.expect(f"step {step}")
                 jax.block_until_ready(metrics)
                 self.watchdog.rest()
-                meter.count_flops(_flops(run, phase, placed))
+                meter.count_flops(step_flops(run, phase, placed))
                 meter.restart()
                 compiling = False
             else:
@@ -210,17 +227,17 @@ class _Training:
         )
 
 
-def _flops(run: Run, phase: Phase, batch: Mapping[str, jax.Array]) -> float | None:
+def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> float | None:
     """Of one step, without what rematerialization or accumulation repeats.
 
     None where no peak of the devices is known to compare with: counting takes seconds.
     """
     if peak_flops(jax.devices()[0].device_kind) is None:
         return None
-    config = run.config.copy_and_resolve_references()
+    config = program.config.copy_and_resolve_references()
     config.model.image.remat = config.model.text.remat = "none"
     config.accumulation.micro_batches, config.loss.contrast_chunk = 1, 0
-    plain = dataclasses.replace(run, config=config, model=build_model(config.model))
+    plain = dataclasses.replace(program, config=config, model=build_model(config.model))
     return float(matmul_flops(plain.step(phase), plain.state_layout(phase)[0], dict(batch)))
 
 

@@ -28,8 +28,9 @@ def begin_both(workdir, *arguments):
 
 @pytest.mark.slow
 def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(alone, tmp_path):
+    """Each process holds a half of the state; the one that goes on has the whole on one device."""
     workdir = tmp_path / "run"
-    processes, logs = begin_both(workdir)
+    processes, logs = begin_both(workdir, "--config.mesh.fsdp=2")
     runs.wait_until(lambda: runs.last_step(workdir) >= 3, processes[0], logs[0])
     processes[1].send_signal(signal.SIGTERM)
     said = runs.finish(processes[0], logs[0], code=RESTART)
@@ -37,8 +38,9 @@ def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(alone, t
     step = runs.checkpoints_of(workdir)[-1]
     assert f"stopped at step {step} of {runs.STEPS}" in said
     assert runs.last_step(workdir) == step < runs.STEPS
-    # Another number of processes takes the same next steps, but for rounding.
-    assert f"resuming at step {step}" in runs.train(workdir)
+    # Another mesh and number of processes takes the same next steps, but for rounding.
+    said = runs.train(workdir)
+    assert f"resuming at step {step}" in said and "config.mesh.fsdp: 2 -> 1" in said
     lines = {line["step"]: line["train/loss"] for line in runs.metrics_of(workdir)}
     assert list(lines) == list(range(1, runs.STEPS + 1))
     for line in runs.metrics_of(alone.workdir)[: step + 2]:
