@@ -36,11 +36,13 @@ class MetricsWriter:
         if workdir is None:
             return
         try:
-            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            folder = workdir / "tensorboard"
+            folder.mkdir(parents=True, exist_ok=True)
             self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
             # Its writer without the thread around it, in which a full disk would be a traceback.
-            prefix, suffix = str(workdir / "tensorboard" / "events"), f".{os.getpid()}"
-            self._board = EventsWriter(prefix, suffix)
+            # Its names have whole seconds, in which a run may end and begin.
+            suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
+            self._board = EventsWriter(str(folder / "events"), suffix)
             if step is not None:
                 self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
         except OSError as error:

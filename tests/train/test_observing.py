@@ -173,7 +173,7 @@ def test_changes_are_listed_by_field(tiny_config):
 
 def events_of(folder):
     """The events of TensorBoard's files, which hold (length, checksum, event, checksum)."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name.rpartition(".")[2]):
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack("Q", content[:8])
