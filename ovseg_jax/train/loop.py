@@ -183,14 +183,16 @@ class _Training:
                 self._log(phase, step, metrics, meter, cuts, len(loader.failures))
             if step == phase.last and cuts.cut:
                 run.progress.say(cuts.note(phase.name, run.text_length))
+            if phase.start_from == "best" and step == phase.first + 1:
+                # From here a run goes on without the best state of before, which may be replaced.
+                self._save(phase, state, step)
             if evaluating:
                 self.watchdog.rest()
                 position = position_of(run, phase, step)
                 evaluate_and_keep_best(run, state, step, position, self.checkpoints, self.writer)
                 meter.restart()
             if step == phase.last or stopping or step % config.checkpoint_every == 0:
-                self.watchdog.expect(f"the checkpoint of step {step}")
-                self.checkpoints.save(state, position_of(run, phase, step))
+                self._save(phase, state, step)
             if stopping:
                 self.checkpoints.wait()
                 raise Interrupted(
@@ -199,6 +201,10 @@ class _Training:
                 )
             self.watchdog.expect(f"the batch of step {step + 1}")
         return state
+
+    def _save(self, phase: Phase, state: TrainState, step: int) -> None:
+        self.watchdog.expect(f"the checkpoint of step {step}")
+        self.checkpoints.save(state, position_of(self.run, phase, step))
 
     def _finish(self, metrics: Any, meter: Meter) -> None:
         if metrics is not None:
