@@ -44,9 +44,13 @@ def make_mesh(
       devices: what the mesh is made of; None for all that are present.
 
     Raises:
-      UserError: the axes' product is not the number of devices.
+      UserError: an axis has no size, or their product is not the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
+    for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
+        if size < 1 and (name, size) != ("data", -1):
+            rest = ", or -1 for the devices that the other axes leave" if name == "data" else ""
+            raise UserError(f"config.mesh.{name} is {size}; it must be at least 1{rest}")
     if data == -1:
         data = max(1, count // (fsdp * tensor))
     shape = (data, fsdp, tensor)

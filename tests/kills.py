@@ -14,7 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import runs
+# The package of this checkout, as in the processes that are killed, whatever is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import runs  # noqa: E402
 
 # Saves and steps take turns with a start in between now and then.
 KINDS = ("save", "step", "save", "step", "start")

@@ -75,6 +75,19 @@ def wait_until(condition, process, workdir, seconds=300):
         time.sleep(0.001)
 
 
+def workers_of(process):
+    """Process ids of the data workers of a run."""
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    pids = [int(pid) for path in children for pid in path.read_text().split()]
+    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def alive(pid):
+    """Whether a process is there; not where nobody has asked for its exit code yet."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def metrics_of(workdir):
     """The lines of metrics.jsonl; a last one that is being written is left out."""
     path = Path(workdir) / "metrics.jsonl"

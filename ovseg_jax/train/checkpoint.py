@@ -98,10 +98,15 @@ class Checkpoints:
         manager, step = self._of(best), int(state.step)
         if manager.latest_step() == step:
             return
-        # Orbax waits for the save before as well, but only after it was told of this one.
-        self._reporting(manager.wait_until_finished)
+        # One after the other, the best and the latest too: what is on disk is always what a run had
+        # come to. (Orbax waits for the save before as well, but is told of this one first.)
+        self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if why := intact.refused_space(Path(manager.directory), needed):
+        try:
+            why = intact.refused_space(Path(manager.directory), needed)
+        except OSError as error:  # the folder has been taken away
+            raise UserError(f"{manager.directory} cannot be written: {error.strerror}") from None
+        if why:
             raise UserError(f"no room for the checkpoint of step {step}: {why}. {self._kept()}")
         self._saving[best] = step
         args = ocp.args.Composite(

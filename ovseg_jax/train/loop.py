@@ -13,11 +13,13 @@ from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.evaluations import evaluate_and_keep_best
 from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.profiling import Profiler
+from ovseg_jax.train.program import Program
 from ovseg_jax.train.report import MetricsWriter, Progress, train_line, trim_metrics
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.run_files import write_run_files
@@ -44,10 +46,17 @@ def train(
 
     Raises:
       UserError: bad config, missing data, a checkpoint that this config does not fit, a work
-        directory that cannot be written, or a loss that stays non-finite.
+        directory that cannot be written or that another job trains in, or a loss that stays
+        non-finite.
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
-    run = make_run(config, progress)
+    check_loop_config(config)
+    with claimed(workdir):
+        return _train(make_run(config, progress), workdir, profile)
+
+
+def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Run, TrainState]:
+    config, progress = run.config, run.progress
     checkpoints = Checkpoints(workdir / "checkpoints")
     with closing(checkpoints), processes.leaving_at_once():
         params = run.initial_params()
@@ -56,10 +65,8 @@ def train(
         del params  # the state has its own; these would stay on the devices to the end
         write_run_files(config, workdir)
         _check_profile(profile, int(state.step), run.total)
-        if processes.is_first():
-            trim_metrics(workdir / "metrics.jsonl", int(state.step))
         with (
-            closing(MetricsWriter(workdir if processes.is_first() else None)) as writer,
+            closing(_metrics_writer(workdir, int(state.step))) as writer,
             closing(Profiler(profile, workdir / "profile", progress.say)) as profiler,
             StopSignal() as stop,
             Watchdog(config.hang_seconds) as watchdog,
@@ -73,6 +80,41 @@ def train(
             watchdog.expect("the last checkpoint to be written")
             checkpoints.wait()
     return run, state
+
+
+def _metrics_writer(workdir: Path, step: int) -> MetricsWriter:
+    if not processes.is_first():
+        return MetricsWriter(None)
+    trim_metrics(workdir / "metrics.jsonl", step)
+    return MetricsWriter(workdir, step)
+
+
+def check_loop_config(config: ConfigDict) -> None:
+    """Refuses a config that the loop would come to grief with, before the first step.
+
+    Raises:
+      UserError: numbers of steps and seconds that are none, or evaluations that are missing.
+    """
+    least = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds": 0}
+    for name, value in least.items():
+        if config[name] < value:
+            raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
+    if config.eval.every < 0:
+        raise UserError(
+            f"config.eval.every is {config.eval.every}; it must be a number of steps, or 0 for no "
+            "evaluation before the end"
+        )
+    if config.eval.every and not config.eval.benchmarks:
+        raise UserError(
+            "config.eval.every needs a benchmark to evaluate on, but config.eval.benchmarks is "
+            "empty: name one, or set config.eval.every = 0"
+        )
+    for index, phase in enumerate(config.phases):
+        if phase.get("start_from") == "best" and not config.eval.every:
+            raise UserError(
+                f"config.phases[{index}].start_from is 'best', but no evaluation will save one: "
+                "set config.eval.every"
+            )
 
 
 def _check_profile(profile: tuple[int, int] | None, step: int, total: int) -> None:
@@ -122,7 +164,7 @@ class _Training:
                 self.watchdog.expect(f"step {step}")
                 jax.block_until_ready(metrics)
                 self.watchdog.rest()
-                meter.count_flops(_flops(run, phase, placed))
+                meter.count_flops(step_flops(run, phase, placed))
                 meter.restart()
                 compiling = False
             else:
@@ -141,14 +183,16 @@ class _Training:
                 self._log(phase, step, metrics, meter, cuts, len(loader.failures))
             if step == phase.last and cuts.cut:
                 run.progress.say(cuts.note(phase.name, run.text_length))
+            if phase.start_from == "best" and step == phase.first + 1:
+                # From here a run goes on without the best state of before, which may be replaced.
+                self._save(phase, state, step)
             if evaluating:
                 self.watchdog.rest()
                 position = position_of(run, phase, step)
                 evaluate_and_keep_best(run, state, step, position, self.checkpoints, self.writer)
                 meter.restart()
             if step == phase.last or stopping or step % config.checkpoint_every == 0:
-                self.watchdog.expect(f"the checkpoint of step {step}")
-                self.checkpoints.save(state, position_of(run, phase, step))
+                self._save(phase, state, step)
             if stopping:
                 self.checkpoints.wait()
                 raise Interrupted(
@@ -157,6 +201,10 @@ class _Training:
                 )
             self.watchdog.expect(f"the batch of step {step + 1}")
         return state
+
+    def _save(self, phase: Phase, state: TrainState, step: int) -> None:
+        self.watchdog.expect(f"the checkpoint of step {step}")
+        self.checkpoints.save(state, position_of(self.run, phase, step))
 
     def _finish(self, metrics: Any, meter: Meter) -> None:
         if metrics is not None:
@@ -185,16 +233,17 @@ class _Training:
         )
 
 
-def _flops(run: Run, phase: Phase, batch: Mapping[str, jax.Array]) -> float | None:
-    """Of one step, without what rematerialization repeats.
+def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> float | None:
+    """Of one step, without what rematerialization or accumulation repeats.
 
     None where no peak of the devices is known to compare with: counting takes seconds.
     """
     if peak_flops(jax.devices()[0].device_kind) is None:
         return None
-    config = run.config.model.copy_and_resolve_references()
-    config.image.remat = config.text.remat = "none"
-    plain = dataclasses.replace(run, model=build_model(config))
+    config = program.config.copy_and_resolve_references()
+    config.model.image.remat = config.model.text.remat = "none"
+    config.accumulation.micro_batches, config.loss.contrast_chunk = 1, 0
+    plain = dataclasses.replace(program, config=config, model=build_model(config.model))
     return float(matmul_flops(plain.step(phase), plain.state_layout(phase)[0], dict(batch)))
 
 

@@ -19,6 +19,7 @@ from ovseg_jax.losses.mask_consistency import (
     select_groups,
     subgroup_count,
 )
+from ovseg_jax.losses.matching import BACKENDS, ENUMERATE_LIMIT
 from ovseg_jax.losses.objective import divided_sum, weighted_mean
 from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
@@ -33,6 +34,7 @@ CHOICES = {
     "mask_maps": ("final_tokens", "binding"),
     "mask_directions": ("both", "one"),
     "mask_cost": COSTS,
+    "matching": BACKENDS,
 }
 
 # The images of a pair.
@@ -67,6 +69,24 @@ def check_mask_config(config: ConfigDict) -> None:
         raise UserError(
             "config.loss.mask_directions = 'one' needs mask_maps = 'binding': the form on final "
             "tokens (Eq. 12) is symmetric"
+        )
+
+
+def check_matching(config: ConfigDict) -> None:
+    """Refuses ``config.loss.matching = 'enumerate'`` for a model with too many groups to match.
+
+    Raises:
+      UserError: there are.
+    """
+    image, loss = config.model.image, config.loss
+    if loss.cross_image != "masks" or loss.matching != "enumerate" or image.later_stages:
+        return
+    count = subgroup_count(image.num_groups, loss.group_ratio)
+    if count > ENUMERATE_LIMIT:
+        raise UserError(
+            f"config.loss.matching = 'enumerate' takes at most {ENUMERATE_LIMIT} groups, but "
+            f"{count} of {image.num_groups} are matched (config.loss.group_ratio): set it to "
+            "'host' or 'device'"
         )
 
 

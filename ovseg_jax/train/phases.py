@@ -12,6 +12,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 from ovseg_jax.optim.schedule import learning_rate
 from ovseg_jax.shapes import Array
+from ovseg_jax.sharding import AnyMesh, batch_shards
 
 FIELDS = {
     "name": None,
@@ -128,6 +129,24 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
             )
         )
     return phases
+
+
+def check_batch_sizes(phases: Sequence[Phase], mesh: AnyMesh) -> None:
+    """Refuses phases whose batches the mesh cannot split; of all phases before the first begins.
+
+    Raises:
+      UserError: a batch size does not divide over the mesh.
+    """
+    shards = batch_shards(mesh)
+    for phase in phases:
+        if rest := phase.batch_size % shards:
+            below = phase.batch_size - rest
+            near = f"{below} or {below + shards}" if below else str(shards)
+            raise UserError(
+                f"config.phases[{phase.index}].batch_size = {phase.batch_size} does not divide "
+                f"over {shards} batch shards (config.mesh: data x fsdp on {mesh.size} devices): "
+                f"give {near}, or another config.mesh or number of devices"
+            )
 
 
 def check_cached_images(phases: Sequence[Phase]) -> None:

@@ -1,15 +1,22 @@
 """What a run says while it works: metrics.jsonl, TensorBoard files, a progress line."""
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from ovseg_jax.errors import UserError
+
+# TensorBoard's files are forced to the disk that often; on buckets that takes a moment.
+FLUSH_SECONDS = 60.0
 
 
 class MetricsWriter:
@@ -17,20 +24,36 @@ class MetricsWriter:
 
     Args:
       workdir: of the run. None writes nothing (processes other than the first).
+      step: where the run goes on; TensorBoard forgets what an earlier life wrote of later steps.
+
+    Raises:
+      UserError: the files cannot be made.
     """
 
-    def __init__(self, workdir: Path | None):
+    def __init__(self, workdir: Path | None, step: int | None = None):
         self._file = self._board = None
-        if workdir is not None:
-            workdir.mkdir(parents=True, exist_ok=True)
+        self._flushed = time.monotonic()
+        if workdir is None:
+            return
+        try:
+            folder = workdir / "tensorboard"
+            folder.mkdir(parents=True, exist_ok=True)
             self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
+            # Its writer without the thread around it, in which a full disk would be a traceback.
+            # Its names have whole seconds, in which a run may end and begin.
+            suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
+            self._board = EventsWriter(str(folder / "events"), suffix)
+            if step is not None:
+                self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
+        except OSError as error:
+            self.close()
+            raise UserError(f"the metrics in {workdir} cannot be written: {error}") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line: ``{"step": step, name: value, ...}``.
 
         Raises:
-          UserError: the file cannot be written, as when the disk is full.
+          UserError: a file cannot be written, as when the disk is full.
         """
         if self._file is None:
             return
@@ -38,20 +61,39 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             self._file.flush()
+            scalars = [Summary.Value(tag=tag, simple_value=one) for tag, one in plain.items()]
+            self._event(step, summary=Summary(value=scalars))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._board.flush()
+                self._flushed = time.monotonic()
         except OSError as error:
             raise UserError(f"{self._file.name} cannot be written: {error.strerror}") from None
-        for name, value in plain.items():
-            self._board.add_scalar(name, value, step)
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        """Flushes and closes both; on a full disk without what no longer fits."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+        self._file = self._board = None
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drops lines after `step`: a run that resumes there will write them again."""
+    """Drops lines after `step`: a run that resumes there will write them again.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
+    try:
+        _trim(path, step)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def _trim(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []

@@ -29,10 +29,10 @@ from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
 from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.entity_terms import check_entity_config, masking_of
-from ovseg_jax.train.mask_terms import check_mask_config
+from ovseg_jax.train.mask_terms import check_mask_config, check_matching
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import Phase, check_cached_images, make_phases
+from ovseg_jax.train.phases import Phase, check_batch_sizes, check_cached_images, make_phases
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.terms import check_contrast_config
@@ -244,7 +244,10 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             "position_offset)"
         )
     phases = make_phases(config, len(source))
+    check_batch_sizes(phases, mesh)
     check_accumulation(config, phases, mesh)
+    if any(phase.mask_weight > 0 for phase in phases):
+        check_matching(config)
     if config.data.cache_images:
         check_cached_images(phases)
     return Run(

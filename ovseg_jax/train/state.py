@@ -49,10 +49,19 @@ def new_state(
 def state_shardings(abstract: TrainState, params: Any, mesh: AnyMesh) -> TrainState:
     """Shardings of a state: moments and teacher lie where their parameters do.
 
+    Running statistics lie where the scale of their norm does.
+
     Args:
       abstract: the state's shapes. params: the parameters' shardings, nested.
     """
-    return sharding.shardings_like(abstract, groups.flatten(params), mesh)
+    known = groups.flatten(params)
+    statistics = {
+        f"{path.removesuffix('scale')}{name}": place
+        for path, place in known.items()
+        if path.endswith("/norm/scale")
+        for name in ("mean", "variance")
+    }
+    return sharding.shardings_like(abstract, {**known, **statistics}, mesh)
 
 
 def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:

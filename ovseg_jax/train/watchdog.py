@@ -13,10 +13,19 @@ import jax
 
 from ovseg_jax.errors import RESTART
 
+# Seconds that a process of several stays after it has printed its stacks. All began to wait within
+# a step of one another; when the first one leaves, the runtime ends the others at once. Process 0
+# holds them together, and is the last.
+FOR_THE_OTHERS, LAST = 10.0, 3.0
+
 
 def print_stacks_on_signal() -> None:
-    """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on."""
+    """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on.
+
+    So do signals that end it: SIGABRT by the runtime, when another process is lost, and crashes.
+    """
     # The process's own stderr: what may stand in its place is no file that a signal can write to.
+    faulthandler.enable(file=sys.__stderr__, all_threads=True)
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 
@@ -26,7 +35,8 @@ class Watchdog:
     It says what was waited for, prints the stack of every thread and exits with `errors.RESTART`.
     There is no other way out: a thread that waits for a lost file system or for a lost process
     cannot be interrupted, and Python would wait for it at exit. In a job of several processes one
-    that hangs holds up all the others, whose own watchdogs then print their stacks too.
+    that hangs holds up all the others, whose own watchdogs print their stacks too before any of
+    them leaves.
 
     Args:
       seconds: to wait for any one thing; 0 waits for ever.
@@ -69,6 +79,8 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         sys.stderr.flush()
+        if jax.process_count() > 1:
+            time.sleep(FOR_THE_OTHERS + (LAST if jax.process_index() == 0 else 0.0))
         for worker in multiprocessing.active_children():
             worker.kill()  # they would outlive a process that leaves like this
         os._exit(RESTART)

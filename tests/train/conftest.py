@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 import runs
-from reference.batches import adam_of, make_batch
+from reference.same_steps import take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.optim.groups import flatten, split
+from ovseg_jax.optim.groups import split
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.optim.schedule import learning_rate
 from ovseg_jax.train.state import new_state, state_shardings
@@ -73,16 +73,6 @@ def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
     )
 
 
-@dataclass
-class Run:
-    """`STEPS` steps from the initial state: metrics of each, first moments after the first (they
-    are the clipped gradient times 1 - b1), and the last state."""
-
-    metrics: list[dict[str, float]]
-    moments: dict[str, np.ndarray]
-    last: Any
-
-
 @pytest.fixture(scope="session")
 def run_steps(make_steps):
     """Runs `STEPS` steps over batches 0, 1, ...; the same arguments give the same `Run`."""
@@ -90,13 +80,7 @@ def run_steps(make_steps):
     @functools.cache
     def run(mesh_name, mask_weight, matching="host"):
         steps = make_steps(mesh_name, mask_weight, matching)
-        state, history, moments = steps.place(), [], {}
-        for index in range(STEPS):
-            state, metrics = steps(state, make_batch(index, second=mask_weight > 0))
-            history.append({name: float(value) for name, value in metrics.items()})
-            if index == 0:
-                moments = flatten(jax.device_get(adam_of(state).mu))
-        return Run(history, moments, jax.device_get(state))
+        return take_steps(steps, steps.place(), STEPS, second=mask_weight > 0)
 
     return run
 

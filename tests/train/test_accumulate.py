@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from reference.batches import make_batch
+from reference.batches import adam_of, make_batch
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
@@ -23,9 +24,9 @@ from ovseg_jax.train.accumulate import (
     micro_batch_gradient,
 )
 from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.state import new_state, state_shardings
-from ovseg_jax.train.step import compile_step, train_step
-from ovseg_jax.train.terms import check_contrast_config
+from ovseg_jax.train.state import new_state, state_shardings, teacher_of
+from ovseg_jax.train.step import compile_step, step_rngs, train_step
+from ovseg_jax.train.terms import check_contrast_config, example_rows, joint_loss
 
 COUNT, ROWS = 4, 24
 
@@ -122,7 +123,7 @@ def test_parts_and_back():
 
 @pytest.fixture(scope="module")
 def run(shared_tiny_config, tiny_boxed, tiny_params):
-    """Two steps of a model in which nothing is drawn at random: (metrics of each, last state)."""
+    """Five steps of a model in which nothing is drawn at random: (metrics of each, last state)."""
 
     def run(micro_batches, mask_weight):
         config = shared_tiny_config.copy_and_resolve_references()
@@ -145,13 +146,62 @@ def run(shared_tiny_config, tiny_boxed, tiny_params):
         shardings = state_shardings(start, sharding.parameter_shardings(tiny_boxed, mesh), mesh)
         compiled = compile_step(step, shardings, mesh)
         state, history = jax.device_put(start, shardings), []
-        for index in range(2):
+        for index in range(5):
             batch = make_batch(index, second=mask_weight > 0)
             state, metrics = compiled(state, sharding.put_batch(batch, mesh))
             history.append(jax.device_get(metrics))
         return history, jax.device_get(state)
 
     return run
+
+
+@pytest.mark.slow
+def test_a_step_draws_dropout_and_groups_alike_in_both_passes(
+    shared_tiny_config, tiny_model, tiny_params
+):
+    """Hard assignment with Gumbel noise and dropout: the gradient is that of one backward pass over
+    all micro-batches with these draws."""
+    config = shared_tiny_config.copy_and_resolve_references()
+    assert config.model.image.assignment == "hard" and config.model.text.dropout > 0
+    config.accumulation.micro_batches = COUNT
+    tx = make_optimizer(config.optimizer, tiny_params)
+    start = jax.jit(lambda p: new_state(p, tx, ()))(tiny_params)
+    batch = jax.tree.map(jnp.asarray, make_batch(0))
+    common = {"mask_weight": 0.1, "mesh": None}
+
+    @jax.jit
+    def directly(params, first):
+        rngs, teacher, rows = step_rngs(config.seed, 0), teacher_of(start, ()), []
+        for number in range(COUNT):
+            part = {name: x[number::COUNT] for name, x in batch.items()}
+            draws = {name: jax.random.fold_in(key, first + number) for name, key in rngs.items()}
+            keywords = {**common, "text_dropout": True, "rngs": draws}
+            rows.append(example_rows(tiny_model, params, teacher, part, config.loss, **keywords)[0])
+        rows = in_one(jax.tree.map(lambda *parts: jnp.stack(parts), *rows))
+        return joint_loss(tiny_model, params, rows, batch, config.loss, **common)[0]
+
+    want, gradient = jax.value_and_grad(directly)(tiny_params, 0)
+    other, _ = jax.value_and_grad(directly)(tiny_params, 1)
+    assert abs(want - other) > 0.01  # the draws matter
+    step = functools.partial(
+        train_step,
+        model=tiny_model,
+        tx=tx,
+        rate=lambda step: np.float32(1e-3) + 0 * step.astype(np.float32),
+        config=config,
+        frozen=(),
+        **common,
+    )
+    state, metrics = jax.jit(step)(start, batch)
+    np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+    norm = optax.tree.norm(gradient)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    clipped = (1 - config.optimizer.b1) * min(1.0, config.optimizer.clip_norm / float(norm))
+    found = flatten(adam_of(state).mu)
+    for path, value in flatten(gradient).items():
+        wanted = np.float32(clipped) * value
+        limit = 1e-4 * np.abs(wanted).max() + 1e-8
+        np.testing.assert_allclose(found[path], wanted, rtol=1e-3, atol=limit, err_msg=path)
 
 
 @pytest.mark.slow

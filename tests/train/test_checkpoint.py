@@ -90,6 +90,22 @@ def test_the_latest_two_are_kept_and_restored(copy):
     assert sorted(path.name for path in (copy / "latest").iterdir()) == ["3", "6"]
 
 
+def test_the_best_is_kept_apart_however_long_it_stays_the_best(copy):
+    checkpoints = Checkpoints(copy)
+    checkpoints.save(state_of(7), {"phase": 7, "miou": 3.0}, best=True)
+    for step in (7, 8, 9):
+        checkpoints.save(state_of(step), {"phase": step})
+    checkpoints.wait()
+    assert checkpoints.steps() == [8, 9] and checkpoints.steps(best=True) == [7]
+    assert checkpoints.position(best=True) == {"phase": 7, "miou": 3.0, "step": 7}
+    best = checkpoints.restore(abstract(state_of(0)), best=True)
+    jax.tree.map(np.testing.assert_array_equal, best, state_of(7))
+    checkpoints.save(state_of(10), {"phase": 10, "miou": 4.0}, best=True)
+    checkpoints.close()
+    assert checkpoints.steps(best=True) == [10]
+    assert_is(restore(copy)[0], 9)
+
+
 @pytest.mark.parametrize("part", [0.0, 0.6])
 def test_a_file_cut_short_falls_back_whichever_it_is(saved, tmp_path, part):
     names = files_of(saved)

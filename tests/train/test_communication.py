@@ -1,5 +1,6 @@
 """What a compiled step sends between devices: embeddings and gradients, never what it matches."""
 
+import functools
 import re
 
 import jax
@@ -16,9 +17,12 @@ DEVICES, GROUPS = 8, 2  # of which each image keeps two for the mask loss
 
 
 @pytest.fixture(scope="module")
-def program(make_steps):
-    """Text of the compiled mask phase on eight devices of data parallelism."""
-    steps = make_steps("data", 0.1)
+def compiled(make_steps):
+    """Text of the compiled mask phase on a mesh of eight devices."""
+    return functools.cache(lambda mesh: text_of(make_steps(mesh, 0.1)))
+
+
+def text_of(steps):
     batch = sharding.put_batch(make_batch(0), steps.mesh)
     state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -28,9 +32,9 @@ def program(make_steps):
     return steps.compiled.lower(state, batch).compile().as_text()
 
 
-def test_on_a_pure_data_mesh_only_embeddings_are_gathered(program):
+def test_on_a_pure_data_mesh_only_embeddings_are_gathered(compiled):
     """And what says which pairs count: one number an example."""
-    moved = [one for one in collectives_of(program) if one.kind != "all-reduce"]
+    moved = [one for one in collectives_of(compiled("data")) if one.kind != "all-reduce"]
     assert any(shape[1][-1:] == (JOINT,) for one in moved for shape in one.shapes)
     for one in moved:
         assert one.kind in ("all-gather", "reduce-scatter"), one
@@ -39,9 +43,11 @@ def test_on_a_pure_data_mesh_only_embeddings_are_gathered(program):
             assert rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1)), one
 
 
-def test_the_matching_on_the_host_is_local(program):
+@pytest.mark.parametrize(("mesh", "shards"), [("data", 8), ("mixed", 4)])
+def test_the_matching_on_the_host_is_local(compiled, mesh, shards):
     """Each device hands over the costs of its own pairs, of which no collective knows."""
-    local = f"f32[{2 * B // DEVICES},{GROUPS},{GROUPS}]"
+    program = compiled(mesh)
+    local = f"f32[{2 * B // shards},{GROUPS},{GROUPS}]"
     calls = [line for line in program.splitlines() if "callback" in line and "custom-call(" in line]
     assert len(calls) == 1
     operands = re.findall(r"custom-call\((.*?)\)", calls[0])[0]
@@ -52,4 +58,4 @@ def test_the_matching_on_the_host_is_local(program):
     for line in program.splitlines():
         if re.search(rf" ({'|'.join(KINDS)})(-start)?\(", line):
             assert local not in line
-            assert f"s32[{2 * B // DEVICES},{GROUPS}]" not in line
+            assert f"s32[{2 * B // shards},{GROUPS}]" not in line

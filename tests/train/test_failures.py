@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import runs
@@ -120,25 +119,12 @@ def test_a_file_for_a_parent_is_one_error(tmp_path):
     assert f"{workdir}" in error and "cannot be written" in error and error.count("\n") == 1
 
 
-def workers_of(process):
-    """Process ids of the data workers of a run."""
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    pids = [int(pid) for path in children for pid in path.read_text().split()]
-    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def alive(pid):
-    """Whether a process is there; not where nobody has asked for its exit code yet."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_to_be_restarted(tmp_path):
     workdir = tmp_path / "run"
     process = runs.begin(workdir, "--config.data.workers=2", *LONG)
     runs.wait_until(lambda: runs.last_step(workdir) >= 3, process, workdir)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    os.kill(runs.workers_of(process)[0], signal.SIGKILL)
     said = runs.finish(process, workdir, code=RESTART)
     assert "error: a worker process that reads data was killed" in said
 
@@ -148,14 +134,14 @@ def test_a_loader_that_stalls_is_told_apart_and_ended(tmp_path):
     workdir = tmp_path / "run"
     process = runs.begin(workdir, "--config.data.workers=1", "--config.hang_seconds=15", *LONG)
     runs.wait_until(lambda: runs.last_step(workdir) >= 3, process, workdir)
-    workers = workers_of(process)
+    workers = runs.workers_of(process)
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     said = runs.finish(process, workdir, code=RESTART)
     error = said[said.index("error: ") :]
     assert "has waited more than 15 s for the batch of step" in error
     assert "config.hang_seconds" in error and "train/loop.py" in error
-    assert not any(alive(pid) for pid in workers)
+    assert not any(runs.alive(pid) for pid in workers)
 
 
 @pytest.mark.slow

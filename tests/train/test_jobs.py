@@ -1,5 +1,6 @@
 """What becomes of a job of two processes when something happens to one of them."""
 
+import os
 import signal
 import socket
 
@@ -27,8 +28,9 @@ def begin_both(workdir, *arguments):
 
 @pytest.mark.slow
 def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(alone, tmp_path):
+    """Each process holds a half of the state; the one that goes on has the whole on one device."""
     workdir = tmp_path / "run"
-    processes, logs = begin_both(workdir)
+    processes, logs = begin_both(workdir, "--config.mesh.fsdp=2")
     runs.wait_until(lambda: runs.last_step(workdir) >= 3, processes[0], logs[0])
     processes[1].send_signal(signal.SIGTERM)
     said = runs.finish(processes[0], logs[0], code=RESTART)
@@ -36,8 +38,9 @@ def test_a_notice_to_one_stops_both_at_one_step_and_one_process_goes_on(alone, t
     step = runs.checkpoints_of(workdir)[-1]
     assert f"stopped at step {step} of {runs.STEPS}" in said
     assert runs.last_step(workdir) == step < runs.STEPS
-    # Another number of processes takes the same next steps, but for rounding.
-    assert f"resuming at step {step}" in runs.train(workdir)
+    # Another mesh and number of processes takes the same next steps, but for rounding.
+    said = runs.train(workdir)
+    assert f"resuming at step {step}" in said and "config.mesh.fsdp: 2 -> 1" in said
     lines = {line["step"]: line["train/loss"] for line in runs.metrics_of(workdir)}
     assert list(lines) == list(range(1, runs.STEPS + 1))
     for line in runs.metrics_of(alone.workdir)[: step + 2]:
@@ -57,3 +60,26 @@ def test_the_death_of_one_ends_the_other_to_be_restarted(tmp_path):
     said = runs.log_of(logs[0])
     assert "has lost the others" in said or "another task died" in said
     assert runs.checkpoints_of(workdir)[-1] >= 5
+
+
+@pytest.mark.slow
+def test_a_hang_of_one_prints_the_stacks_of_both(tmp_path):
+    """The second one's data worker stalls: it waits for a batch, the first one for the second."""
+    workdir = tmp_path / "run"
+    arguments = ("--config.data.workers=1", "--config.hang_seconds=20", LONG)
+    processes, logs = begin_both(workdir, *arguments)
+    runs.wait_until(lambda: runs.last_step(workdir) >= 3, processes[0], logs[0])
+    workers = runs.workers_of(processes[1])
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes[1] == RESTART and codes[0] in (RESTART, -signal.SIGABRT)
+    for number, waited in enumerate(("step", "the batch of step")):
+        said = runs.log_of(logs[number])
+        who = f"error: process {number} of 2 has waited more than 20 s for {waited} "
+        assert who in said and "train/loop.py" in said[said.index(who) :], said
+    assert not any(runs.alive(pid) for pid in workers)

@@ -1,16 +1,32 @@
 """What a run tells about itself: rates, step times, FLOPs, traces, changes of its config."""
 
+import os
 import shutil
+import struct
 import time
+from contextlib import closing
 
+import jax
+import numpy as np
 import pytest
 import runs
+from reference.batches import make_batch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ovseg_jax.errors import UserError
-from ovseg_jax.flags import Flag, parse
+from ovseg_jax import sharding
+from ovseg_jax.errors import RestartError, UserError
+from ovseg_jax.flags import Flag, load_config, parse
+from ovseg_jax.models.build import build_model
+from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.config_changes import changed_fields, plain
-from ovseg_jax.train.meter import Meter, peak_flops
+from ovseg_jax.train.loop import check_loop_config, step_flops
+from ovseg_jax.train.meter import Meter, memory_in_use, peak_flops
+from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.profiling import step_range
+from ovseg_jax.train.program import Program, boxed_params
+from ovseg_jax.train.report import MetricsWriter
+
+GIB = 2**30
 
 
 class Clock:
@@ -65,12 +81,77 @@ def test_devices_are_known_by_the_names_that_jax_gives_them():
     assert peak_flops("cpu") is None
 
 
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, used, peak):
+            self.stats = {"bytes_in_use": used * GIB, "peak_bytes_in_use": peak * GIB}
+
+        def memory_stats(self):
+            return self.stats
+
+    assert memory_in_use() == {}  # CPUs tell none
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(3, 9), Device(5, 7)])
+    assert memory_in_use() == {"memory_bytes": 5 * GIB, "memory_peak_bytes": 9 * GIB}
+
+
+def test_flops_count_what_the_model_needs_and_nothing_twice(tmp_path, monkeypatch):
+    """Not what rematerialization or accumulation makes again."""
+    monkeypatch.chdir(runs.ROOT)
+    config = load_config("tests/tiny.py:restarts")
+    config.data.text_length = 16
+    phases = make_phases(config, 100)
+
+    def flops(**changes):
+        changed = config.copy_and_resolve_references()
+        changed.model.image.remat = changed.model.text.remat = changes.get("remat", "none")
+        changed.accumulation.micro_batches = changes.get("micro_batches", 1)
+        model = build_model(changed.model)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        layout = sharding.parameter_shardings(boxed_params(model), mesh)
+        program = Program(changed, mesh, model, phases, layout)
+        batch = {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+            for name, value in make_batch(0, second=False).items()
+        }
+        batch["image"] = jax.ShapeDtypeStruct((16, 28, 28, 3), np.uint8)
+        return step_flops(program, phases[0], batch)
+
+    assert flops() is None  # CPUs have no peak to compare with
+    monkeypatch.setattr("ovseg_jax.train.loop.peak_flops", lambda kind: 1e12)
+    once = flops()
+    assert once > 1e6
+    assert flops(remat="full") == flops(micro_batches=2) == once
+
+
 def test_a_range_of_steps():
     assert step_range("3:7") == (3, 7)
     flag = Flag("profile", step_range)
     for text in ("7", "7:7", "8:7", "a:b", "-1:2"):
         with pytest.raises(UserError, match="--profile"):
             parse([f"--profile={text}"], (flag,))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("log_every", 0), ("checkpoint_every", -1), ("max_skipped", 0), ("hang_seconds", -1.0)],
+)
+def test_numbers_of_steps_and_seconds(key, value):
+    config = load_config(runs.ROOT / "tests" / "tiny.py")
+    check_loop_config(config)
+    config[key] = value
+    with pytest.raises(UserError, match=f"config.{key} is {value}; it must be at least"):
+        check_loop_config(config)
+
+
+def test_evaluations_that_are_missing():
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    config.eval.every = 5
+    with pytest.raises(UserError, match="config.eval.every needs a benchmark"):
+        check_loop_config(config)
+    config.eval.every = 0
+    config.phases[1]["start_from"] = "best"
+    with pytest.raises(UserError, match=r"config.phases\[1\].start_from is 'best', but no"):
+        check_loop_config(config)
 
 
 def test_changes_are_listed_by_field(tiny_config):
@@ -88,6 +169,61 @@ def test_changes_are_listed_by_field(tiny_config):
         "phases[1].steps: 4 -> 5",
         'phases[2]: absent -> {"steps": 6}',
     ]
+
+
+def events_of(folder):
+    """The events of TensorBoard's files, which hold (length, checksum, event, checksum)."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name.rpartition(".")[2]):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+@pytest.mark.slow
+def test_tensorboard_holds_what_the_metrics_do(alone):
+    found = {}
+    for event in events_of(alone.workdir / "tensorboard"):
+        for value in event.summary.value:
+            found.setdefault(event.step, {"step": event.step})[value.tag] = value.simple_value
+    lines = runs.metrics_of(alone.workdir)
+    assert list(found) == [line["step"] for line in lines]
+    for line in lines:
+        assert found[line["step"]] == pytest.approx(line, rel=1e-6)
+
+
+def test_tensorboard_forgets_what_a_run_will_do_again(tmp_path):
+    for step in (0, 7):
+        with closing(MetricsWriter(tmp_path, step)) as writer:
+            writer.write(step + 1, {"loss": 1.0})
+    starts = [
+        event.step
+        for event in events_of(tmp_path / "tensorboard")
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [1, 8]
+
+
+def test_metrics_on_a_full_disk_are_one_error(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path)
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: No space left"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()  # without what did not fit
+
+
+def test_a_work_directory_is_for_one_job_at_a_time(tmp_path):
+    with claimed(tmp_path / "run"):
+        with pytest.raises(RestartError, match=f"another job .*run .process {os.getpid()} on"):
+            with claimed(tmp_path / "run"):
+                pass
+    with claimed(tmp_path / "run"):
+        pass
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="file/run cannot be written"):
+        with claimed(tmp_path / "file" / "run"):
+            pass
 
 
 @pytest.mark.slow

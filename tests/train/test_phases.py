@@ -2,8 +2,9 @@
 
 import pytest
 
+from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.phases import check_cached_images, make_phases
+from ovseg_jax.train.phases import check_batch_sizes, check_cached_images, make_phases
 
 CROP = {"kind": "crop", "size": 32}
 ERASE = {**CROP, "erase": {"probability": 0.25}}
@@ -51,3 +52,13 @@ def test_what_cached_images_refuse(tiny_config):
         check_cached_images(phases_of(tiny_config, None, {**CROP, "size": 16}))
     with pytest.raises(UserError, match="erase"):
         check_cached_images(phases_of(tiny_config, ERASE, ERASE))
+
+
+def test_batches_of_every_phase_must_divide_before_the_first_begins(tiny_config):
+    """As where a run goes on with another number of devices."""
+    tiny_config.data = {"transform": CROP}
+    tiny_config.phases = ({"steps": 5, "batch_size": 8}, {"steps": 5, "batch_size": 20})
+    phases = make_phases(tiny_config, records=100)
+    check_batch_sizes(phases, sharding.make_mesh(2, 2, 2))
+    with pytest.raises(UserError, match=r"phases\[1\].batch_size = 20 .* 8 .*: give 16 or 24,"):
+        check_batch_sizes(phases, sharding.make_mesh())

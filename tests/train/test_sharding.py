@@ -46,6 +46,9 @@ def test_mesh_sizes():
     for sizes in ((3, 1, 1), (-1, 3, 1), (8, 2, 1)):
         with pytest.raises(UserError, match="config.mesh.*8 are present"):
             sharding.make_mesh(*sizes)
+    for sizes, name in (((0, 1, 1), "data"), ((-8, -1, 1), "data"), ((-1, 1, 0), "tensor")):
+        with pytest.raises(UserError, match=f"config.mesh.{name} is .*; it must be at least 1"):
+            sharding.make_mesh(*sizes)
 
 
 def test_a_process_reads_the_rows_of_its_devices(mesh):

@@ -1,0 +1,74 @@
+"""Some steps of training, and what it means that two runs of them are equal but for rounding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ovseg_jax.optim.ema_teacher import find_teacher
+from ovseg_jax.optim.groups import flatten
+from reference.batches import adam_of, make_batch
+
+# Softmax takes no notice of what is added to all its logits: these have a gradient of zero but
+# for rounding, which Adam blows up to full steps.
+NO_GRADIENT = ("attention/key/bias", "binding/query/bias", "binding/group_norm/bias")
+
+
+@dataclass
+class Run:
+    """Some steps from an initial state: metrics of each, first moments after the first (they are
+    the clipped gradient times 1 - b1), and the last state."""
+
+    metrics: list[dict[str, float]]
+    moments: dict[str, np.ndarray]
+    last: Any
+
+
+def take_steps(step, state, count, second):
+    """`Run` of `count` steps over batches 0, 1, ...; `step` maps a state and a batch."""
+    history, moments = [], {}
+    for index in range(count):
+        state, metrics = step(state, make_batch(index, second=second))
+        history.append({name: float(value) for name, value in metrics.items()})
+        if index == 0:
+            moments = flatten(jax.device_get(adam_of(state).mu))
+    return Run(history, moments, jax.device_get(state))
+
+
+def assert_same(run, other, start, no_gradient=NO_GRADIENT):
+    """Metrics of all steps, gradients, and at the end parameters, teacher, moments and statistics.
+
+    Args:
+      start: the parameters that both runs began with. no_gradient: ends of the paths of parameters
+        whose gradient is mathematically zero.
+    """
+    for step, (a, b) in enumerate(zip(run.metrics, other.metrics, strict=True)):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} at {step}")
+    last = [flatten(adam_of(one.last).mu) for one in (run, other)]
+    for part, limit in (((run.moments, other.moments), 1e-3), (last, 1e-2)):
+        assert part[0].keys() == part[1].keys()
+        for path, a in part[0].items():
+            if not path.endswith(no_gradient):
+                apart = np.abs(a - part[1][path]).max()
+                assert apart <= limit * np.abs(a).max() + 1e-8, f"{path}: {apart}"
+    start = flatten(start)
+    for part in (lambda s: s.params, lambda s: find_teacher(s.opt_state)):
+        first, second = flatten(part(run.last)), flatten(part(other.last))
+        assert first.keys() == second.keys()
+        # Of the way gone, not entry by entry: Adam blows up single entries whose gradient is about
+        # as small as rounding, too.
+        apart = {
+            path: np.linalg.norm(a - second[path]) / np.linalg.norm(a - start[path])
+            for path, a in first.items()
+            if not path.endswith(no_gradient)
+        }
+        assert max(apart.values()) < 0.01, sorted(apart.items(), key=lambda item: -item[1])[:9]
+    statistics = [flatten(one.last.batch_stats) for one in (run, other)]
+    assert statistics[0].keys() == statistics[1].keys()
+    for path, a in statistics[0].items():
+        np.testing.assert_allclose(
+            a, statistics[1][path], rtol=1e-3, atol=1e-4 * np.abs(a).max(), err_msg=path
+        )
