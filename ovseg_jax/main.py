@@ -18,9 +18,9 @@ from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.comparison import (
     comparison_rows,
     number,
-    protocol_lines,
     remarks,
     result_rows,
+    shared_protocol_lines,
 )
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.model_eval import evaluate_model
@@ -292,14 +292,10 @@ def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
 def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     if not processes.is_first():
         return
-    said: list[str] = []
     whole = {name: result for name, result in results.items() if "miou" not in result}
     results = {name: result for name, result in results.items() if name not in whole}
-    for name, result in results.items():
-        lines = protocol_lines(result["protocol"])
-        said += [f"{name}: {line}" for line in lines]
     if results:
-        print("\n".join(said))
+        print("\n".join(shared_protocol_lines(results)))
         print(f"\n{table(result_rows(results))}\n")
     for name, result in whole.items():
         numbers = ((key, value) for key, value in result.items() if isinstance(value, float))

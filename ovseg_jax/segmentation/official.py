@@ -54,6 +54,11 @@ class FolderBenchmark:
         return OPENERS[base](self.dir, field)
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """One name an image, in the official order."""
+        return self._images.keys
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         return self._images.table.words
 
@@ -124,6 +129,7 @@ class FolderBenchmark:
             "source": table.source,
             "rule": table.rule + dropped,
             "form": self._images.form,
+            "differs": self._images.differs,
             "split": self.split,
             "whole": len(self) == len(self._images),
             "images_expected": self.expected,

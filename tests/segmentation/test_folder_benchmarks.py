@@ -59,7 +59,7 @@ def test_prepared_sets_are_found_by_their_folder(tmp_path):
     one, other = (
         make_benchmark("voc", {"dir": str(place)}) for place in (tmp_path / "official", written)
     )
-    assert (one.describe()["form"], other.describe()["form"]) == ("palette", "tfds")
+    assert (one.describe()["form"], other.describe()["form"]) == ("palette", "tfds, palette")
     for index in range(2):
         for mine, theirs in zip(one[index], other[index], strict=True):
             np.testing.assert_array_equal(mine, theirs)
@@ -87,8 +87,13 @@ def test_mistakes_are_told(tmp_path):
         make_benchmark("voc", {"directory": str(tmp_path)})
     base = tmp_path / "VOCdevkit" / "VOC2012"
     mini.write_image(base / "JPEGImages" / "2007_000033.jpg", size=(9, 6))
-    with pytest.raises(UserError, match="6x9 pixels but its labels 9x6"):
-        make_benchmark("voc", {"dir": str(tmp_path)})[0]
-    (base / "JPEGImages" / "2007_000033.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="2007_000033.png has 9x6 pixels, its image 6x9"):
+        make_benchmark("voc", {"dir": str(tmp_path)})
+    mini.write_image(base / "JPEGImages" / "2007_000033.jpg")
+    whole = (base / "JPEGImages" / "2007_000042.jpg").read_bytes()
+    (base / "JPEGImages" / "2007_000033.jpg").write_bytes(whole[:-20])
     with pytest.raises(UserError, match="image 0 .* cannot be read"):
         make_benchmark("voc", {"dir": str(tmp_path)})[0]
+    (base / "JPEGImages" / "2007_000033.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot identify .*2007_000033.jpg"):
+        make_benchmark("voc", {"dir": str(tmp_path)})
