@@ -21,6 +21,8 @@ from ovseg_jax.segmentation.comparison import (
     remarks,
     result_rows,
     shared_protocol_lines,
+    whole_image_lines,
+    whole_image_rows,
 )
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.model_eval import evaluate_model
@@ -297,9 +299,9 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     if results:
         print("\n".join(shared_protocol_lines(results)))
         print(f"\n{table(result_rows(results))}\n")
-    for name, result in whole.items():
-        numbers = ((key, value) for key, value in result.items() if isinstance(value, float))
-        print(table([(name, "%"), *((key, number(value)) for key, value in numbers)]))
+    for result in whole.values():
+        print("\n".join(whole_image_lines(result)))
+        print(f"\n{table(whole_image_rows(result))}\n")
     for line in remarks(results):
         print(line)
     for result in results.values():

@@ -21,6 +21,27 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
     return rows
 
 
+def whole_image_rows(result: Mapping[str, Any]) -> Rows:
+    """One row a measure of a benchmark of whole images, below a head."""
+    measures = [
+        key for key in result if key.startswith(("top", "mean_class", "image_to", "text_to"))
+    ]
+    return [(result["benchmark"], "%"), *((key, number(result[key])) for key in measures)]
+
+
+def whole_image_lines(result: Mapping[str, Any]) -> list[str]:
+    """What defines such a result, as it is printed with it."""
+    protocol = result["protocol"]
+    count = len(protocol["templates"])
+    things = "classes" if "classes" in result else "texts"
+    return [
+        f"{result['benchmark']}: {result['images']} images, {result[things]} {things} (hash "
+        f"{protocol['texts_hash']}); {protocol['similarity']} of {protocol['image']}, with the "
+        f"text; {count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}; "
+        f"{number(result['images_per_second'])} images/s"
+    ]
+
+
 def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know: other numbers of images, thresholds, Tables 2 and 7."""
     lines = []
