@@ -278,7 +278,7 @@ def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
     workdir = Path(args.workdir or "runs/eval")
     results = evaluate_model(
         args.model,
-        tuple(args.benchmark or ("scenes",)),
+        ("scenes",) if args.benchmark is None else tuple(args.benchmark),
         workdir / "results",
         data_dir=args.data_dir or "",
         protocol_name=args.protocol or "",

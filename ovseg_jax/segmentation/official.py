@@ -45,7 +45,8 @@ class FolderBenchmark:
 
     @functools.cached_property
     def _images(self) -> LabeledFolder | PreparedSet:
-        base, field = FOLDERS[self.name].base, f"config.eval.{self.name}.dir"
+        base = FOLDERS[self.name].base
+        field = f"data_dir, or --config.eval.{self.name}.dir"
         if self.split != "validation":
             return open_train(base, self.dir, field)
         prepared = prepared_folder(base, self.dir)

@@ -141,6 +141,8 @@ REFUSED = {
     "a threshold that voc has": ([("eval.protocol.threshold", "0.5")], "thresholds.voc"),
     "a scale that voc has": ([("eval.protocol.scale", "3.0")], "per_benchmark.voc.scale"),
     "bad value": ([("eval.protocol.order", "x")], "upsample_first"),
+    "no probability": ([("eval.protocol.thresholds.voc", "1.5")], "must be from 0 to 1"),
+    "no scale": ([("eval.protocol.scale", "-3.0")], "must be above 0"),
     "bad batch": ([("eval.batch_size", "-1")], "at least 1"),
 }
 
@@ -148,7 +150,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_settings_that_do_not_apply_are_refused(directory, folders, tmp_path, what):
     overrides, said = REFUSED[what]
-    name = "sclip" if "scale" in what else "released"
+    names = {"a scale that voc has": "sclip", "no scale": "paper"}
+    name = names.get(what, "released")
     with pytest.raises(UserError, match=said):
         evaluate_model(
             str(directory),

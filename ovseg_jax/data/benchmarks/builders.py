@@ -71,7 +71,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = OPENERS[self.BENCHMARK](os.fspath(dl_manager.manual_dir), "manual_dir")
+        folder = OPENERS[self.BENCHMARK](os.fspath(dl_manager.manual_dir), "manual_dir, or --dir")
         # Known only now; it is written with the rest when the data set is complete.
         self.info.metadata.update(form=folder.form, differs=folder.differs)
         return {SPLIT: self._generate_examples(folder)}

@@ -87,19 +87,18 @@ def find_root(
       directory: what the user gave.
       below: where the layout may begin under it, '' for itself.
       needed: folders and files that it must hold; 'a|b' is satisfied by either.
-      field: of the config that holds `directory`, for messages.
+      field: flag or config field that holds `directory`, for messages.
 
     Raises:
       UserError: none has them all; it names what the likeliest one lacks.
     """
     if not str(directory):
         raise UserError(
-            f"benchmark {name} needs its official folder (with {_listed(needed)}): give "
-            f"--{field}=FOLDER"
+            f"benchmark {name} needs its official folder (with {_listed(needed)}): give --{field}"
         )
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"benchmark {name}: {field} = {str(directory)!r} is no folder")
+        raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")
     lacking = {}
     for place in below:
         root = directory / place
@@ -113,7 +112,7 @@ def find_root(
     root = min(lacking, key=lambda place: len(lacking[place]))
     raise UserError(
         f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
-        f"there, or point {field} at the folder that has them"
+        f"there, or point --{field} at the folder that has them"
     )
 
 
