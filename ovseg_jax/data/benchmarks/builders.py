@@ -152,6 +152,8 @@ def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
     """
     if name not in BUILDERS:
         raise UserError(f"there is no evaluation set {name!r}; there are: {', '.join(BUILDERS)}")
+    if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
+        raise UserError(f"benchmark {name}: {folder} is no folder, or an empty one; correct --dir")
     builder = BUILDERS[name](data_dir=str(data_dir), file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=str(folder))
     builder.download_and_prepare(download_config=config)
