@@ -63,8 +63,8 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 "set beside published scores"
             )
         if sweep := result.get("threshold_sweep"):
-            threshold = result["protocol"]["threshold"]
-            lines.append(f"{name}: threshold {threshold} by {sweep['images']} training images")
+            threshold, s = result["protocol"]["threshold"], "s" * (sweep["images"] != 1)
+            lines.append(f"{name}: threshold {threshold} by {sweep['images']} training image{s}")
         if zss := result.get("zss"):
             score = number(zss["miou"])
             lines.append(f"{name}: {score} on {', '.join(zss['classes'])} among all (Table 2)")

@@ -133,7 +133,7 @@ class FolderBenchmark:
             "differs": self._images.differs,
             "split": self.split,
             "whole": len(self) == len(self._images),
-            "images_expected": self.expected,
+            "images_expected": self.expected if self.split == "validation" else None,
         }
 
 
