@@ -14,7 +14,7 @@ import ovseg_jax
 from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
+from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS
 from ovseg_jax.segmentation.comparison import (
     comparison_rows,
     number,
@@ -36,6 +36,7 @@ from ovseg_jax.segmentation.report import (
     write_pictures,
 )
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.whole_images import WHOLE_IMAGES
 from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import evaluation_params
 from ovseg_jax.train.loop import train
@@ -60,12 +61,14 @@ Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (
            ... --benchmark=voc,ade20k --data_dir=DIR [--protocol=released]     (official folders)
 """
 
+KNOWN = ", ".join((*BENCHMARKS, *WHOLE_IMAGES))
+
 FLAGS = (
     flags.Flag("config", help="config file, FILE.py or FILE.py:variant"),
     flags.Flag("workdir", help="where the run writes; default runs/NAME_OF_CONFIG"),
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
-    flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    flags.Flag("benchmark", flags.comma_list, help=f"what to evaluate on: {KNOWN}"),
     flags.Flag("data_dir", help="folder with the benchmarks' official folders, or one of them"),
     flags.Flag("protocol", help=f"how to evaluate, in place of the model's: {', '.join(NAMES)}"),
     flags.Flag("sweep", int, default=0, help="images of training splits to choose thresholds on"),

@@ -68,6 +68,11 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if zss := result.get("zss"):
             score = number(zss["miou"])
             lines.append(f"{name}: {score} on {', '.join(zss['classes'])} among all (Table 2)")
+        if usage := result.get("group_usage"):
+            lines.append(
+                f"{name}: a window's patches spread over {number(usage['used'])} of "
+                f"{usage['groups']} groups, entropy {usage['entropy']:.2f} of 1"
+            )
         entities = result.get("entities")
         if entities and entities["in_paper"]:
             paper = " + ".join(map(str, entities["in_paper"]))

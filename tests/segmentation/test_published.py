@@ -98,6 +98,7 @@ def a_result(name="released", **changes):
         "images_per_second": 2.0,
         "data": {"images_expected": 1449},
         "entities": {"seen": 20, "unseen": 0, "in_paper": (20, 0)},
+        "group_usage": {"groups": 8, "used": 5.25, "entropy": 0.625, "windows": 40},
         "zss": {"classes": ["sheep"], "miou": 1.25},
         "protocol": protocol,
         **changes,
@@ -127,6 +128,7 @@ def test_what_is_said():
     result = a_result(images=100)
     said = "\n".join(remarks({"voc": result}))
     assert "100 images, but the whole set has 1449" in said
+    assert "over 5.2 of 8 groups, entropy 0.62 of 1" in said
     assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
     assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
     lines = "\n".join(protocol_lines(result["protocol"]))
