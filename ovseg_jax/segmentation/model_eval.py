@@ -10,7 +10,12 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import flags, sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, ScenesBenchmark
+from ovseg_jax.segmentation.benchmarks import (
+    BENCHMARKS,
+    FOLDER_FIELDS,
+    ScenesBenchmark,
+    check_name,
+)
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.report import run_benchmarks
@@ -53,9 +58,13 @@ def evaluate_model(
       UserError: an override that does not apply, an unknown name, or missing files, before
         anything is computed.
     """
+    if not names:
+        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
     masked = tuple(name for name in names if name not in WHOLE_IMAGES)
+    for name in masked:
+        check_name(name, WHOLE_IMAGES)
     unmasked = whole_image_sets(names, data_dir)
-    if not masked and names:
+    if not masked:
         _refuse_settings(overrides, protocol_name, sweep, pictures)
         return whole_image_results(model, unmasked, results)
     names = masked

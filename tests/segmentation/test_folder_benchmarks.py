@@ -79,6 +79,16 @@ def test_an_evaluation_counts_what_it_should(tmp_path):
     assert first["images"] == 1 and not first["data"]["whole"]
 
 
+def test_labels_of_another_kind_before_any_compute(tmp_path):
+    """Shifted by one already, as other programs write ADE20K: 255 in place of 0."""
+    maps = mini.ade20k(tmp_path)
+    folder = tmp_path / "ADEChallengeData2016" / "annotations" / "validation"
+    for key, values in maps.items():
+        mini.write_mask(folder / f"{key}.png", np.where(values == 0, 255, values - 1))
+    with pytest.raises(UserError, match="have the value 255, and there are 0 to 150 alone"):
+        make_benchmark("ade20k", {"dir": str(tmp_path)})
+
+
 def test_mistakes_are_told(tmp_path):
     mini.voc(tmp_path)
     with pytest.raises(UserError, match="count"):

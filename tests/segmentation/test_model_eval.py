@@ -10,6 +10,7 @@ from PIL import ExifTags, Image
 
 from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
+from ovseg_jax.main import main
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
 from ovseg_jax.segmentation.model_eval import evaluate_model
 
@@ -180,6 +181,12 @@ def test_unknown_names_and_missing_folders_before_any_compute(directory, tmp_pat
         with pytest.raises(UserError, match=said):
             evaluate_model(str(directory), names, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+    # Names first: no weights are read for a benchmark that does not exist.
+    for name, said in (("retrival", "did you mean 'retrieval'"), ("vox", "did you mean 'voc'")):
+        with pytest.raises(UserError, match=said):
+            evaluate_model("no model", (name,), tmp_path / "out")
+    with pytest.raises(UserError, match="no benchmark named"):
+        main(["--mode=eval", "--model=no model", "--benchmark="])
 
 
 BROKEN = {
