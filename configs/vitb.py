@@ -203,7 +203,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "image_scale": 0.0,
             "threshold": 0.9,
             "order": "argmax_first",
-            "templates": ("a photo of a {}.",),
+            "templates": ("A photo of {}",),
             "affinity": "binding",
             "grouping": "soft_patches",
             "image_classes": 0,

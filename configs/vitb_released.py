@@ -115,6 +115,7 @@ def get_config(variant: str = "") -> ConfigDict:
         threshold=0.95,
         order="upsample_first",
         grouping="one_group",
+        templates=("a photo of a {}.",),
         image_classes=5,
         cap_threshold=True,
         average="raw",

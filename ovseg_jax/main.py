@@ -14,13 +14,15 @@ import ovseg_jax
 from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
+from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS
 from ovseg_jax.segmentation.comparison import (
     comparison_rows,
     number,
-    protocol_lines,
     remarks,
     result_rows,
+    shared_protocol_lines,
+    whole_image_lines,
+    whole_image_rows,
 )
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.model_eval import evaluate_model
@@ -34,6 +36,7 @@ from ovseg_jax.segmentation.report import (
     write_pictures,
 )
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.whole_images import WHOLE_IMAGES
 from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import evaluation_params
 from ovseg_jax.train.loop import train
@@ -58,12 +61,14 @@ Evaluate:  python -m ovseg_jax.main --mode=eval --config=... --workdir=...     (
            ... --benchmark=voc,ade20k --data_dir=DIR [--protocol=released]     (official folders)
 """
 
+KNOWN = ", ".join((*BENCHMARKS, *WHOLE_IMAGES))
+
 FLAGS = (
     flags.Flag("config", help="config file, FILE.py or FILE.py:variant"),
     flags.Flag("workdir", help="where the run writes; default runs/NAME_OF_CONFIG"),
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
     flags.Flag("model", help="model directory to evaluate, in place of --config and --workdir"),
-    flags.Flag("benchmark", flags.comma_list, help="benchmarks to evaluate on"),
+    flags.Flag("benchmark", flags.comma_list, help=f"what to evaluate on: {KNOWN}"),
     flags.Flag("data_dir", help="folder with the benchmarks' official folders, or one of them"),
     flags.Flag("protocol", help=f"how to evaluate, in place of the model's: {', '.join(NAMES)}"),
     flags.Flag("sweep", int, default=0, help="images of training splits to choose thresholds on"),
@@ -276,7 +281,7 @@ def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
     workdir = Path(args.workdir or "runs/eval")
     results = evaluate_model(
         args.model,
-        tuple(args.benchmark or ("scenes",)),
+        ("scenes",) if args.benchmark is None else tuple(args.benchmark),
         workdir / "results",
         data_dir=args.data_dir or "",
         protocol_name=args.protocol or "",
@@ -292,18 +297,14 @@ def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
 def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     if not processes.is_first():
         return
-    said: list[str] = []
     whole = {name: result for name, result in results.items() if "miou" not in result}
     results = {name: result for name, result in results.items() if name not in whole}
-    for name, result in results.items():
-        lines = protocol_lines(result["protocol"])
-        said += [f"{name}: {line}" for line in lines]
     if results:
-        print("\n".join(said))
+        print("\n".join(shared_protocol_lines(results)))
         print(f"\n{table(result_rows(results))}\n")
-    for name, result in whole.items():
-        numbers = ((key, value) for key, value in result.items() if isinstance(value, float))
-        print(table([(name, "%"), *((key, number(value)) for key, value in numbers)]))
+    for result in whole.values():
+        print("\n".join(whole_image_lines(result)))
+        print(f"\n{table(whole_image_rows(result))}\n")
     for line in remarks(results):
         print(line)
     for result in results.values():

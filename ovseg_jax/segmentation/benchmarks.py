@@ -1,7 +1,7 @@
 """Labeled images to segment: what a benchmark is, and the table of those that exist."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -124,17 +124,26 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
 FOLDER_FIELDS = {name: {"dir": "", "count": 0} for name in BENCHMARKS if name != "scenes"}
 
 
+def check_name(name: str, others: Sequence[str] = ()) -> None:
+    """Raises UserError if there is no benchmark called `name`.
+
+    Args:
+      others: names that are known besides, for the message.
+    """
+    if name not in BENCHMARKS:
+        known = [*BENCHMARKS, *others]
+        raise UserError(
+            f"unknown benchmark {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
+        )
+
+
 def make_benchmark(name: str, config: Mapping[str, Any] | None = None) -> Benchmark:
     """The benchmark called `name`, made from the fields in `config`.
 
     Raises:
       UserError: a name or a field that does not exist, or what the benchmark itself refuses.
     """
-    if name not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
-        raise UserError(
-            f"unknown benchmark {name!r}{nearest(name, list(BENCHMARKS))}; there are: {known}"
-        )
+    check_name(name)
     try:
         return BENCHMARKS[name](**{key: config[key] for key in config or {}})
     except TypeError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark
-from ovseg_jax.segmentation.official import FOLDERS
+from ovseg_jax.segmentation.official import FOLDERS, UnseenAlone
 from ovseg_jax.segmentation.published import file_digest
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 
@@ -26,13 +26,18 @@ def words_of(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str, st
     Args:
       which: 'released' (the words of the released model where they differ from the official
         names), 'official' names, or 'sclip' (with synonyms, and words for the background). Sets
-        that are not published have one list alone, for all of them.
+        that are not published have one list alone, for all of them. A benchmark of some classes of
+        another one has their words, and none for the background.
 
     Raises:
       UserError: there are no such words for this benchmark.
     """
+    if isinstance(benchmark, UnseenAlone):
+        lines, file = words_of(benchmark.whole, which)
+        return Vocabulary.of([lines.lines()[i] for i in benchmark.whole.zss]), file
     if benchmark.name not in FOLDERS:
-        return Vocabulary.of(getattr(benchmark, "entries", benchmark.class_names)), {}
+        own = Vocabulary.of(getattr(benchmark, "entries", benchmark.class_names))
+        return own, getattr(benchmark, "class_file", {})
     if which == "sclip":
         if benchmark.name not in _sclip():
             raise UserError(

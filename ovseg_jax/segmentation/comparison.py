@@ -1,6 +1,6 @@
 """Results as tables for people: ours, and beside published ones of the same protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ovseg_jax.segmentation.published import published_rows
@@ -21,6 +21,27 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
     return rows
 
 
+def whole_image_rows(result: Mapping[str, Any]) -> Rows:
+    """One row a measure of a benchmark of whole images, below a head."""
+    measures = [
+        key for key in result if key.startswith(("top", "mean_class", "image_to", "text_to"))
+    ]
+    return [(result["benchmark"], "%"), *((key, number(result[key])) for key in measures)]
+
+
+def whole_image_lines(result: Mapping[str, Any]) -> list[str]:
+    """What defines such a result, as it is printed with it."""
+    protocol = result["protocol"]
+    count = len(protocol["templates"])
+    things = "classes" if "classes" in result else "texts"
+    return [
+        f"{result['benchmark']}: {result['images']} images, {result[things]} {things} (hash "
+        f"{protocol['texts_hash']}); {protocol['similarity']} of {protocol['image']}, with the "
+        f"text; {count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}; "
+        f"{number(result['images_per_second'])} images/s"
+    ]
+
+
 def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know: other numbers of images, thresholds, Tables 2 and 7."""
     lines = []
@@ -31,12 +52,27 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{name}: {result['images']} images, but the whole set has {expected}: this is not "
                 "its score"
             )
+        if differs := result["data"].get("differs"):
+            lines.append(f"{name}: {differs}; it is not set beside those")
+        if left_out := result["data"].get("images_without_mask"):
+            lines.append(f"{name}: {left_out} images have no mask and were left out")
+        protocol = result["protocol"]
+        if protocol["notes"] and not protocol["as_named"]:
+            lines.append(
+                f"{name}: settings differ from those of protocol {protocol['name']}, so it is not "
+                "set beside published scores"
+            )
         if sweep := result.get("threshold_sweep"):
-            threshold = result["protocol"]["threshold"]
-            lines.append(f"{name}: threshold {threshold} by {sweep['images']} training images")
+            threshold, s = result["protocol"]["threshold"], "s" * (sweep["images"] != 1)
+            lines.append(f"{name}: threshold {threshold} by {sweep['images']} training image{s}")
         if zss := result.get("zss"):
             score = number(zss["miou"])
             lines.append(f"{name}: {score} on {', '.join(zss['classes'])} among all (Table 2)")
+        if usage := result.get("group_usage"):
+            lines.append(
+                f"{name}: a window's patches spread over {number(usage['used'])} of "
+                f"{usage['groups']} groups, entropy {usage['entropy']:.2f} of 1"
+            )
         entities = result.get("entities")
         if entities and entities["in_paper"]:
             paper = " + ".join(map(str, entities["in_paper"]))
@@ -47,42 +83,66 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+# What is not among the settings, or in other words.
+_LEFT = (
+    *("name", "templates", "thresholds", "per_benchmark", "words", "notes", "class_names_file"),
+    *("background", "classes", "class_names_hash", "as_named"),
+)
+
+
 def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     """What defines a result, as it is printed with it; `protocol` is a result's."""
-    left = (
-        "name",
-        "templates",
-        "thresholds",
-        "per_benchmark",
-        "words",
-        "notes",
-        "class_names_file",
-    )
-    settings = ", ".join(
+    lines = [f"protocol {protocol['name']}: {_settings(protocol, protocol)}"]
+    return lines + _templates_and_notes(protocol) + [_words(protocol)]
+
+
+def shared_protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The same for all results of one run: once what they share, then what is a benchmark's own."""
+    protocols = {name: result["protocol"] for name, result in results.items()}
+    first, *others = protocols.values()
+    shared = [key for key in first if all(other.get(key) == first[key] for other in others)]
+    lines = [f"protocol {first['name']}: {_settings(first, shared)}", *_templates_and_notes(first)]
+    for name, protocol in protocols.items():
+        own = _settings(protocol, [key for key in protocol if key not in shared])
+        lines.append(f"{name}: {own}{', ' * bool(own)}{_words(protocol)}")
+    return lines
+
+
+def _settings(protocol: Mapping[str, Any], keys: Collection[str]) -> str:
+    return ", ".join(
         f"{key} {'none' if value is None else value}"
         for key, value in protocol.items()
-        if key not in left
+        if key in keys and key not in _LEFT
     )
+
+
+def _templates_and_notes(protocol: Mapping[str, Any]) -> list[str]:
     count = len(protocol["templates"])
+    lines = [f"{count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}"]
+    if notes := protocol["notes"]:
+        parts = (notes[key].rstrip(". ") for key in ("title", "source", "differs"))
+        lines.append(f"{'. '.join(part for part in parts if part)}.")
+    return lines
+
+
+def _words(protocol: Mapping[str, Any]) -> str:
     file = protocol["class_names_file"]
     named = f"{file['file']} ({file['sha256']})" if file else "the benchmark's own"
-    lines = [
-        f"protocol {protocol['name']}: {settings}",
-        f"{count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}; class "
-        f"names: {named}",
-    ]
-    if notes := protocol["notes"]:
-        lines.append(f"{notes['title']}. {notes['source']}. {notes['differs']}".rstrip(" ."))
-    return lines
+    background = " and background" * protocol["background"]
+    return (
+        f"{protocol['classes']} classes{background}, names from {named}, hash "
+        f"{protocol['class_names_hash']}"
+    )
 
 
 def comparison_rows(result: Mapping[str, Any]) -> Rows:
     """Our score among published ones of its protocol, best last; [] where there are none.
 
-    Nothing is compared where a setting of the protocol was changed, or images are missing.
+    Nothing is compared where a setting of the protocol was changed, images are missing, or the
+    labels are not those that published scores were computed from.
     """
     protocol, data = result["protocol"], result["data"]
-    whole = data.get("images_expected") == result["images"]
+    whole = data.get("images_expected") == result["images"] and not data.get("differs")
     rows = published_rows(protocol["name"], result["benchmark"])
     if not rows or not protocol["as_named"] or not whole or result["miou"] is None:
         return []

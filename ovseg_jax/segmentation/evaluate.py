@@ -40,6 +40,7 @@ def scored_benchmark(
     batch_size: int = 32,
     encode: Encode | None = None,
     part: tuple[int, int] = (0, 1),
+    on_read: Callable[[], None] | None = None,
 ) -> Iterator[tuple[ImageScores, UInt8[np.ndarray, "H W"]]]:
     """Scores of the words and true labels of each image: what `calibrate` takes.
 
@@ -47,6 +48,7 @@ def scored_benchmark(
       encode: instead of `segmenter.encode`, see `scores.Encode`.
       part: (p, n) for every n-th image from image p on. The scores' index is the image's number in
         the whole benchmark all the same.
+      on_read: called with each image that is read; several are in work at one time.
     """
     vocabulary, _ = words_of(benchmark, protocol.class_names)
     text = segmenter.text(list(vocabulary.words), protocol.templates)
@@ -55,6 +57,8 @@ def scored_benchmark(
     def images():
         for place, number in enumerate(numbers):
             image, truths[place] = benchmark[number]
+            if on_read is not None:
+                on_read()
             yield image
 
     encode = encode or without_index(segmenter.encode)
@@ -102,7 +106,12 @@ def evaluate(
     own = len(range(part[0], len(benchmark), part[1]))
 
     def scores():
-        options = {"batch_size": batch_size, "encode": encode, "part": part}
+        options = {
+            "batch_size": batch_size,
+            "encode": encode,
+            "part": part,
+            "on_read": clock.begin,
+        }
         for one, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
             truths[one.index] = truth
             yield one
@@ -205,20 +214,34 @@ def _readable(result: dict[str, Any]) -> str:
 
 
 class _Clock:
-    """Rate after the first batch, which waits for compilation; of everything if it is all."""
+    """Seconds of an evaluation, and its images a second without the wait for compilation.
+
+    The first batch waits for compilation, so the rate is counted from its end on. Images that were
+    already being worked on by then are left out, as their share of the time is: with few images
+    none is left, and the rate is that of everything.
+    """
 
     def __init__(self):
         self.start = time.perf_counter()
-        self.ticks: list[tuple[int, float]] = []
+        self.begun = 0
+        # (images done, images begun, time) at the end of the first and of the last batch.
+        self.first: tuple[int, int, float] | None = None
+        self.last: tuple[int, int, float] | None = None
+
+    def begin(self) -> None:
+        self.begun += 1
 
     def tick(self, done: int) -> None:
-        self.ticks.append((done, time.perf_counter()))
+        self.last = (done, self.begun, time.perf_counter())
+        self.first = self.first or self.last
 
     def seconds(self) -> float:
-        return (self.ticks[-1][1] if self.ticks else time.perf_counter()) - self.start
+        return (self.last[2] if self.last else time.perf_counter()) - self.start
 
     def rate(self) -> float:
-        first, last = (self.ticks[0], self.ticks[-1]) if len(self.ticks) > 1 else (None, None)
-        if first is None:
-            return self.ticks[-1][0] / self.seconds() if self.ticks else 0.0
-        return (last[0] - first[0]) / max(last[1] - first[1], 1e-9)
+        if self.first is None or self.last is None:
+            return 0.0
+        rest = self.last[0] - self.first[1]
+        if rest > 0:
+            return rest / max(self.last[2] - self.first[2], 1e-9)
+        return self.last[0] / max(self.seconds(), 1e-9)

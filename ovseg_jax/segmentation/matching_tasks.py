@@ -30,8 +30,12 @@ def classification(
     images: Float[np.ndarray, "N E"],
     classes: Float[np.ndarray, "C E"],
     truth: Integer[np.ndarray, " N"],
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy in percent, overall and as a mean over the classes that occur.
+
+    Args:
+      names: of the classes; with them, the accuracy of each that occurs is given too.
 
     Raises:
       UserError: no image, or a label out of range.
@@ -42,13 +46,15 @@ def classification(
             f"{len(truth)} images"
         )
     ranks = ranks_of(images @ classes.T, truth)
-    by_class = [(ranks[truth == label] == 0).mean() for label in np.unique(truth)]
+    by_class = {int(c): float((ranks[truth == c] == 0).mean()) for c in np.unique(truth)}
+    own = {names[c]: round(100 * share, 4) for c, share in by_class.items()} if names else {}
     return {
         "images": len(truth),
         "classes": len(classes),
         "top1": 100 * float((ranks == 0).mean()),
         "top5": 100 * float((ranks < 5).mean()),
-        "mean_class_top1": 100 * float(np.mean(by_class)),
+        "mean_class_top1": 100 * float(np.mean(list(by_class.values()))),
+        **({"class_top1": own} if names else {}),
     }
 
 

@@ -10,7 +10,12 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import flags, sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, ScenesBenchmark
+from ovseg_jax.segmentation.benchmarks import (
+    BENCHMARKS,
+    FOLDER_FIELDS,
+    ScenesBenchmark,
+    check_name,
+)
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.report import run_benchmarks
@@ -18,6 +23,7 @@ from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.whole_images import (
     WHOLE_IMAGES,
+    model_facts,
     whole_image_results,
     whole_image_sets,
 )
@@ -52,10 +58,14 @@ def evaluate_model(
       UserError: an override that does not apply, an unknown name, or missing files, before
         anything is computed.
     """
+    if not names:
+        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
     masked = tuple(name for name in names if name not in WHOLE_IMAGES)
+    for name in masked:
+        check_name(name, WHOLE_IMAGES)
     unmasked = whole_image_sets(names, data_dir)
-    if not masked and names:
-        _refuse_settings(overrides, protocol_name, sweep)
+    if not masked:
+        _refuse_settings(overrides, protocol_name, sweep, pictures)
         return whole_image_results(model, unmasked, results)
     names = masked
     saved = load_model(model)
@@ -84,7 +94,7 @@ def evaluate_model(
     batch = config.eval.batch_size or default_batch(protocol.window)
     config.eval.batch_size = -(-batch // shards) * shards
     segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
-    provenance = {"model": str(model)}
+    provenance = model_facts(model, saved.info)
     found = run_benchmarks(
         segmenter,
         names,
@@ -99,10 +109,12 @@ def evaluate_model(
     return {**found, **whole_image_results(model, unmasked, results)}
 
 
-def _refuse_settings(overrides: Sequence[tuple[str, str]], protocol: str, sweep: int) -> None:
-    if overrides or protocol or sweep:
+def _refuse_settings(
+    overrides: Sequence[tuple[str, str]], protocol: str, sweep: int, pictures: int
+) -> None:
+    if overrides or protocol or sweep or pictures:
         raise UserError(
-            "--config.*, --protocol and --sweep are about label maps, and "
+            "--config.*, --protocol, --sweep and --pictures are about label maps, and "
             f"{' and '.join(WHOLE_IMAGES)} have none"
         )
 

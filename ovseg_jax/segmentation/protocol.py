@@ -115,6 +115,8 @@ class Protocol:
             raise UserError("protocol: image_classes and cap_threshold need grouping='one_group'")
         if self.grouping == "one_group" and self.image_scale:
             raise UserError("protocol: image_scale needs grouping='soft_patches'")
+        if self.scale is not None and self.scale <= 0:
+            raise UserError(f"protocol: scale {self.scale} must be above 0, or none")
         if self.image_classes < 0:
             raise UserError("protocol: image_classes must be at least 0")
         if not self.templates or any("{}" not in text for text in self.templates):
@@ -160,12 +162,23 @@ class Protocol:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Protocol":
-        """From a mapping with any of the fields, such as a ConfigDict or what `as_dict` gave."""
+        """From a mapping with any of the fields, such as a ConfigDict or what `as_dict` gave.
+
+        Raises:
+          UserError: a field that does not exist, or a value that makes no sense.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config) - known)
         if unknown:
             raise UserError(f"protocol: unknown {', '.join(unknown)}; there are: {sorted(known)}")
-        return cls(**_plain(config))
+        protocol = cls(**_plain(config))
+        for threshold in (protocol.threshold, *protocol.thresholds.values()):
+            if threshold is not None and not 0 <= threshold <= 1:
+                raise UserError(
+                    f"protocol: threshold {threshold} is compared with probabilities; it must be "
+                    "from 0 to 1"
+                )
+        return protocol
 
     def replace(self, **changes: Any) -> "Protocol":
         """A copy with some fields changed, for example a calibrated scale and threshold."""

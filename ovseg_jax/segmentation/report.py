@@ -92,6 +92,11 @@ def run_benchmarks(
         for name, benchmark in benchmarks.items()
         if sweep and benchmark.has_background
     }
+    if sweep and not tuned:
+        raise UserError(
+            "--sweep chooses thresholds of the background, and none of the benchmarks "
+            f"({', '.join(benchmarks)}) has one: leave it out"
+        )
     parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
     found = {}
     for name, benchmark in benchmarks.items():
@@ -174,7 +179,16 @@ def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
     )
     if "split" not in fields:
         return None
+    _refuse_tune(test)
     return benchmark_of(name, config, split="tune", count=config.tune_count)
+
+
+def _refuse_tune(reported: Benchmark) -> None:
+    if getattr(reported, "split", "") == "tune":
+        raise UserError(
+            f"benchmark {reported.name}: its tune split is to be reported, so no scale or "
+            f"threshold can be chosen on it: set config.eval.{reported.name}.split to another one"
+        )
 
 
 def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
@@ -183,7 +197,9 @@ def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
     Raises:
       UserError: the benchmark has no such images.
     """
+    reported = benchmark_of(name, config)
     if name == "scenes":
+        _refuse_tune(reported)
         return benchmark_of(name, config, split="tune", count=count)
     if name not in FOLDERS:
         raise UserError(
@@ -191,6 +207,12 @@ def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
             "--config.eval.protocol.threshold, or leave out --sweep"
         )
     tune = benchmark_of(name, config, split="train", count=0)
+    if shared := set(tune.keys) & set(reported.keys):
+        raise UserError(
+            f"benchmark {name}: {len(shared)} images are in the lists of both its training and its "
+            f"validation split, {min(shared)} among them: no threshold can be chosen on images "
+            "that are reported"
+        )
     # Evenly over the split, whose order follows years or scenes.
     step = max(1, len(tune) // count)
     return Every(tune, step, min(count, len(tune)))

@@ -6,7 +6,8 @@ membership here follows a written rule: a class is seen if its official name is 
 surface forms or one of the 73 names of their entities, or one of the five other names in
 `OTHER_NAMES`. Kinds of an entity ("wine glass", "traffic light", "swivel chair") are unseen. Counts
 by this rule: VOC 20 + 0, COCO Object 64 + 16, Context 31 + 28, ADE20K 32 + 118; `PAPER_COUNTS` has
-the paper's.
+the paper's. Where they differ it is by one: COCO's are 81 with background, and Context and ADE20K
+have the paper's numbers if "person" is unseen, which the paper's text calls seen.
 
 *ZSS* (Table 2): the classes that zero-shot segmentation leaves out of training.
 """

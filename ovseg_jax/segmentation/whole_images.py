@@ -4,6 +4,7 @@
 ``retrieval``: DIR/captions.tsv, lines of a file's name, a tab, and a caption of it.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.segmentation.inputs import IMAGES
 from ovseg_jax.segmentation.loaded import LoadedModel
 from ovseg_jax.segmentation.matching_tasks import classification, retrieval
+from ovseg_jax.segmentation.protocol import names_hash
 
 WHOLE_IMAGES = ("classification", "retrieval")
 CAPTIONS = "captions.tsv"
@@ -89,6 +91,12 @@ def _captioned(root: Path) -> LabeledImages:
     return LabeledImages(tuple(root / name for name in numbers), tuple(texts), tuple(owner))
 
 
+def model_facts(model: str, info: Mapping[str, Any]) -> dict[str, str]:
+    """Which model a result is of: its directory, and the first digits of its weights' SHA-256."""
+    digest = info.get("files_sha256", {}).get("model.safetensors", "")
+    return {"model": str(model), "model_sha256": digest[:12]}
+
+
 def whole_image_results(
     model: str, sets: Mapping[str, LabeledImages], results: Path
 ) -> dict[str, dict[str, Any]]:
@@ -101,17 +109,36 @@ def whole_image_results(
         return {}
     loaded, found = LoadedModel(model), {}
     for name, data in sets.items():
+        start = time.perf_counter()
         rows = [
-            loaded.embed_image(list(data.files[start : start + _AT_ONCE]))
-            for start in range(0, len(data.files), _AT_ONCE)
+            loaded.embed_image(list(data.files[first : first + _AT_ONCE]))
+            for first in range(0, len(data.files), _AT_ONCE)
         ]
         images = np.concatenate(rows)
-        if name == "classification":
-            measured = classification(images, loaded.embed_text(data.texts), np.array(data.owner))
-        else:
-            # A caption is a whole sentence, so it goes into no template.
-            measured = retrieval(images, loaded.embed_text(data.texts, ("{}",)), data.owner)
-        found[name] = {"benchmark": name, **measured, "model": str(model)}
+        classes = name == "classification"
+        # A caption is a whole sentence, so it goes into no template.
+        templates = loaded.protocol.templates if classes else ("{}",)
+        texts = loaded.embed_text(data.texts, templates)
+        measured = (
+            classification(images, texts, np.array(data.owner), data.texts)
+            if classes
+            else retrieval(images, texts, data.owner)
+        )
+        seconds = time.perf_counter() - start
+        found[name] = {
+            "benchmark": name,
+            **measured,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(len(images) / max(seconds, 1e-9), 3),
+            "protocol": {
+                "image": f"the square in the middle, {loaded.protocol.window} pixels a side",
+                "similarity": "cosine",
+                "templates": list(templates),
+                "average": loaded.protocol.average,
+                "texts_hash": names_hash(data.texts),
+            },
+            **model_facts(model, loaded.info),
+        }
         if processes.is_first():
             write_result(results / f"{name}.json", found[name])
     return found

@@ -147,9 +147,9 @@ class Progress:
         """Progress of a job with a known end: share, rate, time left."""
         start = self._started.setdefault(label, time.monotonic())
         spent = max(time.monotonic() - start, 1e-6)
-        left = spent / max(done, 1) * (total - done)
+        left, rate = spent / max(done, 1) * (total - done), done / spent
         self.update(
-            f"{label}: {done}/{total} ({done / spent:.0f}/s, {duration(left)} left)",
+            f"{label}: {done}/{total} ({rate:.{0 if rate >= 10 else 1}f}/s, {duration(left)} left)",
             final=done == total,
         )
 

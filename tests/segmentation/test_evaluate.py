@@ -85,6 +85,31 @@ def test_a_perfect_segmenter_scores_100():
     assert result["images"] == 7 and result["images_per_second"] > 0
 
 
+def test_the_rate_leaves_out_images_that_were_begun_before(monkeypatch):
+    """What is in work when the first image is done has had its share of the time already."""
+    now = [0.0]
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: now[0])
+
+    def rate(images, ahead=1, first=10.0, each=2.0):
+        now[0] = 0.0
+        clock = evaluation._Clock()
+        for _ in range(min(1 + ahead, images)):
+            clock.begin()
+        now[0] = first
+        for done in range(1, images + 1):
+            clock.tick(done)
+            if clock.begun < images:
+                clock.begin()
+            now[0] += each
+        return clock.rate()
+
+    # 0.5 images a second, after a start of ten seconds; with two images, both were in it.
+    assert rate(2) == pytest.approx(2 / 12)
+    assert rate(100) == pytest.approx(0.5, rel=0.02)
+    assert rate(1) == pytest.approx(1 / 10)
+    assert evaluation._Clock().rate() == 0.0
+
+
 def test_without_background():
     benchmark = Blocks(((24, 24),) * 3, has_background=False)
     result, _ = run(benchmark, PROTOCOL.replace(order="argmax_first"))

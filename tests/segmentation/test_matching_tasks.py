@@ -1,5 +1,6 @@
 """Classification and retrieval against counting by hand."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 import ovseg_jax
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.comparison import whole_image_lines, whole_image_rows
 from ovseg_jax.segmentation.matching_tasks import classification, ranks_of, retrieval
 from ovseg_jax.segmentation.model_eval import evaluate_model
 from ovseg_jax.segmentation.whole_images import whole_image_sets
@@ -87,9 +89,17 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
     expected = classification(
         images, model.embed_text(["a dog", "cat", "sky"]), np.array([0, 1, 1, 2])
     )
-    assert found["classification"] == {
-        "benchmark": "classification", **expected, "model": str(directory)
-    }  # fmt: skip
+    first = found["classification"]
+    assert expected.items() <= first.items() and first["model"] == str(directory)
+    weights = (directory / "model.safetensors").read_bytes()
+    assert first["model_sha256"] == hashlib.sha256(weights).hexdigest()[:12]
+    assert first["class_top1"].keys() == {"a dog", "cat", "sky"}
+    assert first["protocol"]["templates"] == ["a photo of a {}."] and first["images_per_second"] > 0
+    assert found["retrieval"]["protocol"]["templates"] == ["{}"]
+    said = " ".join(whole_image_lines(first))
+    assert "4 images, 3 classes" in said and "a photo of a {}." in said
+    assert [row[0] for row in whole_image_rows(first)[1:]] == ["top1", "top5", "mean_class_top1"]
+    assert len(whole_image_rows(found["retrieval"])) == 7
     texts = model.embed_text([text for _, text in pairs], ["{}"])
     expected = retrieval(images[1:3], texts, [0, 1, 0])
     assert found["retrieval"]["text_to_image_recall_at_1"] == expected["text_to_image_recall_at_1"]
@@ -118,4 +128,7 @@ def test_folders_that_are_no_sets(tmp_path):
     write(tmp_path / "a.png", 0)
     with pytest.raises(UserError, match="about label maps"):
         options = {"data_dir": str(tmp_path), "protocol_name": "paper"}
+        evaluate_model("none", ("retrieval",), tmp_path / "out", **options)
+    with pytest.raises(UserError, match="--pictures are about label maps"):
+        options = {"data_dir": str(tmp_path), "pictures": 1}
         evaluate_model("none", ("retrieval",), tmp_path / "out", **options)

@@ -1,14 +1,16 @@
 """A model directory on benchmarks: by name, with settings that apply or are refused."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 from data.benchmarks import miniatures as mini
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
+from ovseg_jax.main import main
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
 from ovseg_jax.segmentation.model_eval import evaluate_model
 
@@ -44,6 +46,10 @@ def folders(tmp_path_factory):
     return root
 
 
+def only_file(result):
+    return result["protocol"]["class_names_file"]
+
+
 def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
     names = ("voc", "voc20", "voc_zss", "context", "context59", "ade20k", "folder", "voc")
     found = evaluate_model(str(directory), names, tmp_path, data_dir=str(folders), overrides=SMALL)
@@ -68,6 +74,10 @@ def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
     np.testing.assert_array_equal(only.sum(1), counts[[16, 17, 18, 19, 20]].sum(1))
     assert found["folder"]["iou"].keys() == {"background", "cat", "dog"}
     assert found["folder"]["protocol"]["words"] == ["cat", "dog|bird"]
+    file = found["folder"]["protocol"]["class_names_file"]
+    content = (folders / "classes.txt").read_bytes()
+    assert file == {"file": "classes.txt", "sha256": hashlib.sha256(content).hexdigest()[:12]}
+    assert only_file(found["voc_zss"]) == only_file(voc) != file
     assert found["ade20k"]["entities"]["in_paper"] == (31, 119)
     usage = voc["group_usage"]
     assert usage["groups"] == 4 and 1 <= usage["used"] <= 4 and 0 <= usage["entropy"] <= 1
@@ -81,7 +91,7 @@ def test_prepared_sets_of_the_same_folder(directory, folders, tmp_path):
         ]
         for where in (folders, tmp_path / "tfds")
     ]
-    assert [result["data"]["form"] for result in results] == ["palette", "tfds"]
+    assert [result["data"]["form"] for result in results] == ["palette", "tfds, palette"]
     assert results[0]["confusion"] == results[1]["confusion"]
 
 
@@ -104,14 +114,28 @@ def test_threshold_of_a_training_split(directory, folders, tmp_path):
     sweep = found["voc"]["threshold_sweep"]
     assert (sweep["images"], sweep["data"]["split"]) == (1, "train")
     assert found["voc"]["data"]["split"] == "validation"
+    assert sweep["data"]["images_expected"] is None
+    # The protocol's own is among them, and stays where none is better.
+    assert 0.12 in sweep["thresholds"] and sweep["thresholds"] == sorted(sweep["thresholds"])
+    chosen = sweep["thresholds"].index(found["voc"]["protocol"]["threshold"])
+    own = sweep["thresholds"].index(0.12)
     best = int(np.argmax(sweep["miou"]))
-    assert found["voc"]["protocol"]["threshold"] == sweep["thresholds"][best]
+    assert chosen == (own if sweep["miou"][own] == sweep["miou"][best] else best)
     assert "threshold_sweep" not in found["ade20k"]
     # The threshold that was found gives on these images what the sweep says.
     base_config = {"dir": str(folders), "split": "train"}
     assert len(make_benchmark("voc", base_config)) == 1
     with pytest.raises(UserError, match="folder has no training split"):
         evaluate_model(str(directory), ("folder",), tmp_path, **options)
+    with pytest.raises(UserError, match="none of the benchmarks .ade20k, voc20. has one"):
+        evaluate_model(str(directory), ("ade20k", "voc20"), tmp_path, **options)
+    # Never on images that are reported.
+    mini.write_text(base / "ImageSets" / "Segmentation" / "train.txt", "2008_000001", "2007_000042")
+    with pytest.raises(UserError, match="1 images are in the lists of both .* 2007_000042"):
+        evaluate_model(str(directory), ("voc",), tmp_path, **options)
+    options["overrides"] = (*SMALL, ("eval.scenes.split", "tune"), ("eval.scenes.count", "2"))
+    with pytest.raises(UserError, match="its tune split is to be reported"):
+        evaluate_model(str(directory), ("scenes",), tmp_path, **options)
 
 
 REFUSED = {
@@ -123,6 +147,8 @@ REFUSED = {
     "a threshold that voc has": ([("eval.protocol.threshold", "0.5")], "thresholds.voc"),
     "a scale that voc has": ([("eval.protocol.scale", "3.0")], "per_benchmark.voc.scale"),
     "bad value": ([("eval.protocol.order", "x")], "upsample_first"),
+    "no probability": ([("eval.protocol.thresholds.voc", "1.5")], "must be from 0 to 1"),
+    "no scale": ([("eval.protocol.scale", "-3.0")], "must be above 0"),
     "bad batch": ([("eval.batch_size", "-1")], "at least 1"),
 }
 
@@ -130,7 +156,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_settings_that_do_not_apply_are_refused(directory, folders, tmp_path, what):
     overrides, said = REFUSED[what]
-    name = "sclip" if "scale" in what else "released"
+    names = {"a scale that voc has": "sclip", "no scale": "paper"}
+    name = names.get(what, "released")
     with pytest.raises(UserError, match=said):
         evaluate_model(
             str(directory),
@@ -154,6 +181,12 @@ def test_unknown_names_and_missing_folders_before_any_compute(directory, tmp_pat
         with pytest.raises(UserError, match=said):
             evaluate_model(str(directory), names, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+    # Names first: no weights are read for a benchmark that does not exist.
+    for name, said in (("retrival", "did you mean 'retrieval'"), ("vox", "did you mean 'voc'")):
+        with pytest.raises(UserError, match=said):
+            evaluate_model("no model", (name,), tmp_path / "out")
+    with pytest.raises(UserError, match="no benchmark named"):
+        main(["--mode=eval", "--model=no model", "--benchmark="])
 
 
 BROKEN = {
@@ -161,6 +194,8 @@ BROKEN = {
     "empty list": (lambda root: (root / "classes.txt").write_text("\n"), "must list 1 to"),
     "background alone": (
         lambda root: (root / "classes.txt").write_text("background\n"), "must list 1 to"),
+    "one class, no background": (
+        lambda root: (root / "classes.txt").write_text("cat\n"), "add 'background'"),
     "a name twice": (
         lambda root: (root / "classes.txt").write_text("cat\ndog\ncat\n"), "listed twice"),
     "too many": (
@@ -197,17 +232,46 @@ def test_own_masks_that_are_no_masks(tmp_path):
     palette.putpalette([7] * 768)
     palette.save(mask)
     np.testing.assert_array_equal(read()[1], good)
+    Image.fromarray(good == 1).save(mask)  # one bit a pixel
+    np.testing.assert_array_equal(read()[1], good == 1)
     for image, said in (
-        (Image.fromarray(np.zeros((40, 56, 3), np.uint8)), "RGB pixels"),
+        (Image.fromarray(np.zeros((40, 56, 3), np.uint8)), "RGB pixels: save it as gray"),
         (Image.fromarray(np.zeros((40, 55), np.uint8)), "56x40 pixels but its mask 55x40"),
         (Image.fromarray(np.full((40, 56), 3, np.uint8)), "the label 3, but classes.txt has 3"),
+        (Image.fromarray(np.zeros((40, 56), np.uint8)), "has a pixel of any class, only 0$"),
+        (Image.fromarray(255 * (good == 1).astype(np.uint8)), "only 0 and 255; 255 is ignored"),
     ):
         image.save(mask)
         with pytest.raises(UserError, match=said):
             read()
     mask.write_bytes(b"no mask")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="1 of 1 masks cannot be used: .*photo0.png"):
         read()
+
+
+def test_masks_of_turned_photographs(tmp_path):
+    """Photographs are turned upright; a mask that was not is told, with the reason."""
+    root = own_folder(tmp_path / "own")
+    path = root / "images" / "photo0.png"
+    photo = Image.open(path)
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(path, exif=exif)
+    with pytest.raises(UserError, match="40x56 pixels, turned upright by its EXIF tag, but"):
+        make_benchmark("folder", {"dir": str(root)})
+    mask = root / "masks" / "photo0.png"
+    Image.open(mask).transpose(Image.Transpose.ROTATE_270).save(mask)
+    image, labels = make_benchmark("folder", {"dir": str(root)})[0]
+    assert image.shape[:2] == labels.shape == (56, 40)
+
+
+def test_what_of_a_folder_was_not_used(tmp_path):
+    root = own_folder(tmp_path / "own")
+    (root / "images" / "photo9.jpg").write_bytes(b"never read")
+    (root / "images" / "notes.txt").write_text("no image")
+    described = make_benchmark("folder", {"dir": str(root)}).describe()
+    assert described["images_without_mask"] == 1 and described["whole"]
+    assert not make_benchmark("folder", {"dir": str(root), "count": 2}).describe()["whole"]
 
 
 def test_a_split_file_that_is_missing(tmp_path):

@@ -8,7 +8,13 @@ from data.benchmarks import miniatures as mini
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import make_benchmark
 from ovseg_jax.segmentation.class_words import words_of
-from ovseg_jax.segmentation.comparison import comparison_rows, protocol_lines, remarks, result_rows
+from ovseg_jax.segmentation.comparison import (
+    comparison_rows,
+    protocol_lines,
+    remarks,
+    result_rows,
+    shared_protocol_lines,
+)
 from ovseg_jax.segmentation.official import FOLDERS
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import (
@@ -18,6 +24,7 @@ from ovseg_jax.segmentation.published import (
     protocol_notes,
     published_rows,
 )
+from ovseg_jax.segmentation.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,6 +50,9 @@ def test_settings_that_the_sources_state():
     assert [sclip.for_benchmark(name).scale for name in (*names, "ade20k")] == [65, 50, 50, 40]
     assert sclip.for_benchmark("cityscapes").short_side == 560
     assert sclip.for_benchmark("voc").min_area == 0.1 and len(sclip.templates) == 80
+    # Sec. 3: "A photo of {class}"; GroupViT's, which the released code took over, has an article.
+    assert paper.templates == ("A photo of {}",)
+    assert released.templates == ("a photo of a {}.",)
     tcl = named_protocol("tcl")
     assert (tcl.pamr_steps, tcl.pamr_dilations) == (10, (1, 2, 4, 8, 12, 24))
     with pytest.raises(UserError, match="did you mean 'sclip'"):
@@ -61,14 +71,22 @@ def test_words(tmp_path):
     assert other["sha256"] != file["sha256"]
     alone, _ = words_of(make_benchmark("voc20", {"dir": str(tmp_path)}), "sclip")
     assert alone.classes == sclip.classes and -1 not in alone.owners
+    # The unseen classes alone have the words that they have among all.
     few = make_benchmark("voc_zss", {"dir": str(tmp_path)})
-    assert words_of(few, "sclip")[0].words == few.class_names
+    own, file = words_of(few, "sclip")
+    assert own.classes == ("pottedplant", "sheep", "sofa", "train", "television monitor")
+    assert own.owners == (0, 1, 2, 3, 4, 4, 4, 4, 4) and file == other
+    assert words_of(few, "official")[0].words[-1] == "tvmonitor"
+    assert words_of(few, "released") == (Vocabulary.of(few.class_names), same)
 
 
 def a_result(name="released", **changes):
     protocol = {
         **named_protocol(name).for_benchmark("voc").as_dict(),
         "as_named": True,
+        "background": True,
+        "classes": 20,
+        "class_names_hash": "4567",
         "class_names_file": {"file": "tables/voc.json", "sha256": "0123"},
         "notes": protocol_notes(name),
     }
@@ -80,6 +98,7 @@ def a_result(name="released", **changes):
         "images_per_second": 2.0,
         "data": {"images_expected": 1449},
         "entities": {"seen": 20, "unseen": 0, "in_paper": (20, 0)},
+        "group_usage": {"groups": 8, "used": 5.25, "entropy": 0.625, "windows": 40},
         "zss": {"classes": ["sheep"], "miou": 1.25},
         "protocol": protocol,
         **changes,
@@ -98,17 +117,35 @@ def test_comparison_is_of_one_protocol_alone():
     changed["protocol"]["as_named"] = False
     assert comparison_rows(changed) == []
     assert comparison_rows({**a_result(), "benchmark": "scenes"}) == []
+    data = {"images_expected": 1449, "differs": "labels were painted from instances"}
+    other = a_result(data=data)
+    assert comparison_rows(other) == []
+    assert "voc: labels were painted from instances" in remarks({"voc": other})[0]
+    assert any("settings differ" in line for line in remarks({"voc": changed}))
 
 
 def test_what_is_said():
     result = a_result(images=100)
     said = "\n".join(remarks({"voc": result}))
     assert "100 images, but the whole set has 1449" in said
+    assert "over 5.2 of 8 groups, entropy 0.62 of 1" in said
     assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
     assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
     lines = "\n".join(protocol_lines(result["protocol"]))
-    for word in ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}."):
+    words = ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}.", "4567")
+    for word in (*words, "20 classes and background"):
         assert word in lines
+
+
+def test_a_run_says_once_what_its_benchmarks_share():
+    one, other = a_result(), a_result()
+    other["protocol"] = {**other["protocol"], "threshold": None, "background": False}
+    lines = shared_protocol_lines({"voc": one, "voc20": other})
+    assert "window 448" in lines[0] and "threshold" not in lines[0].replace("cap_threshold", "")
+    assert sum("window 448" in line for line in lines) == 1
+    assert sum(protocol_notes("released")["title"] in line for line in lines) == 1
+    assert lines[-2].startswith("voc: threshold 0.95, 20 classes and background")
+    assert lines[-1].startswith("voc20: threshold none, 20 classes, names from tables/voc.json")
 
 
 def test_every_published_row_has_a_source():

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from ovseg_jax.data.benchmarks.folders import LabeledFolder, find_root, png_values, require
+from ovseg_jax.data.benchmarks.folders import (
+    LabeledFolder,
+    find_root,
+    png_values,
+    require,
+    require_equal_sizes,
+)
 from ovseg_jax.data.benchmarks.tables import class_table
 from ovseg_jax.errors import UserError
 
@@ -23,6 +29,7 @@ def open_ade20k(directory: str | Path, field: str) -> LabeledFolder:
     images = tuple(root / IMAGES / f"{key}.jpg" for key in keys)
     masks = [root / MASKS / f"{key}.png" for key in keys]
     require(NAME, images)
+    require_equal_sizes(NAME, images, masks)
     table = class_table(NAME)
     return LabeledFolder(
         NAME, table, root, "gray", keys, images, lambda i: table.relabel(png_values(masks[i]))

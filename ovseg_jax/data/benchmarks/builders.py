@@ -71,7 +71,9 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = OPENERS[self.BENCHMARK](os.fspath(dl_manager.manual_dir), "manual_dir")
+        folder = OPENERS[self.BENCHMARK](os.fspath(dl_manager.manual_dir), "manual_dir, or --dir")
+        # Known only now; it is written with the rest when the data set is complete.
+        self.info.metadata.update(form=folder.form, differs=folder.differs)
         return {SPLIT: self._generate_examples(folder)}
 
     def _generate_examples(self, folder: LabeledFolder) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -150,6 +152,8 @@ def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
     """
     if name not in BUILDERS:
         raise UserError(f"there is no evaluation set {name!r}; there are: {', '.join(BUILDERS)}")
+    if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
+        raise UserError(f"benchmark {name}: {folder} is no folder, or an empty one; correct --dir")
     builder = BUILDERS[name](data_dir=str(data_dir), file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=str(folder))
     builder.download_and_prepare(download_config=config)

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from ovseg_jax.data.benchmarks.folders import LabeledFolder, find_root, png_values, require
+from ovseg_jax.data.benchmarks.folders import (
+    LabeledFolder,
+    find_root,
+    png_values,
+    require,
+    require_equal_sizes,
+)
 from ovseg_jax.data.benchmarks.tables import class_table
 from ovseg_jax.errors import UserError
 
@@ -27,6 +33,7 @@ def open_cityscapes(directory: str | Path, field: str) -> LabeledFolder:
         for mask, key in zip(masks, keys, strict=True)
     )
     require(NAME, images)
+    require_equal_sizes(NAME, images, masks)
     table = class_table(NAME)
     return LabeledFolder(
         NAME, table, root, "labelIds", keys, images, lambda i: table.relabel(png_values(masks[i]))

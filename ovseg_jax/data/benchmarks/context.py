@@ -27,6 +27,7 @@ from ovseg_jax.data.benchmarks.folders import (
     png_values,
     read_names,
     require,
+    require_equal_sizes,
 )
 from ovseg_jax.data.benchmarks.tables import ClassTable, class_table
 from ovseg_jax.errors import UserError
@@ -64,6 +65,7 @@ def _open_png(root: Path, split: str) -> LabeledFolder:
     keys = read_names(NAME, listed)
     images, masks = _images(root, keys), tuple(root / PNG / f"{key}.png" for key in keys)
     require(NAME, (*images, *masks))
+    require_equal_sizes(NAME, images, masks)
     numbers = tuple(range(1, len(table.names) + 1))
     return LabeledFolder(
         NAME,
@@ -72,7 +74,7 @@ def _open_png(root: Path, split: str) -> LabeledFolder:
         "png",
         keys,
         images,
-        lambda index: table.relabel(png_values(masks[index]), numbers),
+        lambda index: table.relabel(png_values(masks[index]), numbers, len(numbers)),
     )
 
 

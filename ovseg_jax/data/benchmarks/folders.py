@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
-from ovseg_jax.data.benchmarks.tables import ClassTable
+from ovseg_jax.data.benchmarks.tables import ClassTable, WrongLabels
 from ovseg_jax.errors import UserError
 
 # Missing files that a message names before it only counts them.
 _NAMED = 5
+LABEL_MODES = ("L", "P", "I", "I;16")  # of Pillow: one number a pixel
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LabeledFolder:
       keys: one name an image, in the official order.
       images: their files.
       read_labels: (index) -> labels as `table` numbers them.
+      differs: in what these labels are not those that published scores were computed from.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LabeledFolder:
     keys: tuple[str, ...]
     images: tuple[Path, ...]
     read_labels: Callable[[int], UInt8[np.ndarray, "H W"]]
+    differs: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,6 +64,11 @@ class LabeledFolder:
             return self.read_labels(index)
         except UserError:
             raise
+        except WrongLabels as error:
+            raise UserError(
+                f"benchmark {self.name}: the labels of {self.keys[index]} in {self.root} {error}: "
+                "they are not the official ones; unpack those again"
+            ) from error
         except Exception as error:
             # Decoders of images, .mat and JSON files raise nearly anything on damaged files.
             raise UserError(
@@ -79,19 +87,18 @@ def find_root(
       directory: what the user gave.
       below: where the layout may begin under it, '' for itself.
       needed: folders and files that it must hold; 'a|b' is satisfied by either.
-      field: of the config that holds `directory`, for messages.
+      field: flag or config field that holds `directory`, for messages.
 
     Raises:
       UserError: none has them all; it names what the likeliest one lacks.
     """
     if not str(directory):
         raise UserError(
-            f"benchmark {name} needs its official folder (with {_listed(needed)}): give "
-            f"--{field}=FOLDER"
+            f"benchmark {name} needs its official folder (with {_listed(needed)}): give --{field}"
         )
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"benchmark {name}: {field} = {str(directory)!r} is no folder")
+        raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")
     lacking = {}
     for place in below:
         root = directory / place
@@ -105,7 +112,7 @@ def find_root(
     root = min(lacking, key=lambda place: len(lacking[place]))
     raise UserError(
         f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
-        f"there, or point {field} at the folder that has them"
+        f"there, or point --{field} at the folder that has them"
     )
 
 
@@ -136,6 +143,47 @@ def require(name: str, files: Iterable[Path]) -> None:
         )
 
 
+def require_equal_sizes(name: str, images: Sequence[Path], masks: Sequence[Path]) -> None:
+    """Checks by their headers that every label file holds labels, one a pixel of its image.
+
+    Raises:
+      UserError: naming the first few that do not, with their number.
+    """
+    wrong = []
+    for image, mask in zip(images, masks, strict=True):
+        try:
+            size = upright_size(image)
+            with Image.open(mask) as labels:
+                if labels.mode not in LABEL_MODES:
+                    wrong.append(
+                        f"{mask} holds {labels.mode} pixels and should hold one label each"
+                    )
+                elif labels.size != size:
+                    wrong.append(
+                        f"{mask} has {labels.width}x{labels.height} pixels, its image "
+                        f"{size[0]}x{size[1]}"
+                    )
+        except OSError as error:
+            wrong.append(f"{error} (of {image.name} and {mask.name})")
+    if wrong:
+        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise UserError(
+            f"benchmark {name}: {len(wrong)} of {len(masks)} label files cannot be used: "
+            f"{'; '.join(wrong[:_NAMED])}{more}"
+        )
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is decoded, from its header alone.
+
+    Raises:
+      OSError: it is no image.
+    """
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
 def read_names(name: str, path: Path) -> tuple[str, ...]:
     """The names of a split's images: the first word of each line, without folder and suffix.
 
@@ -159,7 +207,7 @@ def png_values(path: Path) -> Integer[np.ndarray, "H W"]:
       UserError: it has colors, not labels.
     """
     with Image.open(path) as image:
-        if image.mode not in ("L", "P", "I", "I;16"):
+        if image.mode not in LABEL_MODES:
             raise UserError(
                 f"{path} holds {image.mode} pixels and should hold one label each; copy the "
                 "official file again"

@@ -1,5 +1,6 @@
 """Evaluation sets that `builders` has written, read back without TensorFlow."""
 
+import functools
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,16 +35,25 @@ def prepared_folder(name: str, directory: str | Path) -> Path | None:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """A written evaluation set; it offers what `folders.LabeledFolder` does, but for the keys."""
+    """A written evaluation set; it offers what `folders.LabeledFolder` does.
+
+    `form` is 'tfds' and that of the folder it was written from.
+    """
 
     name: str
     table: ClassTable
     root: Path
     source: Any = field(repr=False)
-    form = "tfds"
+    form: str
+    differs: str
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @functools.cached_property
+    def keys(self) -> tuple[str, ...]:
+        """One name an image, in the official order."""
+        return tuple(self.source[i]["key"].decode() for i in range(len(self.source)))
 
     def image_bytes(self, index: int) -> bytes:
         """An image as it was found in the official folder."""
@@ -81,4 +91,8 @@ def open_prepared(name: str, directory: str | Path) -> PreparedSet:
         raise UserError(
             f"benchmark {name}: {directory} holds the data set {found!r}, not 'ovseg_{name}'"
         )
-    return PreparedSet(name, class_table(name), directory, source)
+    metadata = builder.info.metadata or {}
+    form = f"tfds, {metadata.get('form', 'unknown')}"
+    return PreparedSet(
+        name, class_table(name), directory, source, form, metadata.get("differs", "")
+    )

@@ -1,8 +1,9 @@
 """The classes of the evaluation sets: names, words, label values, colors; from JSON files.
 
 Each file of ``tables/`` has a title, where the annotation comes from, the rule by which labels
-become classes, and the classes: their official name, the word that prompts use for them (the
-published models' where that differs), their value in the official label files, and their color.
+become classes, the values that may occur, and the classes: their official name, the word that
+prompts use for them (the published models' where that differs), their value in the official label
+files, and their color.
 """
 
 import functools
@@ -16,6 +17,10 @@ from jaxtyping import Integer, UInt8
 IGNORE = 255  # pixels that count for nothing
 
 
+class WrongLabels(ValueError):
+    """A label file has values that the evaluation set does not have: it is of another kind."""
+
+
 @dataclass(frozen=True)
 class ClassTable:
     """The C classes of one evaluation set.
@@ -23,6 +28,8 @@ class ClassTable:
     Attributes:
       title, source, rule: in words, for reports.
       background: whether label 0 is background; then class i has label i + 1, otherwise i.
+      largest, unlabeled: values in official label files reach from 0 to `largest`; whether 255 may
+        occur besides.
       names: official names. words: what prompts call them.
       values: of the classes in the official label files.
       colors: RGB.
@@ -32,6 +39,8 @@ class ClassTable:
     source: str
     rule: str
     background: bool
+    largest: int
+    unlabeled: bool
     names: tuple[str, ...]
     words: tuple[str, ...]
     values: tuple[int, ...]
@@ -43,15 +52,31 @@ class ClassTable:
         return 0 if self.background else IGNORE
 
     def relabel(
-        self, official: Integer[np.ndarray, "H W"], values: tuple[int, ...] | None = None
+        self,
+        official: Integer[np.ndarray, "H W"],
+        values: tuple[int, ...] | None = None,
+        largest: int | None = None,
     ) -> UInt8[np.ndarray, "H W"]:
         """Labels from the values of official files.
 
         Args:
-          values: of the classes, in place of the table's.
+          values: of the classes, in place of the table's. largest: likewise.
+
+        Raises:
+          WrongLabels: a value that cannot be there. Taken for background, or ignored, it would
+            change scores in silence: it shows that labels are of another set, or were shifted.
         """
         values = self.values if values is None else values
-        lookup = np.full(max(int(official.max(initial=0)), *values) + 1, self.other, np.uint8)
+        largest = self.largest if largest is None else largest
+        wrong = (official < 0) | (official > largest)
+        if self.unlabeled:
+            wrong &= official != IGNORE
+        if wrong.any():
+            raise WrongLabels(
+                f"have the value {int(official[wrong][0])}, and there are 0 to {largest}"
+                f"{f' and {IGNORE}' if self.unlabeled else ''} alone"
+            )
+        lookup = np.full(max(largest, IGNORE, *values) + 1, self.other, np.uint8)
         lookup[list(values)] = np.arange(len(values)) + self.background
         return lookup[official]
 
@@ -73,6 +98,8 @@ def class_table(name: str) -> ClassTable:
         source=document["source"],
         rule=document["rule"],
         background=document["background"],
+        largest=document["largest"],
+        unlabeled=document["unlabeled"],
         names=tuple(entry["name"] for entry in classes),
         words=tuple(entry["word"] for entry in classes),
         values=tuple(entry["label"] for entry in classes),

@@ -11,6 +11,7 @@ from ovseg_jax.data.benchmarks.folders import (
     png_values,
     read_names,
     require,
+    require_equal_sizes,
 )
 from ovseg_jax.data.benchmarks.tables import IGNORE, class_table
 
@@ -30,6 +31,7 @@ def open_voc(directory: str | Path, field: str, split: str = "val") -> LabeledFo
     images = tuple(root / "JPEGImages" / f"{key}.jpg" for key in keys)
     masks = tuple(root / "SegmentationClass" / f"{key}.png" for key in keys)
     require(NAME, (*images, *masks))
+    require_equal_sizes(NAME, images, masks)
     table = class_table(NAME)
 
     def read_labels(index: int) -> UInt8[np.ndarray, "H W"]:

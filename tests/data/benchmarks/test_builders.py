@@ -98,9 +98,22 @@ def test_command_line(tmp_path, capsys):
     assert len(open_prepared("ade20k", written)) == 2
 
 
+def test_which_labels_it_was_written_from_is_kept(tmp_path):
+    table = class_table("coco_object")
+    mini.coco_object(tmp_path / "coco", dict(zip(table.values, table.names, strict=True)))
+    prepared = open_prepared("coco_object", build("coco_object", tmp_path / "coco", tmp_path))
+    folder = OPENERS["coco_object"](tmp_path / "coco", "")
+    assert prepared.form == "tfds, instances" and prepared.differs == folder.differs != ""
+    assert prepared.keys == folder.keys
+
+
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(UserError, match="ade20k"):
         build("ade", tmp_path, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    for place in ("none", "empty"):
+        with pytest.raises(UserError, match=f"{place} is no folder, or an empty one"):
+            build("voc", tmp_path / place, tmp_path / "out")
     with pytest.raises(UserError, match="SegmentationClass"):
         build("voc", tmp_path, tmp_path / "out")
     mini.voc(tmp_path / "official")

@@ -67,6 +67,26 @@ def test_overlapping_objects_and_crowds(tmp_path):
     assert not folder.labels(2).any()  # an image without objects belongs to the set
 
 
+def test_objects_from_pixel_maps(tmp_path):
+    """What published scores were computed from: things alone, stuff and unlabeled background."""
+    maps = mini.coco_stuff(tmp_path)
+    folder = OPENERS["coco_object"](tmp_path, FIELD)
+    assert (folder.form, folder.keys, folder.differs) == ("pixel maps", tuple(maps), "")
+    names = ("background", *class_table("coco_object").names)
+    called = {0: "person", 12: "stop sign", 89: "toothbrush"}
+    for index, values in enumerate(maps.values()):
+        found = folder.labels(index)
+        for value in np.unique(values):
+            (label,) = np.unique(found[values == value])
+            assert names[label] == called.get(int(value), "background"), value
+    # With the instances beside them, the maps are taken; without, it is said that labels differ.
+    make("coco_object", tmp_path)
+    assert OPENERS["coco_object"](tmp_path, FIELD).form == "pixel maps"
+    (tmp_path / "stuffthingmaps").rename(tmp_path / "elsewhere")
+    other = OPENERS["coco_object"](tmp_path, FIELD)
+    assert other.form == "instances" and "pixel maps" in other.differs
+
+
 def test_context_from_merged_json(tmp_path):
     maps = mini.context_json(tmp_path)
     folder = OPENERS["context"](tmp_path, FIELD)
@@ -135,9 +155,9 @@ def test_a_missing_file_is_named(name, lost, tmp_path):
 def test_a_folder_of_something_else(name, said, tmp_path):
     with pytest.raises(UserError, match=said):
         OPENERS[name](tmp_path, FIELD)
-    with pytest.raises(UserError, match=f"{FIELD}.*is no folder"):
+    with pytest.raises(UserError, match=f"none is no folder; correct --{FIELD}"):
         OPENERS[name](tmp_path / "none", FIELD)
-    with pytest.raises(UserError, match=f"--{FIELD}=FOLDER"):
+    with pytest.raises(UserError, match=f"give --{FIELD}"):
         OPENERS[name]("", FIELD)
 
 
@@ -171,6 +191,26 @@ def test_damaged_labels(tmp_path):
         folder.labels(0)
     Image.new("RGB", (9, 6)).save(path)
     with pytest.raises(UserError, match="RGB pixels"):
+        folder.labels(0)
+
+
+@pytest.mark.parametrize("name", ["voc", "ade20k", "coco_stuff", "cityscapes"])
+def test_labels_of_another_kind_are_told_at_once(name, tmp_path):
+    """Sizes and kinds of all files when the folder is opened, values as they are read."""
+    make(name, tmp_path)
+    first, *_ = OPENERS[name](tmp_path, FIELD).images
+    key = first.stem.removesuffix("_leftImg8bit")
+    (mask,) = [p for p in tmp_path.rglob(f"{key}*.png") if p != first and "instance" not in p.name]
+    good = np.asarray(Image.open(mask))
+    Image.fromarray(good[1:]).save(mask)
+    with pytest.raises(UserError, match="1 of . label files cannot be used: .* its image 9x6"):
+        OPENERS[name](tmp_path, FIELD)
+    Image.fromarray(good).convert("RGB").save(mask)
+    with pytest.raises(UserError, match="holds RGB pixels"):
+        OPENERS[name](tmp_path, FIELD)
+    Image.fromarray(np.full_like(good, 230)).save(mask)
+    folder = OPENERS[name](tmp_path, FIELD)
+    with pytest.raises(UserError, match=f"labels of {key} .* have the value 230"):
         folder.labels(0)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.data.benchmarks import OPENERS, class_table
+from ovseg_jax.data.benchmarks.tables import WrongLabels
 
 COUNTS = {
     "voc": (20, True),
@@ -57,12 +58,24 @@ def test_known_classes(name, index, official, word, value, color):
 
 
 def test_relabel_with_and_without_background():
-    official = np.array([[0, 1, 20, 21, 200]])
-    assert class_table("voc").relabel(official).tolist() == [[0, 1, 20, 0, 0]]
-    assert class_table("ade20k").relabel(official).tolist() == [[255, 0, 19, 20, 255]]
-    assert class_table("voc").relabel(official, tuple(range(181, 201))).tolist() == [
-        [0, 0, 0, 0, 20]
-    ]
+    official = np.array([[0, 1, 20, 150]])
+    assert class_table("ade20k").relabel(official).tolist() == [[255, 0, 19, 149]]
+    voc = class_table("voc")
+    assert voc.relabel(official[:, :3]).tolist() == [[0, 1, 20]]
+    assert voc.relabel(np.array([[0, 255]])).tolist() == [[0, 0]]  # its module puts 255 back
+    assert voc.relabel(official, tuple(range(131, 151)), 150).tolist() == [[0, 0, 0, 20]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("voc", 21), ("voc", 254), ("ade20k", 151), ("ade20k", 255), ("coco_stuff", 182),
+     ("cityscapes", 34), ("context", 460), ("coco_object", 200)],
+)  # fmt: skip
+def test_values_that_no_official_file_has(name, value):
+    """ADE20K with 255 is a file whose labels were shifted by one already."""
+    with pytest.raises(WrongLabels, match=f"value {value}, and there are 0 to"):
+        class_table(name).relabel(np.array([[0, 1, value]]))
+    class_table(name).relabel(np.array([[0, class_table(name).largest]]))
 
 
 def test_palettes_have_black_background_and_white_ignore():
