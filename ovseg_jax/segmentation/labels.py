@@ -235,8 +235,7 @@ def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarra
         cosines = one.group_cosines, one.image_cosines
         p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
     else:
-        p = readout.probabilities(one.cells, protocol.scale)
-        p = readout.held_to_image(p, one.image_margins(), protocol.image_scale)
+        p = _held(one.cells, one.image_margins(), protocol.scale, protocol.image_scale)
     return np.asarray(p)
 
 

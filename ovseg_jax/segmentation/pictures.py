@@ -29,7 +29,8 @@ def overlay(
 ) -> Image.Image:
     """The image with its regions tinted and outlined, and a legend below of the classes in it.
 
-    With `background`, label 0 is left as it is and label i is class i - 1; without, label i is
+    With `background`, label 0 is left as it is (the legend has it only where there is nothing else)
+    and label i is class i - 1; without, label i is
     class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
 
     Args:
@@ -40,7 +41,7 @@ def overlay(
     image, labels = (x[::step, ::step] for x in (image, labels.astype(np.int64, copy=False)))
     image, labels = (np.repeat(np.repeat(x, factor, 0), factor, 1) for x in (image, labels))
     mixed = _tinted(image, labels, len(class_names), background, opacity)
-    shown = labels[labels > 0] if background else labels
+    shown = labels[labels > 0] if background and labels.any() else labels
     legend = _legend(shown, class_names, background)
     picture = Image.fromarray(mixed)
     if names:

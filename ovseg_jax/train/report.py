@@ -106,8 +106,10 @@ class Progress:
         start = self._started.setdefault(label, time.monotonic())
         spent = max(time.monotonic() - start, 1e-6)
         left = spent / max(done, 1) * (total - done)
+        rate = f"{done / spent:.{0 if done > 10 * spent else 2}f}/s"
+        speed = f" ({rate}, {duration(left)} left)" if done else ""
         self.update(
-            f"{label}: {done}/{total} ({done / spent:.0f}/s, {duration(left)} left)",
+            f"{label}: {done}/{total}{speed}",
             final=done == total,
         )
 

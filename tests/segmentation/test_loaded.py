@@ -165,6 +165,17 @@ BAD = {
     "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
     "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),
     r"\[3, 40, 56\]": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "255 \\* x": lambda m, p: m.segment(PIXELS.astype(np.float32) / 255, ["cat"]),
+    "np.moveaxis": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "drop the fourth": lambda m, p: m.segment(np.zeros((4, 4, 4), np.uint8), ["cat"]),
+    "not NoneType": lambda m, p: m.segment([None], ["cat"]),
+    "no images": lambda m, p: m.embed_image([]),
+    "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
+    r"list of names, not \[1\]": lambda m, p: m.segment(PIXELS, [1]),
+    "a least probability": lambda m, p: m.segment(PIXELS, ["cat"], background=0.4),
+    "threshold is a probability": lambda m, p: m.segment(PIXELS, ["cat"], threshold="0.5"),
+    "words is -3": lambda m, p: m.segment(PIXELS, ["cat"], words=-3),
+    "scales cannot be 2.0": lambda m, p: ovseg_jax.load(p, scales=2.0),
     "is empty": lambda m, p: m.segment(PIXELS[:0], ["cat"]),
     "cannot be read: No such": lambda m, p: m.segment("/no.jpg", ["cat"]),
     "no image that can be read": lambda m, p: m.segment(__file__, ["cat"]),
@@ -173,7 +184,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_bad_input(reason, model, tmp_path):
+def test_bad_input(reason, model, directory, tmp_path):
+    if "scales" in reason:
+        tmp_path = directory
     with pytest.raises(UserError, match=reason):
         BAD[reason](model, tmp_path)
 
