@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import distance_transform_edt
+from scipy import ndimage
 
 from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
 from ovseg_jax.shapes import Float, UInt8
@@ -34,7 +34,7 @@ def overlay(
     class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
 
     Args:
-      names: also write each class's name where it is widest.
+      names: also write each class's name on its regions, where they are widest.
     """
     side = max(image.shape[:2])
     factor, step = max(1, round(2 * PANEL / side)), -(-side // LARGEST)
@@ -64,22 +64,23 @@ def _tinted(
 def _write_names(
     picture: Image.Image, labels: np.ndarray, class_names: Sequence[str], background: bool
 ) -> None:
-    """Names on their regions, in place, each at the pixel that is farthest from the region's edge;
-    regions that a name would hide are left to the legend."""
+    """Names on their regions, in place, in each connected part at the pixel that is farthest from
+    its edge; parts that a name would hide are left to the legend."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
     first = int(background)
     for label in np.unique(labels):
         if not first <= label < first + len(class_names):
             continue
         # With a margin of zeros, so that the edge of the image is an edge too.
-        inside = distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(inside.argmax(), inside.shape)
-        if inside[y, x] < FONT:
-            continue
+        inside = ndimage.distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
+        parts, count = ndimage.label(inside > 0)
         text = class_names[label - first]
         half = font.getlength(text) / 2
-        x = min(max(x, half + 2), picture.width - half - 2)
-        draw.text((x, y), text, PAPER, font, anchor="mm", stroke_width=3, stroke_fill=INK)
+        for y, x in ndimage.maximum_position(inside, parts, range(1, count + 1)):
+            if inside[y, x] < FONT:
+                continue
+            x = min(max(x, half + 2), picture.width - half - 2)
+            draw.text((x, y), text, PAPER, font, anchor="mm", stroke_width=3, stroke_fill=INK)
 
 
 def scene_panel(
