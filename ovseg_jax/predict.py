@@ -16,8 +16,14 @@ import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures
-from ovseg_jax.segmentation.outputs import FORMATS, check_formats, write_results
+from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
+from ovseg_jax.segmentation.outputs import (
+    FORMATS,
+    check_formats,
+    shown_file,
+    summary,
+    write_results,
+)
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.segmentation.word_lists import word_list
 from ovseg_jax.train.report import Progress
@@ -81,7 +87,11 @@ def main(argv: list[str]) -> int:
     words = background["background"]
     vocabulary = Vocabulary.of(classes, words if isinstance(words, list) else ())
     check_formats(args.formats, len(vocabulary.classes))
+    for name in ("words", "batch_size"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1, or 0 to choose")
     sources = find_pictures(args.images, sys.stdin, urls=args.urls, every=args.every)
+    result_names(sources)  # says now if two would write the same
     enable_compilation_cache()
     model = ovseg_jax.load(args.model, **_settings(args))
     out = Path(args.out)
@@ -101,30 +111,44 @@ def _segment(
     out: Path,
 ) -> int:
     """Does every image that can be done; 1 if any failed."""
-    progress, failed, done = Progress(), 0, 0
+    progress, failed, done, empty = Progress(), 0, 0, 0
     places = itertools.count()  # as `segment_each` counts: images that failed are not among them
     waiting: dict[int, tuple[Picture, np.ndarray]] = {}
+    written: dict[str, str] = {}
+
+    def fail(reason: str) -> None:
+        nonlocal failed
+        failed += 1
+        progress.say(f"error: {reason}")
 
     def readable() -> Iterator[np.ndarray]:
-        nonlocal failed
         for picture in pictures(sources, args.every):
+            if other := written.get(picture.name):
+                fail(f"{picture.source} would overwrite the result of {other}: rename one")
+                continue
             try:
                 image = picture.read()
             except UserError as error:
-                failed += 1
-                progress.say(f"error: {error}")
+                fail(str(error))
                 continue
+            written[picture.name] = picture.source
             waiting[next(places)] = (picture, image)
             yield image
 
-    options = {**background, "words": args.words, "batch_size": args.batch_size}
-    protocol = model.protocol.as_dict()
-    for index, found in model.segment_each(readable(), classes, **options):
+    progress.count("images", 0, len(sources))  # the rate is counted from here
+    for index, found in model.segment_each(
+        readable(), classes, **background, words=args.words, batch_size=args.batch_size
+    ):
         picture, image = waiting.pop(index)
-        files = write_results(out, picture.name, image, found, protocol, args.formats)
-        done += 1
-        print(f"{picture.source}: {files[-1]}")
+        files = write_results(out, picture.name, image, found, args.formats)
+        done, empty = done + 1, empty + (not found.labels.any())
+        print(f"{picture.source}: {summary(found)} -> {shown_file(files)}", flush=True)
         progress.count("images", done + failed, max(len(sources), done + failed))
+    if empty:
+        progress.say(
+            f"nothing was found in {empty} of {done} images. --words=N lets N words compete in all "
+            "(fewer find more), --background=0 or none asks for less certainty or for none"
+        )
     if failed:
         progress.say(f"{failed} of {done + failed} images failed")
     return 1 if failed else 0

@@ -45,7 +45,7 @@ def write_report(
         "names": names,
         "colors": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in table],
         "iou": [result["iou"][name] for name in names],
-        "images": [_entry(one, benchmark, groups) for one in chosen],
+        "images": [_entry(one, groups) for one in chosen],
         "ignored": IGNORE,
     }
     measures = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
@@ -64,10 +64,9 @@ def write_report(
     replace_file(path, page)
 
 
-def _entry(one: Chosen, benchmark: Benchmark, groups: int) -> dict[str, Any]:
+def _entry(one: Chosen, groups: int) -> dict[str, Any]:
     step = -(-max(one.image.shape[:2]) // WIDTH)
     small = tuple(x[::step, ::step] for x in (one.prediction, one.truth, one.groups % groups))
-    count, background = len(benchmark.class_names), benchmark.has_background
     height, width = small[0].shape
     return {
         "index": one.index,
@@ -84,7 +83,6 @@ def _entry(one: Chosen, benchmark: Benchmark, groups: int) -> dict[str, Any]:
         # Painted by the script, which reads the classes from them.
         "prediction": base64.b64encode(small[0].astype(np.uint8).tobytes()).decode(),
         "truth": base64.b64encode(small[1].astype(np.uint8).tobytes()).decode(),
-        "classes": sorted(set(np.unique(small[1]).tolist()) & set(range(count + background))),
     }
 
 

@@ -48,8 +48,7 @@ def find_pictures(
       every: see `pictures`; checked here, before any model is read.
 
     Raises:
-      UserError: nothing is named, a file does not exist, a folder or a glob has no image, or two
-        sources would give results of one name.
+      UserError: nothing is named, a file does not exist, or a folder or a glob has no image.
     """
     if every < 1:
         raise UserError("--every is a number of frames, at least 1")
@@ -64,15 +63,7 @@ def find_pictures(
         found += _expanded(entry, urls)
     if not found:
         raise UserError("--images is empty: name at least one file")
-    names: dict[str, str] = {}
-    for source in found:
-        if other := names.get(_name(source)):
-            raise UserError(
-                f"{other} and {source} would both write {_name(source)!r}: rename one, or use two "
-                "calls with another --out"
-            )
-        names[_name(source)] = source
-    return found
+    return list(dict.fromkeys(found))  # what is named twice is done once
 
 
 def _expanded(entry: str, urls: bool) -> list[str]:
@@ -96,10 +87,48 @@ def _expanded(entry: str, urls: bool) -> list[str]:
     raise UserError(f"{entry} does not exist")
 
 
-def _name(source: str) -> str:
+def result_names(sources: Sequence[str]) -> dict[str, str]:
+    """What the results of each source are called: its name without suffix, and for those that share
+    it also as many folders above (and then the suffix) as tell them apart.
+
+    ``a/x.jpg, b/x.jpg, b/y.jpg, b/y.png`` give ``a_x, b_x, b_y_jpg, b_y_png``.
+
+    Raises:
+      UserError: that does not tell two of them apart.
+    """
+    parts = {source: _parts(source) for source in sources}
+    depths = dict.fromkeys(sources, 0)
+    most = max((len(each) for each in parts.values()), default=0)
+
+    def name(source: str) -> str:
+        *folders, stem, suffix = parts[source]
+        depth = depths[source]
+        last = [suffix] if suffix and depth > len(folders) else []
+        return "_".join([*folders[max(len(folders) - depth, 0) :], stem, *last])
+
+    for _ in range(most + 1):
+        shared: dict[str, list[str]] = {}
+        for source in sources:
+            shared.setdefault(name(source), []).append(source)
+        clashes = [same for same in shared.values() if len(same) > 1]
+        if not clashes:
+            return {source: name(source) for source in sources}
+        for source in (source for same in clashes for source in same):
+            depths[source] += 1
+    one, other, *_ = clashes[0]
+    raise UserError(
+        f"{one} and {other} would both write {name(one)!r}: rename one, or use two calls with "
+        "another --out"
+    )
+
+
+def _parts(source: str) -> list[str]:
+    """Folders, the name without suffix, and the suffix without its dot."""
     if _ADDRESS.match(source):
-        source = re.sub(r"[?#].*", "", source).rstrip("/")
-    return Path(source).stem
+        source = re.sub(r"[?#].*", "", _ADDRESS.sub("", source)).rstrip("/")
+    path = Path(source)
+    folders = [part for part in path.parent.parts if part not in (path.anchor, ".", "..")]
+    return [*folders, path.stem or "image", path.suffix[1:]]
 
 
 def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
@@ -107,18 +136,19 @@ def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
 
     A source that cannot be read comes as one picture whose `read` raises.
     """
-    for source in sources:
+    names = result_names(sources)
+    for source, name in names.items():
         suffix = Path(source).suffix.lower()
         if _ADDRESS.match(source):
-            yield Picture(source, _name(source), lambda source=source: _downloaded(source))
+            yield Picture(source, name, lambda source=source: _downloaded(source))
         elif suffix in (*ANIMATED, *VIDEOS):
-            yield from _frames(source, every, _animation if suffix in ANIMATED else _video)
+            yield from _frames(source, name, every, _animation if suffix in ANIMATED else _video)
         else:
-            yield Picture(source, _name(source), lambda source=source: read_image(source))
+            yield Picture(source, name, lambda source=source: read_image(source))
 
 
 def _frames(
-    source: str, every: int, decode: Callable[[str], Iterator[np.ndarray]]
+    source: str, name: str, every: int, decode: Callable[[str], Iterator[np.ndarray]]
 ) -> Iterator[Picture]:
     frames, number = decode(source), 0
     while True:
@@ -132,11 +162,12 @@ def _frames(
             def fail(problem: UserError = problem) -> np.ndarray:
                 raise problem
 
-            yield Picture(source, f"{_name(source)}_{number:06d}", fail)
+            yield Picture(source, f"{name}_{number:06d}", fail)
             return
         if number % every == 0:
-            name = f"{_name(source)}_{number:06d}"
-            yield Picture(f"{source}, frame {number}", name, lambda frame=frame: frame)
+            yield Picture(
+                f"{source}, frame {number}", f"{name}_{number:06d}", lambda frame=frame: frame
+            )
         number += 1
 
 
@@ -154,7 +185,9 @@ def _video(source: str) -> Iterator[np.ndarray]:
     try:
         with av.open(source) as container:
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                # Phones store upright videos lying, with the angle (counterclockwise) beside.
+                turns = round(getattr(frame, "rotation", 0) / 90) % 4
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
     except (OSError, ValueError, IndexError) as error:  # PyAV's errors are kinds of these
         raise UserError(f"{source} cannot be read as a video ({error})") from None
 

@@ -1,5 +1,6 @@
 """Label maps at the size of the images, from the scores of their windows."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
-from ovseg_jax.segmentation import one_group, readout, windows
+from ovseg_jax.segmentation import magnified, one_group, readout, windows
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import ImageScores
@@ -51,7 +52,9 @@ def _labels_of(
 ) -> Integer[np.ndarray, "B H W"]:
     if protocol.grouping == "one_group":
         return np.stack([_one_group_labels(one, protocol, owners) for one in same])
-    label = _prepared(same, protocol, owners, group)
+    words = same[0].group_cosines.shape[-1]
+    large = magnified.worth_it(same[0].size, _base(same[0], protocol), words)
+    label = (_prepared_large if large else _prepared)(same, protocol, owners, group)
     if not protocol.min_area:
         return label(protocol.threshold, None)
     # The rule counts pixels of the best class, before the threshold.
@@ -115,6 +118,64 @@ def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, g
     return label
 
 
+def _prepared_large(
+    same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int
+) -> Any:
+    """What `_prepared` gives, for images that are much larger than they were segmented at."""
+    base, size, late = _base(same[0], protocol), same[0].size, _late(protocol)
+    if protocol.order == "argmax_first":
+        # Nearest neighbors: each pixel has the label of one pixel of the segmented image.
+        rows, columns = (windows.nearest_cells(n, m) for n, m in zip(size, base, strict=True))
+        small = _prepared(
+            [dataclasses.replace(one, size=base) for one in same], protocol, owners, group
+        )
+        return lambda threshold, kept: small(threshold, kept)[:, rows][:, :, columns]
+
+    def label(threshold: float | None, kept: Any) -> Integer[np.ndarray, "B H W"]:
+        found = np.empty((len(same), *size), np.int32)
+        for place, one in enumerate(same):
+            rows, words = _score_rows(one, protocol)
+            found[place] = magnified.magnified_labels(
+                rows,
+                base,
+                size,
+                words=words,
+                band_floats=BAND_FLOATS,
+                threshold=threshold,
+                owners=owners,
+                late_scale=protocol.scale if late else None,
+                kept=None if kept is None else kept[place],
+            )
+        return found
+
+    return label
+
+
+def _base(one: ImageScores, protocol: Protocol) -> tuple[int, int]:
+    """(height, width) at which the image was segmented, before any other scales."""
+    return windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
+
+
+def _score_rows(one: ImageScores, protocol: Protocol) -> tuple[magnified.ScoreRows, int]:
+    """Scores of rows of the image as it was segmented, and of how many words."""
+    if protocol.refined:
+        maps = _refined(one, protocol)[0][0]
+        return lambda rows: maps[rows], maps.shape[-1]
+    maps = jnp.asarray(one.cells)
+    if not _late(protocol):
+        maps = _held(maps, one.image_margins(), protocol.scale, protocol.image_scale)
+    down, across = one.weights(_base(one, protocol))
+    return lambda rows: _spread(maps[None], down[rows], across)[0], maps.shape[-1]
+
+
+@jax.jit
+def _held(cells, margins, scale, image_scale):
+    return readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
+
+
+_spread = jax.jit(readout.spread)
+
+
 def _late(protocol: Protocol) -> bool:
     """Whether the softmax over classes comes last."""
     return protocol.averaged == "cosines"
@@ -123,7 +184,7 @@ def _late(protocol: Protocol) -> bool:
 def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
     """Scores [1, h, w, W] at the protocol's size: the mean over the image's views, then refined by
     its colors. Also no margins [1, 1, 1, W]: they are in the scores."""
-    total, base = None, windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
+    total, base = None, _base(one, protocol)
     for view in (one, *one.more):
         rows, columns = view.weights(base)
         part = _view_map(
@@ -145,11 +206,8 @@ def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
 
 @jax.jit(static_argnames=("late",))
 def _view_map(cells, margins, rows, columns, scale, image_scale, late):
-    maps = cells[None]
-    if not late:
-        maps = readout.probabilities(maps, scale)
-        maps = readout.held_to_image(maps, margins[None], image_scale)
-    return readout.spread(maps, rows, columns)[0]
+    maps = jnp.asarray(cells) if late else _held(cells, margins, scale, image_scale)
+    return readout.spread(maps[None], rows, columns)[0]
 
 
 def _one_group_labels(
@@ -177,8 +235,7 @@ def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarra
         cosines = one.group_cosines, one.image_cosines
         p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
     else:
-        p = readout.probabilities(one.cells, protocol.scale)
-        p = readout.held_to_image(p, one.image_margins(), protocol.image_scale)
+        p = _held(one.cells, one.image_margins(), protocol.scale, protocol.image_scale)
     return np.asarray(p)
 
 

@@ -1,5 +1,6 @@
 """A model directory as one object that segments images: what `ovseg_jax.load` gives."""
 
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,12 +48,17 @@ class Segmentation:
       classes: their names; the first word of each that was given with synonyms.
       scores: of each class, its highest probability anywhere in the image, 0 to 1. Probabilities
         compare the words that compete, so they depend on the list of classes.
+      competitors: the words beside the classes' own that could win a pixel, which then is
+        background.
+      protocol: how the labels were made, with the threshold that was used.
       parts: what the labels were made of, window by window.
     """
 
     labels: Int[np.ndarray, "H W"]
     classes: tuple[str, ...]
     scores: Float[np.ndarray, "C"]
+    competitors: tuple[str, ...] = field(repr=False)
+    protocol: Protocol = field(repr=False)
     parts: ImageScores = field(repr=False, compare=False)
 
     @property
@@ -148,6 +154,7 @@ class LoadedModel:
         Args:
           images: read as they are needed.
         """
+        _check_options(background, threshold, words)
         vocabulary, protocol = self._competition(classes, background, threshold, words)
         scored = image_scores(
             without_index(self._segmenter.encode),
@@ -157,13 +164,25 @@ class LoadedModel:
             batch_size=self._whole_batch(batch_size),
         )
         owners = np.array(vocabulary.owners)
+        pairs = zip(vocabulary.words, vocabulary.owners, strict=True)
+        others = tuple(word for word, owner in pairs if owner == BACKGROUND)
         for one, labels in label_maps(scored, protocol, vocabulary.owners, group=1):
             p = class_probabilities(one, protocol).reshape(-1, len(owners)).max(axis=0)
             best = np.zeros(len(vocabulary.classes), np.float32)
             np.maximum.at(best, owners[owners != BACKGROUND], p[owners != BACKGROUND])
             # Without background, labels count the classes from 0.
             shifted = labels if protocol.threshold is not None else labels + 1
-            yield one.index, Segmentation(shifted.astype(np.int32), vocabulary.classes, best, one)
+            yield (
+                one.index,
+                Segmentation(
+                    labels=shifted.astype(np.int32, copy=False),
+                    classes=vocabulary.classes,
+                    scores=best,
+                    competitors=others,
+                    protocol=protocol,
+                    parts=one,
+                ),
+            )
 
     def embed_image(
         self, images: AnyImage | Sequence[AnyImage], batch_size: int = 0
@@ -175,11 +194,16 @@ class LoadedModel:
 
         Args:
           images, batch_size: see `segment`; a single image gives one row.
+
+        Raises:
+          UserError: no image, or one that cannot be read.
         """
         many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
         side, rows = self.protocol.window, []
         size = self._whole_batch(batch_size)
         squares = [_middle(read_image(x), side) for x in (images if many else [images])]
+        if not squares:
+            raise UserError("no images: give at least one")
         for start in range(0, len(squares), size):
             part = np.stack(squares[start : start + size])
             padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
@@ -198,18 +222,20 @@ class LoadedModel:
         Raises:
           UserError: no text, or a template without {}.
         """
-        if isinstance(texts, str) or not len(texts):
-            raise UserError("texts is a list of at least one text")
-        templates = self.protocol.templates if templates is None else tuple(templates)
+        texts = () if isinstance(texts, str) else tuple(texts)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError("texts is a list of at least one text, none of them empty")
+        templates = self.protocol.templates if templates is None else templates
+        templates = () if isinstance(templates, str) else tuple(templates)
         if not templates or any("{}" not in template for template in templates):
             raise UserError("templates need at least one text, each with {} for the name")
-        return self._segmenter.text(tuple(texts), templates)
+        return self._segmenter.text(texts, templates)
 
     def _whole_batch(self, batch_size: int) -> int:
         """The least number of windows, from `batch_size` on, that all devices share evenly."""
-        if batch_size < 0:
+        if not isinstance(batch_size, int) or batch_size < 0:
             raise UserError(
-                f"batch_size is {batch_size}; it must be at least 1, or 0 to choose one"
+                f"batch_size is {batch_size!r}; it must be at least 1, or 0 to choose one"
             )
         batch_size = batch_size or default_batch(self.protocol.window)
         return -(-batch_size // self._shards) * self._shards
@@ -222,8 +248,6 @@ class LoadedModel:
         words: int,
     ) -> tuple[Vocabulary, Protocol]:
         """The words that compete for a pixel, and the protocol with its threshold."""
-        if isinstance(background, str):
-            raise UserError(f"background is a list of words: [{background!r}], not one text")
         if background is False:
             return Vocabulary.of(classes), self.protocol.replace(threshold=None, thresholds={})
         if background is True:
@@ -243,6 +267,25 @@ class LoadedModel:
                 self._embeddings.pop(next(iter(self._embeddings)))
             self._embeddings[words] = self._segmenter.text(words, self.protocol.templates)
         return self._embeddings[words]
+
+
+def _check_options(background: Any, threshold: Any, words: Any) -> None:
+    """Raises UserError for options of `LoadedModel.segment` that are not what it says."""
+    if isinstance(background, str):
+        raise UserError(f"background is a list of words: [{background!r}], not one text")
+    if not isinstance(background, bool) and (
+        not isinstance(background, list | tuple) or not background
+    ):
+        raise UserError(
+            f"background is True, False, or a list of words for it; not {background!r} (a least "
+            "probability is given as threshold)"
+        )
+    if not (threshold is None or isinstance(threshold, numbers.Real)):
+        raise UserError(f"threshold is a probability, or None for the model's; not {threshold!r}")
+    if not isinstance(words, int) or words < 0:
+        raise UserError(
+            f"words is {words!r}; it must be at least 1, or 0 to take as many as in calibration"
+        )
 
 
 def _middle(image: np.ndarray, side: int) -> np.ndarray:
@@ -269,14 +312,32 @@ def read_image(image: AnyImage) -> np.ndarray:
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}") from None
         except UnreadableImage as error:
-            raise UserError(f"{name} is no image that can be read: {error.cause}") from None
+            raise UserError(f"{name} is no image that can be read: {error}") from None
+    if not hasattr(image, "__array__"):
+        kind = type(image).__name__
+        raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
     array = np.asarray(image)
     gray = array.ndim == 2
     if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):
         raise UserError(
             f"an image as an array is uint8 [height, width, 3], 0 to 255, RGB; not {array.dtype} "
-            f"{list(array.shape)}"
+            f"{list(array.shape)}{_advice(array)}"
         )
     if 0 in array.shape:
         raise UserError(f"an image of {array.shape[0]} x {array.shape[1]} pixels is empty")
     return np.repeat(array[..., None], 3, axis=2) if gray else array
+
+
+def _advice(array: np.ndarray) -> str:
+    """What to do about an array that is no image, where that is plain."""
+    if array.ndim != 3:
+        return ""
+    if array.shape[2] == 4:
+        return (
+            ": drop the fourth channel, or give a PIL image, whose transparent parts become white"
+        )
+    if array.shape[0] == 3 and array.shape[2] != 3:
+        return ": the channels come last, as np.moveaxis(x, 0, -1) brings them"
+    if np.issubdtype(array.dtype, np.floating):
+        return ": for values from 0 to 1, (255 * x).round().astype('uint8')"
+    return ""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import magnified
 from ovseg_jax.segmentation.readout import spread
 from ovseg_jax.segmentation.windows import bilinear_taps, bilinear_weights
 from ovseg_jax.shapes import Array, Float, Int
@@ -71,6 +72,26 @@ def pixel_groups(
     return jnp.argmax(spread(soft, rows, columns), axis=-1).astype(jnp.int32)
 
 
+def canvas(
+    members: Int[AnyArray, "windows h w"],
+    tables: Float[AnyArray, "windows K N"],
+    row: Int[AnyArray, " H"],
+    corners: tuple[tuple[int, int], ...],
+    width: int,
+) -> Float[Array, "H width N"]:
+    """Mean over windows of the scores on some rows of the image as it was segmented; the arguments
+    are those of `label_band`."""
+    (height, across), row = members.shape[1:], jnp.asarray(row)
+    total = jnp.zeros((row.shape[0], width, tables.shape[-1]), jnp.float32)
+    cover = jnp.zeros((row.shape[0], width, 1), jnp.float32)
+    for index, (top, left) in enumerate(corners):
+        inside = ((row >= top) & (row < top + height))[:, None, None].astype(jnp.float32)
+        scores = tables[index][members[index][jnp.clip(row - top, 0, height - 1)]]
+        total = total.at[:, left : left + across].add(scores * inside)
+        cover = cover.at[:, left : left + across].add(inside)
+    return total / cover
+
+
 def label_band(
     members: Int[AnyArray, "windows h w"],
     tables: Float[AnyArray, "windows K N"],
@@ -87,22 +108,10 @@ def label_band(
       corners: (top, left) of each window in the image as it was segmented.
       width: of that image.
     """
-    height, across = members.shape[1:]
-
-    def canvas(row: Array) -> Float[Array, "H width N"]:
-        """Mean over windows of the scores on some rows of the segmented image."""
-        total = jnp.zeros((row.shape[0], width, tables.shape[-1]), jnp.float32)
-        cover = jnp.zeros((row.shape[0], width, 1), jnp.float32)
-        for index, (top, left) in enumerate(corners):
-            inside = ((row >= top) & (row < top + height))[:, None, None].astype(jnp.float32)
-            scores = tables[index][members[index][jnp.clip(row - top, 0, height - 1)]]
-            total = total.at[:, left : left + across].add(scores * inside)
-            cover = cover.at[:, left : left + across].add(inside)
-        return total / cover
-
     low, high, part = (jnp.asarray(x) for x in rows)
     part = part[:, None, None]
-    mixed = canvas(low) * (1.0 - part) + canvas(high) * part
+    below, above = (canvas(members, tables, row, corners, width) for row in (low, high))
+    mixed = below * (1.0 - part) + above * part
     low, high, part = (jnp.asarray(x) for x in columns)
     part = part[None, :, None]
     mixed = mixed[:, low] * (1.0 - part) + mixed[:, high] * part
@@ -110,6 +119,7 @@ def label_band(
 
 
 _label_band = functools.partial(jax.jit, static_argnames=("corners", "width"))(label_band)
+_canvas = functools.partial(jax.jit, static_argnames=("corners", "width"))(canvas)
 
 
 def label_image(
@@ -143,6 +153,31 @@ def label_image(
         raise UserError("words for the background need a background that they can be painted as")
     tables = jnp.asarray(p) if threshold is None else with_background(p, threshold, cap)
     members = pixel_groups(soft, window)
+    if magnified.worth_it(size, resized, tables.shape[-1]):
+        columns = magnified.magnified_labels(
+            lambda rows: _canvas(members, tables, rows, corners=corners, width=resized[1]),
+            resized,
+            size,
+            words=tables.shape[-1],
+            band_floats=band_floats // 3,
+            threshold=None,
+        )
+    else:
+        columns = _in_bands(members, tables, corners, resized, size, band_floats)
+    # The winning column of the table: the background, if there is one, then the words.
+    table = classes if threshold is None else np.concatenate([[0], classes + 1])
+    return table.astype(np.int32)[columns]
+
+
+def _in_bands(
+    members: Int[AnyArray, "windows h w"],
+    tables: Float[AnyArray, "windows K N"],
+    corners: tuple[tuple[int, int], ...],
+    resized: tuple[int, int],
+    size: tuple[int, int],
+    band_floats: int,
+) -> Int[np.ndarray, "H W"]:
+    """The winning column of the tables at each pixel of the original image."""
     down, columns = (bilinear_taps(n, m) for n, m in zip(size, resized, strict=True))
     # Rows of the canvas, twice, and of the result exist together.
     band = max(1, min(size[0], band_floats // (3 * max(size[1], resized[1]) * tables.shape[-1])))
@@ -159,7 +194,4 @@ def label_image(
         )
         for start in range(0, padded, band)
     ]
-    labels = np.concatenate([np.asarray(part) for part in parts])[: size[0]]
-    # The winning column of the table: the background, if there is one, then the words.
-    table = classes if threshold is None else np.concatenate([[0], classes + 1])
-    return table.astype(np.int32)[labels]
+    return np.concatenate([np.asarray(part) for part in parts])[: size[0]]

@@ -42,7 +42,6 @@ def write_results(
     name: str,
     image: np.ndarray,
     found: Segmentation,
-    protocol: dict[str, Any],
     formats: list[str],
 ) -> list[Path]:
     """Writes each of `formats` and returns the files.
@@ -62,7 +61,7 @@ def write_results(
                 arrays = {"labels": found.labels, "groups": found.groups, "scores": found.scores}
                 np.savez_compressed(path, **arrays, classes=np.array(found.classes))
             else:
-                record = _rle(name, found) if kind == "rle" else _numbers(name, found, protocol)
+                record = _rle(name, found) if kind == "rle" else _numbers(name, found)
                 path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             written.append(path)
     except OSError as error:
@@ -79,7 +78,24 @@ _SUFFIX = {
 }
 
 
-def _numbers(name: str, found: Segmentation, protocol: dict[str, Any]) -> dict[str, Any]:
+def shown_file(files: list[Path]) -> Path:
+    """The one of an image's files that a person would open first: the overlay, if there is one."""
+    overlays = [path for path in files if path.name.endswith(_SUFFIX["overlay"])]
+    return (overlays or files)[0]
+
+
+def summary(found: Segmentation, most: int = 5) -> str:
+    """The largest classes with their share of the image, for a line: ``cat 43 %, cup 2 %``."""
+    order = [i for i in np.argsort(-found.areas, kind="stable") if found.areas[i] > 0]
+    if not order:
+        best = int(found.scores.argmax())
+        return f"all background (best: {found.classes[best]}, {found.scores[best]:.2f})"
+    parts = [f"{found.classes[i]} {100 * found.areas[i]:.3g} %" for i in order[:most]]
+    more = len(order) - most
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+
+
+def _numbers(name: str, found: Segmentation) -> dict[str, Any]:
     return {
         "image": name,
         "height": found.labels.shape[0],
@@ -89,22 +105,22 @@ def _numbers(name: str, found: Segmentation, protocol: dict[str, Any]) -> dict[s
             {"name": name, "area": round(float(area), 6), "score": round(float(score), 6)}
             for name, area, score in zip(found.classes, found.areas, found.scores, strict=True)
         ],
-        "protocol": protocol,
+        "competitors": list(found.competitors),
+        "protocol": found.protocol.as_dict(),
     }
 
 
 def _rle(name: str, found: Segmentation) -> list[dict[str, Any]]:
     """One entry a class that was found, in the form of COCO's segmentation results."""
-    present = [i for i in np.unique(found.labels).tolist() if i]
     return [
         {
             "image_id": name,
-            "category_id": i,
-            "category": found.classes[i - 1],
-            "score": round(float(found.scores[i - 1]), 6),
-            "segmentation": run_lengths(found.labels == i),
+            "category_id": i + 1,
+            "category": found.classes[i],
+            "score": round(float(found.scores[i]), 6),
+            "segmentation": run_lengths(found.labels == i + 1),
         }
-        for i in present
+        for i in np.flatnonzero(found.areas).tolist()
     ]
 
 

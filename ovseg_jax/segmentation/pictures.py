@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import distance_transform_edt
+from scipy import ndimage
 
 from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
 from ovseg_jax.shapes import Float, UInt8
@@ -29,18 +29,19 @@ def overlay(
 ) -> Image.Image:
     """The image with its regions tinted and outlined, and a legend below of the classes in it.
 
-    With `background`, label 0 is left as it is and label i is class i - 1; without, label i is
+    With `background`, label 0 is left as it is (the legend has it only where there is nothing else)
+    and label i is class i - 1; without, label i is
     class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
 
     Args:
-      names: also write each class's name where it is widest.
+      names: also write each class's name on its regions, where they are widest.
     """
     side = max(image.shape[:2])
     factor, step = max(1, round(2 * PANEL / side)), -(-side // LARGEST)
     image, labels = (x[::step, ::step] for x in (image, labels.astype(np.int64, copy=False)))
     image, labels = (np.repeat(np.repeat(x, factor, 0), factor, 1) for x in (image, labels))
     mixed = _tinted(image, labels, len(class_names), background, opacity)
-    shown = labels[labels > 0] if background else labels
+    shown = labels[labels > 0] if background and labels.any() else labels
     legend = _legend(shown, class_names, background)
     picture = Image.fromarray(mixed)
     if names:
@@ -63,22 +64,23 @@ def _tinted(
 def _write_names(
     picture: Image.Image, labels: np.ndarray, class_names: Sequence[str], background: bool
 ) -> None:
-    """Names on their regions, in place, each at the pixel that is farthest from the region's edge;
-    regions that a name would hide are left to the legend."""
+    """Names on their regions, in place, in each connected part at the pixel that is farthest from
+    its edge; parts that a name would hide are left to the legend."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
     first = int(background)
     for label in np.unique(labels):
         if not first <= label < first + len(class_names):
             continue
         # With a margin of zeros, so that the edge of the image is an edge too.
-        inside = distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(inside.argmax(), inside.shape)
-        if inside[y, x] < FONT:
-            continue
+        inside = ndimage.distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
+        parts, count = ndimage.label(inside > 0)
         text = class_names[label - first]
         half = font.getlength(text) / 2
-        x = min(max(x, half + 2), picture.width - half - 2)
-        draw.text((x, y), text, PAPER, font, anchor="mm", stroke_width=3, stroke_fill=INK)
+        for y, x in ndimage.maximum_position(inside, parts, range(1, count + 1)):
+            if inside[y, x] < FONT:
+                continue
+            x = min(max(x, half + 2), picture.width - half - 2)
+            draw.text((x, y), text, PAPER, font, anchor="mm", stroke_width=3, stroke_fill=INK)
 
 
 def scene_panel(

@@ -210,13 +210,16 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "min_area": float,
         "assignment_temperature": float,
         "templates": lambda names: chosen(names) if len(names) else (),
-        "scales": tuple,
-        "pamr_dilations": tuple,
+        "scales": lambda factors: tuple(float(factor) for factor in factors),
+        "pamr_dilations": lambda pixels: tuple(int(far) for far in pixels),
         "thresholds": dict,
     }
     for key, kind in kinds.items():
         if values.get(key) is not None:
-            values[key] = kind(values[key])
+            try:
+                values[key] = kind(values[key])
+            except (TypeError, ValueError):
+                raise UserError(f"protocol: {key} cannot be {values[key]!r}") from None
     if "per_benchmark" in values:
         values["per_benchmark"] = {
             name: _checked(fields, f"per_benchmark.{name}")

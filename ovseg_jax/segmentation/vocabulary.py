@@ -36,6 +36,8 @@ class Vocabulary:
         """
         if isinstance(entries, str):
             raise UserError(f"classes is a list of names: [{entries!r}], not one text")
+        if entries is None or not all(isinstance(x, str) for x in [*entries, *background]):
+            raise UserError(f"classes is a list of names, not {entries!r}")
         if not len(entries):
             raise UserError("no classes: name at least one, for example --classes='cat,dog'")
         words, owners, seen = [], [], set()

@@ -147,9 +147,11 @@ class Progress:
         """Progress of a job with a known end: share, rate, time left."""
         start = self._started.setdefault(label, time.monotonic())
         spent = max(time.monotonic() - start, 1e-6)
-        left, rate = spent / max(done, 1) * (total - done), done / spent
+        left = spent / max(done, 1) * (total - done)
+        rate = f"{done / spent:.{0 if done > 10 * spent else 2}f}/s"
+        speed = f" ({rate}, {duration(left)} left)" if done else ""
         self.update(
-            f"{label}: {done}/{total} ({rate:.{0 if rate >= 10 else 1}f}/s, {duration(left)} left)",
+            f"{label}: {done}/{total}{speed}",
             final=done == total,
         )
 

@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +85,42 @@ def test_the_page(evaluated, tmp_path):
         picture = base64.b64decode(entry["groups"].partition(",")[2])
         with Image.open(io.BytesIO(picture)) as image:
             assert image.size == (entry["width"], entry["height"])
-        assert entry["classes"] == np.unique(one.truth).tolist()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_the_page_in_use(evaluated, tmp_path):
+    benchmark, result, chosen = evaluated
+    write_report(tmp_path / "page.html", result, benchmark, chosen, 4)
+    script = Path(__file__).with_name("fake_dom.js")
+    command = ["node", str(script), str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    miou = {one.index: round(one.miou, 2) for one in chosen}
+    assert [miou[i] for i in seen["cards"]["down"]] == sorted(miou.values(), reverse=True)
+    assert [miou[i] for i in seen["cards"]["up"]] == sorted(miou.values())
+    assert seen["cards"]["index"] == sorted(miou)
+    for label, name in enumerate(["background", *benchmark.class_names]):
+        value = result["iou"][name]
+        said = "–" if value is None else f"{value:.1f} %"
+        assert f"{name} {said}" in seen["classes"]
+        # A class alone: the images that have it, by how well it was found.
+        ious = {}
+        for one in chosen:
+            truth, found = one.truth[one.truth != 255], one.prediction[one.truth != 255]
+            if ((truth == label) | (found == label)).any():
+                both = ((truth == label) & (found == label)).sum()
+                ious[one.index] = 100 * both / ((truth == label) | (found == label)).sum()
+        assert {index for index, _ in seen["only"].get(name, [])} == set(ious)
+        for index, head in seen["only"].get(name, []):
+            assert head.endswith(f"{name} about {ious[index]:.1f} %")
+    assert seen["labels"] and seen["left"] == ""
+    for label, hover in seen["hover"].items():
+        if int(label) < 4:
+            assert hover["said"].startswith(seen["names"][int(label)] + ", IoU ")
+            assert hover["lit"] == [int(label)]
+            color = seen["colors"][int(label)]
+            assert hover["color"] == [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+            assert hover["other"] is None or min(hover["other"]) >= 225
 
 
 def test_the_sheet(evaluated, tmp_path):

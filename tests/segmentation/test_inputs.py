@@ -16,7 +16,7 @@ from pycocotools import mask as codec
 from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import inputs
-from ovseg_jax.segmentation.inputs import find_pictures, pictures
+from ovseg_jax.segmentation.inputs import find_pictures, pictures, result_names
 from ovseg_jax.segmentation.outputs import check_formats, run_lengths
 
 RNG = np.random.default_rng(0)
@@ -69,12 +69,24 @@ def test_bad_arguments(tmp_path):
         ([f"{tmp_path}/none.png"], {}, "does not exist"),
         ([f"{tmp_path}/*.bmp"], {}, "no file matches"),
         ([f"{tmp_path}/empty"], {}, "holds no image"),
-        ([f"{tmp_path}/a.png", f"{tmp_path}/other"], {}, "would both write 'a'"),
         (["http://x.org/a.png"], {}, "give --urls"),
         ([f"{tmp_path}/a.png"], {"every": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=said):
             find_pictures(given, no_lines(), **options)
+
+
+def test_names_that_tell_files_apart():
+    def names(*sources):
+        return list(result_names(sources).values())
+
+    assert names("x/a.jpg", "x/b.png", "a.png.tif") == ["a", "b", "a.png"]
+    assert names("x/a.jpg", "y/a.jpg", "y/b.jpg") == ["x_a", "y_a", "b"]
+    assert names("a.jpg", "a.png", "x/a.png") == ["a_jpg", "a_png", "x_a"]
+    assert names("/q/x/a.jpg", "/r/x/a.jpg") == ["q_x_a", "r_x_a"]
+    assert names("http://x.org/a.png?size=3", "http://y.org/a.png") == ["x.org_a", "y.org_a"]
+    with pytest.raises(UserError, match="x_a.*rename one"):
+        names("x/a.jpg", "x_a.jpg", "y/a.jpg", "x_a_jpg")
 
 
 def test_frames_of_animations(tmp_path):
@@ -248,3 +260,49 @@ def test_mistakes(call, tmp_path, arguments, said):
     write(tmp_path / "a.png")
     code, out, _, error = call(f"--images={tmp_path}/a.png", *arguments)
     assert code == 2 and said in error and error.startswith("error: ")
+
+
+def test_what_was_found_is_said_and_how(call, tmp_path):
+    write(tmp_path / "x" / "a.png", (30, 40))
+    write(tmp_path / "y" / "a.png", (30, 40))
+    more = ("--classes=cat,dog", "--formats=json,overlay")
+    both = f"--images={tmp_path}/x,{tmp_path}/y"
+    code, out, said, error = call(both, *more, "--background=1.0")
+    assert code == 0 and said.count("all background (best: ") == 2
+    assert "nothing was found in 2 of 2 images" in error
+    assert {path.name for path in out.glob("*.json")} == {"x_a.json", "y_a.json"}
+    entry = json.loads((out / "x_a.json").read_text())
+    assert entry["protocol"]["threshold"] == 1.0 and entry["background"] == 1.0
+    assert len(entry["competitors"]) == 7 and "sky" in entry["competitors"]
+    code, out, said, error = call(both, *more, "--background=none")
+    assert code == 0 and " % -> " in said and said.strip().endswith("y_a.overlay.png")
+    assert "nothing was found" not in error
+    entry = json.loads((out / "x_a.json").read_text())
+    assert entry["protocol"]["threshold"] is None and entry["competitors"] == []
+
+
+def test_nothing_is_overwritten_in_one_run(call, tmp_path):
+    write_gif(tmp_path / "v.gif", frames=2)
+    write(tmp_path / "v_000001.png")
+    code, _, said, error = call(f"--images={tmp_path}", "--classes=cat", "--formats=json")
+    assert code == 1 and "v_000001.png would overwrite the result of" in error
+    assert len(said.splitlines()) == 2
+
+
+def test_videos_are_turned_upright(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(-90)  # to be turned clockwise
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        pixels[:12] = 255
+        for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+            container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    (picture,) = pictures([str(path)])
+    frame = picture.read()
+    assert frame.shape == (64, 48, 3)
+    assert frame[:, 40:].mean() > 200 and frame[:, :30].mean() < 50  # the top came to the right

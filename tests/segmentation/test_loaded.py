@@ -12,7 +12,7 @@ from PIL import Image
 import ovseg_jax
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.loaded import read_image
+from ovseg_jax.segmentation.loaded import _check_options, read_image
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores, without_index
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
@@ -165,6 +165,15 @@ BAD = {
     "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
     "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),
     r"\[3, 40, 56\]": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "255 \\* x": lambda m, p: m.segment(PIXELS.astype(np.float32) / 255, ["cat"]),
+    "np.moveaxis": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "drop the fourth": lambda m, p: m.segment(np.zeros((4, 4, 4), np.uint8), ["cat"]),
+    "no images": lambda m, p: m.embed_image([]),
+    "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
+    "a least probability": lambda m, p: _check_options(0.4, None, 0),
+    "threshold is a probability": lambda m, p: _check_options(True, "0.5", 0),
+    "words is -3": lambda m, p: m.segment(PIXELS, ["cat"], words=-3),
+    "scales cannot be 2.0": lambda m, p: ovseg_jax.load(p, scales=2.0),
     "is empty": lambda m, p: m.segment(PIXELS[:0], ["cat"]),
     "cannot be read: No such": lambda m, p: m.segment("/no.jpg", ["cat"]),
     "no image that can be read": lambda m, p: m.segment(__file__, ["cat"]),
@@ -173,7 +182,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_bad_input(reason, model, tmp_path):
+def test_bad_input(reason, model, directory, tmp_path):
+    if "scales" in reason:
+        tmp_path = directory
     with pytest.raises(UserError, match=reason):
         BAD[reason](model, tmp_path)
 

@@ -18,9 +18,9 @@ from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import Collective, collectives_of
 from ovseg_jax.train.aot.inputs import batch_shapes
 from ovseg_jax.train.flops import matmul_flops
-from ovseg_jax.train.mask_terms import check_mask_config
+from ovseg_jax.train.mask_terms import check_mask_config, check_matching
 from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.phases import check_batch_sizes, make_phases
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.state_shapes import abstract_state
 from ovseg_jax.train.terms import check_contrast_config
@@ -82,6 +82,8 @@ def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
     shardings = sharding.parameter_shardings(boxed_params(model), mesh)
     phases = make_phases(config, RECORDS)
     check_accumulation(config, phases, mesh)
+    if any(phase.mask_weight > 0 for phase in phases):
+        check_matching(config)
     return Program(config, mesh, model, phases, shardings)
 
 
@@ -123,10 +125,8 @@ def measured(
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
     program = program_of(config, mesh)
     phase = program.phases[phase_index]
-    batch_size, shards = phase.batch_size, sharding.batch_shards(flat)
-    if batch_size % shards:
-        raise UserError(f"batch size {batch_size} does not divide over {shards} batch shards")
-    batch = batch_shapes(config, phase, batch_size, text_length)
+    check_batch_sizes([phase], flat)
+    batch = batch_shapes(config, phase, phase.batch_size, text_length)
     state, shardings = program.state_layout(phase)
     arguments = sum(
         _on_one(leaf, place)
@@ -143,7 +143,7 @@ def measured(
             memory, fits, exchanged = compiled(lowered, arguments)
     return Measured(
         phase=phase.name,
-        batch_size=batch_size,
+        batch_size=phase.batch_size,
         parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
         fits=fits,
         memory=memory,
