@@ -15,7 +15,6 @@ from ovseg_jax.segmentation.metric import IGNORE
 from ovseg_jax.segmentation.splits import PAPER_COUNTS, unseen_classes, zss_unseen
 from ovseg_jax.shapes import UInt8
 
-
 _LOOKED_AT = 8  # label files that are read before anything is computed, evenly over the set
 
 
