@@ -6,7 +6,7 @@
 #
 # On CPUs the processes share the cores. With NVIDIA GPUs, process i gets GPU i. Ctrl-C and SIGTERM
 # go to all. What process i says is in DIR.process_i.log; process 0 speaks here as well. Exits with
-# the code of the process that failed first. PYTHON and PORT may be set.
+# the code of the process that failed by itself. PYTHON and PORT may be set.
 set -euo pipefail
 
 die() {
@@ -73,7 +73,8 @@ for pid in "${pids[@]}"; do
         wait "$pid" || status=$?
         kill -0 "$pid" 2>/dev/null || break
     done
-    [ "$code" -ne 0 ] || code=$status
+    # When one fails, the others end with 128 or more, because they have lost it.
+    if [ "$code" -eq 0 ] || { [ "$status" -gt 0 ] && [ "$status" -lt 128 ]; }; then code=$status; fi
 done
 wait "$follower" 2>/dev/null || true
 exit "$code"

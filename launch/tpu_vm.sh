@@ -164,7 +164,7 @@ delete() {
 
 up() {
     [ -n "$BUCKET" ] || die "up needs BUCKET: what lies on the machines is lost with them"
-    local attempt code status again=()
+    local attempt code codes status again=()
     if $dry_run; then again=(--dry-run); fi
     for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
         # Each in a shell of its own: in a condition, `set -e` has no say in functions.
@@ -176,17 +176,16 @@ up() {
             delete
             return
         fi
-        # No answer from a machine that is gone: then it was taken away.
-        code=$(gcloud_tpu tpu-vm ssh "$NAME" --worker=0 --command='cat ~/exit_code' 2>/dev/null) ||
-            code=none
-        case $code in
-        1 | 2 | 130)
+        # No answer from a machine that is gone: then it was taken away. Of the others only the one
+        # that failed by itself has a code that says so.
+        codes=$(gcloud_tpu tpu-vm ssh "$NAME" --worker=all --command='cat ~/exit_code' 2>/dev/null) ||
+            codes=none
+        if code=$(grep -m 1 -xE '1|2|130' <<<"$codes"); then
             echo "exit code $code: not tried again. The slice is still there, and costs:" \
                 "bash $0 delete" >&2
             exit "$code"
-            ;;
-        esac
-        echo "attempt $attempt ended (exit code: $code): giving the slice back, once more"
+        fi
+        echo "attempt $attempt ended (exit codes: ${codes//$'\n'/ }): giving the slice back, once more"
         delete || true
     done
     die "$ATTEMPTS attempts have ended; the checkpoints are in the bucket"

@@ -63,6 +63,19 @@ def test_local_processes_refuse_what_they_cannot_do():
         bash(script, *arguments, code=2)
 
 
+@pytest.mark.parametrize("codes, found", [("143 2 143", 2), ("0 143 137", 143), ("0 0 0", 0)])
+def test_local_processes_end_with_the_code_of_the_one_that_failed(tmp_path, codes, found):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f"codes=({codes})\n"
+        'for word in "$@"; do case $word in --process_id=*) exit "${codes[${word#*=}]}" ;; esac; done\n'
+    )
+    python.chmod(0o755)
+    script, workdir = LAUNCH / "local_processes.sh", f"--workdir={tmp_path}/run"
+    bash(script, 3, workdir, *RUN, code=found, PYTHON=str(python))
+
+
 @pytest.mark.slow
 def test_local_processes_train_stop_and_end_with_the_code_of_the_run(tmp_path):
     workdir = tmp_path / "run"
@@ -97,13 +110,24 @@ def test_slurm_prints_its_commands():
 
 @pytest.mark.parametrize("code, requeued", [(0, 0), (2, 0), (130, 0), (143, 1), (137, 1)])
 def test_slurm_requeues_what_a_restart_helps(tmp_path, code, requeued):
-    for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" >>{tmp_path}/calls')):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    bash(LAUNCH / "slurm.sbatch", *RUN, code=code, PATH=path, SLURM_JOB_ID="77")
+    # Two tasks, of which the second has lost the first one; srun says the highest code.
+    lost = 137 if code else 0
+    srun = f'shift 2; "$@"; first=$?; exit $((first > {lost} ? first : {lost}))'
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    for path, body in (
+        (tmp_path / "srun", srun),
+        (tmp_path / "scontrol", f'echo "$@" >>{tmp_path}/calls'),
+        (python, f"exit {code}"),
+    ):
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    said = code if code in (2, 130) else max(code, lost)
+    bash(LAUNCH / "slurm.sbatch", *RUN, code=said, SLURM_JOB_ID="77", **environment)
     calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
     assert calls == "requeue 77\n" * requeued
+    assert not list(tmp_path.glob("*.failed"))
 
 
 # ---- tpu_vm.sh
