@@ -69,7 +69,9 @@ def test_local_processes_end_with_the_code_of_the_one_that_failed(tmp_path, code
     python.write_text(
         "#!/usr/bin/env bash\n"
         f"codes=({codes})\n"
-        'for word in "$@"; do case $word in --process_id=*) exit "${codes[${word#*=}]}" ;; esac; done\n'
+        'for word in "$@"; do\n'
+        'case $word in --process_id=*) exit "${codes[${word#*=}]}" ;; esac\n'
+        "done\n"
     )
     python.chmod(0o755)
     script, workdir = LAUNCH / "local_processes.sh", f"--workdir={tmp_path}/run"
