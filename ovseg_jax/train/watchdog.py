@@ -36,7 +36,7 @@ class Watchdog:
     There is no other way out: a thread that waits for a lost file system or for a lost process
     cannot be interrupted, and Python would wait for it at exit. In a job of several processes one
     that hangs holds up all the others, whose own watchdogs print their stacks too before any of
-    them leaves.
+    them leaves; what comes in that time after all is taken.
 
     Args:
       seconds: to wait for any one thing; 0 waits for ever.
@@ -67,20 +67,31 @@ class Watchdog:
         while not self._done.wait(min(1.0, self._seconds / 4)):
             expected = self._expected
             if expected is not None and time.monotonic() - expected[1] > self._seconds:
-                self._give_up(expected[0])
+                _tell_stacks(expected[0], self._seconds)
+                if self._came_while_the_others_told_theirs(expected):
+                    print(f"{expected[0]} came after all: going on", file=sys.stderr, flush=True)
+                else:
+                    _leave()
 
-    def _give_up(self, what: str) -> None:
-        print(
-            f"error: process {jax.process_index()} of {jax.process_count()} has waited more than "
-            f"{self._seconds:g} s for {what} (config.hang_seconds). Its stacks follow. The same "
-            "command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        sys.stderr.flush()
+    def _came_while_the_others_told_theirs(self, expected: tuple[str, float]) -> bool:
         if jax.process_count() > 1:
             time.sleep(FOR_THE_OTHERS + (LAST if jax.process_index() == 0 else 0.0))
-        for worker in multiprocessing.active_children():
-            worker.kill()  # they would outlive a process that leaves like this
-        os._exit(RESTART)
+        return self._expected is not expected
+
+
+def _tell_stacks(what: str, seconds: float) -> None:
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} has waited more than "
+        f"{seconds:g} s for {what} (config.hang_seconds). Its stacks follow. The same "
+        "command goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    sys.stderr.flush()
+
+
+def _leave() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()  # they would outlive a process that leaves like this
+    os._exit(RESTART)
