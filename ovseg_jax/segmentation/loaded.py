@@ -1,5 +1,6 @@
 """A model directory as one object that segments images: what `ovseg_jax.load` gives."""
 
+import functools
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,7 +62,7 @@ class Segmentation:
     protocol: Protocol = field(repr=False)
     parts: ImageScores = field(repr=False, compare=False)
 
-    @property
+    @functools.cached_property
     def areas(self) -> Float[np.ndarray, "C"]:
         """Share of the image that each class takes, 0 to 1."""
         counts = np.bincount(self.labels.reshape(-1), minlength=1 + len(self.classes))

@@ -87,14 +87,17 @@ def canvas(
     for index, (top, left) in enumerate(corners):
         inside = ((row >= top) & (row < top + height))[:, None, None].astype(jnp.float32)
         scores = tables[index][members[index][jnp.clip(row - top, 0, height - 1)]]
-        total = total.at[:, left : left + across].add(scores * inside)
-        cover = cover.at[:, left : left + across].add(inside)
+        # Padded and added: XLA makes a scatter of `.at[].add`, which is slow on a CPU.
+        around = ((0, 0), (left, width - left - across), (0, 0))
+        total += jnp.pad(scores * inside, around)
+        cover += jnp.pad(jnp.broadcast_to(inside, (row.shape[0], across, 1)), around)
     return total / cover
 
 
 def label_band(
     members: Int[AnyArray, "windows h w"],
     tables: Float[AnyArray, "windows K N"],
+    row: Int[AnyArray, " R"],
     rows: tuple[AnyArray, AnyArray, AnyArray],
     columns: tuple[AnyArray, AnyArray, AnyArray],
     corners: tuple[tuple[int, int], ...],
@@ -104,14 +107,16 @@ def label_band(
 
     Args:
       members: group of each pixel of each window. tables: what a group's pixels score.
-      rows, columns: taps from the segmented to the original image, see `windows.bilinear_taps`.
+      row: which rows of the segmented image those are made of.
+      rows, columns: taps from the segmented to the original image, see `windows.bilinear_taps`;
+        those of rows are places in `row`.
       corners: (top, left) of each window in the image as it was segmented.
       width: of that image.
     """
     low, high, part = (jnp.asarray(x) for x in rows)
     part = part[:, None, None]
-    below, above = (canvas(members, tables, row, corners, width) for row in (low, high))
-    mixed = below * (1.0 - part) + above * part
+    made = canvas(members, tables, row, corners, width)
+    mixed = made[low] * (1.0 - part) + made[high] * part
     low, high, part = (jnp.asarray(x) for x in columns)
     part = part[None, :, None]
     mixed = mixed[:, low] * (1.0 - part) + mixed[:, high] * part
@@ -181,17 +186,21 @@ def _in_bands(
     down, columns = (bilinear_taps(n, m) for n, m in zip(size, resized, strict=True))
     # Rows of the canvas, twice, and of the result exist together.
     band = max(1, min(size[0], band_floats // (3 * max(size[1], resized[1]) * tables.shape[-1])))
-    padded = -(-size[0] // band) * band
-    down = tuple(np.pad(x, (0, padded - size[0])) for x in down)
-    parts = [
-        _label_band(
+    bands = [tuple(x[start : start + band] for x in down) for start in range(0, size[0], band)]
+    bands[-1] = tuple(np.pad(x, (0, band - len(x)), mode="edge") for x in bands[-1])
+    # Rows that two rows of the original image share are made once.
+    made = [np.unique(np.concatenate([low, high])) for low, high, _ in bands]
+    most = max(len(row) for row in made)
+    parts = []
+    for row, (low, high, part) in zip(made, bands, strict=True):
+        found = _label_band(
             members,
             tables,
-            tuple(x[start : start + band] for x in down),
+            np.pad(row, (0, most - len(row)), mode="edge"),
+            (np.searchsorted(row, low), np.searchsorted(row, high), part),
             columns,
             corners=corners,
             width=resized[1],
         )
-        for start in range(0, padded, band)
-    ]
-    return np.concatenate([np.asarray(part) for part in parts])[: size[0]]
+        parts.append(np.asarray(found))
+    return np.concatenate(parts)[: size[0]]

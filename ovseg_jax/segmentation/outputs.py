@@ -1,11 +1,12 @@
 """What ``predict`` writes for an image: label maps, overlays, run lengths, numbers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Integer
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.loaded import Segmentation
@@ -86,11 +87,12 @@ def shown_file(files: list[Path]) -> Path:
 
 def summary(found: Segmentation, most: int = 5) -> str:
     """The largest classes with their share of the image, for a line: ``cat 43 %, cup 2 %``."""
-    order = [i for i in np.argsort(-found.areas, kind="stable") if found.areas[i] > 0]
+    areas = found.areas
+    order = [i for i in np.argsort(-areas, kind="stable") if areas[i] > 0]
     if not order:
         best = int(found.scores.argmax())
         return f"all background (best: {found.classes[best]}, {found.scores[best]:.2f})"
-    parts = [f"{found.classes[i]} {100 * found.areas[i]:.3g} %" for i in order[:most]]
+    parts = [f"{found.classes[i]} {100 * areas[i]:.3g} %" for i in order[:most]]
     more = len(order) - most
     return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
 
@@ -112,23 +114,33 @@ def _numbers(name: str, found: Segmentation) -> dict[str, Any]:
 
 def _rle(name: str, found: Segmentation) -> list[dict[str, Any]]:
     """One entry a class that was found, in the form of COCO's segmentation results."""
+    present = [i + 1 for i in np.flatnonzero(found.areas).tolist()]
     return [
         {
             "image_id": name,
-            "category_id": i + 1,
-            "category": found.classes[i],
-            "score": round(float(found.scores[i]), 6),
-            "segmentation": run_lengths(found.labels == i + 1),
+            "category_id": label,
+            "category": found.classes[label - 1],
+            "score": round(float(found.scores[label - 1]), 6),
+            "segmentation": segmentation,
         }
-        for i in np.flatnonzero(found.areas).tolist()
+        for label, segmentation in run_lengths(found.labels, present).items()
     ]
 
 
-def run_lengths(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-    """COCO's uncompressed run lengths: column by column, the first run is of zeros."""
-    flat = mask.T.reshape(-1)
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
-    if flat[0]:
-        counts = [0, *counts]
-    return {"size": list(mask.shape), "counts": counts}
+def run_lengths(
+    labels: Integer[np.ndarray, "H W"], wanted: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """COCO's uncompressed run lengths of the mask of each wanted label: column by column, the first
+    run is of zeros."""
+    flat = labels.T.reshape(-1)
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    values, ends = flat[starts], np.append(starts[1:], flat.size)
+    found = {}
+    for label in wanted:
+        ones = values == label
+        # Where zeros end and ones end, in turn; what is left is zeros.
+        turns = np.stack([starts[ones], ends[ones]], axis=1).reshape(-1)
+        turns = turns if turns.size and turns[-1] == flat.size else np.append(turns, flat.size)
+        counts = np.diff(turns, prepend=0).tolist()
+        found[label] = {"size": list(labels.shape), "counts": counts}
+    return found

@@ -23,7 +23,11 @@ from ovseg_jax.shapes import Array, Float, UInt8
 _AROUND = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "dilations"))
+# Floats of the maps that are refined at one time: each class by itself, so that many need no more
+# memory than few. A multiple of 16 classes suits vector units.
+FLOATS, VECTOR = 16 << 20, 16
+
+
 def pamr(
     maps: Float[Array | np.ndarray, "H W C"],
     image: UInt8[Array | np.ndarray, "H W 3"],
@@ -36,21 +40,48 @@ def pamr(
     Args:
       maps: scores of any kind. image: of the same size.
     """
-    # Differences are divided by their own spread, so the range of the colors does not matter.
-    colors = jnp.asarray(image).astype(jnp.float32) / 255.0
-    neighbors = jnp.stack(list(_shifted(colors, dilations)))
-    center = jnp.broadcast_to(colors[None], (len(dilations), *colors.shape))
-    deviation = jnp.std(jnp.concatenate([neighbors, center]), axis=0, ddof=1)
-    distance = jnp.abs(neighbors - colors[None]) / (0.1 * deviation + 1e-8)[None]
-    weights = jax.nn.softmax(-jnp.mean(distance, axis=-1), axis=0)
+    maps, weights = jnp.asarray(maps), _weights(image, dilations=dilations)
+    h, w, count = maps.shape
+    most = min(count, max(1, FLOATS // (h * w * VECTOR)) * VECTOR)
+    parts = []
+    for first in range(0, count, most):
+        # The last classes once more where they don't fill it up: nothing is compiled again.
+        start = min(first, count - most)
+        part = _smoothed(maps[..., start : start + most], weights, steps=steps, dilations=dilations)
+        parts.append(part[..., first - start :])
+    return jnp.concatenate(parts, axis=-1)
 
+
+@functools.partial(jax.jit, static_argnames=("dilations",))
+def _weights(
+    image: UInt8[Array | np.ndarray, "H W 3"], *, dilations: tuple[int, ...]
+) -> Float[Array, "neighbors H W"]:
+    # Differences are divided by their own spread, so the range of the colors does not matter.
+    colors, many = jnp.asarray(image).astype(jnp.float32) / 255.0, len(dilations)
+    mean = (sum(_shifted(colors, dilations)) + many * colors) / (9.0 * many)
+    squares = sum(jnp.square(x - mean) for x in _shifted(colors, dilations))
+    squares = squares + many * jnp.square(colors - mean)
+    deviation = jnp.sqrt(squares / (9.0 * many - 1.0))
+    unit = 0.1 * deviation + 1e-8
+    near = [-jnp.mean(jnp.abs(x - colors) / unit, axis=-1) for x in _shifted(colors, dilations)]
+    return jax.nn.softmax(jnp.stack(near), axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "dilations"))
+def _smoothed(
+    maps: Float[Array, "H W C"],
+    weights: Float[Array, "neighbors H W"],
+    *,
+    steps: int,
+    dilations: tuple[int, ...],
+) -> Float[Array, "H W C"]:
     def smooth(step: Array, current: Array) -> Array:
         total = jnp.zeros_like(current)
         for number, shifted in enumerate(_shifted(current, dilations)):
             total = total + weights[number][..., None] * shifted
         return total
 
-    return jax.lax.fori_loop(0, steps, smooth, jnp.asarray(maps))
+    return jax.lax.fori_loop(0, steps, smooth, maps)
 
 
 def _shifted(x: Array, dilations: tuple[int, ...]) -> Iterator[Array]:

@@ -163,13 +163,14 @@ def test_addresses(tmp_path, monkeypatch):
 
 def test_run_lengths_are_those_of_coco():
     for seed in range(5):
-        mask = np.random.default_rng(seed).random((7, 11)) < (0.1 + 0.2 * seed)
-        found = run_lengths(mask)
-        encoded = codec.frPyObjects(found, *found["size"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of pycocotools' arrays
-            np.testing.assert_array_equal(codec.decode(encoded), mask)
-    assert run_lengths(np.ones((2, 2), bool)) == {"size": [2, 2], "counts": [0, 4]}
+        labels = np.random.default_rng(seed).integers(0, 2 + seed, (7, 11))
+        for label, found in run_lengths(labels, range(6)).items():
+            encoded = codec.frPyObjects(found, *found["size"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of pycocotools' arrays
+                np.testing.assert_array_equal(codec.decode(encoded), labels == label)
+    whole = run_lengths(np.ones((2, 2), int), [1, 2])
+    assert [whole[label]["counts"] for label in (1, 2)] == [[0, 4], [4]]
 
 
 def test_formats():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import windows
+from ovseg_jax.segmentation import refine, windows
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.refine import pamr
@@ -167,6 +167,16 @@ def test_pamr_against_plain_numpy():
     dilations = (1, 2, 4, 8, 12, 24)
     ours = pamr(maps, image, steps=10, dilations=dilations)
     np.testing.assert_allclose(ours, numpy_pamr(maps, image, 10, dilations), atol=2e-5)
+
+
+def test_pamr_of_many_classes_is_done_in_parts(monkeypatch):
+    rng = np.random.default_rng(2)
+    maps = rng.random((13, 17, 40)).astype(np.float32)
+    image = rng.integers(0, 256, (13, 17, 3), np.uint8)
+    whole = pamr(maps, image, steps=2, dilations=(1, 4))
+    monkeypatch.setattr(refine, "FLOATS", 0)  # 16, 16, and the last 8 with 8 once more
+    parts = pamr(maps, image, steps=2, dilations=(1, 4))
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
 
 
 def test_temperature_and_hard_assignment():
