@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -52,3 +53,11 @@ def _programs(values: Any) -> Iterator[Jaxpr]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _programs(value)
+
+
+def without_repetition(config: ConfigDict) -> ConfigDict:
+    """A run's config whose step does nothing twice: what a step's model FLOPs are counted in."""
+    plain = config.copy_and_resolve_references()
+    plain.model.image.remat = plain.model.text.remat = "none"
+    plain.accumulation.micro_batches, plain.loss.contrast_chunk = 1, 0
+    return plain

@@ -15,7 +15,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.evaluations import evaluate_and_keep_best
-from ovseg_jax.train.flops import matmul_flops
+from ovseg_jax.train.flops import matmul_flops, without_repetition
 from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.profiling import Profiler
@@ -240,9 +240,7 @@ def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> floa
     """
     if peak_flops(jax.devices()[0].device_kind) is None:
         return None
-    config = program.config.copy_and_resolve_references()
-    config.model.image.remat = config.model.text.remat = "none"
-    config.accumulation.micro_batches, config.loss.contrast_chunk = 1, 0
+    config = without_repetition(program.config)
     plain = dataclasses.replace(program, config=config, model=build_model(config.model))
     return float(matmul_flops(plain.step(phase), plain.state_layout(phase)[0], dict(batch)))
 

@@ -17,7 +17,7 @@ from ovseg_jax.train.accumulate import check_accumulation
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import Collective, collectives_of
 from ovseg_jax.train.aot.inputs import batch_shapes
-from ovseg_jax.train.flops import matmul_flops
+from ovseg_jax.train.flops import matmul_flops, without_repetition
 from ovseg_jax.train.mask_terms import check_mask_config, check_matching
 from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import check_batch_sizes, make_phases
@@ -135,7 +135,7 @@ def measured(
     with platforms.traced_for(machine.chip.platform):
         counts = [
             matmul_flops(one.step(phase), one.state_layout(phase)[0], batch)
-            for one in (program_of(config, flat), program_of(_keeping_all(config), flat))
+            for one in (program_of(config, flat), program_of(without_repetition(config), flat))
         ]
         memory, fits, exchanged = Memory(arguments), None, None
         if devices is not None:
@@ -160,13 +160,6 @@ def peak_seconds(found: Measured, machine: Machine) -> float:
 
 def _on_one(leaf: jax.ShapeDtypeStruct, place: Any) -> int:
     return int(np.prod(place.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-
-
-def _keeping_all(config: ConfigDict) -> ConfigDict:
-    """The config without rematerialization."""
-    plain = config.copy_and_resolve_references()
-    plain.model.image.remat = plain.model.text.remat = "none"
-    return plain
 
 
 def compiled(lowered: Any, arguments: int) -> tuple[Memory, bool, list[Collective] | None]:
