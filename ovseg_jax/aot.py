@@ -58,7 +58,10 @@ def main(argv: list[str]) -> int:
     if not 0 < args.utilization <= 1:
         raise UserError(f"--utilization={args.utilization} must lie above 0 and not above 1")
     machine = chips.machine_of(args.topology)
-    present = devices.devices_of(machine) if machine.chip.platform == "tpu" else None
+    present = None
+    if machine.chip.platform == "tpu":
+        present = devices.devices_of(machine)
+        machine = machine.with_memory(devices.available_memory(present))
     if args.search:
         if present is None:
             raise UserError("--search needs a compiler, which there is for TPUs alone")

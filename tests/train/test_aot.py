@@ -205,17 +205,33 @@ def test_what_the_compiler_refuses(monkeypatch, says, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_step_that_does_not_fit():
+@pytest.mark.parametrize(
+    "says, total",
+    [
+        ("memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", 20.5),
+        ("memory on HBM, the total memory required for HLO temporaries (20.50G) exceeds.", 20.5),
+        ("something else", None),
+    ],
+)
+def test_a_step_that_does_not_fit(says, total):
     class Lowered:
         def compile(self):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
-                "hbm. Exceeded hbm capacity by 4.75G."
-            )
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of {says}")
 
-    memory, fits, collectives = measure.compiled(Lowered(), 2 * chips.GIB)
-    assert not fits and collectives is None
-    assert memory.total == int(20.5 * chips.GIB) and memory.temporaries == int(18.5 * chips.GIB)
+    memory, fits, collectives = measure.compiled(Lowered(), 2 * chips.GIB, 16 * chips.GIB)
+    assert not fits and collectives is None and memory.arguments == 2 * chips.GIB
+    if total is None:
+        assert memory.total is None and memory.temporaries is None
+    else:
+        assert memory.total == int(total * chips.GIB)
+        assert memory.temporaries == int((total - 2) * chips.GIB)
+
+
+def test_a_step_that_fits_must_fit_in_what_is_available():
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**18,), jnp.float32))
+    memory, fits, _ = measure.compiled(program, 0, 2**30)
+    assert fits and memory.total >= 2**21 > memory.arguments == 2**20
+    assert not measure.compiled(program, 0, memory.total - 1)[1]
 
 
 def test_a_program_for_another_platform_rounds_as_that_one_does():

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
@@ -16,7 +16,7 @@ class Chip:
 
     Attributes:
       platform: "tpu" or "gpu".
-      memory: of the whole chip, bytes. Compilers keep a part for themselves.
+      memory: bytes; of TPUs the compiler tells how much of it programs may use.
       peak: dense bfloat16 matrix products, FLOP/s.
       options: what JAX's description of a topology of them needs besides its name.
     """
@@ -52,6 +52,10 @@ class Machine:
     name: str
     chip: Chip
     count: int
+
+    def with_memory(self, memory: int) -> "Machine":
+        """The same, where a program may use so many bytes of a chip."""
+        return replace(self, chip=replace(self.chip, memory=memory))
 
 
 def machine_of(name: str) -> Machine:

@@ -2,13 +2,16 @@
 
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.aot.chips import Machine
+from ovseg_jax.train.aot.chips import GIB, Machine
 
 # libtpu reads these when it is loaded.
 ENVIRONMENT = {
@@ -53,6 +56,28 @@ def devices_of(machine: Machine) -> list[Any]:
             "compiler; is the grid one that is sold?"
         )
     return list(found)
+
+
+def available_memory(present: list[Any]) -> int:
+    """Bytes on one chip that a program may use, which is less than the chip has.
+
+    The compiler tells it where a program does not fit, so it is given one.
+
+    Raises:
+      UserError: it said something else.
+    """
+    place = SingleDeviceSharding(present[0])
+    too_much = jax.ShapeDtypeStruct((2**40,), jnp.uint8, sharding=place)
+    try:
+        jax.jit(jnp.negative, out_shardings=place).lower(too_much).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error)):
+            return int(float(found[1]) * GIB)
+        raise UserError(
+            "the TPU compiler does not say how much memory a chip has, but: "
+            + str(error).splitlines()[0]
+        ) from None
+    raise UserError("the TPU compiler found room for a terabyte on one chip")
 
 
 def _explained(machine: Machine, error: Exception) -> UserError:

@@ -37,13 +37,11 @@ class Memory:
     Attributes:
       arguments: state and batch. temporaries: everything made in a step. total: both, with the
         program itself and what it returns in memory of its own.
-      limit: what the compiler may use, where it said so.
     """
 
     arguments: int
     temporaries: int | None = None
     total: int | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Measured:
     Attributes:
       phase: its name. batch_size: global.
       parameters: of the model.
-      fits: whether the compiler found room for it; None where it was not compiled.
+      fits: whether there is room for it on a chip; None where it was not compiled.
       flops: of the matrix products of a step on all chips, with what rematerialization repeats.
       model_flops: without.
       collectives: of one device; None where it was not compiled.
@@ -140,7 +138,7 @@ def measured(
         memory, fits, exchanged = Memory(arguments), None, None
         if devices is not None:
             lowered = program.compiled_step(phase).lower(abstract_state(state, shardings), batch)
-            memory, fits, exchanged = compiled(lowered, arguments)
+            memory, fits, exchanged = compiled(lowered, arguments, machine.chip.memory)
     return Measured(
         phase=phase.name,
         batch_size=phase.batch_size,
@@ -162,11 +160,14 @@ def _on_one(leaf: jax.ShapeDtypeStruct, place: Any) -> int:
     return int(np.prod(place.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
 
 
-def compiled(lowered: Any, arguments: int) -> tuple[Memory, bool, list[Collective] | None]:
+def compiled(
+    lowered: Any, arguments: int, available: int
+) -> tuple[Memory, bool, list[Collective] | None]:
     """Memory, whether it fits and the collectives of a lowered step (`jax.stages.Lowered`).
 
     Args:
       arguments: bytes on one chip, for a step that does not fit.
+      available: bytes on one chip. The compiler lets pass what is a little above.
     """
     try:
         program = lowered.compile()
@@ -177,14 +178,21 @@ def compiled(lowered: Any, arguments: int) -> tuple[Memory, bool, list[Collectiv
     total += stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, total)
-    return memory, True, collectives_of(program.as_text())
+    return memory, total <= available, collectives_of(program.as_text())
 
 
 def _too_large(error: Exception, arguments: int) -> Memory:
     """What a compiler that ran out of memory says of it. Any other error is passed on."""
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+    if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    total, limit = (int(float(used[i]) * units[used[i + 1]]) for i in (1, 3))
-    return Memory(arguments, total - arguments, total, limit)
+    # Two of its passes may notice. The second one's temporaries are all of the program's memory.
+    used = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+[KMG])", str(error))
+    if used is None:
+        return Memory(arguments)
+    total = in_bytes(used[1])
+    return Memory(arguments, total - arguments, total)
+
+
+def in_bytes(text: str) -> int:
+    """Bytes of "1.5G" as the compiler writes them."""
+    return int(float(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
