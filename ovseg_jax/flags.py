@@ -103,7 +103,8 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
 
     The value is read as a Python literal, else as a string, and must fit the type of the present
     value: an int may fill a float, a list a tuple; true and false are the booleans; None, and any
-    type, fits where the present value is None.
+    type, fits where the present value is None. Records in a tuple, such as phases, need not have
+    all of their fields: one that is absent is set, and whoever reads them refuses what is no field.
 
     Raises:
       UserError: an unknown key (with the nearest right one), or a value of another type.
@@ -127,6 +128,9 @@ def _replace(node: Any, steps: list[str | int], text: str, config: ConfigDict, k
         known = isinstance(node, ConfigDict | dict) and step in node
     else:
         known = isinstance(node, list | tuple) and step < len(node)
+    if type(node) is dict and isinstance(step, str) and not known and not rest:
+        node[step] = _literal(text)
+        return node
     if not known:
         raise UserError(f"unknown config key {key!r}{nearest(key, list(paths(config)))}")
     value = _replace(node[step], rest, text, config, key)

@@ -62,6 +62,8 @@ def look_up(config, key):
         ("betas[1]", "0.5", (0.9, 0.5)),
         ("phases[0].steps", "100", 100),
         ("phases[1].rate", "3", 3.0),
+        ("phases[1].start_from", "best", "best"),  # absent so far
+        ("phases[1].teacher", "None", None),
     ],
 )
 def test_override_has_the_type_of_the_present_value(key, text, value):
@@ -76,7 +78,7 @@ def test_override_has_the_type_of_the_present_value(key, text, value):
     [
         ("sead", "7", "'seed'"),
         ("model.depht", "7", "'model.depth'"),
-        ("phases[1].step", "7", "'phases[1].steps'"),
+        ("phases[1].step.x", "7", "'phases[1].steps'"),
         ("phases[2].steps", "7", "'phases[1].steps'"),
         ("model.depth.x", "7", "'model.depth'"),
         ("seed", "1.5", "an int"),

@@ -234,7 +234,7 @@ class LoadedModel:
 
     def _whole_batch(self, batch_size: int) -> int:
         """The least number of windows, from `batch_size` on, that all devices share evenly."""
-        if not isinstance(batch_size, int) or batch_size < 0:
+        if not isinstance(batch_size, numbers.Integral) or batch_size < 0:
             raise UserError(
                 f"batch_size is {batch_size!r}; it must be at least 1, or 0 to choose one"
             )
@@ -283,7 +283,7 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
     if not (threshold is None or isinstance(threshold, numbers.Real)):
         raise UserError(f"threshold is a probability, or None for the model's; not {threshold!r}")
-    if not isinstance(words, int) or words < 0:
+    if not isinstance(words, numbers.Integral) or words < 0:
         raise UserError(
             f"words is {words!r}; it must be at least 1, or 0 to take as many as in calibration"
         )
