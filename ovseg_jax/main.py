@@ -43,10 +43,10 @@ from ovseg_jax.train.loop import train
 from ovseg_jax.train.profiling import step_range
 from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
 from ovseg_jax.train.run import Run, config_hash, make_run
+from ovseg_jax.train.stacks import print_stacks_on_signal
 from ovseg_jax.train.starts import restored
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.train.stopping import Interrupted
-from ovseg_jax.train.watchdog import print_stacks_on_signal
 from ovseg_jax.weights.model_dir import save_model
 from ovseg_jax.weights.start import architecture
 

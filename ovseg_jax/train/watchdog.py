@@ -3,7 +3,6 @@
 import faulthandler
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -17,16 +16,6 @@ from ovseg_jax.errors import RESTART
 # a step of one another; when the first one leaves, the runtime ends the others at once. Process 0
 # holds them together, and is the last.
 FOR_THE_OTHERS, LAST = 10.0, 3.0
-
-
-def print_stacks_on_signal() -> None:
-    """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on.
-
-    So do signals that end it: SIGABRT by the runtime, when another process is lost, and crashes.
-    """
-    # The process's own stderr: what may stand in its place is no file that a signal can write to.
-    faulthandler.enable(file=sys.__stderr__, all_threads=True)
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 
 class Watchdog:
