@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ovseg_jax import platforms
 from ovseg_jax.models.rotary import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
+from ovseg_jax.sharding import rows_split
 
 # What policies of rematerialization call the result of a `Dense`.
 DENSE = "dense"
@@ -130,7 +131,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
-        width = x.shape[-1]
+        x, width = rows_split(x), x.shape[-1]
         kernel = self.param(
             "kernel", logical(self.kernel_init, *self.axes), (width, self.features), jnp.float32
         )
@@ -141,7 +142,7 @@ class Dense(nn.Module):
             )
             y = y + bias[None]
         y = y.reshape(*x.shape[:-1], self.features).astype(self.dtype)
-        return checkpoint_name(y, DENSE)
+        return checkpoint_name(rows_split(y), DENSE)
 
 
 class LayerNorm(nn.Module):

@@ -63,18 +63,19 @@ def train_step(
     if erase is not None:
         batch = erased_batch(batch, erase, _step_key(config.seed, ERASING, state.step))
 
-    loss, metrics, batch_stats, grads = _gradient(
-        model,
-        trainable,
-        held,
-        teacher,
-        batch,
-        config,
-        rngs,
-        state.batch_stats,
-        {"mask_weight": mask_weight, "mesh": mesh},
-        {"text_dropout": text_dropout, "noise": noise},
-    )
+    with sharding.activations_on(mesh):
+        loss, metrics, batch_stats, grads = _gradient(
+            model,
+            trainable,
+            held,
+            teacher,
+            batch,
+            config,
+            rngs,
+            state.batch_stats,
+            {"mask_weight": mask_weight, "mesh": mesh},
+            {"text_dropout": text_dropout, "noise": noise},
+        )
     learning_rate = rate(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, rate=learning_rate)
     # One number is not finite where any gradient is not (or where their squares overflow). Testing

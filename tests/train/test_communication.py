@@ -43,6 +43,25 @@ def test_on_a_pure_data_mesh_only_embeddings_are_gathered(compiled):
             assert rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1)), one
 
 
+def test_on_an_fsdp_mesh_parameters_are_gathered_and_no_activation(compiled, make_steps):
+    """Nor is one handed around: every device keeps its own examples."""
+    params = make_steps("fsdp", 0.1).start.params
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    shapes |= {shape[1:] for shape in shapes}  # of one layer of a stack
+    words = make_batch(0)["caption_ids"].shape[1]
+    shapes.add((words, params["text_encoder"]["position"].shape[1]))  # those that texts reach
+    moved = [one for one in collectives_of(compiled("fsdp")) if one.kind != "all-reduce"]
+    parameters = 0
+    for one in moved:
+        assert one.kind in ("all-gather", "reduce-scatter"), one
+        for _, shape in one.shapes:
+            rows = shape[:-1] if shape[-1:] == (JOINT,) else shape
+            own = rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1))
+            assert own or shape in shapes, one
+            parameters += not own
+    assert parameters > 20
+
+
 @pytest.mark.parametrize(("mesh", "shards"), [("data", 8), ("mixed", 4)])
 def test_the_matching_on_the_host_is_local(compiled, mesh, shards):
     """Each device hands over the costs of its own pairs, of which no collective knows."""
