@@ -110,7 +110,8 @@ def rows_split(x: jax.Array) -> jax.Array:
       x: examples first. The other axes may be split as they are, over tensor.
     """
     mesh = _ACTIVATIONS.get()
-    if mesh is None or x.shape[0] % batch_shards(mesh):
+    shards = 1 if mesh is None else batch_shards(mesh)
+    if shards == 1 or x.shape[0] % shards:
         return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     place = NamedSharding(mesh, PartitionSpec(BATCH_AXES, *rest))
