@@ -145,15 +145,13 @@ class Progress:
 
     def count(self, label: str, done: int, total: int) -> None:
         """Progress of a job with a known end: share, rate, time left."""
+        rated = label in self._started and done > 0
         start = self._started.setdefault(label, time.monotonic())
         spent = max(time.monotonic() - start, 1e-6)
         left = spent / max(done, 1) * (total - done)
         rate = f"{done / spent:.{0 if done > 10 * spent else 2}f}/s"
-        speed = f" ({rate}, {duration(left)} left)" if done else ""
-        self.update(
-            f"{label}: {done}/{total}{speed}",
-            final=done == total,
-        )
+        speed = f" ({rate}, {duration(left)} left)" if rated else ""
+        self.update(f"{label}: {done}/{total}{speed}", final=done == total)
 
     def _end_line(self) -> None:
         if self._open:
