@@ -1,40 +1,14 @@
 """Batches of cached features: those of the records, views, templates and partners meant."""
 
-import functools
-
 import numpy as np
 import pytest
-from small_set import (
-    BROKEN,
-    ENTITIES,
-    NAMES,
-    SPEC,
-    TEMPLATES,
-    make_source,
-    make_tokenizer,
-    read_batches,
-)
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES
 
 from ovseg_jax.data.captions import texts_of
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import MemorySource
 from ovseg_jax.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def source():
-    return make_source()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def read(source, tokenizer):
-    return functools.partial(read_batches, source, tokenizer)
 
 
 def test_partner_shares_the_entity_and_is_another(source, tokenizer, tmp_path):

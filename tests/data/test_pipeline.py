@@ -1,23 +1,11 @@
 """Batches: the same however they are read, and complete however bad the data."""
 
-import functools
 import logging
 
 import numpy as np
 import pytest
 from record_folder import write_records
-from small_set import (
-    BROKEN,
-    ENTITIES,
-    NAMES,
-    SPEC,
-    TEMPLATES,
-    WORDS,
-    assert_same,
-    make_source,
-    make_tokenizer,
-    read_batches,
-)
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES, WORDS, assert_same
 
 from ovseg_jax.data.captions import texts_of
 from ovseg_jax.data.entities import EntitySet
@@ -27,21 +15,6 @@ from ovseg_jax.data.pipeline import encode_record_texts, make_loader
 from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def source():
-    return make_source()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def read(source, tokenizer):
-    return functools.partial(read_batches, source, tokenizer)
 
 
 def test_shapes_and_types(read):
