@@ -184,12 +184,12 @@ def _late(protocol: Protocol) -> bool:
 def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
     """Scores [1, h, w, W] at the protocol's size: the mean over the image's views, then refined by
     its colors. Also no margins [1, 1, 1, W]: they are in the scores."""
-    total, base = None, _base(one, protocol)
+    total, base, margins = None, _base(one, protocol), one.image_margins()
     for view in (one, *one.more):
         rows, columns = view.weights(base)
         part = _view_map(
             view.cells,
-            view.image_margins(),
+            margins,
             rows,
             columns,
             protocol.scale,

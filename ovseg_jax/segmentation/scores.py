@@ -111,12 +111,19 @@ class ImageScores:
         )
         return rows, columns[::-1] if self.mirrored else columns
 
-    def image_margins(self) -> Float[np.ndarray, "h w C"]:
-        """For each cell, how far each class falls short of its window's best (cosines)."""
-        (down, across), (h, w) = self.tiles, self.cells.shape[:2]
-        margins = self.image_cosines - self.image_cosines.max(axis=-1, keepdims=True)
-        maps = margins.reshape(down, across, -1).repeat(h // down, axis=0)
-        return maps.repeat(w // across, axis=1)
+    def image_margins(self) -> Float[np.ndarray, "1 1 C"]:
+        """How far each class falls short of the image's best class (cosines, at most 0).
+
+        The cosines are those of the whole image, whose embedding is the mean of the embeddings of
+        all its windows in all its views. With margins of each window alone, labels jump where
+        windows meet.
+        """
+        views = (self, *self.more)
+        # The cosine with a mean of embeddings is the mean of the cosines, over the mean's norm.
+        embedding = np.mean([view.embeddings.mean(0) for view in views], axis=0)
+        cosines = np.mean([view.image_cosines.mean(0) for view in views], axis=0)
+        cosines = cosines / max(float(np.linalg.norm(embedding)), 1e-12)
+        return (cosines - cosines.max()).astype(np.float32)[None, None]
 
     @property
     def shapes(self) -> tuple:

@@ -125,14 +125,17 @@ def plain_labels(image, protocol):
     resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
     image = windows.resize_image(image, *resized)
     total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
-    for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
-        part = image[top : top + protocol.window, left : left + protocol.window]
-        affinity, groups, whole = ByColor(1).encode(part[None])
+    corners = windows.window_grid(*resized, protocol.window, protocol.stride)
+    parts = [image[y : y + protocol.window, x : x + protocol.window] for y, x in corners]
+    whole = [ByColor(1).encode(part[None])[2][0] for part in parts]
+    whole = np.mean([embedding / np.linalg.norm(embedding) for embedding in whole], axis=0)
+    image_cosine = whole / np.linalg.norm(whole)
+    for (top, left), part in zip(corners, parts, strict=True):
+        affinity, groups, _ = ByColor(1).encode(part[None])
         h, w = part.shape[0] // PATCH, part.shape[1] // PATCH
         cosine = (affinity[0] @ groups[0]).reshape(h, w, C)
         p = np.exp(protocol.scale * cosine)
         p /= p.sum(-1, keepdims=True)
-        image_cosine = whole[0] / np.linalg.norm(whole[0])
         p *= np.exp(protocol.image_scale * (image_cosine - image_cosine.max()))
         place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
         total[place] += upsample(p, part.shape[:2])
@@ -166,6 +169,32 @@ def test_any_sizes_in_shared_batches_and_in_bands(monkeypatch, band_floats, imag
         clear = margin > 1e-5
         np.testing.assert_array_equal(found[index][clear], labels[clear])
         assert clear.mean() > 0.99
+
+
+class SplitByWindow(ByColor):
+    """Every patch is undecided; the embedding of a window is that of its brightest channel."""
+
+    def encode(self, images):
+        affinity, groups, _ = super().encode(images)
+        brightest = np.eye(C, dtype=np.float32)[images.mean((1, 2)).argmax(-1)]
+        return np.full_like(affinity, 1 / affinity.shape[-1]), groups, brightest
+
+
+def test_evidence_about_the_image_leaves_no_seam_between_windows():
+    # Two windows that do not overlap look like two classes, and no patch prefers any class: what
+    # the image as a whole looks like must decide alike on both sides of the border.
+    protocol = PROTOCOL.replace(
+        long_limit=96, stride=PROTOCOL.window, image_scale=5.0, threshold=0.0
+    )
+    side = protocol.window
+    image = np.zeros((side, 3 * side, 3), np.uint8)
+    image[:, :side, 0] = image[:, side:, 1] = 200
+    segmenter = SplitByWindow(1)
+    text = segmenter.text(["a", "b", "c"], PROTOCOL.templates)
+    scores = image_scores(without_index(segmenter.encode), text, [image], protocol, 1)
+    ((one, labels),) = label_maps(scores, protocol)
+    assert one.tiles == (1, 3)
+    np.testing.assert_array_equal(labels, 2)
 
 
 def test_the_result_does_not_depend_on_the_batch_size():

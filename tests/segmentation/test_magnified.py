@@ -16,7 +16,7 @@ OWNERS = (0, 0, 1, 2, -1, -1)
 FORMS = {
     "threshold": {},
     "no background": {"threshold": None},
-    "the image's word": {"image_scale": 2.0},
+    "the image's word": {"image_scale": 0.5},
     "argmax first": {"order": "argmax_first"},
     "softmax last": {"averaged": "cosines"},
     "softmax last, no background": {"averaged": "cosines", "threshold": None},
