@@ -48,6 +48,9 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 
 # ---- config files
 
+# Fields, by the last name of their keys, that may be None where they are numbers now.
+OPTIONAL = ("scale", "threshold", "binding_scale", "layer_scale", "start")
+
 
 def load_config(spec: str | Path) -> ConfigDict:
     """The config that 'path/to/file.py' or 'path/to/file.py:variant' describes.
@@ -102,9 +105,10 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
     """Set `key` ('phases[1].steps') of `config`, in place, to what `text` says.
 
     The value is read as a Python literal, else as a string, and must fit the type of the present
-    value: an int may fill a float, a list a tuple; true and false are the booleans; None, and any
-    type, fits where the present value is None. Records in a tuple, such as phases, need not have
-    all of their fields: one that is absent is set, and whoever reads them refuses what is no field.
+    value: an int may fill a float, a list a tuple; true and false are the booleans; None fits the
+    fields in `OPTIONAL`, and anything fits where the present value is None. Records in a tuple,
+    such as phases, need not have all of their fields: one that is absent is set, and whoever reads
+    them refuses what is no field.
 
     Raises:
       UserError: an unknown key (with the nearest right one), or a value of another type.
@@ -152,6 +156,8 @@ def convert(text: str, present: Any, key: str) -> Any:
     if isinstance(present, ConfigDict | dict):
         raise UserError(f"config key {key!r} is a group of settings: set one of {sorted(present)}")
     value = _literal(text)
+    if value is None and key.rpartition(".")[2] in OPTIONAL:
+        return None
     if isinstance(present, str):
         return value if isinstance(value, str) else text
     words = isinstance(present, list | tuple) and all(isinstance(item, str) for item in present)

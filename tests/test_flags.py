@@ -32,6 +32,7 @@ def a_config():
             "sizes": [1, 2],
             "words": ("cat", "dog"),
             "model": {"depth": 6, "group_layer": 0},
+            "protocol": {"scale": 10.0},
             "phases": [ConfigDict({"steps": 10, "rate": 1.0}), {"steps": 20, "rate": 2.0}],
         }
     )
@@ -64,6 +65,7 @@ def look_up(config, key):
         ("phases[1].rate", "3", 3.0),
         ("phases[1].start_from", "best", "best"),  # absent so far
         ("phases[1].teacher", "None", None),
+        ("protocol.scale", "None", None),
     ],
 )
 def test_override_has_the_type_of_the_present_value(key, text, value):

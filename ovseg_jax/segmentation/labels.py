@@ -54,6 +54,8 @@ def _labels_of(
         return np.stack([_one_group_labels(one, protocol, owners) for one in same])
     words = same[0].group_cosines.shape[-1]
     large = magnified.worth_it(same[0].size, _base(same[0], protocol), words)
+    # A capped threshold needs the highest probability of all pixels before the first label.
+    large &= not protocol.cap_threshold or protocol.order == "argmax_first"
     label = (_prepared_large if large else _prepared)(same, protocol, owners, group)
     if not protocol.min_area:
         return label(protocol.threshold, None)
@@ -97,21 +99,25 @@ def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, g
     height, floats = len(rows), maps.shape[0] * len(columns) * (maps.shape[-1] + 1)
     band = -(-height // -(-height * floats // BAND_FLOATS))
     rows = np.pad(rows, ((0, band * -(-height // band) - height), (0, 0)))
-    band_of = functools.partial(
-        _label_band,
-        scale=protocol.scale,
-        image_scale=protocol.image_scale,
-        order=protocol.order,
-        owners=owners,
-        averaged="done" if protocol.refined and not _late(protocol) else protocol.averaged,
-    )
+    bands = [rows[start : start + band] for start in range(0, height, band)]
+    options = {
+        "scale": protocol.scale,
+        "image_scale": protocol.image_scale,
+        "order": protocol.order,
+        "averaged": "done" if protocol.refined and not _late(protocol) else protocol.averaged,
+    }
+    band_of = functools.partial(_label_band, owners=owners, **options)
+    best_of = functools.partial(_highest, **options)
 
     def label(threshold: float | None, kept: Any) -> Integer[np.ndarray, "B H W"]:
         if kept is not None:
             kept = np.pad(kept, padding[:2])
+        if threshold is not None and protocol.cap_threshold:
+            highest = [best_of(maps, margins, part, columns, kept) for part in bands]
+            threshold = np.minimum(np.max(highest, axis=0), np.float32(threshold))
         labels = np.empty((count, height, len(columns)), np.int32)
-        for start in range(0, height, band):
-            part = band_of(maps, margins, rows[start : start + band], columns, threshold, kept)
+        for start, part in zip(range(0, height, band), bands, strict=True):
+            part = band_of(maps, margins, part, columns, threshold, kept)
             labels[:, start : start + band] = np.asarray(part)[:count, : height - start]
         return labels
 
@@ -246,13 +252,32 @@ _group_probabilities = jax.jit(one_group.group_probabilities, static_argnames="i
 def _label_band(
     maps, margins, rows, columns, threshold, kept, scale, image_scale, order, owners, averaged
 ):
-    if averaged == "probabilities":
-        p = readout.held_to_image(readout.probabilities(maps, scale), margins, image_scale)
-        p = readout.spread(readout.before_spread(p, threshold, order, owners), rows, columns)
-    elif averaged == "cosines":
-        p = readout.probabilities(readout.spread(maps, rows, columns), scale)
-    else:
-        p = readout.spread(jnp.asarray(maps), rows, columns)
-    if kept is not None:
-        p = p * jnp.asarray(kept)[:, None, None]
+    p = _band_scores(maps, margins, scale, image_scale, averaged)
+    if order == "argmax_first":
+        p = readout.before_spread(p, threshold, order, owners)
+    p = _finished(readout.spread(p, rows, columns), kept, scale, averaged)
     return readout.after_spread(p, threshold, order, owners)
+
+
+@jax.jit(static_argnames=("order", "averaged"))
+def _highest(maps, margins, rows, columns, kept, scale, image_scale, order, averaged):
+    """The highest probability [B, 1, 1] of what a threshold is compared with: the pixels of a band,
+    or with 'argmax_first' all cells."""
+    p = _band_scores(maps, margins, scale, image_scale, averaged)
+    if order == "upsample_first":
+        p = _finished(readout.spread(p, rows, columns), kept, scale, averaged)
+    return jnp.max(p, axis=(1, 2, 3))[:, None, None]
+
+
+def _band_scores(maps, margins, scale, image_scale, averaged):
+    """What is carried from cells to pixels: probabilities, or cosines where the softmax is last."""
+    if averaged == "probabilities":
+        return readout.held_to_image(readout.probabilities(maps, scale), margins, image_scale)
+    return jnp.asarray(maps)
+
+
+def _finished(p, kept, scale, averaged):
+    """Probabilities of pixels, those of words that are not `kept` 0."""
+    if averaged == "cosines":
+        p = readout.probabilities(p, scale)
+    return p if kept is None else p * jnp.asarray(kept)[:, None, None]

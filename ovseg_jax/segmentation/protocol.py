@@ -49,8 +49,8 @@ class Protocol:
         'one_group', where each pixel belongs to one group, and has its scores (see `one_group`).
       image_classes: with 'one_group', probabilities are multiplied by those among this many
         classes, the ones most like the whole window; 0 for all classes, without the product.
-      cap_threshold: with 'one_group', whether a threshold above every probability of a window is
-        lowered to their maximum, so that something is always found.
+      cap_threshold: whether a threshold above every probability is lowered to the highest, so that
+        something is always labeled: the highest of the image, or with 'one_group' of each window.
       average: what is averaged over the templates, 'unit' embeddings or 'raw' ones.
       resize: 'antialiased' or 'four_pixels', see `windows.resize_image`.
       grid: 'exact' or 'rounded_patch', see `windows.grid_shape`.
@@ -111,8 +111,8 @@ class Protocol:
                 )
         if self.grouping == "one_group" and self.order != "upsample_first":
             raise UserError("protocol: grouping='one_group' needs order='upsample_first'")
-        if self.grouping != "one_group" and (self.image_classes or self.cap_threshold):
-            raise UserError("protocol: image_classes and cap_threshold need grouping='one_group'")
+        if self.grouping != "one_group" and self.image_classes:
+            raise UserError("protocol: image_classes needs grouping='one_group'")
         if self.grouping == "one_group" and self.image_scale:
             raise UserError("protocol: image_scale needs grouping='soft_patches'")
         if self.scale is not None and self.scale <= 0:

@@ -22,6 +22,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.shapes import Array, Float, Int
 
 AnyArray = Array | np.ndarray
+# One for all images, or one for each.
+Threshold = float | Float[AnyArray, ""] | Float[AnyArray, "B 1 1"]
 ORDERS = ("upsample_first", "argmax_first")
 # The default on TPU and recent GPUs rounds inputs of a matmul to about three digits, which moves
 # labels near a tie.
@@ -103,7 +105,7 @@ def spread(
 
 def decide(
     p: Float[AnyArray, "... C"],
-    threshold: float | Float[AnyArray, ""] | None,
+    threshold: Threshold | None,
     owners: tuple[int, ...] | None = None,
 ) -> Int[Array, "..."]:
     """The label of each position.
@@ -141,7 +143,7 @@ def votes(labels: Int[AnyArray, "..."], labels_count: int) -> Float[Array, "... 
 
 def before_spread(
     p: Float[AnyArray, "B h w C"],
-    threshold: float | Float[AnyArray, ""] | None,
+    threshold: Threshold | None,
     order: str,
     owners: tuple[int, ...] | None = None,
 ) -> Float[Array, "B h w N"]:
@@ -155,7 +157,7 @@ def before_spread(
 
 def after_spread(
     maps: Float[AnyArray, "B H W N"],
-    threshold: float | Float[AnyArray, ""] | None,
+    threshold: Threshold | None,
     order: str,
     owners: tuple[int, ...] | None = None,
 ) -> Int[Array, "B H W"]:

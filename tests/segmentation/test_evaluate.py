@@ -2,19 +2,27 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import load_config
+from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import evaluate as evaluation
 from ovseg_jax.segmentation import labels as labels_module
-from ovseg_jax.segmentation import windows
+from ovseg_jax.segmentation import magnified, windows
 from ovseg_jax.segmentation.benchmarks import ScenesBenchmark, make_benchmark
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
 from ovseg_jax.segmentation.protocol import Protocol, names_hash
+from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.scores import image_scores, without_index
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
 
 PATCH, C = 4, 3
 PROTOCOL = Protocol(short_side=24, long_limit=64, window=24, stride=12, scale=30.0, threshold=0.617)
@@ -169,6 +177,59 @@ def test_any_sizes_in_shared_batches_and_in_bands(monkeypatch, band_floats, imag
         clear = margin > 1e-5
         np.testing.assert_array_equal(found[index][clear], labels[clear])
         assert clear.mean() > 0.99
+
+
+@pytest.mark.parametrize("order", ["argmax_first", "upsample_first"])
+@pytest.mark.parametrize("band_floats", [labels_module.BAND_FLOATS, 2000])
+def test_a_capped_threshold_leaves_the_best_pixels(monkeypatch, order, band_floats):
+    monkeypatch.setattr(labels_module, "BAND_FLOATS", band_floats)
+    # Far fewer pixels than are scored: the way of large images must find the same.
+    monkeypatch.setattr(magnified, "FLOATS", 0)
+    capped = PROTOCOL.replace(order=order, scale=1.0, threshold=0.9, cap_threshold=True)
+    images = [Blocks(((24, 40), (130, 90)))[i][0] for i in range(2)]
+    segmenter = ByColor(1)
+    text = segmenter.text(["a", "b", "c"], PROTOCOL.templates)
+    for image in images:
+        (scores,) = image_scores(without_index(segmenter.encode), text, [image], capped, 1)
+        ((_, plain),) = label_maps([scores], capped.replace(cap_threshold=False))
+        ((_, labels),) = label_maps([scores], capped)
+        ((_, best),) = label_maps([scores], capped.replace(threshold=0.0))
+        assert not plain.any() and labels.any()
+        np.testing.assert_array_equal(labels[labels > 0], best[labels > 0])
+        # A threshold that some pixel reaches is left alone.
+        low = capped.replace(threshold=0.4)
+        pairs = [label_maps([scores], low.replace(cap_threshold=cap)) for cap in (True, False)]
+        ((_, with_cap),), ((_, without),) = pairs
+        np.testing.assert_array_equal(with_cap, without)
+
+
+def test_an_untrained_vitb_finds_something_under_the_paper_protocol():
+    config = load_config(Path(__file__).parents[2] / "configs" / "vitb.py")
+    config.model.image.update(width=16, heads=2, first_layers=1, second_layers=1, grid=(4, 4))
+    config.model.text.update(vocab_size=300, width=16, depth=1, heads=2, mlp_width=16)
+    config.model.decoder.update(width=16, heads=2)
+    config.model.update(joint_width=8, image_init="", text_init="")
+    config.eval.protocol.update(short_side=64, window=64, stride=32)
+    protocol = Protocol.from_config(config.eval.protocol.to_dict())
+    named = named_protocol("paper")
+    assert (named.scale, named.cap_threshold) == (protocol.scale, True) == (None, True)
+    model = build_model(config.model)
+    image, ids = np.zeros((1, 64, 64, 3), np.uint8), np.ones((1, 4), np.int32)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), image, ids))["params"]
+
+    class Words(Tokenizer):
+        def __init__(self):
+            pass
+
+        def encode(self, texts, length):
+            return 1 + np.arange(len(texts) * length).reshape(-1, length).astype(np.int32) % 299
+
+    segmenter = ModelSegmenter(model, params, Words(), text_length=4, protocol=protocol)
+    benchmark = Blocks(((64, 96), (80, 64)))
+    result = evaluation.evaluate(segmenter, benchmark, protocol, batch_size=2)
+    predicted = np.array(result["confusion"]).sum(0)
+    assert predicted[1:].sum() > 0
+    assert result["protocol"]["scale"] == pytest.approx(1 / 0.07)
 
 
 class SplitByWindow(ByColor):

@@ -311,7 +311,7 @@ def test_protocols_that_do_not_fit():
     for changes, said in (
         ({"grouping": "x"}, "soft_patches"),
         ({"order": "argmax_first"}, "upsample_first"),
-        ({"grouping": "soft_patches"}, "image_classes"),
+        ({"grouping": "soft_patches", "cap_threshold": False}, "image_classes"),
         ({"image_classes": -1}, "at least 0"),
         ({"average": "x"}, "raw"),
         ({"resize": "x"}, "four_pixels"),
