@@ -202,6 +202,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "scale": None,
             "image_scale": 0.0,
             "threshold": 0.9,
+            "competing_words": 0,
             "order": "argmax_first",
             "templates": ("A photo of {}",),
             "affinity": "binding",

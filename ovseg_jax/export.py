@@ -14,7 +14,7 @@ import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.data.tokens import find_tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.saved_run import SavedRun, read_run
 from ovseg_jax.weights.model_dir import load_model, save_model
@@ -44,9 +44,6 @@ FLAGS = (
     flags.Flag("stablehlo", bool, default=False, help="also write StableHLO programs"),
     flags.Flag("image_size", int, default=0, help="of StableHLO, pixels; 0: the protocol's window"),
 )
-
-# What a finished run found by calibration and noted in its own model directory.
-CALIBRATED = ("protocol", "benchmarks")
 
 
 def main(argv: list[str]) -> int:
@@ -90,10 +87,8 @@ def _write(run: SavedRun, workdir: Path, out: Path, weights: str) -> str:
     finished = _finished(workdir)
     protocol, benchmarks = config.eval.protocol, {}
     if finished is not None:
-        protocol, benchmarks = (finished[key] for key in CALIBRATED)
+        protocol, benchmarks = saved_protocol(finished).as_dict(), finished["benchmarks"]
         provenance["protocol_from"] = "the calibration at the end of the run"
-        words = finished["provenance"].get("calibrated_words")
-        provenance |= {"calibrated_words": words} if words else {}
     length = position.get("text_length") or config.data.text_length
     if not length and finished is None:
         raise UserError(f"{workdir} does not say how long its texts are: finish the run first")
@@ -119,7 +114,7 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
 
 def _programs(model: Path, out: Path, args: SimpleNamespace) -> None:
     saved = load_model(model)
-    protocol = Protocol.from_config(saved.info["protocol"])
+    protocol = saved_protocol(saved.info)
     size = args.image_size or protocol.window
     signature = write_programs(saved, protocol, out, size)
     print(f"StableHLO: {out}, images of {size} x {size}, for {', '.join(signature['platforms'])}")

@@ -157,7 +157,7 @@ def _evaluate_state(
     tuned = {}
     if tune is not None:
         protocol, miou = calibrated(segmenter, tune, protocol, config.batch_size)
-        tuned = {"tune_miou": miou, "calibrated_words": len(tune.class_names)}
+        tuned = {"tune_miou": miou}
     if not names:
         return segmenter, protocol, {}
     step = int(state.step)
@@ -186,12 +186,6 @@ def _write_model(
         "image_init": config.model.image_init or "random",
         "text_init": config.model.text_init or "random",
         **{f"miou_{name}": result["miou"] for name, result in results.items()},
-        **{
-            key: value
-            for result in list(results.values())[:1]
-            for key, value in result.items()
-            if key == "calibrated_words"
-        },
     }
     save_model(
         workdir / "model",

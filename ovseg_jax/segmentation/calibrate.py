@@ -52,6 +52,7 @@ def calibrate(
     thresholds: Sequence[float] = THRESHOLDS,
     order: str = "upsample_first",
     batch_size: int = 16,
+    owners: Sequence[int] | None = None,
 ) -> Calibration:
     """The scales and the threshold with the highest mIoU, background included.
 
@@ -59,6 +60,8 @@ def calibrate(
       scored: for each image its scores and its true labels (0 background, 1 + class, 255 ignored).
         Consecutive images of equal shape are worked on together.
       thresholds: in rising order.
+      owners: the class of each word that was scored, -1 for background; by default every word is a
+        class.
 
     Raises:
       UserError: no image, or true labels beyond the classes.
@@ -70,9 +73,11 @@ def calibrate(
     pairs = list(itertools.product(scales, image_scales))
     counts = None
     for cells, margins, weights, truth in _batches(scored, batch_size, order == "argmax_first"):
-        classes = cells.shape[-1]
+        words = cells.shape[-1]
         if counts is None:
-            counts = np.zeros((len(pairs), len(edges) + 1, classes, classes + 1), np.int64)
+            word_class = np.arange(words) if owners is None else np.asarray(owners)
+            classes = int(word_class.max()) + 1
+            counts = np.zeros((len(pairs), len(edges) + 1, words, classes + 1), np.int64)
         valid = truth != IGNORE
         labels = truth[valid].astype(np.int64)
         if labels.size and labels.max() > classes:
@@ -81,11 +86,11 @@ def calibrate(
             p, best = _best(cells, margins, float(scale), float(image_scale), *weights, order)
             # A pixel in bin j is found at the thresholds 0..j-1, those not above its probability.
             bins = np.searchsorted(edges, np.asarray(p)[valid], side="right")
-            joint = (bins * classes + np.asarray(best)[valid]) * (classes + 1) + labels
+            joint = (bins * words + np.asarray(best)[valid]) * (classes + 1) + labels
             counts[i] += np.bincount(joint, minlength=counts[i].size).reshape(counts[i].shape)
     if counts is None:
         raise UserError("calibration needs at least one image")
-    curves = np.array([[m.miou() for m in _matrices(by_bin)] for by_bin in counts])
+    curves = np.array([[m.miou() for m in _matrices(by_bin, word_class)] for by_bin in counts])
     if np.isnan(curves).all():
         raise UserError("calibration found no pixel that is not ignored")
     best = curves.argmax(1)
@@ -133,12 +138,18 @@ def _best(cells, margins, scale, image_scale, rows, columns, order):
     return tuple(x[:, rows][:, :, columns] for x in (p.max(-1), p.argmax(-1)))
 
 
-def _matrices(by_bin: Integer[np.ndarray, "bins C labels"]) -> list[ConfusionMatrix]:
+def _matrices(
+    by_bin: Integer[np.ndarray, "bins words labels"], word_class: Integer[np.ndarray, " words"]
+) -> list[ConfusionMatrix]:
     """The confusion matrix of each threshold."""
     total = by_bin.sum((0, 1))
+    # What a word for the background wins is background at every threshold.
+    by_class = np.zeros((len(by_bin), word_class.max() + 1, by_bin.shape[2]), by_bin.dtype)
+    for number, words in ((c, word_class == c) for c in range(by_class.shape[1])):
+        by_class[:, number] = by_bin[:, words].sum(1)
     matrices = []
     # found[j]: pixels in the bins above j, those whose probability reaches threshold j.
-    found = by_bin[::-1].cumsum(0)[::-1][1:]
+    found = by_class[::-1].cumsum(0)[::-1][1:]
     for foreground in found:
         counts = np.concatenate([(total - foreground.sum(0))[:, None], foreground.T], 1)
         matrices.append(ConfusionMatrix(counts))

@@ -77,7 +77,7 @@ def chosen_images(
     protocol = with_scale(protocol, segmenter)
     which = extremes(image_miou, count)
     data = [benchmark[index] for index, _ in which]
-    vocabulary, _ = words_of(benchmark, protocol.class_names)
+    vocabulary, _ = words_of(benchmark, protocol)
     text = segmenter.text(list(vocabulary.words), protocol.templates)
     encode, images = without_index(segmenter.encode), [image for image, _ in data]
     scored = image_scores(encode, text, images, protocol, batch_size)

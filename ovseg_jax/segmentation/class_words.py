@@ -7,7 +7,9 @@ from typing import Any
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.distractors import competition
 from ovseg_jax.segmentation.official import FOLDERS, UnseenAlone
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import file_digest
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 
@@ -20,7 +22,21 @@ def _sclip() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
 
 
-def words_of(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str, str]]:
+def words_of(benchmark: Benchmark, protocol: Protocol) -> tuple[Vocabulary, dict[str, str]]:
+    """The words that compete on a benchmark, and the file of its classes' words with its digest.
+
+    Args:
+      protocol: for this benchmark. Its `class_names` choose the classes' words, and its
+        `competing_words` how many everyday words are added, see `distractors.competition`.
+
+    Raises:
+      UserError: there are no such words for this benchmark.
+    """
+    vocabulary, file = class_words(benchmark, protocol.class_names)
+    return competition(vocabulary, protocol), file
+
+
+def class_words(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str, str]]:
     """The words of a benchmark's classes, and the file they are from with its digest.
 
     Args:
@@ -33,7 +49,7 @@ def words_of(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str, st
       UserError: there are no such words for this benchmark.
     """
     if isinstance(benchmark, UnseenAlone):
-        lines, file = words_of(benchmark.whole, which)
+        lines, file = class_words(benchmark.whole, which)
         return Vocabulary.of([lines.lines()[i] for i in benchmark.whole.zss]), file
     if benchmark.name not in FOLDERS:
         own = Vocabulary.of(getattr(benchmark, "entries", benchmark.class_names))

@@ -7,7 +7,8 @@ classes everyday nouns are added to the softmax; pixels that one of them wins ar
 
 from collections.abc import Sequence
 
-from ovseg_jax.segmentation.vocabulary import Vocabulary
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
 
 # Noun: other words for it, kinds and parts of it, and wider words that include it. A class that is
 # any of these would lose its own pixels to the noun, so the noun is then not used. Frequent
@@ -82,6 +83,19 @@ DISTRACTORS: dict[str, tuple[str, ...]] = {
     "paper": ("sheet", "page", "letter"),
     "pattern": ("texture", "background", "stripe", "dot"),
 }
+
+
+def competition(vocabulary: Vocabulary, protocol: Protocol) -> Vocabulary:
+    """The words that compete for a pixel under a protocol.
+
+    With fewer words than its `competing_words`, everyday words are added for the background. A
+    vocabulary that has words for the background, and a protocol without background, stay alone.
+    """
+    if protocol.threshold is None or BACKGROUND in vocabulary.owners:
+        return vocabulary
+    names = list(vocabulary.words)
+    more = with_distractors(names, minimum=protocol.competing_words)[len(names) :]
+    return vocabulary.with_background(more)
 
 
 def with_distractors(

@@ -50,7 +50,7 @@ def scored_benchmark(
         the whole benchmark all the same.
       on_read: called with each image that is read; several are in work at one time.
     """
-    vocabulary, _ = words_of(benchmark, protocol.class_names)
+    vocabulary, _ = words_of(benchmark, protocol)
     text = segmenter.text(list(vocabulary.words), protocol.templates)
     numbers, truths = range(part[0], len(benchmark), part[1]), {}
 
@@ -100,7 +100,7 @@ def evaluate(
             f"benchmark {benchmark.name} has a background but the protocol has no threshold: "
             "set one, or find it on a tune split"
         )
-    vocabulary, names_file = words_of(benchmark, protocol.class_names)
+    vocabulary, names_file = words_of(benchmark, protocol)
     counts = Counts(len(vocabulary.classes) + benchmark.has_background, len(benchmark))
     truths, clock, done = {}, _Clock(), 0
     own = len(range(part[0], len(benchmark), part[1]))

@@ -50,9 +50,10 @@ def label_maps(
 def _labels_of(
     same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int
 ) -> Integer[np.ndarray, "B H W"]:
+    words = same[0].group_cosines.shape[-1]
+    protocol = protocol.replace(threshold=protocol.threshold_for(words))
     if protocol.grouping == "one_group":
         return np.stack([_one_group_labels(one, protocol, owners) for one in same])
-    words = same[0].group_cosines.shape[-1]
     large = magnified.worth_it(same[0].size, _base(same[0], protocol), words)
     # A capped threshold needs the highest probability of all pixels before the first label.
     large &= not protocol.cap_threshold or protocol.order == "argmax_first"

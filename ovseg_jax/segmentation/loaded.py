@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from ovseg_jax import sharding
 from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.distractors import with_distractors
+from ovseg_jax.segmentation.distractors import competition
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
-from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.scores import (
     ImageScores,
     default_batch,
@@ -34,8 +34,6 @@ from ovseg_jax.weights.model_dir import load_model
 # The bytes are those of an image file.
 AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
-# Words in the softmax where neither the caller nor the model's calibration says how many.
-WORDS = 20
 # Lists of classes whose embeddings are kept.
 REMEMBERED = 16
 
@@ -91,7 +89,7 @@ class LoadedModel:
     def __init__(self, directory: str | os.PathLike, **settings: Any):
         saved = load_model(Path(directory))
         self.info = saved.info
-        protocol = Protocol.from_config({**saved.info["protocol"], **settings})
+        protocol = Protocol.from_config({**saved_protocol(saved.info).as_dict(), **settings})
         mesh = sharding.make_mesh(devices=jax.local_devices())
         self._shards = sharding.batch_shards(mesh)
         self._segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
@@ -252,15 +250,20 @@ class LoadedModel:
         if background is False:
             return Vocabulary.of(classes), self.protocol.replace(threshold=None, thresholds={})
         if background is True:
-            vocabulary = Vocabulary.of(classes)
-            minimum = words or self.info["provenance"].get("calibrated_words", WORDS)
-            names = list(vocabulary.words)
-            more = with_distractors(names, minimum=minimum)[len(names) :]
-            vocabulary = vocabulary.with_background(more)
-            limit = self.protocol.threshold if threshold is None else threshold
+            protocol = self.protocol.for_list_of_classes()
+            if words:
+                protocol = protocol.replace(competing_words=words)
+            vocabulary = competition(
+                Vocabulary.of(classes), protocol.replace(threshold=protocol.threshold or 0.0)
+            )
+            if threshold is None:
+                limit = protocol.threshold_for(len(vocabulary.words))
+            else:
+                limit = threshold
         else:
             vocabulary, limit = Vocabulary.of(classes, background), threshold
-        return vocabulary, self.protocol.replace(threshold=float(limit or 0.0))
+        # The threshold is that of these words: nothing is left to adapt.
+        return vocabulary, self.protocol.replace(threshold=float(limit or 0.0), competing_words=0)
 
     def _text(self, words: tuple[str, ...]) -> np.ndarray:
         if words not in self._embeddings:

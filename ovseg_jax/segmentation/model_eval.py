@@ -16,7 +16,7 @@ from ovseg_jax.segmentation.benchmarks import (
     ScenesBenchmark,
     check_name,
 )
-from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.segmentation.report import run_benchmarks
 from ovseg_jax.segmentation.scores import default_batch
@@ -70,7 +70,7 @@ def evaluate_model(
     names = masked
     saved = load_model(model)
     protocol = named_protocol(protocol_name) if protocol_name else None
-    protocol = protocol or Protocol.from_config(saved.info["protocol"])
+    protocol = protocol or saved_protocol(saved.info)
     fields = {
         **FOLDER_FIELDS,
         "scenes": dataclasses.asdict(ScenesBenchmark()),

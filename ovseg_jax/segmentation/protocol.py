@@ -21,6 +21,8 @@ CHOICES = {
     "assignment": ("soft", "hard"),
     "class_names": ("released", "official", "sclip"),
 }
+# Words that compete where a person lists classes and the protocol does not say how many.
+FEWEST_WORDS = 20
 # Fields that a benchmark may have a value of its own for: all but the name and the tables.
 _TABLES = ("name", "thresholds", "per_benchmark")
 
@@ -41,6 +43,10 @@ class Protocol:
       threshold: a pixel whose best probability is lower is background; None where there is no
         background.
       thresholds: thresholds of benchmarks by their names, in place of `threshold`.
+      competing_words: how many words competed for a pixel when the threshold was chosen. Shorter
+        lists of classes get everyday words for the background until as many compete (see
+        `distractors`); for longer lists the threshold follows, see `threshold_for`. 0: the words of
+        the classes compete alone, and the threshold is taken as it is, as in published protocols.
       order: 'upsample_first' or 'argmax_first' (the order of Eq. 1).
       templates: prompts whose embeddings are averaged for each class, with {} for its name; in a
         config "clip" stands for all of CLIP's.
@@ -87,6 +93,7 @@ class Protocol:
     resize: str = "antialiased"
     grid: str = "exact"
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    competing_words: int = 0
     averaged: str = "probabilities"
     class_names: str = "released"
     min_area: float = 0.0
@@ -117,8 +124,9 @@ class Protocol:
             raise UserError("protocol: image_scale needs grouping='soft_patches'")
         if self.scale is not None and self.scale <= 0:
             raise UserError(f"protocol: scale {self.scale} must be above 0, or none")
-        if self.image_classes < 0:
-            raise UserError("protocol: image_classes must be at least 0")
+        for count in ("image_classes", "competing_words"):
+            if getattr(self, count) < 0:
+                raise UserError(f"protocol: {count} must be at least 0")
         if not self.templates or any("{}" not in text for text in self.templates):
             raise UserError("protocol: templates need at least one text, each with {} for the name")
         self._check_refinement()
@@ -184,8 +192,30 @@ class Protocol:
         """A copy with some fields changed, for example a calibrated scale and threshold."""
         return dataclasses.replace(self, **changes)
 
+    def threshold_for(self, words: int) -> float | None:
+        """The threshold where `words` words compete.
+
+        With more words than N = `competing_words` the probability of the best word falls, though
+        the image is the same. It is e / (e + S), where S sums over the other words. What should be
+        compared is e / (e + r S) with r = (N - 1) / (words - 1), as if N - 1 words like the average
+        of the others competed; it exceeds t where e / (e + S) exceeds t r / (1 - t + t r).
+        """
+        if self.threshold is None or not 1 < self.competing_words < words:
+            return self.threshold
+        ratio = (self.competing_words - 1) / (words - 1)
+        return self.threshold * ratio / (1 - self.threshold + self.threshold * ratio)
+
+    def for_list_of_classes(self) -> "Protocol":
+        """The protocol for classes that a person lists: `FEWEST_WORDS` compete if it says none."""
+        return self.replace(competing_words=self.competing_words or FEWEST_WORDS)
+
     def for_benchmark(self, name: str) -> "Protocol":
         """The protocol with what `thresholds` and `per_benchmark` have for this benchmark."""
+        if name == "folder":
+            return self.for_list_of_classes()._for_benchmark(name)
+        return self._for_benchmark(name)
+
+    def _for_benchmark(self, name: str) -> "Protocol":
         threshold = self.thresholds.get(name, self.threshold)
         own = self.per_benchmark.get(name, {})
         return self.replace(
@@ -235,6 +265,20 @@ def _checked(fields: Mapping[str, Any] | ConfigDict, where: str) -> dict[str, An
     if unknown:
         raise UserError(f"protocol: {where} has unknown {', '.join(unknown)}")
     return _plain(fields)
+
+
+def saved_protocol(info: Mapping[str, Any]) -> Protocol:
+    """The protocol in a model directory's config.json.
+
+    Directories of before `competing_words` have that number among their provenance.
+
+    Raises:
+      UserError: see `Protocol.from_config`.
+    """
+    fields = dict(info["protocol"])
+    if "calibrated_words" in info["provenance"]:
+        fields.setdefault("competing_words", info["provenance"]["calibrated_words"])
+    return Protocol.from_config(fields)
 
 
 def names_hash(class_names: Sequence[str]) -> str:

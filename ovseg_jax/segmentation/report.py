@@ -46,10 +46,16 @@ def calibrated(
     if protocol.grouping == "one_group" or not plain:
         result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
         return protocol, result["miou"]
+    # Without a threshold no everyday words would compete, as they will once there is one.
+    protocol = protocol.replace(threshold=protocol.threshold or 0.0)
+    owners = words_of(tune, protocol)[0].owners
     pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
-    best = calibrate(pairs, SCALES, order=protocol.order)
+    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners)
     chosen = protocol.replace(
-        scale=best.scale, image_scale=best.image_scale, threshold=best.threshold
+        scale=best.scale,
+        image_scale=best.image_scale,
+        threshold=best.threshold,
+        competing_words=len(owners),
     )
     return chosen, 100.0 * best.miou
 
@@ -142,7 +148,7 @@ def write_pictures(
     protocol = with_scale(protocol, segmenter)
     count = min(count, len(benchmark))
     images = [benchmark[index] for index in range(count)]
-    vocabulary, _ = words_of(benchmark, protocol.class_names)
+    vocabulary, _ = words_of(benchmark, protocol)
     text = segmenter.text(list(vocabulary.words), protocol.templates)
     scored = image_scores(
         without_index(segmenter.encode), text, (image for image, _ in images), protocol, count

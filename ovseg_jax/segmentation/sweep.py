@@ -43,7 +43,7 @@ def swept(
     Raises:
       UserError: every pixel of the images is ignored.
     """
-    vocabulary, _ = words_of(train, protocol.class_names)
+    vocabulary, _ = words_of(train, protocol)
     ready = with_scale(protocol, segmenter)
     labels, own = len(vocabulary.classes) + 1, protocol.threshold
     thresholds = sorted({*THRESHOLDS, *([] if own is None else [own])})

@@ -34,32 +34,36 @@ def one_window(cells, size, image_cosines=(0.0,) * C):
     )
 
 
-def scored(count, size=(9, 12), seed=0):
+def scored(count, size=(9, 12), seed=0, labels=C + 1):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         cells = rng.uniform(-0.3, 0.5, (3, 4, C)).astype(np.float32)
-        truth = rng.integers(0, C + 1, size).astype(np.uint8)
+        truth = rng.integers(0, labels, size).astype(np.uint8)
         truth[rng.random(size) < 0.1] = 255
         yield one_window(cells, size, rng.uniform(-0.3, 0.5, C)), truth
 
 
+@pytest.mark.parametrize("owners", [None, (0, 1, 1, -1)], ids=["classes", "synonyms"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_brute_force(order):
+def test_brute_force(order, owners):
+    labels_count = C + 1 if owners is None else 3
     # Two sizes, so that batches break off; seven images in batches of four, so that one is padded.
-    images = [*scored(7), *scored(2, (5, 6), seed=1)]
+    images = [*scored(7, labels=labels_count), *scored(2, (5, 6), seed=1, labels=labels_count)]
     pairs = list(itertools.product(SCALES, IMAGE_SCALES))
     expected = np.zeros((len(pairs), len(THRESHOLDS)))
     for i, (scale, image_scale) in enumerate(pairs):
         for j, threshold in enumerate(THRESHOLDS):
-            matrix = ConfusionMatrix.empty(C + 1)
+            matrix = ConfusionMatrix.empty(labels_count)
             for scores, truth in images:
                 p = probabilities(scores.cells[None], scale)
                 margins = scores.image_cosines - scores.image_cosines.max()
                 p = held_to_image(p, margins[None, None], image_scale)
-                labels = label_map(p, threshold, truth.shape, order)
+                labels = label_map(p, threshold, truth.shape, order, owners=owners)
                 matrix.update(np.asarray(labels[0]), truth)
             expected[i, j] = matrix.miou()
-    found = calibrate(iter(images), SCALES, IMAGE_SCALES, THRESHOLDS, order, batch_size=4)
+    found = calibrate(
+        iter(images), SCALES, IMAGE_SCALES, THRESHOLDS, order, batch_size=4, owners=owners
+    )
     np.testing.assert_allclose(found.curves, expected, atol=1e-12)
     i, j = np.unravel_index(expected.argmax(), expected.shape)
     assert (found.scale, found.image_scale) == pairs[i]

@@ -8,10 +8,12 @@ import pytest
 from data.benchmarks import miniatures as mini
 from PIL import ExifTags, Image
 
+import ovseg_jax
 from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
 from ovseg_jax.main import main
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
+from ovseg_jax.segmentation.metric import ConfusionMatrix
 from ovseg_jax.segmentation.model_eval import evaluate_model
 
 # The tiny model's sizes, for protocols whose own are for real ones.
@@ -50,6 +52,23 @@ def only_file(result):
     return result["protocol"]["class_names_file"]
 
 
+@pytest.mark.parametrize("words", [None, 5, 30])
+def test_an_own_folder_is_labeled_as_predict_labels_it(directory, folders, tmp_path, words):
+    setting = () if words is None else (("eval.protocol.competing_words", str(words)),)
+    result = evaluate_model(
+        str(directory), ("folder",), tmp_path, data_dir=str(folders), overrides=setting
+    )["folder"]
+    model = ovseg_jax.load(directory, **({} if words is None else {"competing_words": words}))
+    confusion = ConfusionMatrix.empty(3)
+    for path in sorted((folders / "images").iterdir()):
+        found = model.segment(path, ["cat", "dog|bird"])
+        truth = np.asarray(Image.open(folders / "masks" / path.name))
+        confusion.update(found.labels, truth)
+    np.testing.assert_array_equal(result["confusion"], confusion.counts)
+    competing = sum(line.count("|") + 1 for line in result["protocol"]["words"])
+    assert competing == (words or 9) == 3 + len(found.competitors)
+
+
 def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
     names = ("voc", "voc20", "voc_zss", "context", "context59", "ade20k", "folder", "voc")
     found = evaluate_model(str(directory), names, tmp_path, data_dir=str(folders), overrides=SMALL)
@@ -73,7 +92,7 @@ def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
     only = np.array(found["voc_zss"]["confusion"])
     np.testing.assert_array_equal(only.sum(1), counts[[16, 17, 18, 19, 20]].sum(1))
     assert found["folder"]["iou"].keys() == {"background", "cat", "dog"}
-    assert found["folder"]["protocol"]["words"] == ["cat", "dog|bird"]
+    assert found["folder"]["protocol"]["words"][:2] == ["cat", "dog|bird"]
     file = found["folder"]["protocol"]["class_names_file"]
     content = (folders / "classes.txt").read_bytes()
     assert file == {"file": "classes.txt", "sha256": hashlib.sha256(content).hexdigest()[:12]}

@@ -7,7 +7,7 @@ from data.benchmarks import miniatures as mini
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import make_benchmark
-from ovseg_jax.segmentation.class_words import words_of
+from ovseg_jax.segmentation.class_words import class_words
 from ovseg_jax.segmentation.comparison import (
     comparison_rows,
     protocol_lines,
@@ -62,22 +62,22 @@ def test_settings_that_the_sources_state():
 def test_words(tmp_path):
     mini.voc(tmp_path)
     voc = make_benchmark("voc", {"dir": str(tmp_path)})
-    released, file = words_of(voc, "released")
+    released, file = class_words(voc, "released")
     assert released.words[10] == "table" and file["file"] == "tables/voc.json"
-    official, same = words_of(voc, "official")
+    official, same = class_words(voc, "official")
     assert official.words[10] == "diningtable" and same == file and len(file["sha256"]) == 12
-    sclip, other = words_of(voc, "sclip")
+    sclip, other = class_words(voc, "sclip")
     assert sclip.classes[3] == "ship" and sclip.owners.count(14) == 7 and -1 in sclip.owners
     assert other["sha256"] != file["sha256"]
-    alone, _ = words_of(make_benchmark("voc20", {"dir": str(tmp_path)}), "sclip")
+    alone, _ = class_words(make_benchmark("voc20", {"dir": str(tmp_path)}), "sclip")
     assert alone.classes == sclip.classes and -1 not in alone.owners
     # The unseen classes alone have the words that they have among all.
     few = make_benchmark("voc_zss", {"dir": str(tmp_path)})
-    own, file = words_of(few, "sclip")
+    own, file = class_words(few, "sclip")
     assert own.classes == ("pottedplant", "sheep", "sofa", "train", "television monitor")
     assert own.owners == (0, 1, 2, 3, 4, 4, 4, 4, 4) and file == other
-    assert words_of(few, "official")[0].words[-1] == "tvmonitor"
-    assert words_of(few, "released") == (Vocabulary.of(few.class_names), same)
+    assert class_words(few, "official")[0].words[-1] == "tvmonitor"
+    assert class_words(few, "released") == (Vocabulary.of(few.class_names), same)
 
 
 def a_result(name="released", **changes):

@@ -10,7 +10,9 @@ from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import readout
-from ovseg_jax.segmentation.distractors import DISTRACTORS, with_distractors
+from ovseg_jax.segmentation.distractors import DISTRACTORS, competition, with_distractors
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
 
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
 
@@ -163,6 +165,51 @@ def test_a_distractor_never_competes_with_its_own_class(name, absent):
     words = with_distractors([name], minimum=1000)
     assert absent not in words[1:]
     assert len(words) > 40
+
+
+@pytest.mark.parametrize("words", [2, 7, 48, 1000])
+def test_the_threshold_follows_longer_lists(words):
+    # As the definition has it: the others' exponentials weighted as if there were N - 1 of them.
+    protocol = Protocol(threshold=0.3, competing_words=48)
+    logits = np.random.default_rng(words).normal(size=(2000, words)) * 3
+    exponents = np.exp(logits)
+    best, rest = exponents.max(-1), exponents.sum(-1) - exponents.max(-1)
+    weight = 47 / (words - 1) if words > 48 else 1.0
+    found = best / (best + rest) >= protocol.threshold_for(words)
+    np.testing.assert_array_equal(found, best / (best + weight * rest) >= 0.3)
+    assert Protocol(threshold=0.3).threshold_for(words) == 0.3
+    assert protocol.replace(threshold=None).threshold_for(words) is None
+
+
+def test_as_much_is_found_in_lists_of_any_length():
+    # A class that a third of the pixels show; all other words say nothing. Below 48 words everyday
+    # words fill the list, which the drawing of 48 words stands for.
+    protocol = Protocol(threshold=0.3, competing_words=48)
+    rng = np.random.default_rng(0)
+    shares = []
+    for classes in (1, 7, 48, 1000):
+        logits = rng.normal(size=(6000, max(classes, 48)))
+        logits[:2000, 0] += 5.0
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        found = (p.max(-1) >= protocol.threshold_for(p.shape[-1])) & (p.argmax(-1) == 0)
+        shares.append(found.mean())
+    assert max(shares) - min(shares) < 0.02 and 0.25 < shares[0] < 0.34
+
+
+def test_competition():
+    few = Vocabulary.of(["zebra", "lion|big cat"])
+    protocol = Protocol(threshold=0.3, competing_words=9)
+    words = competition(few, protocol)
+    assert len(words.words) == 9 and words.classes == few.classes
+    assert words.owners == (0, 1, 1) + (BACKGROUND,) * 6
+    assert competition(few, protocol.replace(threshold=None)) == few
+    assert competition(few, protocol.replace(competing_words=0)) == few
+    behind = Vocabulary.of(["zebra"], ["sky"])
+    assert competition(behind, protocol) == behind
+    many = Vocabulary.of([f"class {i}" for i in range(1000)])
+    assert competition(many, protocol) == many
+    assert Protocol(threshold=0.3).for_benchmark("folder").competing_words == 20
+    assert Protocol(threshold=0.3).for_benchmark("voc").competing_words == 0
 
 
 def test_bad_class_lists():
