@@ -1,5 +1,11 @@
-"""Where the entity -> records index of a record source comes from: its folder, or its captions."""
+"""Where the entity -> records index of a record source comes from: its folder, or its captions.
 
+A record is listed under the entities of any of its captions.
+"""
+
+from collections.abc import Sequence
+
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.mixture import Mixture, MixturePairs
 from ovseg_jax.data.pairs import PairIndex
@@ -17,7 +23,12 @@ def _pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex:
     stored = stored_pairs(source, entity_set)
     if stored is not None:
         return stored
-    return PairIndex.build(entity_set.find(caption) for caption in source.captions())
+    find = CaptionFilter(entity_set).find
+    known: dict[Sequence[str], set[int]] = {}
+    for captions in (records := source.captions()):
+        if captions not in known:
+            known[captions] = {entity for text in captions for entity in find(text)}
+    return PairIndex.build(known[captions] for captions in records)
 
 
 def stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:

@@ -24,7 +24,7 @@ from caption_corpus import captions
 from nltk.tokenize import NLTKWordTokenizer
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.raw import RawPair
 from ovseg_jax.data.prepare.rules import Rules, caption_or_none
 from ovseg_jax.data.words import words

@@ -12,7 +12,7 @@ from PIL import Image
 from ovseg_jax.data.decoding import decode
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.raw import RawPair
 from ovseg_jax.data.prepare.rules import Rules, caption_or_none, clean_caption, judge
 from ovseg_jax.errors import UserError
