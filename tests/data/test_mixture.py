@@ -30,9 +30,9 @@ weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 def records(count, shade):
     stream = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
-    return MemorySource(
-        [Record(stream.getvalue(), f"a {NAMES[i % 3]}", f"k{i}") for i in range(count)], f"{shade}"
-    )
+    image = stream.getvalue()
+    found = [Record(image, (f"a {NAMES[i % 3]}",), f"k{i}") for i in range(count)]
+    return MemorySource(found, f"{shade}")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_data_sets_of_one_size_have_orders_of_their_own():
 def test_records_of_a_mixture(mixture):
     assert len(mixture) == 18 and mixture.weights == (0.25, 0.625, 0.125)
     assert [mixture[i].key for i in range(18)] == mixture.keys()
-    assert [mixture[i].caption for i in range(18)] == mixture.captions()
+    assert [mixture[i].captions for i in range(18)] == mixture.captions()
     assert len(set(mixture.keys())) == 18 and mixture.keys()[5] == "1/k0"
     assert mixture.part_of(15) == (1, 10) and mixture.part_of(16) == (2, 0)
     with pytest.raises(IndexError):

@@ -63,10 +63,10 @@ def test_the_folder_holds_the_records(finished, folder):
     # Of equal keys the first that nothing is wrong with stays.
     assert records[keys.index("twice")].image == jpeg(98)
     assert records[keys.index("000000002")].image == jpeg(2)
-    assert [record.caption for record in records] == source.captions()
-    assert "a dog and a dog & more" in source.captions()
+    assert [record.captions for record in records] == source.captions()
+    assert ("a dog and a dog & more",) in source.captions()
     for record in records:
-        assert record.entities == ENTITIES.find(record.caption) != ()
+        assert record.entities == ENTITIES.find(record.captions[0]) != ()
     # The shard of which nothing is kept leaves no file.
     assert [shard.file[8:13] for shard in source.manifest.shards] == [
         "00000",
@@ -83,7 +83,7 @@ def test_the_folder_holds_the_records(finished, folder):
 
 def test_the_entity_index_is_that_of_the_captions(finished):
     source = ArrayRecordSource(finished[0])
-    entities = [ENTITIES.find(caption) for caption in source.captions()]
+    entities = [ENTITIES.find(caption) for (caption,) in source.captions()]
     expected = PairIndex.build(entities)
     index = source.entity_index()
     for entity in range(len(ENTITIES)):
@@ -95,7 +95,7 @@ def test_the_entity_index_is_that_of_the_captions(finished):
 def test_counts_are_those_of_the_records(finished):
     out, report = finished
     source = ArrayRecordSource(out)
-    found = [ENTITIES.find(caption) for caption in source.captions()]
+    found = [ENTITIES.find(caption) for (caption,) in source.captions()]
     assert report["entities"] == {
         name: sum(entity in ids for ids in found) for entity, name in enumerate(ENTITIES.names)
     }
@@ -105,7 +105,7 @@ def test_counts_are_those_of_the_records(finished):
         if (n := sum({a, b} <= set(ids) for ids in found))
     }
     assert {(a, b): n for a, b, n in report["together"]} == together
-    words = [len(caption.split()) for caption in source.captions()]
+    words = [len(caption.split()) for (caption,) in source.captions()]
     assert report["caption_words"] == np.bincount(words, minlength=81).tolist()
     assert report["image_sides"]["0"] == len(source)
 

@@ -21,7 +21,7 @@ def read_all(source, **options):
 
 
 def usual(pairs):
-    return [(pair.key, pair.caption, pair.image) for pair in pairs]
+    return [(pair.key, *pair.captions, pair.image) for pair in pairs]
 
 
 EXPECTED = list(zip(URLS, CAPTIONS, IMAGES, strict=True))
@@ -129,7 +129,7 @@ def test_bad_rows_are_counted(tmp_path, images):
     pairs = read_all(FileSource(path, images))
     assert [pair.key for pair in pairs] == [URLS[0], "row 1", URLS[2], URLS[3], "row 4", URLS[4]]
     assert [pair.cause for pair in pairs] == ["", causes.BAD_ROW, "", "", causes.BAD_ROW, ""]
-    assert pairs[2].caption == "caf\udce9"
+    assert pairs[2].captions == ("caf\udce9",)
 
 
 def test_quote_that_is_never_closed_ends_the_harm_at_the_field_limit(tmp_path, images):

@@ -41,7 +41,7 @@ def some(seed, count=B):
     present, label = rng.random(count) < 0.8, rng.integers(0, 3, count, np.int32)
     present[2] = False
     matrix = present[:, None] & present[None] & (label[:, None] != label[None])
-    return Candidates(jnp.asarray(present), jnp.asarray(label)), matrix
+    return Candidates(jnp.asarray(present), (jnp.asarray(label),)), matrix
 
 
 def numpy64(*arrays):
