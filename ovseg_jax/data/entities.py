@@ -183,10 +183,14 @@ def joined_tables(tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, li
 def with_names(table: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, list[str]]:
     """The table with further entities: the names that no entity of it has as a form, or a plural.
 
-    Names in which no word is found are passed over.
+    Names without a letter, or in which no word is found, are passed over.
     """
     known = EntitySet(table)
-    new = [name for name in names if all(words(name) or [""]) and not known.is_form(name)]
+    new = [
+        name
+        for name in names
+        if any(map(str.isalpha, name)) and all(words(name)) and not known.is_form(name)
+    ]
     return joined_tables([table, {name: [] for name in new}]) if new else joined_tables([table])
 
 

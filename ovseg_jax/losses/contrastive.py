@@ -19,10 +19,10 @@ class Candidates:
     """
 
     present: Bool[Array, "B"]
-    labels: tuple[Int[Array, "B *names"], ...] = ()
+    labels: tuple[Int[Array, "B ..."], ...] = ()
 
 
-def candidates(weight: Float[Array, "B"], *labels: Int[Array, "B *names"] | None) -> Candidates:
+def candidates(weight: Float[Array, "B"], *labels: Int[Array, "B ..."] | None) -> Candidates:
     """The candidates of a batch: examples with weight; what is alike in a label is no negative.
 
     Args:
@@ -31,14 +31,14 @@ def candidates(weight: Float[Array, "B"], *labels: Int[Array, "B *names"] | None
     return Candidates(weight > 0, tuple(label for label in labels if label is not None))
 
 
-def _alike(row: Int[Array, "*names"], labels: Int[Array, "B *names"]) -> Bool[Array, "B"]:
+def _alike(row: Int[Array, "..."], labels: Int[Array, "B ..."]) -> Bool[Array, "B"]:
     """Which labels equal that of a row; of several names, whether either's first is in the other.
 
     Symmetric, as the first is the name in the sentence of its example.
     """
     if labels.ndim == 1:
         return labels == row
-    return jnp.any(labels == row[0], axis=1) | jnp.any(labels[:, :1] == row, axis=1)
+    return jnp.any(labels == row[0], axis=1) | jnp.any(labels[:, :1] == row[None], axis=1)
 
 
 @struct.dataclass
@@ -48,7 +48,7 @@ class _Points:
     vectors: Float[Array, "*points E"]
     owner: Int[Array, "*points"]
     present: Bool[Array, "*points"]
-    labels: tuple[Int[Array, "*points names"], ...]
+    labels: tuple[Int[Array, "..."], ...]
     there: Bool[Array, "*points"]
 
 
@@ -169,7 +169,7 @@ def multi_label_info_nce(
 
 
 def false_negative_rate(
-    weight: Float[Array, "B"], label: Int[Array, "B *names"], split: Split = WHOLE
+    weight: Float[Array, "B"], label: Int[Array, "B ..."], split: Split = WHOLE
 ) -> Float[Array, ""]:
     """Share of negatives that are alike in a label (among present examples)."""
     present = weight > 0

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovseg_jax.data.captions import (
+    distinct_captions,
     distinct_prompts,
     mask_entities,
     prompt,
@@ -20,6 +21,7 @@ from ovseg_jax.data.captions import (
     texts_of,
 )
 from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.records import ClassCaptions
 from ovseg_jax.data.templates import CLIP, TRAINING, chosen, fill, join_entities
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
@@ -103,6 +105,13 @@ def test_texts_of_a_caption():
         "prompts": ["dog and bus", "a dog and bus."],
         "entities": (0, 4),
     }
+
+
+def test_distinct_captions_are_those_of_each_record():
+    records = [("a dog", "a cat"), ClassCaptions(("cat",), ("a {}", "the {}")), ("a dog",)]
+    captions, starts, rows = distinct_captions([*records, records[1]])
+    assert captions == ["a dog", "a cat", "the cat"] and starts.tolist() == [0, 2, 4, 5, 7]
+    assert rows.tolist() == [0, 1, 1, 2, 0, 1, 2]
 
 
 def test_distinct_prompts_are_those_of_each_caption():

@@ -195,6 +195,18 @@ def test_where_the_caption_comes_from(tmp_path):
     ]
 
 
+def test_list_of_captions(tmp_path):
+    listed = json.dumps({"caption": ["a dog", None, "a cat"]}).encode()
+    _tar(
+        tmp_path,
+        [("1.jpg", b"x"), ("1.txt", b"['a dog', ...]"), ("1.json", listed), ("2.jpg", b"y")],
+    )
+    rows = {"key": ["2"], "status": ["success"], "caption": [["a bus", "a tree"]]}
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    pairs, _ = contents(tmp_path)
+    assert [pair.captions for pair in pairs] == [("a dog", "a cat"), ("a bus", "a tree")]
+
+
 def test_key_that_comes_twice_gives_two_pairs(tmp_path):
     files = [("1.jpg", b"a"), ("1.txt", b"one"), ("1.jpg", b"b"), ("1.txt", b"two")]
     _tar(tmp_path, files)

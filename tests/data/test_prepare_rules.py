@@ -163,6 +163,21 @@ def test_captions_that_are_kept(kind):
     assert found.record.entities[0] == 0
 
 
+def test_each_of_several_captions_is_judged():
+    captions = ("a dog", "123", "a bus", " a  dog", "a cat", b"\xff")
+    pair = RawPair("k", captions, GOOD)
+    found = judge(pair, Rules(), ENTITIES)
+    assert found.record.captions == ("a dog", "a cat") and found.record.entities == (0, 1)
+    letters, repeated = causes.NO_LETTERS, causes.REPEATED
+    assert found.dropped == (letters, causes.NO_ENTITY, repeated, causes.NOT_UTF8)
+    assert set(found.dropped) < set(causes.RULES)
+    everything = judge(pair, Rules(keep_without_entities=True), ENTITIES)
+    assert everything.record.captions == ("a dog", "a bus", "a cat")
+    assert clean_captions(pair, Rules()) == ["a dog", "a bus", "a dog", "a cat"]
+    # Without a good one, the pair is counted under the cause of its first.
+    assert judge(RawPair("k", captions[1:3], GOOD), Rules(), ENTITIES).cause == letters
+
+
 def test_cause_of_the_source_comes_first():
     assert verdict(None, None, cause=causes.LOST).cause == causes.LOST
 

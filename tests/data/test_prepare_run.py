@@ -16,6 +16,7 @@ from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.records import ArrayRecordSource, key_digest
 from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import main
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,32 @@ def test_counts_are_those_of_the_records(finished):
     words = [len(caption.split()) for (caption,) in source.captions()]
     assert report["caption_words"] == np.bincount(words, minlength=81).tolist()
     assert report["image_sides"]["0"] == len(source)
+
+
+def test_captions_are_counted(tmp_path, capsys):
+    for index in range(3):
+        (tmp_path / f"{index}.jpg").write_bytes(jpeg(index))
+    rows = ["0.jpg,a dog", "1.jpg,a cat", "0.jpg,two dogs here", "0.jpg,a stone", "2.jpg,stones"]
+    rows += ["1.jpg,a cat", "x.jpg,a dog", "x.jpg,a cat"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    (tmp_path / "entities.json").write_text('{"dog": [], "cat": []}')
+    out = tmp_path / "out"
+    listed = f"--entities={tmp_path / 'entities.json'}"
+    assert not main([f"--source=files:{tmp_path / 't.csv'}", f"--out={out}", listed, "--workers=0"])
+    report = json.loads((out / "report.json").read_text())
+    assert (report["read"], report["kept"], report["captions"]) == (4, 2, 3)
+    assert report["dropped"] == {causes.NO_ENTITY: 1, causes.NO_IMAGE: 1}
+    assert report["captions_dropped"] == {causes.NO_ENTITY: 1, causes.REPEATED: 1}
+    assert sum(report["caption_words"]) == 3 and report["caption_words"][2:4] == [2, 1]
+    said = capsys.readouterr().out
+    assert "with 3 captions" in said and "1 of their captions: repeated caption" in said
+    assert (
+        "3; dropped of kept pairs: no entity 1, repeated caption 1"
+        in (out / "report.html").read_text()
+    )
+    source = ArrayRecordSource(out)
+    assert source.captions() == [("a dog", "two dogs here"), ("a cat",)]
+    assert [source.entity_index().members(entity).tolist() for entity in (0, 1)] == [[0], [1]]
 
 
 def test_folders_that_hold_something_else(finished, folder, tmp_path):

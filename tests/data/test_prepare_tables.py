@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import pickle
 
 import pytest
 from pair_folders import jpeg
@@ -116,6 +117,37 @@ def test_shards_hold_every_row_once(tmp_path, images, monkeypatch):
         assert [shard.first for shard in shards] == [0, 2, 4]
         assert [pair.key for pair in source.read(shards[1])] == URLS[2:4]
         assert [pair.key for pair in read_all(source)] == URLS
+
+
+@pytest.mark.parametrize("per_shard", [2, 100])
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_rows_of_one_image_are_its_captions(tmp_path, images, monkeypatch, per_shard, name):
+    """Also where they are apart, in other shards, and where a row between them is bad."""
+    monkeypatch.setattr(source_files, "_PER_SHARD", per_shard)
+    separator = "," if name == "t.csv" else "\t"
+    rows = [
+        (0, "a dog"),
+        (1, "a cat"),
+        (0, "one dog"),
+        (2, "x"),
+        (2, "x"),
+        (1, "two"),
+        (0, "three"),
+    ]
+    lines = ["url" + separator + "caption"]
+    lines += [f"{URLS[image]}{separator}{caption}" for image, caption in rows]
+    lines.insert(3, URLS[0])
+    path = tmp_path / name
+    path.write_text("\n".join(lines))
+    source = pickle.loads(pickle.dumps(FileSource(path, images)))
+    pairs = read_all(source)
+    assert [(pair.key, pair.captions, pair.image) for pair in pairs] == [
+        (URLS[0], ("a dog", "one dog", "three"), IMAGES[0]),
+        (URLS[1], ("a cat", "two"), IMAGES[1]),
+        ("row 2", (), None),
+        (URLS[2], ("x", "x"), IMAGES[2]),
+    ]
+    assert sum(shard.stop - shard.start for shard in source.shards()) < path.stat().st_size
 
 
 def test_bad_rows_are_counted(tmp_path, images):

@@ -1,13 +1,18 @@
 """Records on disk: what is written is read, and every kind of damage has a message."""
 
+import hashlib
 import json
 import pickle
+from dataclasses import replace
 
+import msgpack
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_folder import write_records
 
+from ovseg_jax.data.manifest import CLASS_NAMES, describe_file, write_manifest
 from ovseg_jax.data.records import (
     ArrayRecordSource,
     MemorySource,
@@ -61,6 +66,62 @@ def test_packing_is_lossless(image, captions, key, entities):
 def test_foreign_bytes_are_no_record(data):
     with pytest.raises(ValueError, match=r"record"):
         unpack_record(data)
+
+
+def test_records_need_captions():
+    for captions in ((), "a dog"):
+        with pytest.raises(ValueError, match="needs a tuple of captions"):
+            Record(b"", captions, "k")
+
+
+def test_layout_with_one_caption_is_still_read(tmp_path):
+    """A folder as version 2 of the manifest has it, written by hand."""
+    shard, index = tmp_path / "records-00000-of-00001.array_record", tmp_path / "index.jsonl"
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    rows = [(f"key-{i}", f"a dog {i}", bytes([i]), [0][:i]) for i in range(2)]
+    for row in rows:
+        writer.write(msgpack.packb([1, *row]))
+    writer.close()
+    index.write_text("".join(json.dumps(row[:2]) + "\n" for row in rows))
+    fields = {
+        "count": 2,
+        "shards": [vars(describe_file(shard, 2))],
+        "index": vars(describe_file(index, 2)),
+        "entities": {"dog": []},
+        "source": "files",
+        "source_fingerprint": "x",
+        "keys_sha256": key_digest(row[0] for row in rows),
+        "tool": "ovseg_jax 0.1",
+        "files": [],
+    }
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    document = {"format": "ovseg_jax records", "version": 2, "manifest_sha256": digest, **fields}
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    source = ArrayRecordSource(tmp_path)
+    source.verify()
+    assert [source[i] for i in range(2)] == [
+        Record(image, (caption,), key, tuple(entities)) for key, caption, image, entities in rows
+    ]
+    assert source.captions() == [("a dog 0",), ("a dog 1",)]
+    assert source.caption_sample(5) == ["a dog 0", "a dog 1"]
+    # Caches of such a folder stay valid.
+    assert source.fingerprint() == digest[:16]
+
+
+def test_class_names_become_captions_in_templates(tmp_path):
+    records = [Record(b"x", ("sorrel", "horse"), "a"), Record(b"y", ("sofa",), "b")] * 2
+    manifest = write_records(MemorySource(records), tmp_path / "set", entity_names=[])
+    write_manifest(tmp_path / "set", replace(manifest, captions=CLASS_NAMES))
+    source = ArrayRecordSource(tmp_path / "set", ("a {}.", "the {}"))
+    horses, sofas = source.captions()[:2]
+    assert list(horses) == ["a sorrel.", "the sorrel", "a horse.", "the horse"]
+    assert [horses.name_in(number) for number in range(4)] == ["sorrel"] * 2 + ["horse"] * 2
+    assert list(sofas) == ["a sofa.", "the sofa"] and source[1].captions == sofas
+    assert source.captions()[2] is horses
+    assert pickle.loads(pickle.dumps(source))[0].captions == horses
+    assert source.caption_sample(4) == ["a sorrel.", "the sofa", "a horse.", "the sofa"]
+    other = ArrayRecordSource(tmp_path / "set")
+    assert len(other[1].captions) == 80 and other.fingerprint() == source.fingerprint()
 
 
 def test_caption_that_is_not_unicode_names_its_key():
