@@ -9,7 +9,7 @@ from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.mixture import Mixture, MixturePairs
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import ArrayRecordSource, RecordSource
+from ovseg_jax.data.records import ArrayRecordSource, ClassCaptions, RecordSource
 
 
 def find_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | MixturePairs:
@@ -24,11 +24,18 @@ def _pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex:
     if stored is not None:
         return stored
     find = CaptionFilter(entity_set).find
-    known: dict[Sequence[str], set[int]] = {}
-    for captions in (records := source.captions()):
-        if captions not in known:
-            known[captions] = {entity for text in captions for entity in find(text)}
-    return PairIndex.build(known[captions] for captions in records)
+    # Photographs of one class have the same captions, many hundreds of them.
+    of_class: dict[ClassCaptions, set[int]] = {}
+
+    def named(captions: Sequence[str]) -> set[int]:
+        if captions in of_class:
+            return of_class[captions]
+        found = {entity for text in captions for entity in find(text)}
+        if isinstance(captions, ClassCaptions):
+            of_class[captions] = found
+        return found
+
+    return PairIndex.build(map(named, source.captions()))
 
 
 def stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:
