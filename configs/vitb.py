@@ -108,6 +108,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tokenizer": "weights/bert-base-uncased",
         "text_length": 0,
         "templates": ("clip",),
+        "name_templates": ("clip",),
         "nouns": 0,
         "transform": {
             "kind": "crop",
@@ -139,6 +140,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "entity_weight": 1.0,
         "masking": "all_entities",
         "mask_equal_entities": False,
+        "mask_equal_captions": False,
         "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",

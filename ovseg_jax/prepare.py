@@ -25,11 +25,18 @@ ABOUT = """Make training records of captioned images: filter, check every image,
 
   --source=img2dataset:DIR       shards of img2dataset (webdataset: .tar and .parquet)
   --source=files:FILE.tsv        rows of image and caption (.tsv, .csv), with --images=FOLDER
+  --source=folders:DIR           class-named folders, DIR/CLASS/file, as torchvision has them
   --source=tfds:NAME,split=train a TFDS set prepared with file_format='array_record'
   --source=scenes:N,size=224     the embedded data set
 
 DIR, FILE, FOLDER and --out may be in a bucket, gs:// or s3:// (with the package gcsfs or s3fs).
 Training reads records from a disk: copy them there, or mount the bucket.
+
+An image may have several captions: rows of files: that name the same image, a list in the JSON of
+img2dataset, a TFDS feature of several texts. It is stored once with all that pass the rules, and
+training draws one of them each epoch. The captions of folders: are the names of the classes, put
+into --config.data.name_templates (default: CLIP's 80) when they are drawn. These names are entities
+beside those of --entities. Sets with different entities can be mixed.
 
 --verify=DIR compares every byte of finished records with their manifest, say after copying them.
 
@@ -45,6 +52,12 @@ FLAGS = (
         help="published, scenes, a .json file, or auto:100 (built from the captions)",
     ),
     flags.Flag("images", help="folder of image files, for files:; default that of the table"),
+    flags.Flag(
+        "hypernyms",
+        bool,
+        default=False,
+        help="for folders:, wider words from NLTK's WordNet as further names: sorrel, horse",
+    ),
     flags.Flag("verify", help="folder of finished records to check; then nothing else is done"),
     flags.Flag("dry-run", bool, default=False, help="only say what would happen to a sample"),
     flags.Flag("workers", int, help="processes; 0 for this one alone; default one a CPU"),
@@ -81,7 +94,7 @@ def main(argv: list[str]) -> int:
         raise UserError("missing --out (or --dry-run, which writes nothing)")
     beam = _beam(args)
     choice = parse_choice(args.entities)
-    source = open_source(args.source, args.images)
+    source = open_source(args.source, args.images, args.hypernyms)
     if args.dry_run:
         print(_sample_text(dry_run(source, choice, rules)))
         return 0

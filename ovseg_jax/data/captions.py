@@ -1,13 +1,13 @@
-"""What the text encoder reads of one record: caption, masked caption, prompts (Sec. 3.1.2)."""
+"""What the text encoder reads of one caption: itself, its masked form, prompts (Sec. 3.1.2)."""
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from ovseg_jax.data.entities import MASK_TOKEN, EntitySet
-from ovseg_jax.data.records import Record
 from ovseg_jax.data.templates import SHARED, fill
 from ovseg_jax.errors import UserError
 
@@ -68,9 +68,8 @@ class Texts(TypedDict):
     entities: tuple[int, ...]
 
 
-def texts_of(record: Record | str, entity_set: EntitySet, templates: Sequence[str]) -> Texts:
-    """All sentences of a record, or of a caption. Names stand in a prompt in the order of ids."""
-    caption = record if isinstance(record, str) else record.caption
+def texts_of(caption: str, entity_set: EntitySet, templates: Sequence[str]) -> Texts:
+    """All sentences of a caption. Names stand in a prompt in the order of ids."""
     entities = entity_set.find(caption)
     names = [entity_set.names[identity] for identity in entities]
     return Texts(
@@ -79,6 +78,31 @@ def texts_of(record: Record | str, entity_set: EntitySet, templates: Sequence[st
         prompts=[prompt(names, template) for template in templates],
         entities=entities,
     )
+
+
+def distinct_captions(
+    records: Iterable[Sequence[str]],
+) -> tuple[list[str], Int64[np.ndarray, "records_plus_one"], Int32[np.ndarray, "captions"]]:
+    """The different captions of many records, and which of them each record has.
+
+    Args:
+      records: the captions of each record.
+
+    Returns:
+      (captions, starts, rows): record r has `captions[i]` for i in
+      `rows[starts[r] : starts[r + 1]]`, in its own order.
+    """
+    numbers: dict[str, int] = {}
+    # Photographs of one class have the same captions, many hundreds of them.
+    known: dict[Sequence[str], list[int]] = {}
+    rows = []
+    for captions in records:
+        if captions not in known:
+            known[captions] = [numbers.setdefault(text, len(numbers)) for text in captions]
+        rows.append(known[captions])
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(starts[-1]))
+    return list(numbers), starts, flat
 
 
 def distinct_prompts(

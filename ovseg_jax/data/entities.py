@@ -5,7 +5,7 @@ are found without being listed. Ids are positions in the table.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class EntitySet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def is_form(self, text: str) -> bool:
+        """Whether the text as a whole is a form of an entity, or a plural of one."""
+        return tuple(words(text)) in self._ids
 
     def spans(self, caption: str) -> list[tuple[int, int, int]]:
         """(start, end, entity id) of every mention, in order, without overlaps.
@@ -151,6 +155,43 @@ class EntitySet:
         """The published list: 73 classes of 100 words (Sec. 3.1.2; `entity_lists/`)."""
         listed = resources.files("ovseg_jax.data").joinpath("entity_lists/published.json")
         return cls(_table_of(json.loads(listed.read_text("utf-8")), "the published list"))
+
+
+def joined_tables(tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
+    """One table of the entities of several; the first one itself where all are equal.
+
+    Entities of one name become one, and so does an entity whose name is a form of an entity before
+    it ("puppy", after "dog" with the form "puppy"). A form belongs to the first entity that lists
+    it.
+    """
+    first = tables[0]
+    if all(list(table.items()) == list(first.items()) for table in tables):
+        return {name: list(forms) for name, forms in first.items()}
+    joined: dict[str, list[str]] = {}
+    owners: dict[tuple[str, ...], str] = {}
+    for table in tables:
+        for name, forms in table.items():
+            owner = owners.setdefault(tuple(words(name)), name)
+            listed = joined.setdefault(owner, [])
+            for form in forms:
+                taken = owners.setdefault(tuple(words(form)), owner)
+                if taken == owner and form not in listed:
+                    listed.append(form)
+    return joined
+
+
+def with_names(table: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, list[str]]:
+    """The table with further entities: the names that no entity of it has as a form, or a plural.
+
+    Names without a letter, or in which no word is found, are passed over.
+    """
+    known = EntitySet(table)
+    new = [
+        name
+        for name in names
+        if any(map(str.isalpha, name)) and all(words(name)) and not known.is_form(name)
+    ]
+    return joined_tables([table, {name: [] for name in new}]) if new else joined_tables([table])
 
 
 def _table_of(document: Any, path: str | Path) -> dict[str, list[str]]:

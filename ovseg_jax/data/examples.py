@@ -1,10 +1,11 @@
 """One example of a batch: a pure function of (seed, step, slot).
 
 The record of a slot comes from `record_index`. Everything random about the example comes from
-`example_rng(seed, epoch, key)`, drawn in this order: the prompt template, the partner (entity,
-then record), the view or the augmentation of the image, that of the partner's image, the nouns, the
-entity that is masked. So cached and uncached texts use the same template, and cached and uncached
-images the same partner.
+`example_rng(seed, epoch, key)`, drawn in this order: the caption where the record has several, the
+prompt template, the partner (entity, then record), the view or the augmentation of the image, that
+of the partner's image, the nouns, the entity that is masked. So cached and uncached texts use the
+same caption and template, and cached and uncached images the same partner. The partner shares an
+entity of the drawn caption, which any of its own captions may name.
 """
 
 import hashlib
@@ -14,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from ovseg_jax.data.augment import complete_transform, train_image
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.captions import shared_prompt
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
@@ -26,20 +29,40 @@ from ovseg_jax.data.noun_texts import noun_sentences
 from ovseg_jax.data.order import example_rng, record_index
 from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.partners import find_pairs
-from ovseg_jax.data.records import Record, RecordSource, keys_of
+from ovseg_jax.data.records import ClassCaptions, Record, RecordSource, keys_of
 from ovseg_jax.data.templates import TRAINING
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
+# Names of a class that are told apart in `caption_set`; `ovseg_jax.prepare` gives no more.
+MOST_NAMES = 4
 _log = logging.getLogger(__name__)
 
 
 def entity_set_hash(entities: Sequence[int | str]) -> int:
     """An int32, equal for equal sets of entities or words on every machine; 0 for none."""
-    if not entities:
-        return 0
-    text = ",".join(str(entity) for entity in sorted(set(entities)))
+    return _text_hash(",".join(map(str, sorted(set(entities))))) if entities else 0
+
+
+def caption_set(captions: Sequence[str], number: int) -> Int32[np.ndarray, "4"]:
+    """Hashes of what describes an image: its drawn caption; of a class, the drawn name first.
+
+    The drawn text of one example is right for another where its hash is among the other's: two
+    photographs of a class, whatever templates were drawn, and a horse beside another breed of it.
+
+    Args:
+      captions: of the record. number: which of them was drawn.
+    """
+    names = (captions[number],)
+    if isinstance(captions, ClassCaptions):
+        drawn = captions.name_in(number)
+        names = (drawn, *(name for name in captions.names if name != drawn))[:MOST_NAMES]
+    hashes = [_text_hash(name) for name in names]
+    return np.asarray(hashes + hashes[:1] * (MOST_NAMES - len(hashes)), np.int32)
+
+
+def _text_hash(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True) or 1
 
@@ -119,7 +142,8 @@ class Examples:
         self.failures = Failures()
         # With cached images no record is read at all: what steps need of one, some hundred bytes
         # beside features of as many kilobytes, is fetched at once.
-        self._brief = None if image_store is None else _brief_records(source, entity_set)
+        self._brief = None if image_store is None else _brief_records(source)
+        self._entities = CaptionFilter(entity_set)
         self._pairs = find_pairs(source, entity_set) if with_pairs and pairs is None else pairs
 
     def __len__(self) -> int:
@@ -143,11 +167,15 @@ class Examples:
         return record_index(self._seed, len(self._source), position)
 
     def _example(self, index: int, record: Record, rng: np.random.Generator) -> Example:
-        self._check_text(record)
+        several = len(record.captions) > 1
+        number = int(rng.integers(len(record.captions))) if several else 0
+        caption = record.captions[number]
+        _check_text(record.key, caption)
+        entities = self._entities.find(caption)
         template = int(rng.integers(len(self._templates)))
         partner = shared = None
         if self._with_pairs and self._pairs is not None:
-            partner, shared = self._pairs.partner(rng, index, record.entities)
+            partner, shared = self._pairs.partner(rng, index, entities)
         image = self._image(index, record, rng)
         second = None
         if partner is not None:
@@ -158,9 +186,10 @@ class Examples:
                 shared = None
         nouns = {}
         if self._nouns:
-            sentences = noun_sentences(record.caption, self._nouns, self._templates, rng)
+            sentences = noun_sentences(caption, self._nouns, self._templates, rng)
             nouns = self._noun_ids(sentences)
-        texts, answer = self._text(index, record, template, rng)
+        texts, answer = self._text(index, number, caption, entities, template, rng)
+        texts["caption_set"] = caption_set(record.captions, number)
         return self._assemble(index, (image, second, texts | nouns, answer), shared)
 
     def _assemble(
@@ -177,6 +206,7 @@ class Examples:
         example["entity_weight"] = np.float32(bool(answer))
         example["entity_set"] = np.int32(entity_set_hash(answer))
         example["record"] = np.int32(index)
+        example.setdefault("caption_set", np.zeros(MOST_NAMES, np.int32))
         if self._with_pairs:
             example[name.replace("image", "image2")] = (
                 self._no_image() if second is None else second
@@ -186,23 +216,14 @@ class Examples:
         return example
 
     def _record(self, index: int) -> Record:
-        """The record with entity ids from our own entity set; without an image if it is cached."""
+        """The record, without an image if it is cached."""
         if self._brief is not None:
             return self._brief[index]
         try:
-            record = self._source[index]
+            return self._source[index]
         except Exception as error:
             # A damaged shard, a dead link: whatever the source raises concerns this record only.
             raise _Unusable(f"#{index}", f"{type(error).__name__}: {error}") from error
-        entities = self._entity_set.find(record.caption)
-        return Record(record.image, record.caption, record.key, entities)
-
-    @staticmethod
-    def _check_text(record: Record) -> None:
-        try:
-            record.caption.encode()
-        except UnicodeEncodeError as error:
-            raise _Unusable(record.key, "the caption is not valid Unicode") from error
 
     def _image(self, index: int, record: Record, rng: np.random.Generator) -> np.ndarray:
         if self._images is None:
@@ -223,21 +244,30 @@ class Examples:
         return np.zeros(views.shape[2:], views.dtype)
 
     def _text(
-        self, index: int, record: Record, template: int, rng: np.random.Generator
+        self,
+        index: int,
+        number: int,
+        caption: str,
+        entities: tuple[int, ...],
+        template: int,
+        rng: np.random.Generator,
     ) -> tuple[Example, tuple[int | str, ...]]:
-        """The texts, and what is masked in them."""
-        if self._texts is not None:
+        """The texts of caption `number` of a record, and what is masked in them."""
+        store = self._texts
+        if store is not None:
+            row = store["caption_rows"][store["caption_starts"][index] + number]
+            masked = store["masked_rows"][row]
             cached = {
-                "caption_pooled": self._texts["caption_pooled"][index],
-                "masked_tokens": self._texts["masked_tokens"][index],
-                "masked_mask": self._texts["masked_mask"][index].astype(bool),
-                "prompt_pooled": self._texts["prompt_pooled"][index, template],
+                "caption_pooled": store["caption_pooled"][row],
+                "masked_tokens": store["masked_tokens"][masked],
+                "masked_mask": store["masked_mask"][masked].astype(bool),
+                "prompt_pooled": store["prompt_pooled"][store["prompt_rows"][row, template]],
             }
-            return cached, record.entities
+            return cached, entities
         texts = masked_texts(
-            record.caption, self._entity_set, self._templates[template], self._masking, rng
+            caption, self._entity_set, self._templates[template], self._masking, rng
         )
-        found = self._encode(record.caption, texts.masked, texts.prompt)
+        found = self._encode(caption, texts.masked, texts.prompt)
         if self._masking.classifies:
             found |= self._targets(found, texts.mentions)
         return found, texts.answer
@@ -299,9 +329,10 @@ class Examples:
         if self._images is not None:
             counts.append(("image", self._images["image"].shape[0], len(self._source), "records"))
         if self._texts is not None:
-            prompts = self._texts["prompt_pooled"].shape
-            counts.append(("prompt_pooled", prompts[0], len(self._source), "records"))
-            counts.append(("prompt_pooled", prompts[1], len(self._templates), "templates"))
+            records = len(self._texts["caption_starts"]) - 1
+            counts.append(("caption_starts", records, len(self._source), "records"))
+            templates = self._texts["prompt_rows"].shape[1]
+            counts.append(("prompt_rows", templates, len(self._templates), "templates"))
             shared = self._texts["shared_pooled"].shape[0]
             counts.append(("shared_pooled", shared, len(self._entity_set), "entities"))
         for name, have, want, what in counts:
@@ -311,12 +342,19 @@ class Examples:
                 )
 
 
-def _brief_records(source: RecordSource, entity_set: EntitySet) -> list[Record]:
+def _brief_records(source: RecordSource) -> list[Record]:
     """All records without their images."""
     return [
-        Record(b"", caption, key, entity_set.find(caption))
-        for key, caption in zip(keys_of(source), source.captions(), strict=True)
+        Record(b"", captions, key)
+        for key, captions in zip(keys_of(source), source.captions(), strict=True)
     ]
+
+
+def _check_text(key: str, caption: str) -> None:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise _Unusable(key, "the caption is not valid Unicode") from error
 
 
 class _Unusable(Exception):

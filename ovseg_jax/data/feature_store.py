@@ -25,9 +25,12 @@ class FeatureStore:
     """Named arrays on disk. Get one with `create` (writable) or `open` (read-only).
 
     Arrays of an image store: `image` [N, V, L, D], and where records could not be read `valid`
-    [N] (0 for those). Arrays of a text store: `caption_pooled` [N, Dt], `masked_tokens`
-    [N, M, Dt], `masked_mask` [N, M], `prompt_pooled` [N, T, Dt], `shared_pooled` [entities, Dt].
-    N records, V views, L patches, T templates, M text tokens.
+    [N] (0 for those). Arrays of a text store, in which every text is held once: `caption_pooled`
+    [C, Dt], `masked_tokens` [K, M, Dt], `masked_mask` [K, M], `prompt_pooled` [P, Dt],
+    `shared_pooled` [entities, Dt]; and rows into them: caption i of record r has the row
+    c = `caption_rows[caption_starts[r] + i]` of the captions, `masked_rows[c]` of the masked ones
+    and `prompt_rows[c, t]` of the prompts. N records, V views, L patches, T templates, M text
+    tokens; C different captions, K masked captions and P prompts.
     """
 
     def __init__(self, directory: Path, key: str, layout: Layout, target: Path | None = None):

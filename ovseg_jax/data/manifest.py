@@ -12,7 +12,9 @@ from ovseg_jax.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ovseg_jax records"
-VERSION = 2
+VERSION = 3
+# What `Manifest.captions` may say.
+TEXTS, CLASS_NAMES = "texts", "class_names"
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Manifest:
     Attributes:
       count: number of records over all shards.
       shards: the ArrayRecord files in record order.
-      index: the file with one `[key, caption]` a line, in record order.
+      index: the file with one `[key, [captions]]` a line, in record order.
       entities: entity name -> surface forms, in id order.
       source: name of the source that was written.
       source_fingerprint: the fingerprint of that source.
       keys_sha256: digest of the key list (`records.key_digest`).
       tool: program and version that wrote the folder.
       files: further files: the entity -> records index, where there is one.
+      captions: "texts" as they are, or "class_names" that training puts into templates.
+      version: of the layout. Version 2 is still read: it has one caption for a record.
     """
 
     count: int
@@ -50,6 +54,8 @@ class Manifest:
     keys_sha256: str
     tool: str
     files: tuple[FileInfo, ...] = ()
+    captions: str = TEXTS
+    version: int = VERSION
 
     def everything(self) -> tuple[FileInfo, ...]:
         """Every file of the folder but the manifest."""
@@ -57,8 +63,15 @@ class Manifest:
 
     def digest(self) -> str:
         """SHA-256 of the manifest itself, which is stored in it: a hand-edited one shows."""
-        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=True)
+        text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def fields(self) -> dict[str, Any]:
+        """What is stored, but for the version, which stands before it."""
+        fields = asdict(self)
+        if fields.pop("version") == 2:
+            del fields["captions"]
+        return fields
 
 
 def describe_file(path: Path, count: int, name: str | None = None) -> FileInfo:
@@ -74,8 +87,8 @@ def file_digest(path: Path) -> str:
 
 def manifest_text(manifest: Manifest) -> str:
     """What the manifest's file holds."""
-    document = {"format": FORMAT, "version": VERSION, "manifest_sha256": manifest.digest()}
-    document.update(asdict(manifest))
+    document = {"format": FORMAT, "version": manifest.version}
+    document |= {"manifest_sha256": manifest.digest(), **manifest.fields()}
     return json.dumps(document, indent=1, ensure_ascii=True) + "\n"
 
 
@@ -106,9 +119,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"{path} cannot be read as JSON ({error}); {again}") from error
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise UserError(f"{path} is not a manifest of records; check the path")
-    if document.get("version") != VERSION:
+    if document.get("version") not in (2, VERSION):
         raise UserError(
-            f"{path} has layout version {document.get('version')!r}, this program reads "
+            f"{path} has layout version {document.get('version')!r}, this program reads 2 and "
             f"{VERSION}; {again}"
         )
     manifest = _parse(document, path)
@@ -158,6 +171,8 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             keys_sha256=document["keys_sha256"],
             tool=document["tool"],
             files=tuple(FileInfo(**info) for info in document["files"]),
+            captions=TEXTS if document["version"] == 2 else document["captions"],
+            version=document["version"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(

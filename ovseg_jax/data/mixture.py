@@ -12,6 +12,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class Mixture:
     def __getitem__(self, index: int) -> Record:
         part, inside = self.part_of(index)
         record = self.parts[part][inside]
-        return Record(record.image, record.caption, f"{part}/{record.key}", record.entities)
+        return replace(record, key=f"{part}/{record.key}")
 
     def part_of(self, index: int) -> tuple[int, int]:
         """(part, record index within it) of a record.
@@ -88,8 +89,8 @@ class Mixture:
     def keys(self) -> list[str]:
         return [f"{n}/{key}" for n, part in enumerate(self.parts) for key in keys_of(part)]
 
-    def captions(self) -> list[str]:
-        return [caption for part in self.parts for caption in part.captions()]
+    def captions(self) -> list[Sequence[str]]:
+        return [captions for part in self.parts for captions in part.captions()]
 
     def caption_sample(self, most: int) -> list[str]:
         """Up to about `most` captions, of each part by its share of the examples."""

@@ -1,6 +1,6 @@
 """The second image of a pair: another record that names one of the same entities (Sec. 3.2.3)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -25,7 +25,7 @@ class PairIndex:
         self.records = records
 
     @classmethod
-    def build(cls, entity_lists: Iterable[Sequence[int]]) -> "PairIndex":
+    def build(cls, entity_lists: Iterable[Collection[int]]) -> "PairIndex":
         """Makes the index from the entity ids of each record, in record order.
 
         Raises:
@@ -34,7 +34,7 @@ class PairIndex:
         entities, records = [], []
         for record, ids in enumerate(entity_lists):
             # An id counts once, however often the caption names the entity.
-            unique = np.unique(np.asarray(ids, np.int64))
+            unique = np.unique(np.fromiter(ids, np.int64))
             if unique.size and unique[0] < 0:
                 raise UserError(f"record {record} has the entity id {unique[0]}; ids begin at 0")
             entities.append(unique)

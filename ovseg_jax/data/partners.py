@@ -1,9 +1,15 @@
-"""Where the entity -> records index of a record source comes from: its folder, or its captions."""
+"""Where the entity -> records index of a record source comes from: its folder, or its captions.
 
+A record is listed under the entities of any of its captions.
+"""
+
+from collections.abc import Sequence
+
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.mixture import Mixture, MixturePairs
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import ArrayRecordSource, RecordSource
+from ovseg_jax.data.records import ArrayRecordSource, ClassCaptions, RecordSource
 
 
 def find_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | MixturePairs:
@@ -17,7 +23,19 @@ def _pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex:
     stored = stored_pairs(source, entity_set)
     if stored is not None:
         return stored
-    return PairIndex.build(entity_set.find(caption) for caption in source.captions())
+    find = CaptionFilter(entity_set).find
+    # Photographs of one class have the same captions, many hundreds of them.
+    of_class: dict[ClassCaptions, set[int]] = {}
+
+    def named(captions: Sequence[str]) -> set[int]:
+        if captions in of_class:
+            return of_class[captions]
+        found = {entity for text in captions for entity in find(text)}
+        if isinstance(captions, ClassCaptions):
+            of_class[captions] = found
+        return found
+
+    return PairIndex.build(map(named, source.captions()))
 
 
 def stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:

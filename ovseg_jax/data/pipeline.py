@@ -14,7 +14,7 @@ from ovseg_jax.data.examples import Examples, entity_set_hash
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.mixture import MixturePairs
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import Record, RecordSource
+from ovseg_jax.data.records import RecordSource
 from ovseg_jax.data.templates import TRAINING
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import RestartError
@@ -22,7 +22,7 @@ from ovseg_jax.errors import RestartError
 __all__ = [
     "Loader",
     "distinct_prompts",
-    "encode_record_texts",
+    "encode_caption_texts",
     "entity_set_hash",
     "make_loader",
     "texts_of",
@@ -125,12 +125,12 @@ def make_loader(
     Each batch is a flat dict with leading axis b = len(slots): `image` uint8 [b, H, W, 3] or
     `image_features` [b, L, D]; `caption_ids`, `masked_ids`, `prompt_ids` int32 [b, M] or
     `caption_pooled`, `prompt_pooled` [b, Dt], `masked_tokens` [b, M, Dt], `masked_mask` bool
-    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]. Where texts are
-    not cached also `truncated` bool [b]: the caption, its masked form or the prompt was cut to M
-    tokens. With pairs
-    also `image2` or `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`. With nouns
-    also `noun_ids` int32 [b, n, M] and `noun_present` bool [b, n]; where masked tokens are
-    classified also `masked_targets` int32 [b, M].
+    [b, M]; `weight`, `entity_weight` float32 [b]; `entity_set`, `record` int32 [b]; `caption_set`
+    int32 [b, 4] (`examples.caption_set`). Where texts are not cached also `truncated` bool [b]: the
+    caption, its masked form or the prompt was cut to M tokens. With pairs also `image2` or
+    `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`. With nouns also `noun_ids`
+    int32 [b, n, M] and `noun_present` bool [b, n]; where masked tokens are classified also
+    `masked_targets` int32 [b, M].
 
     A record that cannot be read keeps its slot: zeros, empty texts, weight 0.
 
@@ -180,15 +180,15 @@ def make_loader(
     return Loader(examples, batch_size if slots is None else len(slots), workers, threads)
 
 
-def encode_record_texts(
-    record: Record | str, entity_set: EntitySet, tokenizer: Tokenizer, spec: Mapping[str, Any]
+def encode_caption_texts(
+    caption: str, entity_set: EntitySet, tokenizer: Tokenizer, spec: Mapping[str, Any]
 ) -> dict[str, Int32[np.ndarray, "..."]]:
-    """The token ids of every text of a record, as the loader would make them.
+    """The token ids of every text of a caption, as the loader would make them.
 
     Returns:
       `caption_ids` [M], `masked_ids` [M], `prompt_ids` [T, M], one row a template.
     """
-    texts = texts_of(record, entity_set, spec.get("templates") or TRAINING)
+    texts = texts_of(caption, entity_set, spec.get("templates") or TRAINING)
     ids = tokenizer.encode(
         [texts["caption"], texts["masked"], *texts["prompts"]], spec["text_length"]
     )

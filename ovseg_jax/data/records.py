@@ -3,14 +3,16 @@
 A *record source* is anything with the members of `RecordSource`. On disk, a folder of records
 holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`; one
 that `ovseg_jax.prepare` wrote also an entity -> records index.
-One stored record is the msgpack array `[1, key, caption, image, [entity ids]]`: a layout
-version, two strings, bytes, and integers. Nothing in a folder is a pickle.
+One stored record is the msgpack array `[2, key, [captions], image, [entity ids]]`: a layout
+version, strings, bytes, and integers. Nothing in a folder is a pickle. Layout 1, with a single
+caption in place of the list, is still read.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,14 +20,12 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_data_source
 
-from ovseg_jax.data.manifest import (
-    read_manifest,
-    verify_files,
-)
+from ovseg_jax.data.manifest import CLASS_NAMES, read_manifest, verify_files
 from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.templates import CLIP, fill
 from ovseg_jax.errors import UserError
 
-RECORD_LAYOUT = 1
+RECORD_LAYOUT = 2
 INDEX_NAME = "index.jsonl"
 # Starts and records of a `PairIndex`.
 ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
@@ -33,19 +33,47 @@ ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
 
 @dataclass(frozen=True)
 class Record:
-    """One image-caption pair.
+    """One image with its captions, of which each epoch of training draws one.
 
     Attributes:
       image: the encoded image (PNG, JPEG, ...), exactly as it was found.
-      caption: the text that came with the image.
+      captions: the texts that came with the image, at least one: a tuple, or `ClassCaptions`.
       key: a name that is unique within its data set.
-      entities: sorted ids of the entities that the caption names; empty when there are none.
+      entities: sorted ids of the entities that any of the captions names.
+
+    Raises:
+      ValueError: there is no caption, or a string in place of several.
     """
 
     image: bytes
-    caption: str
+    captions: Sequence[str]
     key: str
     entities: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.captions, str) or not self.captions:
+            raise ValueError(f"record {self.key!r} needs a tuple of captions, at least one")
+
+
+@dataclass(frozen=True)
+class ClassCaptions(Sequence[str]):
+    """The captions of a photograph in a class-named folder: each name in each template.
+
+    Any of them is right for any photograph of the class.
+    """
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names) * len(self.templates)
+
+    def __getitem__(self, number: Any) -> Any:
+        return fill(self.templates[number % len(self.templates)], [self.name_in(number)])
+
+    def name_in(self, number: int) -> str:
+        """The name that caption `number` has in it."""
+        return self.names[number // len(self.templates)]
 
 
 @runtime_checkable
@@ -62,8 +90,8 @@ class RecordSource(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
-    def captions(self) -> list[str]:
-        """Every caption in record order; cheaper than reading the records where it can be."""
+    def captions(self) -> list[Sequence[str]]:
+        """The captions of every record; cheaper than reading the records where it can be."""
         ...
 
     def fingerprint(self) -> str:
@@ -80,12 +108,17 @@ def keys_of(source: RecordSource) -> list[str]:
 
 
 def sample_captions(source: RecordSource, most: int) -> list[str]:
-    """Up to about `most` captions, evenly spread over the records."""
+    """Up to about `most` captions, evenly spread over the records, one of a record."""
     sample = getattr(source, "caption_sample", None)
     if callable(sample):
         return sample(most)
     captions = source.captions()
-    return captions[:: max(1, len(captions) // most)]
+    return _one_of_each(captions[:: max(1, len(captions) // most)])
+
+
+def _one_of_each(records: Iterable[Sequence[str]]) -> list[str]:
+    # The first of one record, the second of the next, and so on.
+    return [captions[number % len(captions)] for number, captions in enumerate(records)]
 
 
 def key_digest(keys: Iterable[str]) -> str:
@@ -100,36 +133,37 @@ def pack_record(record: Record) -> bytes:
     """A record as bytes (see the module's docstring).
 
     Raises:
-      UserError: the key or caption is not valid Unicode.
+      UserError: the key or a caption is not valid Unicode.
     """
+    fields = [record.key, list(record.captions), record.image, list(record.entities)]
     try:
-        return msgpack.packb(
-            [RECORD_LAYOUT, record.key, record.caption, record.image, list(record.entities)]
-        )
+        return msgpack.packb([RECORD_LAYOUT, *fields])
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the caption or key of record {record.key!r} is not valid Unicode; drop the record"
+            f"a caption or the key of record {record.key!r} is not valid Unicode; drop the record"
         ) from error
 
 
 def unpack_record(data: bytes) -> Record:
-    """Inverse of `pack_record`.
+    """Inverse of `pack_record`; reads layout 1 too.
 
     Raises:
-      ValueError: the bytes are no record of this layout.
+      ValueError: the bytes are no record of these layouts.
     """
     try:
-        layout, key, caption, image, entities = msgpack.unpackb(data)
+        layout, key, captions, image, entities = msgpack.unpackb(data)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ValueError("these bytes are no record") from error
-    if layout != RECORD_LAYOUT:
-        raise ValueError(f"record layout {layout!r} is not {RECORD_LAYOUT}")
-    return Record(image=image, caption=caption, key=key, entities=tuple(entities))
+    if layout == 1:
+        captions = [captions]
+    elif layout != RECORD_LAYOUT or not isinstance(captions, list):
+        raise ValueError(f"this is no record of layout 1 or {RECORD_LAYOUT}")
+    return Record(image=image, captions=tuple(captions), key=key, entities=tuple(entities))
 
 
 def index_line(record: Record) -> str:
     """The line of a record in the index of a folder; ASCII."""
-    return json.dumps([record.key, record.caption]) + "\n"
+    return json.dumps([record.key, list(record.captions)]) + "\n"
 
 
 class MemorySource:
@@ -148,14 +182,15 @@ class MemorySource:
     def keys(self) -> list[str]:
         return [record.key for record in self._records]
 
-    def captions(self) -> list[str]:
-        return [record.caption for record in self._records]
+    def captions(self) -> list[Sequence[str]]:
+        return [record.captions for record in self._records]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for record in self._records:
-            for part in (record.key.encode(), record.caption.encode(), record.image):
-                _add(digest, part)
+            for text in (record.key, *record.captions):
+                _add(digest, text.encode())
+            _add(digest, record.image)
             _add(digest, repr(record.entities).encode())
         return digest.hexdigest()[:16]
 
@@ -163,14 +198,20 @@ class MemorySource:
 class ArrayRecordSource:
     """A folder of records, read at random access. Can be pickled; files open on first use.
 
+    Args:
+      name_templates: what becomes of class names where the folder has these for captions.
+
     Raises:
       UserError: the manifest or a shard is missing, cut short or changed (see `read_manifest`).
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, name_templates: Sequence[str] = CLIP):
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         self.name = self.manifest.source
+        self._templates = tuple(name_templates)
+        # Names -> their captions: one object for all photographs of a class.
+        self._of_class: dict[tuple[str, ...], ClassCaptions] = {}
         self._reader: Any = None
 
     def __len__(self) -> int:
@@ -186,12 +227,20 @@ class ArrayRecordSource:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.directory}")
         try:
-            return unpack_record(self._data()[index])
+            record = unpack_record(self._data()[index])
+            return replace(record, captions=self._as_captions(record.captions))
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(
                 f"record {index} of {self.directory} cannot be read ({error}): its shard is "
                 "damaged; copy the shard again, or write the records again"
             ) from error
+
+    def _as_captions(self, stored: Sequence[str]) -> Sequence[str]:
+        """The captions that stored ones stand for."""
+        texts = tuple(stored)
+        if self.manifest.captions != CLASS_NAMES:
+            return texts
+        return self._of_class.setdefault(texts, ClassCaptions(texts, self._templates))
 
     def _data(self) -> array_record_data_source.ArrayRecordDataSource:
         if self._reader is None:
@@ -224,16 +273,17 @@ class ArrayRecordSource:
     def keys(self) -> list[str]:
         return [key for key, _ in self._index()]
 
-    def captions(self) -> list[str]:
-        return [caption for _, caption in self._index()]
+    def captions(self) -> list[Sequence[str]]:
+        return [captions for _, captions in self._index()]
 
     def caption_sample(self, most: int) -> list[str]:
         """Up to about `most` captions, evenly spread; unlike `captions()`, the rest is not kept."""
         step = max(1, len(self) // most)
-        return [row[1] for number, row in enumerate(self._index()) if number % step == 0]
+        every = itertools.islice(self._index(), 0, None, step)
+        return _one_of_each(captions for _, captions in every)
 
-    def _index(self) -> Iterator[list[str]]:
-        """[key, caption] of every record, after the keys were checked; one at a time in memory."""
+    def _index(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """(key, captions) of every record, after the keys were checked; one at a time in memory."""
         path = self.directory / self.manifest.index.file
         count = 0
 
@@ -249,13 +299,18 @@ class ArrayRecordSource:
             if count != len(self) or digest != self.manifest.keys_sha256:
                 raise ValueError("its keys are not those of the manifest")
             with path.open(encoding="ascii") as stream:
-                yield from (json.loads(line) for line in stream)
+                for key, captions in map(json.loads, stream):
+                    # Version 2 of the manifest has the caption itself in place of the list.
+                    listed = [captions] if isinstance(captions, str) else captions
+                    yield key, self._as_captions(listed)
         except (ValueError, TypeError, LookupError, OSError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); copy the file again, or write the records again"
             ) from error
 
     def fingerprint(self) -> str:
+        # Without the templates: the caches of images do not depend on them, and those of texts
+        # have the captions themselves in their key.
         return self.manifest.digest()[:16]
 
 

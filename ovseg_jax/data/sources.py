@@ -6,10 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.entities import EntitySet, joined_tables
 from ovseg_jax.data.mixture import Mixture
 from ovseg_jax.data.records import ArrayRecordSource, RecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
+from ovseg_jax.data.templates import CLIP_NAME, chosen
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 
@@ -22,7 +23,9 @@ def _scenes(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
 
 
 def _records(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
-    source = ArrayRecordSource(config.records.dir)
+    source = ArrayRecordSource(
+        config.records.dir, chosen(config.get("name_templates", (CLIP_NAME,)))
+    )
     return source, EntitySet(source.manifest.entities)
 
 
@@ -34,17 +37,11 @@ def _mixture(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
         )
     fields = [_part_config(config, number) for number in range(len(config.mixture))]
     found = [SOURCES[part.source](part) for part in fields]
-    stored = [(part, own) for part, (_, own) in zip(fields, found, strict=True) if _on_disk(part)]
-    entities = stored[0][1] if stored else found[0][1]
-    for part, own in stored:
-        # The order gives the ids.
-        if list(own.table.items()) != list(entities.table.items()):
-            raise UserError(
-                f"the records in {stored[0][0].records.dir} and in {part.records.dir} were "
-                "prepared with different entities; prepare both with the same --entities=FILE"
-            )
+    stored = [own for part, (_, own) in zip(fields, found, strict=True) if _on_disk(part)]
+    tables = [own.table for own in stored or [found[0][1]]]
     sources = [source for source, _ in found]
-    return Mixture(sources, [fields["weight"] for fields in config.mixture]), entities
+    mixture = Mixture(sources, [fields["weight"] for fields in config.mixture])
+    return mixture, EntitySet(joined_tables(tables))
 
 
 def _part_config(config: ConfigDict, number: int) -> ConfigDict:
@@ -58,7 +55,10 @@ def _part_config(config: ConfigDict, number: int) -> ConfigDict:
     kind = named[0]
     common = config[kind].to_dict()
     own = _fields(fields[kind], list(common), f"{where}.{kind}")
-    return ConfigDict({"source": kind, kind: {**common, **own}})
+    part = {"source": kind, kind: {**common, **own}}
+    if "name_templates" in config:
+        part["name_templates"] = config.name_templates
+    return ConfigDict(part)
 
 
 def _fields(value: Any, known: list[str], where: str) -> dict[str, Any]:
@@ -84,8 +84,9 @@ SOURCES: dict[str, Callable[[ConfigDict], tuple[RecordSource, EntitySet]]] = {
 def make_source(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
     """The records and entities that `config` (a run's ``config.data``) names.
 
-    A mixture has the entities of its stored records, which must agree; scenes in it are matched
-    against these.
+    A mixture has the entities of all its stored records (`entities.joined_tables`); scenes in it
+    are matched against these. Ids are found anew in the captions, and an entity -> records index on
+    disk serves only where its folder has this very table.
 
     Raises:
       UserError: an unknown source, or what the source itself refuses.

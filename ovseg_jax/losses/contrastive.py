@@ -14,17 +14,31 @@ class Candidates:
 
     Attributes:
       present: False takes an example out: it is no one's negative, and has none.
-      label: where given, examples with equal labels are not negatives of one another either: the
-        sentence of one is a correct answer for the other.
+      labels: examples that are alike in any of them (`_alike`) are not negatives of one another
+        either: the sentence of one is a correct answer for the other.
     """
 
     present: Bool[Array, "B"]
-    label: Int[Array, "B"] | None = None
+    labels: tuple[Int[Array, "B ..."], ...] = ()
 
 
-def candidates(weight: Float[Array, "B"], entity_set: Int[Array, "B"] | None = None) -> Candidates:
-    """The candidates of a batch: examples with weight, and other entity sets where they count."""
-    return Candidates(weight > 0, entity_set)
+def candidates(weight: Float[Array, "B"], *labels: Int[Array, "B ..."] | None) -> Candidates:
+    """The candidates of a batch: examples with weight; what is alike in a label is no negative.
+
+    Args:
+      labels: those that count; None for one that does not.
+    """
+    return Candidates(weight > 0, tuple(label for label in labels if label is not None))
+
+
+def _alike(row: Int[Array, "..."], labels: Int[Array, "B ..."]) -> Bool[Array, "B"]:
+    """Which labels equal that of a row; of several names, whether either's first is in the other.
+
+    Symmetric, as the first is the name in the sentence of its example.
+    """
+    if labels.ndim == 1:
+        return labels == row
+    return jnp.any(labels == row[0], axis=1) | jnp.any(labels[:, :1] == row[None], axis=1)
 
 
 @struct.dataclass
@@ -34,7 +48,7 @@ class _Points:
     vectors: Float[Array, "*points E"]
     owner: Int[Array, "*points"]
     present: Bool[Array, "*points"]
-    label: Int[Array, "*points"] | None
+    labels: tuple[Int[Array, "..."], ...]
     there: Bool[Array, "*points"]
 
 
@@ -43,14 +57,14 @@ def _points(
 ) -> _Points:
     count, each = vectors.shape[:2]
 
-    def repeated(x: Array | None) -> Array | None:
-        return None if x is None else jnp.repeat(x, each, total_repeat_length=count * each)
+    def repeated(x: Array) -> Array:
+        return jnp.repeat(x, each, axis=0, total_repeat_length=count * each)
 
     return _Points(
         vectors.reshape(count * each, -1).astype(jnp.float32),
         repeated(jnp.arange(count)),
         repeated(among.present),
-        repeated(among.label),
+        tuple(map(repeated, among.labels)),
         jnp.ones(count * each, bool) if there is None else there.reshape(-1),
     )
 
@@ -79,8 +93,8 @@ def log_sums(
         # In full precision: at a scale of 100, bfloat16 products would move logits by 0.3.
         cosine = jnp.einsum("e,je->j", query.vectors, keys.vectors, precision="highest")
         negative = query.present & keys.present & (query.owner != keys.owner)
-        if keys.label is not None:
-            negative &= query.label != keys.label
+        for own, labels in zip(query.labels, keys.labels, strict=True):
+            negative &= ~_alike(own, labels)
         negative &= keys.there
         logits, lowest = scale * cosine, jnp.finfo(jnp.float32).min
         keep = negative | ((query.owner == keys.owner) & keys.there)
@@ -155,16 +169,16 @@ def multi_label_info_nce(
 
 
 def false_negative_rate(
-    weight: Float[Array, "B"], entity_set: Int[Array, "B"], split: Split = WHOLE
+    weight: Float[Array, "B"], label: Int[Array, "B ..."], split: Split = WHOLE
 ) -> Float[Array, ""]:
-    """Share of negatives whose entity set equals the positive's (among present examples)."""
+    """Share of negatives that are alike in a label (among present examples)."""
     present = weight > 0
 
     def one(row: tuple, columns: tuple, shared: tuple) -> Array:
         del shared
-        return jnp.sum((columns[0] & (row[1] == columns[1])).astype(jnp.float32))
+        return jnp.sum((columns[0] & _alike(row[1], columns[1])).astype(jnp.float32))
 
-    like = over_rows(one, (present, entity_set), (present, entity_set), split)
+    like = over_rows(one, (present, label), (present, label), split)
     count = jnp.sum(present.astype(jnp.float32))
     equal = jnp.sum(jnp.where(present, like - 1.0, 0.0))
     return equal / jnp.maximum(count * (count - 1.0), 1.0)

@@ -92,16 +92,21 @@ def completion_rows(
 
 
 def completion_term(
-    rows: Rows, scale: Float[Array, ""], batch: Batch, mask_equal_entities: bool, split: Split
+    rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict, split: Split
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 9 on what `completion_rows` gave.
 
     Args:
       scale: inverse temperature.
-      mask_equal_entities: whether equal answers are no negatives of one another.
+      config: the run's ``config.loss``, which says whether equal answers are no negatives of one
+        another (`mask_equal_entities`), nor the answers of equal captions (`mask_equal_captions`).
     """
     weight, sets = batch["weight"] * batch["entity_weight"], batch["entity_set"]
-    among = candidates(weight, sets if mask_equal_entities else None)
+    among = candidates(
+        weight,
+        sets if config.mask_equal_entities else None,
+        batch["caption_set"] if config.get("mask_equal_captions", False) else None,
+    )
     values, _ = info_nce(rows["completed"], rows["prompt"], scale, among, split)
     rate = false_negative_rate(weight, sets, split)
     return weighted_mean(values, weight), {"entity_false_negatives": rate}

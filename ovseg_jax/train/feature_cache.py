@@ -19,7 +19,12 @@ import numpy as np
 from flax import linen as nn
 
 from ovseg_jax.data.augment import complete_transform, train_image
-from ovseg_jax.data.captions import distinct_prompts, shared_prompt, texts_of
+from ovseg_jax.data.captions import (
+    distinct_captions,
+    distinct_prompts,
+    shared_prompt,
+    texts_of,
+)
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
@@ -51,6 +56,8 @@ AFTER_TRUNK = (
 
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
+# Texts are padded to multiples of so many tokens: as many programs are compiled, and no more.
+_MULTIPLE = 8
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -186,14 +193,18 @@ def text_store(
 ) -> FeatureStore:
     """Features of every text a step can ask for, float16, found or computed.
 
+    Each different text is encoded once, among others of about its length, and without the padding
+    to M that only the stored arrays have.
+
     Args:
       templates: prompts are stored for each of them; keep few.
       length: M.
     """
+    captions, starts, rows = distinct_captions(source.captions())
     key = cache_key(
         params,
         ("text_encoder/",),
-        source=source.fingerprint(),
+        captions=_captions_digest(captions, starts, rows),
         entities=entity_set.table,
         templates=list(templates),
         length=length,
@@ -204,60 +215,67 @@ def text_store(
     place = directory / f"texts-{key}"
     if (found := FeatureStore.open(place, key)) is not None:
         return found
-    captions = source.captions()
     masked = [texts_of(caption, entity_set, ())["masked"] for caption in captions]
+    hidden = list(dict.fromkeys(masked))
     prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
     shared = [shared_prompt(name) for name in entity_set.names]
-    total = len(captions) + len(masked) + len(prompts) + len(shared)
-    done = cut = 0
+    width = model.text_encoder.width
+    store = FeatureStore.create(
+        place,
+        key,
+        {
+            "caption_starts": (starts.shape, np.int64),
+            "caption_rows": (rows.shape, np.int32),
+            "caption_pooled": ((len(captions), width), np.float16),
+            "masked_rows": ((len(captions),), np.int32),
+            "masked_tokens": ((len(hidden), length, width), np.float16),
+            "masked_mask": ((len(hidden), length), np.bool_),
+            "prompt_rows": (prompt_rows.shape, np.int32),
+            "prompt_pooled": ((len(prompts), width), np.float16),
+            "shared_pooled": ((len(shared), width), np.float16),
+        },
+    )
+    row_of = {text: row for row, text in enumerate(hidden)}
+    store["caption_starts"][:], store["caption_rows"][:] = starts, rows
+    store["masked_rows"][:] = [row_of[text] for text in masked]
+    store["prompt_rows"][:] = prompt_rows
+    texts = list(dict.fromkeys([*captions, *hidden, *prompts, *shared]))
+    pooled = np.zeros((len(texts), width), np.float16)
 
     @jax.jit
     def encode(params: Any, ids: Any) -> Any:
         text = model.apply({"params": params}, ids, method="text_tokens")
         return text.tokens.astype(jnp.float16), text.mask, text.pooled.astype(jnp.float16)
 
-    def run(texts: Sequence[str]) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
-        nonlocal done, cut
-        for start in range(0, len(texts), TEXT_BATCH):
-            part = texts[start : start + TEXT_BATCH]
-            ids = np.zeros((TEXT_BATCH, length), np.int32)
-            ids[: len(part)], shortened = tokenizer.encode_and_tell(part, length)
-            cut += int(shortened.sum())
-            outputs = encode(params, ids)
-            yield (
-                slice(start, start + len(part)),
-                tuple(np.asarray(x)[: len(part)] for x in outputs),
-            )
-            done += len(part)
-            progress("text features", done, total)
-
-    count, width = len(captions), model.text_encoder.width
-    store = FeatureStore.create(
-        place,
-        key,
-        {
-            "caption_pooled": ((count, width), np.float16),
-            "masked_tokens": ((count, length, width), np.float16),
-            "masked_mask": ((count, length), np.bool_),
-            "prompt_pooled": ((count, len(templates), width), np.float16),
-            "shared_pooled": ((len(shared), width), np.float16),
-        },
-    )
-    for rows, (_, _, pooled) in run(captions):
-        store["caption_pooled"][rows] = pooled
-    for rows, (tokens, mask, _) in run(masked):
-        store["masked_tokens"][rows], store["masked_mask"][rows] = tokens, mask
-    pooled_prompts = np.zeros((len(prompts), width), np.float16)
-    for rows, (_, _, pooled) in run(prompts):
-        pooled_prompts[rows] = pooled
-    store["prompt_pooled"][:] = pooled_prompts[prompt_rows]
-    for rows, (_, _, pooled) in run(shared):
-        store["shared_pooled"][rows] = pooled
-    if cut:
+    tokens = tokenizer.lengths(texts)
+    order = np.argsort(tokens, kind="stable")
+    for start in range(0, len(texts), TEXT_BATCH):
+        part = order[start : start + TEXT_BATCH]
+        padded = min(length, -(-int(tokens[part[-1]]) // _MULTIPLE) * _MULTIPLE)
+        ids = np.zeros((TEXT_BATCH, padded), np.int32)
+        ids[: len(part)] = tokenizer.encode([texts[i] for i in part], padded)
+        outputs = [np.asarray(x)[: len(part)] for x in encode(params, ids)]
+        pooled[part] = outputs[2]
+        for i, features, mask in zip(part, *outputs[:2], strict=True):
+            if (row := row_of.get(texts[i])) is not None:
+                store["masked_tokens"][row, :padded] = features
+                store["masked_mask"][row, :padded] = mask
+        progress("text features", start + len(part), len(texts))
+    at = {text: i for i, text in enumerate(texts)}
+    for name, listed in (("caption", captions), ("prompt", prompts), ("shared", shared)):
+        store[f"{name}_pooled"][:] = pooled[np.asarray([at[text] for text in listed], np.intp)]
+    if cut := int((tokens > length).sum()):
         _log.warning(
             "%d of %d cached sentences were cut to %d tokens (config.data.text_length)",
             cut,
-            total,
+            len(texts),
             length,
         )
     return store.commit()
+
+
+def _captions_digest(captions: Sequence[str], starts: np.ndarray, rows: np.ndarray) -> str:
+    digest = hashlib.sha256(json.dumps(captions).encode())
+    for array in (starts, rows):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidates, info_nce
+from ovseg_jax.losses.contrastive import candidates, false_negative_rate, info_nce
 from ovseg_jax.losses.objective import total_loss, weighted_mean
 from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
@@ -189,7 +189,9 @@ def joint_loss(
     scale = Calls(model, params, {})("logit_scale")
     masking, weight = _masking(config), batch["weight"]
     split = Split(mesh, config.contrast_chunk)
-    values, hits = info_nce(rows["image"], rows["text"], scale, candidates(weight), split)
+    equal = batch["caption_set"] if config.get("mask_equal_captions", False) else None
+    among = candidates(weight, equal)
+    values, hits = info_nce(rows["image"], rows["text"], scale, among, split)
     contrastive = weighted_mean(values, weight)
     metrics = {
         "contrastive": contrastive,
@@ -197,6 +199,8 @@ def joint_loss(
         "temperature": 1.0 / scale,
         "group_usage": usage_entropy(rows["group_shares"], weight),
     }
+    if equal is not None:
+        metrics["equal_captions"] = false_negative_rate(weight, equal, split)
     entity = mask = None
     if masking is Masking.MULTI_LABEL:
         entity, extra = noun_term(rows["image"], rows["nouns"], scale, batch, split), {}
@@ -205,7 +209,7 @@ def joint_loss(
         if masking.classifies:
             entity, extra = token_term(rows, batch)
         else:
-            entity, extra = completion_term(rows, scale, batch, config.mask_equal_entities, split)
+            entity, extra = completion_term(rows, scale, batch, config, split)
         metrics |= {"entity": entity, **extra}
     if mask_weight > 0:
         mask, extra = mask_term(rows, scale, batch, config, split)

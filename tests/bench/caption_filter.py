@@ -23,10 +23,10 @@ from collections.abc import Callable
 from caption_corpus import captions
 from nltk.tokenize import NLTKWordTokenizer
 
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.raw import RawPair
-from ovseg_jax.data.prepare.rules import Rules, caption_or_none
+from ovseg_jax.data.prepare.rules import Rules, clean_captions
 from ovseg_jax.data.words import words
 
 STRETCHES = 20
@@ -41,8 +41,7 @@ def ways(entities: EntitySet) -> dict[str, Callable[[str], bool]]:
     forms = entities.vocabulary()
 
     def prepare(caption: str) -> bool:
-        kept = caption_or_none(RawPair("key", caption), rules)
-        return kept is not None and bool(second.find(kept))
+        return any(map(second.find, clean_captions(RawPair("key", (caption,)), rules)))
 
     def look_up(caption: str) -> bool:
         tokens = tokenizer.tokenize(caption.translate(_BLANK))

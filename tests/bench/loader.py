@@ -36,7 +36,11 @@ def stores(folder: Path, patches: int, width: int) -> tuple[FeatureStore, Featur
         "caption_pooled": ((RECORDS, width), np.float16),
         "masked_tokens": ((RECORDS, *text), np.float16),
         "masked_mask": ((RECORDS, 24), np.bool_),
-        "prompt_pooled": ((RECORDS, len(TEMPLATES), width), np.float16),
+        "prompt_pooled": ((len(TEMPLATES), width), np.float16),
+        "prompt_rows": ((RECORDS, len(TEMPLATES)), np.int32),
+        "caption_starts": ((RECORDS + 1,), np.int64),
+        "caption_rows": ((RECORDS,), np.int32),
+        "masked_rows": ((RECORDS,), np.int32),
         "shared_pooled": ((len(NAMES), width), np.float16),
     }
     images = FeatureStore.create(
@@ -46,6 +50,9 @@ def stores(folder: Path, patches: int, width: int) -> tuple[FeatureStore, Featur
     for index in range(RECORDS):
         images["image"][index] = row
     texts = FeatureStore.create(folder / "texts", "k", shapes)
+    texts["caption_starts"][:] = np.arange(RECORDS + 1)
+    for name in ("caption_rows", "masked_rows"):
+        texts[name][:] = np.arange(RECORDS)
     texts["masked_mask"][:] = True
     texts["masked_tokens"][:] = row[0, 0]
     return images.commit(), texts.commit()
@@ -65,7 +72,10 @@ def plain(files: list[np.ndarray], batches: int, rng: np.random.Generator) -> in
 def compare(patches: int, width: int, with_pairs: bool, seconds: float) -> None:
     """Times both ways in turns and prints their medians."""
     source = MemorySource(
-        [Record(b"", f"a {NAMES[i % 4]} and a {NAMES[i // 4 % 4]}", str(i)) for i in range(RECORDS)]
+        [
+            Record(b"", (f"a {NAMES[i % 4]} and a {NAMES[i // 4 % 4]}",), str(i))
+            for i in range(RECORDS)
+        ]
     )
     entities = EntitySet({name: [name] for name in NAMES})
     with tempfile.TemporaryDirectory() as temporary:

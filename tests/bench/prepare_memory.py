@@ -65,7 +65,7 @@ class MadeUp:
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
         texts = captions(shard.stop - shard.start, seed=shard.start)
         for number, caption in enumerate(texts, shard.start):
-            yield RawPair(f"{number:09d}", caption, self.image if images else None)
+            yield RawPair(f"{number:09d}", (caption,), self.image if images else None)
 
 
 def peak(program: str) -> float:

@@ -29,7 +29,7 @@ def _record(index, rng):
     named = ["tree"] if index == 5 else [NAMES[index % 3], NAMES[(index // 3) % 3]]
     caption = "a sky" if index % 7 == 0 else "a photo of a " + " and a ".join(named)
     image = b"garbage" if index == BROKEN else buffer.getvalue()
-    return Record(image, caption, f"key-{index}")
+    return Record(image, (caption,), f"key-{index}")
 
 
 def make_source():

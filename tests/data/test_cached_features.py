@@ -20,14 +20,14 @@ def test_partner_shares_the_entity_and_is_another(source, tokenizer, tmp_path):
     pairs = 0
     for batch in loader:
         for at, index in enumerate(batch["record"]):
-            mine = set(ENTITIES.find(source[int(index)].caption))
+            mine = set(ENTITIES.find(source[int(index)].captions[0]))
             assert batch["image_features"][at].item() == index
             if not batch["pair_weight"][at]:
                 # No entity, or the only record with its one.
                 assert index % 7 == 0 or index == 5
                 continue
             partner = int(batch["image2_features"][at].item())
-            theirs = set(ENTITIES.find(source[partner].caption))
+            theirs = set(ENTITIES.find(source[partner].captions[0]))
             shared = batch["shared_ids"][at]
             names = {tokenizer.encode([f"a photo of {NAMES[e]}"], 12).tobytes(): e for e in mine}
             assert partner != index
@@ -51,16 +51,23 @@ def stores(source, tmp_path):
         tmp_path / "texts",
         "k",
         {
+            "caption_starts": ((count + 1,), "int64"),
+            "caption_rows": ((count,), "int32"),
+            "masked_rows": ((count,), "int32"),
+            "prompt_rows": ((count, len(TEMPLATES)), "int32"),
             "caption_pooled": ((count, width), "float16"),
             "masked_tokens": ((count, length, width), "float16"),
             "masked_mask": ((count, length), "bool"),
-            "prompt_pooled": ((count, len(TEMPLATES), width), "float16"),
+            "prompt_pooled": ((len(TEMPLATES), width), "float16"),
             "shared_pooled": ((len(NAMES), width), "float16"),
         },
     )
     texts["caption_pooled"][:] = np.arange(count)[:, None]
     texts["masked_mask"][:, :2] = True
-    texts["prompt_pooled"][:] = np.arange(len(TEMPLATES))[None, :, None]
+    texts["caption_starts"][:] = np.arange(count + 1)
+    texts["caption_rows"][:] = texts["masked_rows"][:] = np.arange(count)
+    texts["prompt_rows"][:] = np.arange(len(TEMPLATES))
+    texts["prompt_pooled"][:] = np.arange(len(TEMPLATES))[:, None]
     texts["shared_pooled"][:] = np.arange(len(NAMES))[:, None] + 1
     return {"image_store": images.commit(), "text_store": texts.commit()}
 
@@ -70,6 +77,7 @@ def test_cached_features_take_the_place_of_images_and_ids(read, stores):
     assert {name: array.shape[1:] for name, array in batch.items() if array.ndim > 1} == {
         "image_features": (5, 2),
         "image2_features": (5, 2),
+        "caption_set": (4,),
         "caption_pooled": (2,),
         "masked_tokens": (4, 2),
         "masked_mask": (4,),
@@ -85,13 +93,14 @@ def test_cached_features_take_the_place_of_images_and_ids(read, stores):
 
 def test_cached_and_fresh_texts_use_the_same_template_and_partner(read, stores, tokenizer, source):
     for fresh, cached in zip(read(), read(**stores), strict=True):
-        for name in ("record", "weight", "entity_weight", "pair_weight", "entity_set"):
+        sets = ("entity_set", "caption_set")
+        for name in ("record", "weight", "entity_weight", "pair_weight", *sets):
             np.testing.assert_array_equal(fresh[name], cached[name], err_msg=name)
         for at, index in enumerate(fresh["record"]):
             if index == BROKEN:
                 continue
             template = TEMPLATES[int(cached["prompt_pooled"][at, 0])]
-            (text,) = texts_of(source[int(index)], ENTITIES, [template])["prompts"]
+            (text,) = texts_of(source[int(index)].captions[0], ENTITIES, [template])["prompts"]
             np.testing.assert_array_equal(fresh["prompt_ids"][at], tokenizer.encode([text], 12)[0])
             shared = int(cached["shared_pooled"][at, 0])
             text = f"a photo of {NAMES[shared - 1]}" if shared else ""
@@ -120,7 +129,7 @@ def test_no_record_is_read_when_images_are_cached(source, stores):
 
 def test_store_of_another_data_set_is_a_user_error(source, stores):
     settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": True}
-    with pytest.raises(UserError, match="prompt_pooled has 3 templates, the data set has 25"):
+    with pytest.raises(UserError, match="prompt_rows has 3 templates, the data set has 25"):
         make_loader(source, ENTITIES, None, {}, **settings, **stores)
     shorter = MemorySource([source[0]])
     with pytest.raises(UserError, match="image has 23 records, the data set has 1"):

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ovseg_jax.data import caption_filter
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare import caption_filter
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 
 TABLE = {
     "dog": ["dog", "puppy"],

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovseg_jax.data.captions import (
+    distinct_captions,
     distinct_prompts,
     mask_entities,
     prompt,
@@ -20,7 +21,7 @@ from ovseg_jax.data.captions import (
     texts_of,
 )
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.records import Record
+from ovseg_jax.data.records import ClassCaptions
 from ovseg_jax.data.templates import CLIP, TRAINING, chosen, fill, join_entities
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
@@ -96,16 +97,21 @@ def test_the_list_of_clip_keeps_its_license():
     assert "Copyright (c) 2021 OpenAI" in notice and "Permission is hereby granted" in notice
 
 
-def test_texts_of_a_record_and_of_its_caption():
-    record = Record(b"", "a bus and two puppies", "k")
-    texts = texts_of(record, ENTITIES, ["{}", "a {}."])
+def test_texts_of_a_caption():
+    texts = texts_of("a bus and two puppies", ENTITIES, ["{}", "a {}."])
     assert texts == {
         "caption": "a bus and two puppies",
         "masked": "a [MASK] and two [MASK]",
         "prompts": ["dog and bus", "a dog and bus."],
         "entities": (0, 4),
     }
-    assert texts == texts_of(record.caption, ENTITIES, ["{}", "a {}."])
+
+
+def test_distinct_captions_are_those_of_each_record():
+    records = [("a dog", "a cat"), ClassCaptions(("cat",), ("a {}", "the {}")), ("a dog",)]
+    captions, starts, rows = distinct_captions([*records, records[1]])
+    assert captions == ["a dog", "a cat", "the cat"] and starts.tolist() == [0, 2, 4, 5, 7]
+    assert rows.tolist() == [0, 1, 1, 2, 0, 1, 2]
 
 
 def test_distinct_prompts_are_those_of_each_caption():

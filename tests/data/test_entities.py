@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.entities import EntitySet, joined_tables, with_names
 from ovseg_jax.data.nouns import (
     BundledNouns,
     NounCounts,
@@ -281,3 +281,20 @@ def test_without_corpora_the_word_lists_are_used(monkeypatch):
 def test_names_are_kept_as_written(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps({"TV Monitor": ["television"]}))
     assert EntitySet.from_json(tmp_path / "e.json").find("a tv monitor") == (0,)
+
+
+def test_joined_tables_have_each_name_and_form_once():
+    first = {"dog": ["dog", "puppy"], "couch": []}
+    second = {"puppy": ["whelp"], "sofa": ["couch", "settee"], "dog": ["hound"]}
+    joined = joined_tables([first, second])
+    assert joined == {"dog": ["dog", "puppy", "whelp", "hound"], "couch": [], "sofa": ["settee"]}
+    EntitySet(joined)
+    assert list(joined_tables([first, dict(first)]).items()) == list(first.items())
+
+
+def test_names_that_are_forms_already_are_not_added():
+    table = {"dog": ["puppy"]}
+    names = ["Puppy", "dogs", "sorrel", "horse", "Horse", "!", "studio couch"]
+    added = {"sorrel": [], "horse": [], "studio couch": []}
+    assert with_names(table, names) == {**table, **added}
+    assert with_names(table, []) == table

@@ -12,6 +12,7 @@ from PIL import Image
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.mixture import Mixture, interleaved
 from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.partners import stored_pairs
 from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource
@@ -30,9 +31,9 @@ weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 def records(count, shade):
     stream = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
-    return MemorySource(
-        [Record(stream.getvalue(), f"a {NAMES[i % 3]}", f"k{i}") for i in range(count)], f"{shade}"
-    )
+    image = stream.getvalue()
+    found = [Record(image, (f"a {NAMES[i % 3]}",), f"k{i}") for i in range(count)]
+    return MemorySource(found, f"{shade}")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_data_sets_of_one_size_have_orders_of_their_own():
 def test_records_of_a_mixture(mixture):
     assert len(mixture) == 18 and mixture.weights == (0.25, 0.625, 0.125)
     assert [mixture[i].key for i in range(18)] == mixture.keys()
-    assert [mixture[i].caption for i in range(18)] == mixture.captions()
+    assert [mixture[i].captions for i in range(18)] == mixture.captions()
     assert len(set(mixture.keys())) == 18 and mixture.keys()[5] == "1/k0"
     assert mixture.part_of(15) == (1, 10) and mixture.part_of(16) == (2, 0)
     with pytest.raises(IndexError):
@@ -241,10 +242,17 @@ def test_configs_that_are_wrong(mixture, message):
         make_source(data_config(*mixture))
 
 
-def test_records_of_different_entities_cannot_be_mixed(folders):
+def test_records_of_different_entities_have_those_of_both(folders, tokenizer):
+    """Stored indices have the ids of their own folder: the partners are found in the captions."""
     parts = [{"weight": 1, "records": {"dir": str(folders / name)}} for name in "ac"]
-    with pytest.raises(UserError, match="prepare both with the same --entities"):
-        make_source(data_config(*parts))
+    source, entities = make_source(data_config(*parts))
+    tables = [part.manifest.entities for part in source.parts]
+    assert list(entities.table)[: len(tables[0])] == list(tables[0])
+    assert all(entities.is_form(name) for table in tables for name in table)
+    assert all(stored_pairs(part, entities) is None for part in source.parts)
+    settings = {"batch_size": 8, "seed": 0, "first_step": 0, "last_step": 2, "with_pairs": True}
+    batches = list(make_loader(source, entities, tokenizer, SPEC, **settings))
+    assert all(batch["pair_weight"].any() for batch in batches)
 
 
 def test_missing_folders_are_all_named(folders):

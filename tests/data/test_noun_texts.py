@@ -57,10 +57,10 @@ class Captions:
 
     def __getitem__(self, index):
         image = TINY_PNG if index == 0 else b"no image"
-        return Record(image, "a dog and a cat on the sofa", f"key {index}", ())
+        return Record(image, ("a dog and a cat on the sofa",), f"key {index}", ())
 
     def captions(self):
-        return ["a dog and a cat on the sofa"] * 2
+        return [("a dog and a cat on the sofa",)] * 2
 
     def fingerprint(self):
         return "captions"

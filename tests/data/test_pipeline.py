@@ -11,7 +11,7 @@ from ovseg_jax.data.captions import texts_of
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import entity_set_hash
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.pipeline import encode_record_texts, make_loader
+from ovseg_jax.data.pipeline import encode_caption_texts, make_loader
 from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.errors import UserError
@@ -30,6 +30,7 @@ def test_shapes_and_types(read):
         "entity_weight": ("float32", (8,)),
         "pair_weight": ("float32", (8,)),
         "entity_set": ("int32", (8,)),
+        "caption_set": ("int32", (8, 4)),
         "record": ("int32", (8,)),
         "truncated": ("bool", (8,)),
     }
@@ -52,7 +53,7 @@ def test_examples_that_lose_words_are_marked(read, source, tokenizer, monkeypatc
             if index == BROKEN:
                 assert not batch["truncated"][at]
                 continue
-            texts = texts_of(source[int(index)], ENTITIES, TEMPLATES)
+            texts = texts_of(source[int(index)].captions[0], ENTITIES, TEMPLATES)
             long = tokenizer.lengths([texts["caption"], texts["masked"]]).max() > 8
             # Every template here is shorter than the caption it is filled from.
             assert batch["truncated"][at] == long
@@ -117,21 +118,21 @@ def test_texts_are_those_of_the_record(read, source, tokenizer):
         for at, index in enumerate(batch["record"]):
             if index == BROKEN:
                 continue
-            ids = encode_record_texts(source[int(index)], ENTITIES, tokenizer, SPEC)
+            ids = encode_caption_texts(source[int(index)].captions[0], ENTITIES, tokenizer, SPEC)
             np.testing.assert_array_equal(batch["caption_ids"][at], ids["caption_ids"])
             np.testing.assert_array_equal(batch["masked_ids"][at], ids["masked_ids"])
             matches = (ids["prompt_ids"] == batch["prompt_ids"][at]).all(1)
             assert matches.any()
             if matches.sum() == 1:
                 templates.add(int(matches.argmax()))
-            entities = ENTITIES.find(source[int(index)].caption)
+            entities = ENTITIES.find(source[int(index)].captions[0])
             assert batch["entity_weight"][at] == bool(entities)
             assert batch["entity_set"][at] == entity_set_hash(entities)
     assert templates == {0, 1, 2}
 
 
 def test_given_pair_index_is_used(read, source):
-    index = PairIndex.build([ENTITIES.find(caption) for caption in source.captions()])
+    index = PairIndex.build([ENTITIES.find(caption) for (caption,) in source.captions()])
     assert_same(read(pairs=index), read())
     alone = read(pairs=PairIndex.build([[]] * 23))
     assert not any(batch["pair_weight"].any() for batch in alone)
@@ -148,7 +149,8 @@ def test_broken_image_keeps_its_slot(source, tokenizer, caplog):
     for batch in batches:
         broken = batch["record"] == BROKEN
         np.testing.assert_array_equal(batch["weight"], 1.0 - broken)
-        for name in ("image", "image2", "entity_weight", "pair_weight", "entity_set"):
+        weights = ("entity_weight", "pair_weight")
+        for name in ("image", "image2", *weights, "entity_set", "caption_set"):
             assert not batch[name][broken].any(), name
         for name in ("caption_ids", "masked_ids", "prompt_ids", "shared_ids"):
             assert (batch[name][broken] == empty).all(), name
@@ -165,7 +167,8 @@ class _Flaky(MemorySource):
 
 
 def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
-    flaky = _Flaky([source[index] for index in range(6)] + [Record(source[1].image, "\udc80", "u")])
+    no_text = Record(source[1].image, ("\udc80",), "u")
+    flaky = _Flaky([source[index] for index in range(6)] + [no_text])
     settings = {"batch_size": 7, "seed": 0, "first_step": 0, "last_step": 1, "with_pairs": False}
     loader = make_loader(flaky, ENTITIES, tokenizer, SPEC, **settings)
     (batch,) = loader

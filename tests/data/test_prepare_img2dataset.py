@@ -26,7 +26,7 @@ def contents(folder, **options):
 
 
 def as_found(pairs):
-    return [(pair.key, pair.caption, pair.image) for pair in pairs if not pair.cause]
+    return [(pair.key, *pair.captions, pair.image) for pair in pairs if not pair.cause]
 
 
 def as_bytes(pairs):
@@ -45,8 +45,8 @@ def test_whole_shard(tmp_path, kind):
     assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
     assert not damage
     without, _ = contents(tmp_path, images=False)
-    assert [(p.key, p.caption, p.cause) for p in without] == [
-        (p.key, p.caption, p.cause) for p in pairs
+    assert [(p.key, p.captions, p.cause) for p in without] == [
+        (p.key, p.captions, p.cause) for p in pairs
     ]
     assert all(pair.image is None for pair in without)
 
@@ -185,21 +185,33 @@ def test_where_the_caption_comes_from(tmp_path):
     rows = {"key": ["3"], "status": ["success"], "caption": ["from the table"]}
     pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
     pairs, _ = contents(tmp_path)
-    assert [(pair.key, pair.caption, pair.image is None) for pair in pairs] == [
+    assert [(pair.key, *pair.captions, pair.image is None) for pair in pairs] == [
         ("1", b"from the text", False),
         ("2", "from JSON", False),
         ("3", "from the table", False),
-        ("4", None, False),
+        ("4", False),
         ("5", b"no image", True),
         ("6", b"\xff", False),
     ]
+
+
+def test_list_of_captions(tmp_path):
+    listed = json.dumps({"caption": ["a dog", None, "a cat"]}).encode()
+    _tar(
+        tmp_path,
+        [("1.jpg", b"x"), ("1.txt", b"['a dog', ...]"), ("1.json", listed), ("2.jpg", b"y")],
+    )
+    rows = {"key": ["2"], "status": ["success"], "caption": [["a bus", "a tree"]]}
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    pairs, _ = contents(tmp_path)
+    assert [pair.captions for pair in pairs] == [("a dog", "a cat"), ("a bus", "a tree")]
 
 
 def test_key_that_comes_twice_gives_two_pairs(tmp_path):
     files = [("1.jpg", b"a"), ("1.txt", b"one"), ("1.jpg", b"b"), ("1.txt", b"two")]
     _tar(tmp_path, files)
     pairs, _ = contents(tmp_path)
-    assert [(p.key, p.caption, p.image) for p in pairs] == [
+    assert [(p.key, *p.captions, p.image) for p in pairs] == [
         ("1", b"one", b"a"),
         ("1", b"two", b"b"),
     ]
@@ -217,7 +229,7 @@ def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):
         archive.addfile(link, io.BytesIO())
     pairs, _ = contents(tmp_path)
     # The key ends at the first period, as webdataset has it.
-    assert [(pair.key, pair.image, pair.caption) for pair in pairs] == [
+    assert [(pair.key, pair.image, *pair.captions) for pair in pairs] == [
         ("a/0", None, b"not of the same key"),
     ]
 

@@ -79,6 +79,8 @@ def test_command_line(folder, tmp_path, capsys):
 def test_page_of_a_report_without_anything():
     report = {
         "kept": 0,
+        "captions": 0,
+        "captions_dropped": {},
         "read": 0,
         "source": "s",
         "input_shards": 1,

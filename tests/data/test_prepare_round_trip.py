@@ -42,7 +42,7 @@ def prepared(direct, tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
     records = [direct[index] for index in range(COUNT)]
     for shard in range(0, COUNT, PER_SHARD):
-        pairs = [(r.key, r.caption, r.image) for r in records[shard : shard + PER_SHARD]]
+        pairs = [(r.key, r.captions[0], r.image) for r in records[shard : shard + PER_SHARD]]
         write_img2dataset(root / "in", shard // PER_SHARD, pairs, ["dead"], image_kind="png")
     code = main(
         [

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from pair_folders import encoded, jpeg, pixels
 from PIL import Image
 
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.decoding import decode
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.raw import RawPair
-from ovseg_jax.data.prepare.rules import Rules, caption_or_none, clean_caption, judge
+from ovseg_jax.data.prepare.rules import Rules, clean_caption, clean_captions, judge
 from ovseg_jax.errors import UserError
 
 ENTITIES = CaptionFilter(EntitySet({"dog": [], "cat": []}))
@@ -22,7 +22,8 @@ GOOD = jpeg()
 
 
 def verdict(caption="a dog", image=GOOD, key="k", rules=None, cause=""):
-    return judge(RawPair(key, caption, image, cause), rules or Rules(), ENTITIES)
+    captions = () if caption is None else (caption,)
+    return judge(RawPair(key, captions, image, cause), rules or Rules(), ENTITIES)
 
 
 def _bomb():
@@ -157,9 +158,24 @@ KEPT_CAPTIONS = {
 def test_captions_that_are_kept(kind):
     caption, expected, remarks = KEPT_CAPTIONS[kind]
     found = verdict(caption)
-    assert found.record.caption == expected
+    assert found.record.captions == (expected,)
     assert found.remarks == remarks
     assert found.record.entities[0] == 0
+
+
+def test_each_of_several_captions_is_judged():
+    captions = ("a dog", "123", "a bus", " a  dog", "a cat", b"\xff")
+    pair = RawPair("k", captions, GOOD)
+    found = judge(pair, Rules(), ENTITIES)
+    assert found.record.captions == ("a dog", "a cat") and found.record.entities == (0, 1)
+    letters, repeated = causes.NO_LETTERS, causes.REPEATED
+    assert found.dropped == (letters, causes.NO_ENTITY, repeated, causes.NOT_UTF8)
+    assert set(found.dropped) < set(causes.RULES)
+    everything = judge(pair, Rules(keep_without_entities=True), ENTITIES)
+    assert everything.record.captions == ("a dog", "a bus", "a cat")
+    assert clean_captions(pair, Rules()) == ["a dog", "a bus", "a dog", "a cat"]
+    # Without a good one, the pair is counted under the cause of its first.
+    assert judge(RawPair("k", captions[1:3], GOOD), Rules(), ENTITIES).cause == letters
 
 
 def test_cause_of_the_source_comes_first():
@@ -186,9 +202,9 @@ def test_bounds_can_be_set_and_are_checked():
 
 @given(st.text(max_size=40))
 def test_cleaning_is_settled_after_once(text):
-    caption = caption_or_none(RawPair("k", text), Rules())
-    if caption is not None and "&" not in caption:  # "&amp;lt;" is one escape in another
-        assert clean_caption(caption, Rules()) == (caption, ())
+    for caption in clean_captions(RawPair("k", (text,)), Rules()):
+        if "&" not in caption:  # "&amp;lt;" is one escape in another
+            assert clean_caption(caption, Rules()) == (caption, ())
 
 
 @given(st.binary(max_size=80), st.binary(max_size=60))

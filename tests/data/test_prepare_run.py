@@ -16,6 +16,7 @@ from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.records import ArrayRecordSource, key_digest
 from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import main
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,10 @@ def test_the_folder_holds_the_records(finished, folder):
     # Of equal keys the first that nothing is wrong with stays.
     assert records[keys.index("twice")].image == jpeg(98)
     assert records[keys.index("000000002")].image == jpeg(2)
-    assert [record.caption for record in records] == source.captions()
-    assert "a dog and a dog & more" in source.captions()
+    assert [record.captions for record in records] == source.captions()
+    assert ("a dog and a dog & more",) in source.captions()
     for record in records:
-        assert record.entities == ENTITIES.find(record.caption) != ()
+        assert record.entities == ENTITIES.find(record.captions[0]) != ()
     # The shard of which nothing is kept leaves no file.
     assert [shard.file[8:13] for shard in source.manifest.shards] == [
         "00000",
@@ -83,7 +84,7 @@ def test_the_folder_holds_the_records(finished, folder):
 
 def test_the_entity_index_is_that_of_the_captions(finished):
     source = ArrayRecordSource(finished[0])
-    entities = [ENTITIES.find(caption) for caption in source.captions()]
+    entities = [ENTITIES.find(caption) for (caption,) in source.captions()]
     expected = PairIndex.build(entities)
     index = source.entity_index()
     for entity in range(len(ENTITIES)):
@@ -95,7 +96,7 @@ def test_the_entity_index_is_that_of_the_captions(finished):
 def test_counts_are_those_of_the_records(finished):
     out, report = finished
     source = ArrayRecordSource(out)
-    found = [ENTITIES.find(caption) for caption in source.captions()]
+    found = [ENTITIES.find(caption) for (caption,) in source.captions()]
     assert report["entities"] == {
         name: sum(entity in ids for ids in found) for entity, name in enumerate(ENTITIES.names)
     }
@@ -105,9 +106,35 @@ def test_counts_are_those_of_the_records(finished):
         if (n := sum({a, b} <= set(ids) for ids in found))
     }
     assert {(a, b): n for a, b, n in report["together"]} == together
-    words = [len(caption.split()) for caption in source.captions()]
+    words = [len(caption.split()) for (caption,) in source.captions()]
     assert report["caption_words"] == np.bincount(words, minlength=81).tolist()
     assert report["image_sides"]["0"] == len(source)
+
+
+def test_captions_are_counted(tmp_path, capsys):
+    for index in range(3):
+        (tmp_path / f"{index}.jpg").write_bytes(jpeg(index))
+    rows = ["0.jpg,a dog", "1.jpg,a cat", "0.jpg,two dogs here", "0.jpg,a stone", "2.jpg,stones"]
+    rows += ["1.jpg,a cat", "x.jpg,a dog", "x.jpg,a cat"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    (tmp_path / "entities.json").write_text('{"dog": [], "cat": []}')
+    out = tmp_path / "out"
+    listed = f"--entities={tmp_path / 'entities.json'}"
+    assert not main([f"--source=files:{tmp_path / 't.csv'}", f"--out={out}", listed, "--workers=0"])
+    report = json.loads((out / "report.json").read_text())
+    assert (report["read"], report["kept"], report["captions"]) == (4, 2, 3)
+    assert report["dropped"] == {causes.NO_ENTITY: 1, causes.NO_IMAGE: 1}
+    assert report["captions_dropped"] == {causes.NO_ENTITY: 1, causes.REPEATED: 1}
+    assert sum(report["caption_words"]) == 3 and report["caption_words"][2:4] == [2, 1]
+    said = capsys.readouterr().out
+    assert "with 3 captions" in said and "1 of their captions: repeated caption" in said
+    assert (
+        "3; dropped of kept pairs: no entity 1, repeated caption 1"
+        in (out / "report.html").read_text()
+    )
+    source = ArrayRecordSource(out)
+    assert source.captions() == [("a dog", "two dogs here"), ("a cat",)]
+    assert [source.entity_index().members(entity).tolist() for entity in (0, 1)] == [[0], [1]]
 
 
 def test_folders_that_hold_something_else(finished, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import pickle
 
 import pytest
 from pair_folders import jpeg
@@ -21,7 +22,7 @@ def read_all(source, **options):
 
 
 def usual(pairs):
-    return [(pair.key, pair.caption, pair.image) for pair in pairs]
+    return [(pair.key, *pair.captions, pair.image) for pair in pairs]
 
 
 EXPECTED = list(zip(URLS, CAPTIONS, IMAGES, strict=True))
@@ -118,6 +119,37 @@ def test_shards_hold_every_row_once(tmp_path, images, monkeypatch):
         assert [pair.key for pair in read_all(source)] == URLS
 
 
+@pytest.mark.parametrize("per_shard", [2, 100])
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_rows_of_one_image_are_its_captions(tmp_path, images, monkeypatch, per_shard, name):
+    """Also where they are apart, in other shards, and where a row between them is bad."""
+    monkeypatch.setattr(source_files, "_PER_SHARD", per_shard)
+    separator = "," if name == "t.csv" else "\t"
+    rows = [
+        (0, "a dog"),
+        (1, "a cat"),
+        (0, "one dog"),
+        (2, "x"),
+        (2, "x"),
+        (1, "two"),
+        (0, "three"),
+    ]
+    lines = ["url" + separator + "caption"]
+    lines += [f"{URLS[image]}{separator}{caption}" for image, caption in rows]
+    lines.insert(3, URLS[0])
+    path = tmp_path / name
+    path.write_text("\n".join(lines))
+    source = pickle.loads(pickle.dumps(FileSource(path, images)))
+    pairs = read_all(source)
+    assert [(pair.key, pair.captions, pair.image) for pair in pairs] == [
+        (URLS[0], ("a dog", "one dog", "three"), IMAGES[0]),
+        (URLS[1], ("a cat", "two"), IMAGES[1]),
+        ("row 2", (), None),
+        (URLS[2], ("x", "x"), IMAGES[2]),
+    ]
+    assert sum(shard.stop - shard.start for shard in source.shards()) < path.stat().st_size
+
+
 def test_bad_rows_are_counted(tmp_path, images):
     path = tmp_path / "t.tsv"
     lines = [f"{url}\t{caption}".encode() for url, caption, _ in EXPECTED]
@@ -129,7 +161,7 @@ def test_bad_rows_are_counted(tmp_path, images):
     pairs = read_all(FileSource(path, images))
     assert [pair.key for pair in pairs] == [URLS[0], "row 1", URLS[2], URLS[3], "row 4", URLS[4]]
     assert [pair.cause for pair in pairs] == ["", causes.BAD_ROW, "", "", causes.BAD_ROW, ""]
-    assert pairs[2].caption == "caf\udce9"
+    assert pairs[2].captions == ("caf\udce9",)
 
 
 def test_quote_that_is_never_closed_ends_the_harm_at_the_field_limit(tmp_path, images):

@@ -1,13 +1,18 @@
 """Records on disk: what is written is read, and every kind of damage has a message."""
 
+import hashlib
 import json
 import pickle
+from dataclasses import replace
 
+import msgpack
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_folder import write_records
 
+from ovseg_jax.data.manifest import CLASS_NAMES, describe_file, write_manifest
 from ovseg_jax.data.records import (
     ArrayRecordSource,
     MemorySource,
@@ -22,7 +27,9 @@ from ovseg_jax.data.records import (
 from ovseg_jax.errors import UserError
 
 RECORDS = [
-    Record(bytes([i]) * (37 * i), f'caption "{i}" é\n', f"key-{i}", tuple(range(i % 3)))
+    Record(
+        bytes([i]) * 37 * i, (f'caption "{i}" é\n', "b")[: i % 2 + 1], f"key-{i}", (0, 1)[: i % 3]
+    )
     for i in range(25)
 ]
 
@@ -34,21 +41,92 @@ def folder(tmp_path):
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=50), st.text(), st.text(), st.lists(st.integers(0, 2**31), max_size=5))
-def test_packing_is_lossless(image, caption, key, entities):
-    record = Record(image, caption, key, tuple(entities))
+@given(
+    st.binary(max_size=50),
+    st.lists(st.text(), min_size=1, max_size=3),
+    st.text(),
+    st.lists(st.integers(0, 2**31), max_size=5),
+)
+def test_packing_is_lossless(image, captions, key, entities):
+    record = Record(image, tuple(captions), key, tuple(entities))
     assert unpack_record(pack_record(record)) == record
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01", b"\x95\x02\xa0\xa0\xc4\x00\x90", b"\xff" * 9])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x01",
+        b"\x95\x03\xa0\x91\xa0\xc4\x00\x90",  # of a later layout
+        b"\x95\x02\xa0\xa0\xc4\x00\x90",  # a caption in place of a list
+        b"\x95\x02\xa0\x90\xc4\x00\x90",  # no caption
+        b"\xff" * 9,
+    ],
+)
 def test_foreign_bytes_are_no_record(data):
     with pytest.raises(ValueError, match=r"record"):
         unpack_record(data)
 
 
+def test_records_need_captions():
+    for captions in ((), "a dog"):
+        with pytest.raises(ValueError, match="needs a tuple of captions"):
+            Record(b"", captions, "k")
+
+
+def test_layout_with_one_caption_is_still_read(tmp_path):
+    """A folder as version 2 of the manifest has it, written by hand."""
+    shard, index = tmp_path / "records-00000-of-00001.array_record", tmp_path / "index.jsonl"
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    rows = [(f"key-{i}", f"a dog {i}", bytes([i]), [0][:i]) for i in range(2)]
+    for row in rows:
+        writer.write(msgpack.packb([1, *row]))
+    writer.close()
+    index.write_text("".join(json.dumps(row[:2]) + "\n" for row in rows))
+    fields = {
+        "count": 2,
+        "shards": [vars(describe_file(shard, 2))],
+        "index": vars(describe_file(index, 2)),
+        "entities": {"dog": []},
+        "source": "files",
+        "source_fingerprint": "x",
+        "keys_sha256": key_digest(row[0] for row in rows),
+        "tool": "ovseg_jax 0.1",
+        "files": [],
+    }
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    document = {"format": "ovseg_jax records", "version": 2, "manifest_sha256": digest, **fields}
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    source = ArrayRecordSource(tmp_path)
+    source.verify()
+    assert [source[i] for i in range(2)] == [
+        Record(image, (caption,), key, tuple(entities)) for key, caption, image, entities in rows
+    ]
+    assert source.captions() == [("a dog 0",), ("a dog 1",)]
+    assert source.caption_sample(5) == ["a dog 0", "a dog 1"]
+    # Caches of such a folder stay valid.
+    assert source.fingerprint() == digest[:16]
+
+
+def test_class_names_become_captions_in_templates(tmp_path):
+    records = [Record(b"x", ("sorrel", "horse"), "a"), Record(b"y", ("sofa",), "b")] * 2
+    manifest = write_records(MemorySource(records), tmp_path / "set", entity_names=[])
+    write_manifest(tmp_path / "set", replace(manifest, captions=CLASS_NAMES))
+    source = ArrayRecordSource(tmp_path / "set", ("a {}.", "the {}"))
+    horses, sofas = source.captions()[:2]
+    assert list(horses) == ["a sorrel.", "the sorrel", "a horse.", "the horse"]
+    assert [horses.name_in(number) for number in range(4)] == ["sorrel"] * 2 + ["horse"] * 2
+    assert list(sofas) == ["a sofa.", "the sofa"] and source[1].captions == sofas
+    assert source.captions()[2] is horses
+    assert pickle.loads(pickle.dumps(source))[0].captions == horses
+    assert source.caption_sample(4) == ["a sorrel.", "the sofa", "a horse.", "the sofa"]
+    other = ArrayRecordSource(tmp_path / "set")
+    assert len(other[1].captions) == 80 and other.fingerprint() == source.fingerprint()
+
+
 def test_caption_that_is_not_unicode_names_its_key():
     with pytest.raises(UserError, match="key-x"):
-        pack_record(Record(b"", "\udc80", "key-x"))
+        pack_record(Record(b"", ("a dog", "\udc80"), "key-x"))
 
 
 def test_folder_gives_the_records_back(folder):
@@ -56,14 +134,14 @@ def test_folder_gives_the_records_back(folder):
     assert isinstance(source, RecordSource)
     order = [24, 0, 9, 10, 20, *range(25)]
     assert [source[index] for index in order] == [RECORDS[index] for index in order]
-    assert source.captions() == [record.caption for record in RECORDS]
+    assert source.captions() == [record.captions for record in RECORDS]
     assert source.keys() == keys_of(MemorySource(RECORDS))
     assert list(source.manifest.entities) == ["a", "b"]
     assert [shard.count for shard in source.manifest.shards] == [10, 10, 5]
     source.verify()
     for most in (1, 5, 7, 100):
         assert sample_captions(source, most) == sample_captions(MemorySource(RECORDS), most)
-        assert set(sample_captions(source, most)) <= set(source.captions())
+        assert set(sample_captions(source, most)) <= set(sum(source.captions(), ()))
     with pytest.raises(IndexError):
         source[25]
 
@@ -93,7 +171,7 @@ def test_empty_source_can_be_written_and_read(tmp_path):
 
 
 def test_fingerprints_follow_the_content(folder):
-    changed = [*RECORDS[:-1], Record(b"x", "other", "key-24")]
+    changed = [*RECORDS[:-1], Record(b"x", ("other",), "key-24")]
     assert MemorySource(RECORDS).fingerprint() == MemorySource(list(RECORDS)).fingerprint()
     assert MemorySource(RECORDS).fingerprint() != MemorySource(changed).fingerprint()
     assert ArrayRecordSource(folder).manifest.keys_sha256 == key_digest(

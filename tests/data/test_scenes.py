@@ -323,7 +323,7 @@ def test_source_gives_records():
     source = scenes.ScenesSource("train", 6, seed=2, size=40, entities=_Matcher())
     assert len(source) == 6 and source.name == "scenes"
     records = [source[index] for index in range(6)]
-    assert [record.caption for record in records] == source.captions()
+    assert [record.captions for record in records] == source.captions()
     assert [record.key for record in records] == source.keys()
     assert records[3].key == "train-2-0000003"
     assert any(record.entities for record in records)

@@ -41,7 +41,14 @@ def some(seed, count=B):
     present, label = rng.random(count) < 0.8, rng.integers(0, 3, count, np.int32)
     present[2] = False
     matrix = present[:, None] & present[None] & (label[:, None] != label[None])
-    return Candidates(jnp.asarray(present), jnp.asarray(label)), matrix
+    return Candidates(jnp.asarray(present), (jnp.asarray(label),)), matrix
+
+
+def named(seed, count=B):
+    """Two names of each example, the first of them in its sentence; and who is alike."""
+    names = np.random.default_rng(seed).integers(0, 7, (count, 2), np.int32)
+    right = (names[:, None, :1] == names[None]).any(-1)
+    return jnp.asarray(names), right | right.T
 
 
 def numpy64(*arrays):
@@ -71,6 +78,23 @@ def test_info_nce_with_excluded_pairs():
     )
     np.testing.assert_allclose(got[2], 0, atol=1e-6)  # alone with itself
     assert hits[2]
+
+
+def test_what_is_alike_in_any_label_is_no_negative():
+    a, b = unit_rows(2), unit_rows(3)
+    (among, keep), (names, alike) = some(4), named(5)
+    off = ~np.eye(B, dtype=bool)
+    assert (alike & off).sum() > (names[:, :1] == names[None, :, 0])[0].sum() and (~alike).any()
+    weight = among.present.astype(jnp.float32)
+    for label, pairs in ((None, keep), (among.labels[0], keep & ~alike)):
+        both = candidates(weight, among.labels[0], None if label is None else names)
+        got, _ = info_nce(a, b, jnp.float32(5.0), both)
+        want = reference.info_nce(*numpy64(a, b), 5.0, pairs)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    present = np.asarray(among.present)
+    counted = present[:, None] & present[None] & off
+    rate = (alike & counted).sum() / counted.sum()
+    np.testing.assert_allclose(false_negative_rate(weight, names), rate, rtol=1e-6)
 
 
 def test_matched_pairs_at_a_high_temperature_cost_nothing_and_stay_finite():
@@ -149,13 +173,14 @@ def test_rows_on_many_devices_and_in_chunks_are_the_plain_loss(devices, chunk):
     rng = np.random.default_rng(11)
     a, b = (rng.normal(size=(2, count, 16)) / 4).astype(np.float32)
     among, _ = some(12, count)
+    among = Candidates(among.present, (*among.labels, named(13, count)[0]))
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
 
     def loss(a, b, scale, split):
         values, hits = info_nce(a, b, scale, among, split)
         texts = jnp.stack([b, jnp.roll(b, 1, axis=0)], axis=1)
         several = multi_label_info_nce(a, texts, scale, among, jnp.ones((count, 2), bool), split)
-        rate = false_negative_rate(among.present.astype(jnp.float32), among.label, split)
+        rate = false_negative_rate(among.present.astype(jnp.float32), among.labels[1], split)
         total = jnp.mean(values * jnp.arange(count).astype(jnp.float32)) + jnp.mean(several)
         return total, (hits, rate)
 

@@ -18,7 +18,7 @@ def unit(x):
 
 OWN, OTHER = (unit(RNG.normal(size=(B, S, E))) for _ in range(2))
 PRESENT, LABEL = np.array([1, 1, 0, 1, 1], bool), np.array([0, 1, 2, 0, 3], np.int32)
-AMONG = Candidates(jnp.asarray(PRESENT), jnp.asarray(LABEL))
+AMONG = Candidates(jnp.asarray(PRESENT), (jnp.asarray(LABEL),))
 KEEP = PRESENT[:, None] & PRESENT[None] & (LABEL[:, None] != LABEL[None])
 
 

@@ -72,7 +72,7 @@ def test_cached_sentences_that_are_cut_are_counted(tmp_path, tiny_model, tiny_pa
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     source = MemorySource(
-        [Record(b"", text, text) for text in ("a dog", "a dog of a dog of a dog")]
+        [Record(b"", (text,), text) for text in ("a dog", "a dog of a dog of a dog")]
     )
     with caplog.at_level(logging.WARNING):
         text_store(
@@ -86,7 +86,7 @@ def test_cached_sentences_that_are_cut_are_counted(tmp_path, tiny_model, tiny_pa
             length=6,
             progress=Progress(quiet=True).count,
         )
-    # Two captions, the same masked, their one prompt, the one entity's own sentence.
+    # Two captions, of which one is the prompt too, the same masked, the entity's own sentence.
     assert caplog.messages == [
-        "2 of 6 cached sentences were cut to 6 tokens (config.data.text_length)"
+        "2 of 5 cached sentences were cut to 6 tokens (config.data.text_length)"
     ]

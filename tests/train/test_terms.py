@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from reference import losses as reference
 from reference.batches import B, make_batch
 
@@ -135,6 +136,43 @@ def test_every_term_reads_what_the_equations_say(quiet, raw_terms, pieces):
     shares = (affinity.mean(1) * weight[:, None]).sum(0) / weight.sum()
     usage = -(shares * np.log(shares)).sum() / np.log(4)
     np.testing.assert_allclose(metrics["group_usage"], usage, rtol=1e-3)
+
+
+def test_equal_captions_are_no_negatives(quiet, tiny_params, pieces):
+    """Of the caption contrast and of the completion; the share of such pairs is told."""
+    model, _, config, batch = quiet
+    config = ConfigDict({**config.to_dict(), "mask_equal_captions": True})
+    names = np.random.default_rng(9).integers(0, 8, (B, 4), np.int32)
+    right = (names[:, None, :1] == names[None]).any(-1)
+    alike = right | right.T
+    _, (metrics, _) = jax.jit(
+        lambda params, batch: loss_terms(
+            model,
+            params,
+            None,
+            batch,
+            config,
+            mask_weight=0.0,
+            text_dropout=False,
+            rngs=step_rngs(0, 0),
+            mesh=None,
+        )
+    )(tiny_params, {**batch, "caption_set": names})
+
+    def between(a, b, weight):
+        pairs = (weight[:, None] > 0) & (weight[None] > 0)
+        values = reference.info_nce(np.float64(a), np.float64(b), 10.0, pairs & ~alike)
+        return mean_over(values, weight)
+
+    weight, sentences = batch["weight"], pieces["sentences"]
+    want = between(pieces["image"], sentences["caption"], weight)
+    np.testing.assert_allclose(metrics["contrastive"], want, rtol=2e-3)
+    want = between(pieces["masked"], sentences["prompt"], weight * batch["entity_weight"])
+    np.testing.assert_allclose(metrics["entity"], want, rtol=2e-3)
+    counted = (weight[:, None] > 0) & (weight[None] > 0) & ~np.eye(B, dtype=bool)
+    rate = (alike & counted).sum() / counted.sum()
+    assert 0.2 < rate < 0.8
+    np.testing.assert_allclose(metrics["equal_captions"], rate, rtol=1e-5)
 
 
 def test_cached_features_give_the_loss_of_the_raw_data(quiet, run_terms, raw_terms, pieces):

@@ -91,9 +91,9 @@ def write_index(
             index = PartPaths(work, part).index
             with local(index) as file, file.open(encoding="ascii") as lines:
                 for position, line in enumerate(lines):
-                    key = json.loads(line)[0]
+                    key, captions = json.loads(line)
                     if position in dropped:
-                        tally.drop_kept(key, causes.DUPLICATE)
+                        tally.drop_kept(key, len(captions), causes.DUPLICATE)
                         continue
                     stream.write(line)
                     count += 1

@@ -4,6 +4,7 @@ NOT_DOWNLOADED = "not downloaded"
 LOST = "lost with its shard"
 BAD_ROW = "unreadable row"
 BAD_KEY = "unusable key"
+NO_IMAGE_FILE = "no image file"
 NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
 NOT_UTF8 = "caption not UTF-8"
@@ -11,18 +12,21 @@ LONG_CAPTION = "caption too long"
 NO_LETTERS = "caption without letters"
 NON_LATIN = "non-Latin caption"
 NO_ENTITY = "no entity"
+REPEATED = "repeated caption"
 NO_IMAGE = "no image"
 SMALL_IMAGE = "image too small"
 DUPLICATE = "duplicate key"
 # What `augment.decode` says stands behind the colon.
 UNREADABLE = "unreadable image: "
 
-# In the order in which the rules are tried: a pair is counted under the first that it breaks.
+# In the order in which the rules are tried: a pair, or a caption of a pair that has others, is
+# counted under the first that it breaks. A pair without any good caption counts as its first one.
 RULES = {
     NOT_DOWNLOADED: "img2dataset could not download or resize the image",
     LOST: "the shard's parquet file lists the pair, the tar (damaged or cut short) lacks it",
     BAD_ROW: "a row of the table that lacks a column or cannot be parsed",
     BAD_KEY: "the key is empty or not valid Unicode",
+    NO_IMAGE_FILE: "a file in the folder of a class that by its ending is no image",
     NO_CAPTION: "there is an image and no text",
     NOT_UTF8: "the caption's bytes are not UTF-8 (never guessed)",
     EMPTY_CAPTION: "the caption is empty or blank",
@@ -30,6 +34,7 @@ RULES = {
     NO_LETTERS: "the caption has no letter in it: emoji, digits, punctuation",
     NON_LATIN: "half of the caption's letters or more are not Latin",
     NO_ENTITY: "the caption names no entity (kept with --keep_without_entities)",
+    REPEATED: "the same image has the very same caption before",
     NO_IMAGE: "the image file does not exist or cannot be opened",
     UNREADABLE + "empty": "the image has no bytes",
     UNREADABLE + "too large": "the image has more pixels than 2^26; it is never decoded",

@@ -1,15 +1,15 @@
 """Which entities captions are searched for: a list, or the captions' own frequent nouns."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.entities import EntitySet, with_names
 from ovseg_jax.data.nouns import NounCounts, choose_entities, noun_finder
 from ovseg_jax.data.prepare.places import Place
 from ovseg_jax.data.prepare.raw import Damage, InputShard, PairSource
-from ovseg_jax.data.prepare.rules import Rules, caption_or_none
+from ovseg_jax.data.prepare.rules import Rules, clean_captions
 from ovseg_jax.data.prepare.staging import write_whole
 from ovseg_jax.data.scenes import scene_entity_table
 from ovseg_jax.errors import UserError
@@ -79,28 +79,29 @@ def count_nouns(
         counts = NounCounts()
         finder = noun_finder()
         for pair in source.read(shard, images=False):
-            caption = None if isinstance(pair, Damage) else caption_or_none(pair, rules)
-            if caption is not None:
+            for caption in [] if isinstance(pair, Damage) else clean_captions(pair, rules):
                 counts.add_caption(caption, finder)
         write_whole(path, json.dumps([counts.uses, counts.evidence]) + "\n")
     return path
 
 
-def build(choice: EntityChoice, files: Iterable[Place]) -> Entities:
-    """The entities of a choice.
+def build(choice: EntityChoice, files: Iterable[Place], names: Sequence[str]) -> Entities:
+    """The entities of a choice, and of a set's class names those that are no form of one of them.
 
     Args:
       files: those that `count_nouns` wrote; read only where entities are to be built.
+      names: of classes.
 
     Raises:
       UserError: no noun was found.
     """
+    source = choice.source + (" and the names of the classes" if names else "")
     if choice.listed is not None:
-        return Entities(choice.listed, choice.source)
+        return Entities(with_names(choice.listed, names), source)
     total = NounCounts()
     for path in files:
         uses, evidence = json.loads(path.read_text("utf-8"))
         total.uses.update(uses)
         total.evidence.update(evidence)
     counts = choose_entities(total, choice.top)
-    return Entities({noun: [noun] for noun in counts}, choice.source, counts)
+    return Entities(with_names({noun: [noun] for noun in counts}, names), source, counts)

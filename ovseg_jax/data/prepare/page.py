@@ -54,11 +54,18 @@ def _facts(report: Mapping[str, Any]) -> str:
         "Entities": f"{len(report['entities'])}: {report['entities_source']}",
         "Rules": ", ".join(f"{name} = {value}" for name, value in report["rules"].items()),
         "Records": f"{records['count']:,} in {records['shards']} files, {records['bytes']:,} bytes",
+        "Captions": _captions(report),
         "Hash of the key list": records["keys_sha256"],
         "Written by": report["tool"],
     }
     rows = (f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
     return f"<table>{''.join(rows)}</table>"
+
+
+def _captions(report: Mapping[str, Any]) -> str:
+    dropped = [f"{cause} {count:,}" for cause, count in report["captions_dropped"].items()]
+    others = f"; dropped of kept pairs: {', '.join(dropped)}" if dropped else ""
+    return f"{report['captions']:,}{others}"
 
 
 def _dropped(report: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Int64, UInt64
 
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.places import Place
 from ovseg_jax.data.prepare.raw import Damage, InputShard, PairSource
 from ovseg_jax.data.prepare.rules import Rules, judge
@@ -44,7 +44,7 @@ class PartPaths:
 
     @property
     def index(self) -> Place:
-        """One [key, caption] a line, as in the finished folder."""
+        """One [key, [captions]] a line, as in the finished folder."""
         return self._file("jsonl")
 
     @property
@@ -66,14 +66,16 @@ class Facts:
       digests: 128 bits of each key's hash.
       entities: the entity ids of all records, one after another.
       ends: where those of each record end.
-      words: blank-separated pieces of each caption.
+      words: blank-separated pieces of each caption, those of all records one after another.
+      word_ends: where the captions of each record end in `words`.
       sides: length of each image's shorter side, in pixels.
     """
 
     digests: UInt64[np.ndarray, "n 2"]
     entities: Int64[np.ndarray, "mentions"]
     ends: Int64[np.ndarray, "n"]
-    words: Int64[np.ndarray, "n"]
+    words: Int64[np.ndarray, "captions"]
+    word_ends: Int64[np.ndarray, "n"]
     sides: Int64[np.ndarray, "n"]
 
     def mentions(self) -> tuple[Int64[np.ndarray, "mentions"], Int64[np.ndarray, "mentions"]]:
@@ -139,13 +141,14 @@ def make_part(
             if record is None:
                 tally.drop(item.key, verdict.cause)
                 continue
-            tally.keep(verdict.remarks)
+            tally.keep(len(record.captions), verdict.dropped, verdict.remarks)
             writer.write(pack_record(record))
             index.write(index_line(record))
             columns["digests"].append(key_hash(record.key))
             columns["entities"].extend(record.entities)
             columns["ends"].append(len(columns["entities"]))
-            columns["words"].append(record.caption.count(" ") + 1)
+            columns["words"].extend(text.count(" ") + 1 for text in record.captions)
+            columns["word_ends"].append(len(columns["words"]))
             columns["sides"].append(min(verdict.size))
         writer.close()
         records = describe_file(records_file, tally.kept, paths.records.name)

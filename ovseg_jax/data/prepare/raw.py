@@ -26,17 +26,17 @@ class InputShard:
 
 @dataclass(frozen=True)
 class RawPair:
-    """A pair as it was found.
+    """An image with its captions as it was found.
 
     Attributes:
       key: its name.
-      caption: the text, or its bytes where nothing has decoded them; None if there is none.
+      captions: the texts, or their bytes where nothing has decoded them.
       image: the encoded image; None if there is none, or none was asked for.
       cause: why this is no pair at all ('' if it may be one): a name of `causes`.
     """
 
     key: str
-    caption: str | bytes | None
+    captions: tuple[str | bytes, ...] = ()
     image: bytes | None = None
     cause: str = ""
 

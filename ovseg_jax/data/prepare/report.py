@@ -53,6 +53,8 @@ def counts(tally: Tally) -> dict[str, Any]:
     return {
         "read": tally.read,
         "kept": tally.kept,
+        "captions": tally.captions,
+        "captions_dropped": by_rule(tally.captions_dropped),
         "dropped": by_rule(tally.dropped),
         "dropped_examples": {cause: tally.examples[cause] for cause in by_rule(tally.dropped)},
         "remarks": dict(sorted(tally.remarks.items())),
@@ -96,6 +98,12 @@ def summary(report: Mapping[str, Any]) -> str:
     lines += [
         f"  dropped {count:9d} ({count / read:6.1%})  {cause}"
         for cause, count in report["dropped"].items()
+    ]
+    if report["captions"] != report["kept"] or report["captions_dropped"]:
+        lines.append(f"  with {report['captions']} captions")
+    lines += [
+        f"  dropped {count:9d} of their captions: {cause}"
+        for cause, count in report["captions_dropped"].items()
     ]
     lines += [f"  remark  {count:9d}  {remark}" for remark, count in report["remarks"].items()]
     lines += [f"  shard: {what}" for what in report["damaged_shards"][:10]]

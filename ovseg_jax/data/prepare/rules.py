@@ -1,5 +1,6 @@
 """The rules that a pair must pass: one pure function from a raw pair to a record or a cause."""
 
+import contextlib
 import html
 import io
 import re
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.decoding import MAX_PIXELS, UnreadableImage, decode
 from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.raw import RawPair
 from ovseg_jax.data.records import Record
 from ovseg_jax.errors import UserError
@@ -27,7 +28,7 @@ class Rules:
     Attributes:
       min_side: the least length of an image's shorter side, in pixels.
       max_caption: the most characters of a caption.
-      keep_without_entities: keep pairs whose caption names no entity (Table 2: CC12M unfiltered).
+      keep_without_entities: keep captions that name no entity (Table 2: CC12M unfiltered).
 
     Raises:
       UserError: a bound is below 1.
@@ -51,12 +52,14 @@ class Verdict:
     Attributes:
       size: width and height of the image as stored, in pixels.
       remarks: names of `causes` for what is unusual about a pair that is kept.
+      dropped: the cause for each caption that is dropped of a pair that is kept.
     """
 
     record: Record | None
     cause: str = ""
     size: tuple[int, int] = (0, 0)
     remarks: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 class _Dropped(Exception):
@@ -64,36 +67,57 @@ class _Dropped(Exception):
 
 
 def judge(pair: RawPair, rules: Rules, entities: CaptionFilter) -> Verdict:
-    """Applies every rule, the cheap ones first."""
+    """Applies every rule, the cheap ones first; a pair needs one caption that passes."""
     try:
         if pair.cause:
             raise _Dropped(pair.cause)
         _check_key(pair.key)
-        caption, remarks = clean_caption(pair.caption, rules)
-        found = entities.find(caption)
-        if not found and not rules.keep_without_entities:
-            raise _Dropped(causes.NO_ENTITY)
+        captions, dropped, remarks = _judge_captions(pair, rules, entities)
         if pair.image is None:
             raise _Dropped(causes.NO_IMAGE)
         size, image_remarks = _check_image(pair.image, rules)
     except _Dropped as dropped:
         return Verdict(None, str(dropped))
-    record = Record(image=pair.image, caption=caption, key=pair.key, entities=found)
-    return Verdict(record, "", size, remarks + image_remarks)
+    named = tuple(sorted(set().union(*captions.values())))
+    record = Record(image=pair.image, captions=tuple(captions), key=pair.key, entities=named)
+    return Verdict(record, "", size, remarks + image_remarks, dropped)
 
 
-def caption_or_none(pair: RawPair, rules: Rules) -> str | None:
-    """The caption as `judge` would keep it; None where it or the pair would be dropped for it."""
-    try:
-        return None if pair.cause else clean_caption(pair.caption, rules)[0]
-    except _Dropped:
-        return None
+def _judge_captions(
+    pair: RawPair, rules: Rules, entities: CaptionFilter
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
+    """(caption -> its entities for those that are kept, causes of the others, remarks)."""
+    kept: dict[str, tuple[int, ...]] = {}
+    dropped, remarks = [], []
+    for found in pair.captions:
+        try:
+            caption, unusual = clean_caption(found, rules)
+            named = entities.find(caption)
+            if not named and not rules.keep_without_entities:
+                raise _Dropped(causes.NO_ENTITY)
+            if caption in kept:
+                raise _Dropped(causes.REPEATED)
+        except _Dropped as cause:
+            dropped.append(str(cause))
+            continue
+        kept[caption] = named
+        remarks += unusual
+    if not kept:
+        raise _Dropped(dropped[0] if dropped else causes.NO_CAPTION)
+    return kept, tuple(dropped), tuple(remarks)
 
 
-def clean_caption(found: str | bytes | None, rules: Rules) -> tuple[str, tuple[str, ...]]:
+def clean_captions(pair: RawPair, rules: Rules) -> list[str]:
+    """The captions that pass the rules which need no entities."""
+    kept = []
+    for found in pair.captions if not pair.cause else ():
+        with contextlib.suppress(_Dropped):
+            kept.append(clean_caption(found, rules)[0])
+    return kept
+
+
+def clean_caption(found: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]]:
     """(caption, remarks); escapes resolved, runs of blanks made one. Nothing else is changed."""
-    if found is None:
-        raise _Dropped(causes.NO_CAPTION)
     caption = _decoded(found)
     remarks = []
     if _ESCAPE.search(caption):

@@ -15,7 +15,13 @@ from typing import Any
 
 import ovseg_jax
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, manifest_text
+from ovseg_jax.data.manifest import (
+    CLASS_NAMES,
+    MANIFEST_NAME,
+    TEXTS,
+    Manifest,
+    manifest_text,
+)
 from ovseg_jax.data.prepare import assemble, duplicates, entity_choice
 from ovseg_jax.data.prepare.beam_pool import Beam, BeamPool
 from ovseg_jax.data.prepare.entity_choice import Entities, EntityChoice
@@ -26,6 +32,7 @@ from ovseg_jax.data.prepare.pool import LocalPool, Pool
 from ovseg_jax.data.prepare.raw import InputShard, PairSource, source_fingerprint
 from ovseg_jax.data.prepare.report import make_report, summary
 from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.source_folders import class_names
 from ovseg_jax.data.prepare.staging import remove_folder, whole, write_whole
 from ovseg_jax.data.prepare.statistics import no_statistics
 from ovseg_jax.data.prepare.tally import Tally
@@ -69,7 +76,8 @@ def prepare(
         entities = _entities(source, shards, choice, rules, work, pool, say)
         tally = _make_parts(source, shards, entities, rules, work, pool, say)
         found = _find_duplicates(work, len(shards), tally.kept, pool)
-        report = _finish(out, work, len(shards), found, entities, tally, plan, pool)
+        captions = CLASS_NAMES if class_names(source) else TEXTS
+        report = _finish(out, work, len(shards), found, entities, tally, plan, captions, pool)
     remove_folder(work)
     return report
 
@@ -139,13 +147,13 @@ def _entities(
     say: Callable[[str], None],
 ) -> Entities:
     if choice.listed is not None:
-        return entity_choice.build(choice, [])
+        return entity_choice.build(choice, [], class_names(source))
     jobs = ((source, shard, number, work, rules) for number, shard in enumerate(shards))
     files = []
     for path in pool.map(entity_choice.count_nouns, jobs):
         files.append(path)
         say(f"counted the nouns of {len(files)} of {len(shards)} shards")
-    return entity_choice.build(choice, files)
+    return entity_choice.build(choice, files, class_names(source))
 
 
 def _make_parts(
@@ -184,6 +192,7 @@ def _finish(
     entities: Entities,
     tally: Tally,
     plan: dict[str, Any],
+    captions: str,
     pool: Pool,
 ) -> dict[str, Any]:
     kept = [read_done(PartPaths(work, n))[1].count - len(found.of(n)) for n in range(parts)]
@@ -217,6 +226,7 @@ def _finish(
         keys_sha256=keys_sha256,
         tool=plan["tool"],
         files=files,
+        captions=captions,
     )
     report = make_report(manifest, entities, tally, statistics, plan["rules"], parts)
     write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)

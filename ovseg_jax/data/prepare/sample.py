@@ -4,13 +4,14 @@ import dataclasses
 from itertools import islice
 from typing import Any
 
-from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.caption_filter import CaptionFilter
+from ovseg_jax.data.entities import EntitySet, with_names
 from ovseg_jax.data.nouns import NounCounts, choose_entities, noun_finder
-from ovseg_jax.data.prepare.caption_filter import CaptionFilter
 from ovseg_jax.data.prepare.entity_choice import EntityChoice
 from ovseg_jax.data.prepare.raw import Damage, InputShard, PairSource
 from ovseg_jax.data.prepare.report import counts
-from ovseg_jax.data.prepare.rules import Rules, caption_or_none, judge
+from ovseg_jax.data.prepare.rules import Rules, clean_captions, judge
+from ovseg_jax.data.prepare.source_folders import class_names
 from ovseg_jax.data.prepare.tally import Tally
 from ovseg_jax.errors import UserError
 
@@ -42,7 +43,7 @@ def dry_run(
     table = choice.listed
     if table is None:
         table = _nouns(source, chosen, choice.top, rules, pairs)
-    entities = EntitySet(table)
+    entities = EntitySet(with_names(table, class_names(source)))
     matcher = CaptionFilter(entities)
     named = dict.fromkeys(entities.names, 0)
     size = 0
@@ -55,9 +56,10 @@ def dry_run(
             if verdict.record is None:
                 tally.drop(item.key, verdict.cause)
                 continue
-            tally.keep(verdict.remarks)
-            size += len(verdict.record.image)
-            for entity in verdict.record.entities:
+            record = verdict.record
+            tally.keep(len(record.captions), verdict.dropped, verdict.remarks)
+            size += len(record.image)
+            for entity in record.entities:
                 named[entities.names[entity]] += 1
     if not tally.read:
         raise UserError("the sample of the input has no pair; check --source")
@@ -83,7 +85,6 @@ def _nouns(
     found, finder = NounCounts(), noun_finder()
     for shard in shards:
         for item in islice(source.read(shard, images=False), pairs // len(shards)):
-            caption = None if isinstance(item, Damage) else caption_or_none(item, rules)
-            if caption is not None:
+            for caption in [] if isinstance(item, Damage) else clean_captions(item, rules):
                 found.add_caption(caption, finder)
     return {noun: [noun] for noun in choose_entities(found, top)}

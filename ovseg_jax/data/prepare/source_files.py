@@ -1,9 +1,15 @@
 """A table of captions and a folder of images, however the program that fetched them named them."""
 
+import functools
 import hashlib
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import islice
 from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from jaxtyping import Int64
 
 from ovseg_jax.data.prepare import causes
 from ovseg_jax.data.prepare.places import Place, is_file, place, reached, size_of
@@ -35,6 +41,7 @@ NAMINGS: dict[str, Callable[[str, int], str]] = {
 class FileSource:
     """Rows of a .tsv or .csv file with their images; the key is the cell that names the image.
 
+    Rows with the same cell for the image, wherever they stand, are the captions of this image.
     How image files are named (`NAMINGS`) is found by trying: the way that finds most of the first
     rows' images is taken.
 
@@ -51,32 +58,63 @@ class FileSource:
         self.name = f"files: {self._table.describe()}; image files named by {self._naming}"
 
     def shards(self) -> list[InputShard]:
-        starts, row = [], 0
-        for begin, _ in self._numbered():
-            if row % _PER_SHARD == 0:
-                starts.append(begin)
-            row += 1
+        starts, _ = self._scanned
         stops = [*starts[1:], size_of(self._table.path)]
         return [
             InputShard(f"rows from {n * _PER_SHARD}", start, stop, n * _PER_SHARD)
             for n, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
 
+    @functools.cached_property
+    def _scanned(self) -> tuple[list[int], Int64[np.ndarray, "rows 2"]]:
+        """(where shards begin, for each row whose image came before: where that row and it begin).
+
+        The rows in order of the first column, then of the second.
+        """
+        starts, begins, digests = [], array("q"), array("Q")
+        for row, (begin, cells) in enumerate(self._numbered()):
+            if row % _PER_SHARD == 0:
+                starts.append(begin)
+            if cell := self._image_cell(cells):
+                digest = hashlib.blake2b(cell.encode("utf-8", "surrogateescape"), digest_size=8)
+                begins.append(begin)
+                digests.append(int.from_bytes(digest.digest(), "little"))
+        hashes = np.frombuffer(digests, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        places, hashes = np.frombuffer(begins, np.int64)[order], hashes[order]
+        again = np.zeros(len(hashes), bool)
+        again[1:] = hashes[1:] == hashes[:-1]
+        first = places[np.maximum.accumulate(np.where(again, 0, np.arange(len(places))))]
+        pairs = np.stack([first, places], axis=1)[again]
+        return starts, pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+    def _image_cell(self, cells: list[str]) -> str:
+        """The cell that names the image; empty where the row is unusable."""
+        table = self._table
+        whole = len(cells) > max(table.image, table.caption, table.key or 0)
+        return cells[table.image].strip() if whole else ""
+
     def _numbered(self) -> Iterator[tuple[int, list[str]]]:
         return islice(self._table.rows(), int(self._table.header), None)
 
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
-        table = self._table
-        needed = max(table.image, table.caption, table.key or 0)
-        rows = table.rows(shard.start, shard.stop)
-        for row, (_, cells) in enumerate(rows, shard.first):
-            if len(cells) <= needed or not cells[table.image].strip():
-                yield RawPair(f"row {row}", None, cause=causes.BAD_ROW)
+        table, (_, again) = self._table, self._scanned
+        low, high = np.searchsorted(again[:, 0], [shard.start, shard.stop])
+        further = defaultdict(list)
+        for first, begin in again[low:high].tolist():
+            further[first].append(begin)
+        seen = set(again[:, 1][(again[:, 1] >= shard.start) & (again[:, 1] < shard.stop)].tolist())
+        rows = dict(table.rows(shard.start, shard.stop))
+        for row, (begin, cells) in enumerate(rows.items(), shard.first):
+            if begin in seen:
                 continue
-            cell = cells[table.image].strip()
+            if not (cell := self._image_cell(cells)):
+                yield RawPair(f"row {row}", cause=causes.BAD_ROW)
+                continue
             key = cell if table.key is None else cells[table.key].strip()
             image = self._read_image(self._naming, cell, row) if images else None
-            yield RawPair(key, cells[table.caption], image)
+            alike = [rows.get(at) or next(table.rows(at))[1] for at in further[begin]]
+            yield RawPair(key, tuple(one[table.caption] for one in (cells, *alike)), image)
 
     def _read_image(self, naming: str, cell: str, row: int) -> bytes | None:
         for ending in _ENDINGS:

@@ -1,7 +1,8 @@
 """Folders that img2dataset wrote in its webdataset format: 00000.tar and 00000.parquet.
 
 In the tar, KEY.jpg, KEY.txt and KEY.json stand next to one another for each image that was
-downloaded. The parquet file has one row a URL, those that failed included.
+downloaded. The parquet file has one row a URL, those that failed included. The caption in KEY.json
+and in the parquet file may be a list of several.
 """
 
 import io
@@ -28,7 +29,7 @@ _DAMAGED = (tarfile.TarError, EOFError)
 class _Row:
     """What the parquet file says about a pair."""
 
-    caption: str | None
+    captions: tuple[str, ...]
     downloaded: bool
 
 
@@ -69,27 +70,33 @@ class Img2DatasetSource:
             listed = key if key in rows else key.rpartition("/")[2]
             if files is None:  # begun, and cut off by the end of the tar
                 if listed not in rows:
-                    yield RawPair(key, None, cause=causes.LOST)
+                    yield RawPair(key, cause=causes.LOST)
                 continue
             seen.add(listed)
             row = rows.get(listed)
             image = next((files[k] for k in IMAGES if images and k in files), None)
-            yield RawPair(key, _caption(files, row.caption if row else None), image)
+            yield RawPair(key, _captions(files, row.captions if row else ()), image)
         for key, row in rows.items():
             if key not in seen:
                 cause = causes.LOST if row.downloaded else causes.NOT_DOWNLOADED
-                yield RawPair(key, row.caption, cause=cause)
+                yield RawPair(key, row.captions, cause=cause)
 
 
-def _caption(files: dict[str, bytes], listed: str | None) -> str | bytes | None:
-    """The text of a pair: KEY.txt, else what KEY.json says, else the parquet file."""
-    if "txt" in files:
-        return files["txt"]
+def _captions(files: dict[str, bytes], listed: tuple[str, ...]) -> tuple[str | bytes, ...]:
+    """The texts of a pair: several in KEY.json, KEY.txt, one in KEY.json, or the parquet file's."""
     try:
         caption = json.loads(files.get("json", b"{}")).get("caption")
     except (ValueError, AttributeError):
         caption = None
-    return caption if isinstance(caption, str) else listed
+    if "txt" in files and not isinstance(caption, list):
+        return (files["txt"],)
+    return _texts(caption) or listed
+
+
+def _texts(caption: Any) -> tuple[str, ...]:
+    """A caption, or the captions of a list."""
+    listed = caption if isinstance(caption, list) else [caption]
+    return tuple(text for text in listed if isinstance(text, str))
 
 
 def _samples(path: Place, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
@@ -172,5 +179,4 @@ def _key(value: Any) -> str:
 
 
 def _row(row: dict[str, Any]) -> _Row:
-    caption = row.get("caption")
-    return _Row(caption if isinstance(caption, str) else None, row["status"] == "success")
+    return _Row(_texts(row.get("caption")), row["status"] == "success")

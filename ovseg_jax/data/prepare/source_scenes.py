@@ -46,4 +46,4 @@ class ScenePairs:
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
         for index in range(shard.start, shard.stop):
             record = self._source[index]
-            yield RawPair(record.key, record.caption, record.image)
+            yield RawPair(record.key, tuple(record.captions), record.image)

@@ -1,7 +1,7 @@
 """Any TFDS set with an image and a caption, read without TensorFlow.
 
 The set must have been prepared with `file_format='array_record'`. An image with several captions
-gives a pair for each.
+keeps them all.
 """
 
 from collections.abc import Iterator
@@ -84,17 +84,15 @@ class TfdsSource:
                 example = data[index]
             except Exception:
                 # The readers below raise anything on damaged bytes; it concerns this example only.
-                yield RawPair(key, None, cause=causes.BAD_ROW)
+                yield RawPair(key, cause=causes.BAD_ROW)
                 continue
             if self._key is not None:
                 key = _text(_at(example, self._key))
             captions = _at(example, self._caption)
-            image = bytes(_at(example, self._image)) if images else None
             if isinstance(captions, bytes | str):
-                yield RawPair(key, captions, image)
-                continue
-            for number, caption in enumerate(captions):
-                yield RawPair(f"{key}#{number}", caption, image)
+                captions = (captions,)
+            image = bytes(_at(example, self._image)) if images else None
+            yield RawPair(key, tuple(captions), image)
 
     def _open(self) -> Any:
         if self._data is None:

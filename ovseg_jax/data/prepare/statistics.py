@@ -18,7 +18,7 @@ class Statistics:
 
     Attributes:
       together: [e, e] records that name both entities; on the diagonal, those that name one.
-      words: [MOST_WORDS + 1] records by number of words of the caption.
+      words: [MOST_WORDS + 1] captions by number of words.
       sides: [len(SIDES)] records by length of the image's shorter side.
     """
 
@@ -58,7 +58,8 @@ def measure(facts: Facts, kept: Bool[np.ndarray, "n"], entities: int) -> Statist
     named = named[kept]
     # Exact: a part has far fewer than 2^24 records.
     together = np.rint(named.T @ named).astype(np.int64)
-    words = np.minimum(facts.words[kept], MOST_WORDS)
+    words = facts.words[np.repeat(kept, np.diff(facts.word_ends, prepend=0))]
+    words = np.minimum(words, MOST_WORDS)
     sides = np.searchsorted(SIDES, facts.sides[kept], side="right") - 1
     return Statistics(
         together,

@@ -13,6 +13,8 @@ class Tally:
     """Counts of some pairs: `read` = `kept` + all that was dropped.
 
     Attributes:
+      captions: of the pairs that are kept, those that are.
+      captions_dropped: cause -> captions of kept pairs that are not.
       dropped: cause -> pairs.
       examples: cause -> the first keys.
       remarks: what was unusual about pairs that passed the rules (duplicates too) -> pairs.
@@ -21,15 +23,19 @@ class Tally:
 
     read: int = 0
     kept: int = 0
+    captions: int = 0
+    captions_dropped: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
     damage: list[str] = field(default_factory=list)
 
-    def keep(self, remarks: tuple[str, ...]) -> None:
-        """Counts a pair that is kept."""
+    def keep(self, captions: int, dropped: tuple[str, ...], remarks: tuple[str, ...]) -> None:
+        """Counts a pair that is kept, with the causes of its captions that are not."""
         self.read += 1
         self.kept += 1
+        self.captions += captions
+        self.captions_dropped.update(dropped)
         self.remarks.update(remarks)
 
     def drop(self, key: str, cause: str) -> None:
@@ -38,9 +44,10 @@ class Tally:
         self.dropped[cause] += 1
         self._example(key, cause)
 
-    def drop_kept(self, key: str, cause: str) -> None:
-        """Counts a pair as dropped that was counted as kept."""
+    def drop_kept(self, key: str, captions: int, cause: str) -> None:
+        """Counts a pair as dropped that was counted as kept with so many captions."""
         self.kept -= 1
+        self.captions -= captions
         self.dropped[cause] += 1
         self._example(key, cause)
 
@@ -57,6 +64,8 @@ class Tally:
         """Adds the counts of a later shard."""
         self.read += other.read
         self.kept += other.kept
+        self.captions += other.captions
+        self.captions_dropped.update(other.captions_dropped)
         self.dropped.update(other.dropped)
         self.remarks.update(other.remarks)
         self.damage.extend(other.damage)
@@ -69,6 +78,8 @@ class Tally:
         return {
             "read": self.read,
             "kept": self.kept,
+            "captions": self.captions,
+            "captions_dropped": dict(self.captions_dropped),
             "dropped": dict(self.dropped),
             "examples": self.examples,
             "remarks": dict(self.remarks),
@@ -78,7 +89,8 @@ class Tally:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Tally":
         """Inverse of `to_json`."""
-        counters = {name: Counter(document[name]) for name in ("dropped", "remarks")}
+        names = ("captions_dropped", "dropped", "remarks")
+        counters = {name: Counter(document[name]) for name in names}
         return cls(**{**document, **counters})
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from PIL import Image
@@ -57,7 +58,7 @@ class ScenesSource:
         caption = scene.layout.caption
         return Record(
             image=stream.getvalue(),
-            caption=caption,
+            captions=(caption,),
             key=self._key(index),
             entities=self._entities.find(caption) if self._entities is not None else (),
         )
@@ -75,9 +76,9 @@ class ScenesSource:
         """All keys in order, without drawing."""
         return [self._key(index) for index in range(self.count)]
 
-    def captions(self) -> list[str]:
-        """All captions in order, from layouts alone."""
-        return [layout_at(self.seed, self.split, i).caption for i in range(self.count)]
+    def captions(self) -> list[Sequence[str]]:
+        """The caption of each scene in order, from layouts alone."""
+        return [(layout_at(self.seed, self.split, i).caption,) for i in range(self.count)]
 
     def fingerprint(self) -> str:
         """Short hash of everything that the records depend on (entities apart)."""

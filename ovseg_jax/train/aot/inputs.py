@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.examples import MOST_NAMES
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.train.phases import Phase
 
@@ -24,6 +25,7 @@ def batch_shapes(config: ConfigDict, phase: Phase, batch_size: int, text_length:
     weights = ("weight", "entity_weight") + (("pair_weight",) if pairs else ())
     batch = {name: array((), np.float32) for name in weights}
     batch |= {name: array((), np.int32) for name in ("entity_set", "record")}
+    batch["caption_set"] = array((MOST_NAMES,), np.int32)
     size, data = phase.transform["size"], config.data
     for name in ("image", "image2")[: 1 + pairs]:
         if data.cache_images:

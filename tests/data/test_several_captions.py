@@ -1,0 +1,140 @@
+"""Images with several captions, and photographs of named classes: each epoch draws a caption."""
+
+import numpy as np
+import pytest
+from small_set import ENTITIES, NAMES, SPEC, TEMPLATES, assert_same, make_tokenizer
+from small_set import make_source as small
+
+from ovseg_jax.data.examples import MOST_NAMES, caption_set
+from ovseg_jax.data.mixture import Mixture
+from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.pipeline import encode_caption_texts, make_loader
+from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
+
+CLASS = ClassCaptions(("bus", "tree"), ("a photo of a {}", "{}"))
+PLAIN = 2  # the record with a single caption
+COUNT, STEPS = 9, 36
+
+
+def captions_of(index):
+    if index == PLAIN:
+        return ("a photo of a dog",)
+    if index >= 6:
+        return CLASS
+    return tuple(f"a {NAMES[(index + k) % 4]} and a {NAMES[(index + 2 * k) % 4]}" for k in range(3))
+
+
+@pytest.fixture(scope="module")
+def source():
+    images = [small()[0].image] * COUNT
+    return MemorySource([Record(x, captions_of(i), f"k{i}") for i, x in enumerate(images)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def read(tokenizer):
+    def read(source, **changes):
+        settings = {"batch_size": 6, "seed": 1, "first_step": 0, "last_step": STEPS}
+        settings |= {"with_pairs": True, "threads": 0, **changes}
+        return list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def batches(source, read):
+    return read(source)
+
+
+def drawn_in(batches, tokenizer, source):
+    """(record, number of the caption, caption, example) of each example."""
+    for batch in batches:
+        for at, index in enumerate(map(int, batch["record"])):
+            captions = list(source[index].captions)
+            ids = tokenizer.encode(captions, SPEC["text_length"])
+            number = int((ids == batch["caption_ids"][at]).all(1).argmax())
+            np.testing.assert_array_equal(ids[number], batch["caption_ids"][at])
+            yield index, number, captions[number], {name: x[at] for name, x in batch.items()}
+
+
+def test_every_caption_is_drawn_and_the_rest_follows_it(source, tokenizer, batches):
+    seen, partners = {}, 0
+    for index, number, caption, example in drawn_in(batches, tokenizer, source):
+        seen.setdefault(index, []).append(number)
+        texts = encode_caption_texts(caption, ENTITIES, tokenizer, SPEC)
+        np.testing.assert_array_equal(example["masked_ids"], texts["masked_ids"])
+        assert (texts["prompt_ids"] == example["prompt_ids"]).all(1).any()
+        hashes = caption_set(source[index].captions, number)
+        np.testing.assert_array_equal(example["caption_set"], hashes)
+        if example["pair_weight"]:
+            shared = [f"a photo of {NAMES[entity]}" for entity in ENTITIES.find(caption)]
+            known = tokenizer.encode(shared, SPEC["text_length"])
+            assert (known == example["shared_ids"]).all(1).any()
+            partners += 1
+    epochs = STEPS * 6 // COUNT
+    for index in range(COUNT):
+        assert len(seen[index]) == epochs
+        assert set(seen[index]) == set(range(len(captions_of(index))))
+    assert partners > 0.9 * STEPS * 6
+
+
+def test_partner_is_among_those_with_the_entity_in_any_caption():
+    index = PairIndex.build([(1, 2), (2, 3), (3,)])
+    rng = np.random.default_rng(0)
+    # Entity 1 was drawn for record 0, which no other record has; for 2 there is record 1.
+    assert index.partner(rng, 0, (1,)) == (None, None)
+    assert index.partner(rng, 0, (2,)) == (1, 2)
+
+
+def test_any_split_of_the_work_draws_alike(source, read, batches):
+    assert_same(read(source, workers=2), batches)
+    assert_same(read(source, first_step=30), batches[30:])
+    mine, yours = read(source, slots=[0, 4]), read(source, slots=[1, 2, 3, 5])
+    columns = np.argsort([0, 4, 1, 2, 3, 5])
+    joined = [
+        {name: np.concatenate([left[name], right[name]])[columns] for name in left}
+        for left, right in zip(mine, yours, strict=True)
+    ]
+    assert_same(joined, batches)
+
+
+def test_single_caption_draws_nothing(source, read):
+    """Its images and templates stay, whatever captions the other records have."""
+    found = [source[index] for index in range(COUNT)]
+    alone = MemorySource([Record(r.image, (r.captions[0],), r.key) for r in found])
+    compared = 0
+    both = (read(records, with_pairs=False) for records in (alone, source))
+    for one, other in zip(*both, strict=True):
+        for at in np.flatnonzero(one["record"] == PLAIN):
+            for name in ("image", "caption_ids", "prompt_ids"):
+                np.testing.assert_array_equal(one[name][at], other[name][at])
+            compared += 1
+    assert compared == STEPS * 6 // COUNT
+
+
+def test_photographs_of_a_class_are_alike_whatever_was_drawn():
+    sets = [caption_set(CLASS, number) for number in range(4)]
+    assert all(x.shape == (MOST_NAMES,) and x.dtype == np.int32 for x in sets)
+    assert all(set(x) == set(sets[0]) for x in sets)
+    # The drawn name comes first; templates are no part of it.
+    assert sets[0][0] == sets[1][0] != sets[2][0] == sets[3][0]
+    (plain,) = {tuple(caption_set(("a dog", "x"), 0)), tuple(caption_set(("a dog",), 0))}
+    assert len(set(plain)) == 1 and plain != tuple(caption_set(("a dog", "x"), 1))
+    # A class that shares a name with this one.
+    other = caption_set(ClassCaptions(("tree",), ("{}",)), 0)
+    assert other[0] in sets[0] and other[0] == sets[2][0]
+
+
+def test_mixture_of_captions_and_class_names(source, read, tokenizer):
+    photographs = MemorySource([source[index] for index in range(6, COUNT)], "photographs")
+    captions = MemorySource([source[index] for index in range(6)], "captions")
+    mixture = Mixture([captions, photographs], [1, 1])
+    found = list(drawn_in(read(mixture, last_step=6), tokenizer, mixture))
+    assert sum(index >= 6 for index, *_ in found) == 18
+    assert all(example["weight"] for *_, example in found)
+    prompts = {example["prompt_ids"].tobytes() for *_, example in found}
+    assert len(prompts) > len(TEMPLATES)

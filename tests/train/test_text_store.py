@@ -1,0 +1,105 @@
+"""Cached texts: each different one is encoded once, and is found for each record's captions."""
+
+import jax
+import numpy as np
+import pytest
+
+from ovseg_jax.data.captions import shared_prompt, texts_of
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
+from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.train.feature_cache import text_store
+
+ENTITIES = EntitySet({"dog": [], "cat": ["kitten"]})
+TEMPLATES = ("a photo of {}", "the {}")
+CLASS = ClassCaptions(("cat", "photo"), ("a {}", "the dog of a {}"))
+CAPTIONS = [
+    ("a dog", "the dog of the cat and the dog of a cat", "a photo"),
+    CLASS,
+    ("a dog",),
+    CLASS,
+    ("the kitten and a kitten and the kitten", "a cat of a dog"),
+]
+LENGTH = 12  # no multiple of 8, and short for some
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a dog cat kitten photo of the and".split()
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny_model, tiny_params, tokenizer):
+    source = MemorySource([Record(b"", texts, str(i)) for i, texts in enumerate(CAPTIONS)])
+    said = []
+    settings = {"length": LENGTH, "progress": lambda *given: said.append(given)}
+    args = (tmp_path_factory.mktemp("c"), tiny_model, tiny_params)
+    args += (source, ENTITIES, tokenizer, TEMPLATES)
+    made = text_store(*args, **settings)
+    asked = len(said)
+    assert text_store(*args, **settings).directory == made.directory and len(said) == asked
+    return made, said[-1]
+
+
+def test_each_caption_has_its_features(store, tiny_model, tiny_params, tokenizer):
+    made, (_, done, total) = store
+    apply = jax.jit(lambda params, ids: tiny_model.apply(params, ids, method="text_tokens"))
+
+    def encode(sentences):
+        return apply({"params": tiny_params}, tokenizer.encode(sentences, LENGTH))
+
+    def close(stored, want):
+        np.testing.assert_allclose(np.float32(stored), want, rtol=2e-3, atol=2e-3)
+
+    everything = set()
+    for record, captions in enumerate(CAPTIONS):
+        first, last = made["caption_starts"][record : record + 2]
+        assert last - first == len(captions)
+        for row, caption in zip(made["caption_rows"][first:last], captions, strict=True):
+            texts = texts_of(caption, ENTITIES, TEMPLATES)
+            sentences = [caption, texts["masked"], *texts["prompts"]]
+            everything |= set(sentences)
+            plain = encode(sentences)
+            close(made["caption_pooled"][row], plain.pooled[0])
+            masked = made["masked_rows"][row]
+            mask = np.asarray(plain.mask[1])
+            np.testing.assert_array_equal(made["masked_mask"][masked], mask)
+            close(made["masked_tokens"][masked][mask], plain.tokens[1][mask])
+            close(made["prompt_pooled"][made["prompt_rows"][row]], plain.pooled[2:])
+    shared = [shared_prompt(name) for name in ENTITIES.names]
+    close(made["shared_pooled"], encode(shared).pooled)
+    # Each of them once, and no row twice.
+    assert done == total == len(everything | set(shared))
+    captions = {text for texts in CAPTIONS for text in texts}
+    assert len(made["caption_pooled"]) == len(captions) == 8
+    hidden = {texts_of(text, ENTITIES, ())["masked"] for text in captions}
+    assert len(made["masked_tokens"]) == len(hidden) < 8
+
+
+def test_cached_and_fresh_examples_are_of_the_same_caption(store, tokenizer, tmp_path):
+    made, _ = store
+    images = FeatureStore.create(tmp_path / "i", "k", {"image": ((5, 1, 1, 1), "float16")}).commit()
+    source = MemorySource([Record(b"", texts, str(i)) for i, texts in enumerate(CAPTIONS)])
+    settings = {"batch_size": 5, "seed": 0, "first_step": 0, "last_step": 20, "with_pairs": True}
+    spec = {"text_length": LENGTH, "templates": TEMPLATES}
+
+    def read(**stores):
+        return list(make_loader(source, ENTITIES, tokenizer, spec, **settings, **stores))
+
+    for fresh, cached in zip(
+        read(image_store=images), read(image_store=images, text_store=made), strict=True
+    ):
+        for name in ("record", "entity_set", "caption_set", "entity_weight", "pair_weight"):
+            np.testing.assert_array_equal(fresh[name], cached[name], err_msg=name)
+        for at, record in enumerate(map(int, fresh["record"])):
+            ids = tokenizer.encode(list(CAPTIONS[record]), LENGTH)
+            number = (ids == fresh["caption_ids"][at]).all(1).argmax()
+            row = made["caption_rows"][made["caption_starts"][record] + number]
+            np.testing.assert_array_equal(cached["caption_pooled"][at], made["caption_pooled"][row])
+            tokens = made["masked_tokens"][made["masked_rows"][row]]
+            np.testing.assert_array_equal(cached["masked_tokens"][at], tokens)
