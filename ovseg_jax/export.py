@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     if args.model:
         if not args.stablehlo:
             raise UserError("--model is a model directory already; say --stablehlo, or --workdir")
-        _programs(Path(args.model), out, args)
+        _programs(args.model, out, args)
         return 0
     run = read_run(Path(args.workdir), args.step)
     print(_write(run, Path(args.workdir), out, args))
@@ -158,7 +158,7 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _programs(model: Path, out: Path, args: SimpleNamespace) -> None:
+def _programs(model: str | Path, out: Path, args: SimpleNamespace) -> None:
     saved = load_model(model)
     protocol = Protocol.from_config(saved.info["protocol"])
     size = args.image_size or protocol.window
