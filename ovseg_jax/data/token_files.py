@@ -77,6 +77,15 @@ def find_family(backend: Any, origin: str) -> Family:
     return family
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files in a folder that `load_backend` may read; [] where there are none."""
+    whole = directory / "tokenizer.json"
+    if whole.is_file():
+        return [whole]
+    names = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
 def load_backend(directory: Path) -> Any:
     """The `tokenizers` object of a folder.
 

@@ -12,9 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import PartitionSpec
-from scipy.optimize import linear_sum_assignment
 
 from ovseg_jax import platforms
 from ovseg_jax.shapes import Array, Float, Int
@@ -71,7 +69,10 @@ def match(
 
 
 def _solve_with_scipy(cost: Array | np.ndarray) -> np.ndarray:
-    # Runs on the host. It must return NumPy and never call JAX: that would hang.
+    # Runs on the host. It must return NumPy and never call JAX: that would hang. SciPy's solvers
+    # are imported where they are used, since the import takes half a second.
+    from scipy.optimize import linear_sum_assignment
+
     cost = np.asarray(cost)
     return np.stack([linear_sum_assignment(problem)[1] for problem in cost]).astype(np.int32)
 
@@ -106,6 +107,8 @@ def _enumerate(cost: Array) -> Array:
 
 
 def _on_device(cost: Array) -> Array:
+    import optax
+
     def solve(problem: Array) -> Array:
         # For square costs the *rows* come back permuted and the columns in order, so the columns
         # alone are the identity: sort by row.

@@ -81,13 +81,13 @@ class LoadedModel:
       info: what the model directory's config.json says, provenance included.
 
     Args:
-      directory: the model directory.
+      directory: the model directory, or the name of a model that comes with this package.
       settings: fields of the protocol (`segmentation.protocol.Protocol`) that are to differ, such
         as ``flip=True`` or ``pamr_steps=10``.
     """
 
     def __init__(self, directory: str | os.PathLike, **settings: Any):
-        saved = load_model(Path(directory))
+        saved = load_model(directory)
         self.info = saved.info
         protocol = Protocol.from_config({**saved_protocol(saved.info).as_dict(), **settings})
         mesh = sharding.make_mesh(devices=jax.local_devices())

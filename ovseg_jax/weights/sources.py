@@ -5,43 +5,45 @@ import re
 from pathlib import Path
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.tensors import PYTORCH, Tensors, package_file, read_tensors
+from ovseg_jax.weights.tensors import PACKAGE, PYTORCH, Tensors, package_file, read_tensors
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_HUB = "hub:"
+HUB = "hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
-_HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", "*.json", "*.txt")
+HUB_TEXT_FILES = ("*.json", "*.txt")
+_HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", *HUB_TEXT_FILES)
 
 
-def find_weights(spec: str, field: str) -> Path:
+def find_weights(
+    spec: str, field: str, *, revision: str = "", files: tuple[str, ...] = _HUB_FILES
+) -> Path:
     """The file or folder that a weight spec names; a hub id is downloaded (or found in the cache).
 
     Args:
       spec: a path; "package:NAME/inside"; else a hub id, "OWNER/NAME" or "hub:NAME".
       field: config field it comes from, for messages.
+      revision: commit of the hub's repository; "" for the newest.
+      files: patterns of the hub's files that are needed.
 
     Raises:
       UserError: nothing is there; says what was tried and what to do.
     """
-    if spec.startswith("package:"):
+    if spec.startswith(PACKAGE):
         return package_file(spec, field)
     path = Path(spec).expanduser()
     if path.exists():
         return path
-    name = spec.removeprefix(_HUB)
+    name = spec.removeprefix(HUB)
     if name == spec and (not _HUB_ID.fullmatch(spec) or path.suffix in (*PYTORCH, ".npz", ".onnx")):
         raise UserError(f"{field} = {spec!r}: there is no such file or directory")
-    return _download(name, spec, field)
-
-
-def _download(name: str, spec: str, field: str) -> Path:
+    pinned = {"revision": revision} if revision else {}
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files), **pinned))
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
@@ -50,6 +52,19 @@ def _download(name: str, spec: str, field: str) -> Path:
             f"machine with a network, run  hf download {name} --local-dir DIR  , copy DIR here "
             f"and set {field} = DIR"
         ) from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that `read_weights` reads of a file or folder, an index among them.
+
+    Raises:
+      UserError: an index that is damaged, or names files that are not there.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / WHOLE).is_file() or not (path / INDEX).is_file():
+        return [path / WHOLE]
+    return [path / INDEX, *_indexed(path)[1]]
 
 
 def read_weights(path: Path, field: str, kind: str) -> Tensors:
@@ -82,7 +97,8 @@ def _advice(path: Path, field: str, kind: str) -> str:
     )
 
 
-def _read_shards(directory: Path) -> Tensors:
+def _indexed(directory: Path) -> tuple[set[str], list[Path]]:
+    """(names of all tensors, files that hold them), as the index of a folder says."""
     index = directory / INDEX
     try:
         places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -92,10 +108,17 @@ def _read_shards(directory: Path) -> Tensors:
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
+    return set(places), [directory / file for file in files]
+
+
+def _read_shards(directory: Path) -> Tensors:
+    names, files = _indexed(directory)
     tensors: Tensors = {}
     for file in files:
-        tensors |= read_tensors(directory / file)
-    missing = sorted(set(places) - set(tensors))
+        tensors |= read_tensors(file)
+    missing = sorted(names - set(tensors))
     if missing:
-        raise UserError(f"{index} names tensors that its files do not hold: {', '.join(missing)}")
+        raise UserError(
+            f"{directory / INDEX} names tensors that its files do not hold: {', '.join(missing)}"
+        )
     return tensors

@@ -15,6 +15,8 @@ from ovseg_jax.errors import UserError
 
 Tensors = dict[str, np.ndarray]
 
+PACKAGE = "package:"
+
 # Endings of PyTorch's files; `weights.state_dict` reads them, for `ovseg_jax.convert` alone.
 PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -40,12 +42,15 @@ def package_file(spec: str, field: str) -> Path:
     Raises:
       UserError: package or file missing.
     """
-    if not spec.startswith("package:"):
+    if not spec.startswith(PACKAGE):
         path = Path(spec).expanduser()
         if not path.exists():
             raise UserError(f"{field} = {spec!r}: there is no such file or directory")
         return path
-    name, _, inside = spec.removeprefix("package:").partition("/")
+    name, _, inside = spec.removeprefix(PACKAGE).partition("/")
+    # A dotted name would be looked up by importing what precedes the dot.
+    if not name.isidentifier():
+        raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise UserError(

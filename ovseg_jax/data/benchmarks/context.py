@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 from jaxtyping import UInt8
 
 from ovseg_jax.data.benchmarks.coco_masks import load_codec, mask_of
@@ -119,6 +118,8 @@ def _open_mat(root: Path, split: str) -> LabeledFolder:
     require(NAME, (*images, *maps))
 
     def read_labels(index: int) -> UInt8[np.ndarray, "H W"]:
+        import scipy.io
+
         content = scipy.io.loadmat(maps[index])
         return table.relabel(content["LabelMap"].astype(np.int32), values)
 
