@@ -113,6 +113,24 @@ def check_model_config(config: ConfigDict) -> None:
             f"group_layer > 0 (now {image.group_layer}) and heads whose width is a multiple of 4 "
             f"(now {head_width})"
         )
+    outputs = image.get("trunk_outputs", ())
+    if outputs and not (
+        image.trunk_norm and all(1 <= number <= image.group_layer for number in outputs)
+    ):
+        raise UserError(
+            f"config.model.image.trunk_outputs = {outputs} must be layers of the trunk, 1 to "
+            f"group_layer = {image.group_layer}, and pass its norm: set trunk_norm = True"
+        )
+    kept = image.get("keep_class_token", False)
+    if kept and not image.class_token:
+        raise UserError(
+            "config.model.image.keep_class_token needs a trunk with one: set class_token = True"
+        )
+    if bool(config.get("image_head", 0)) != kept:
+        raise UserError(
+            "config.model.image_head reads the class token, and nothing else does: set image_head "
+            "and image.keep_class_token, or neither"
+        )
     text, offset = config.text, config.text.get("position_offset", 0)
     if not 0 <= offset < text.max_positions:
         raise UserError(
@@ -141,6 +159,7 @@ def build_model(config: ConfigDict) -> OVSegmentor:
     image = dict(config.image)
     image["binding_form"] = image.pop("binding")
     image["grid"] = tuple(image["grid"])
+    image["trunk_outputs"] = tuple(image.get("trunk_outputs", ()))
     image["later_stages"] = tuple(tuple(stage) for stage in image.get("later_stages", ()))
     text_encoder = TEXT_FORMS[config.get("text_form", "bert")]
     decoder = config.decoder
@@ -157,6 +176,8 @@ def build_model(config: ConfigDict) -> OVSegmentor:
         text_pool=config.text_pool,
         pad_id=config.pad_id,
         temperature_init=config.temperature_init,
+        image_head=config.get("image_head", 0),
+        image_head_dropout=config.get("image_head_dropout", 0.5),
         token_classes=config.get("token_classes", 0),
         token_classes_from=config.get("token_classes_from", "decoder"),
         **options,

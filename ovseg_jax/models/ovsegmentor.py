@@ -10,7 +10,7 @@ from flax import struct
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import Dense
-from ovseg_jax.models.projector import Projector
+from ovseg_jax.models.projector import ImageHead, Projector
 from ovseg_jax.models.text_transformer import CausalTextEncoder, up_to_end
 from ovseg_jax.models.vit import VisualEncoder, VisualTokens, normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, Int
@@ -46,6 +46,8 @@ class OVSegmentor(nn.Module):
       text_pool: how a sentence vector is taken from its tokens, see `pool_tokens`.
       pad_id: token id of padding.
       temperature_init: initial temperature of the contrastive losses.
+      image_head, image_head_dropout: hidden width and dropout of a head that embeds the whole image
+        from the trunk's features (`ImageHead`); 0 for none. It needs `keep_class_token`.
       token_classes: classes that a masked token can have (masked language modeling over the
         entities, the paper's Table 4); 0 for no such head.
       token_classes_from: what the head reads, the "decoder"'s output or that of the "text" encoder.
@@ -63,6 +65,8 @@ class OVSegmentor(nn.Module):
     text_pool: str = "eot"
     pad_id: int = 0
     temperature_init: float = 0.07
+    image_head: int = 0
+    image_head_dropout: float = 0.5
     token_classes: int = 0
     token_classes_from: str = "decoder"
     dtype: Any = jnp.float32
@@ -85,6 +89,14 @@ class OVSegmentor(nn.Module):
         self.text_projector = projector()
         if self.entity_decoder is not None:
             self.completion_projector = projector()
+        if self.image_head:
+            self.whole_head = ImageHead(
+                self.joint_width,
+                self.image_head,
+                self.image_head_dropout,
+                self.dtype,
+                self.matmul_dtype,
+            )
         if self.token_classes:
             self.token_head = Dense(
                 self.token_classes,
@@ -145,6 +157,12 @@ class OVSegmentor(nn.Module):
         """Image-side features in the joint space, unit norm, float32 (Sec. 3.2)."""
         return unit(self.embed_image(tokens, train))
 
+    def embed_whole(self, visual: VisualTokens, train: bool = False) -> Float[Array, "B E"]:
+        """Embedding of the whole image, unit norm: by the image head, or else of the mean group."""
+        if self.image_head:
+            return unit(self.whole_head(visual.whole, train))
+        return self.project_image(jnp.mean(visual.groups, axis=1), train)
+
     def project_text(
         self, pooled: Float[Array, "... Dt"], train: bool = False
     ) -> Float[Array, "... E"]:
@@ -186,6 +204,8 @@ class OVSegmentor(nn.Module):
         visual = self.visual_tokens(image, train)
         text = self.text_tokens(ids, train)
         z_image = self.project_image(jnp.mean(visual.groups, axis=1))
+        if self.image_head:
+            z_image = z_image + self.embed_whole(visual)
         z_text = self.project_text(text.pooled)
         if self.entity_decoder is not None:
             z_text = z_text + self.complete(text.tokens, text.mask, visual.groups)

@@ -57,6 +57,31 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape).astype(self.dtype)
 
 
+class ImageHead(nn.Module):
+    """The embedding of a whole image from its trunk's features, a linear map beside a small MLP.
+
+    Contrast alone trains it, so unlike the groups it need not say where anything is; on photographs
+    it names what an image shows better than they do. It sees few features of few images, hence the
+    dropout: `rate` on the hidden layer, half of it on the input.
+    """
+
+    features: int
+    hidden: int
+    rate: float
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B W"], train: bool) -> Float[Array, "B E"]:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        x = nn.Dropout(self.rate / 2, deterministic=not train)(x.astype(self.dtype))
+        hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc", **options)(x))
+        hidden = nn.Dropout(self.rate, deterministic=not train)(hidden)
+        linear = Dense(self.features, ("embed", "joint"), name="linear", **options)(x)
+        out = Dense(self.features, ("mlp", "joint"), name="out", use_bias=False, **options)
+        return linear + out(hidden)
+
+
 class Projector(nn.Module):
     """One linear map, or two with an activation between them.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from ovseg_jax.models.layers import (
@@ -41,6 +42,7 @@ class PreNormLayer(nn.Module):
       drop_path: whether the layer is built with stochastic depth at all.
       rotary: rotary positions of its attention, None for none.
       causal: see `MultiHeadAttention`. activation: see `FeedForward`.
+      keep: the scan over layers keeps this layer's output.
     """
 
     heads: int
@@ -54,6 +56,7 @@ class PreNormLayer(nn.Module):
     rotary: Rotary | None = None
     causal: bool = False
     activation: str = "gelu"
+    keep: bool = False
 
     @nn.compact
     def __call__(
@@ -61,7 +64,7 @@ class PreNormLayer(nn.Module):
         x: Float[Array, "B T D"],
         rate: Float[Array, ""],
         mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Array, None]:
+    ) -> tuple[Array, Array | None]:
         """`rate` is the stochastic depth's; tokens where `mask` is False are never looked at."""
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
 
@@ -79,7 +82,8 @@ class PreNormLayer(nn.Module):
         normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
         hidden = round(x.shape[-1] * self.mlp_ratio)
         fed = FeedForward(hidden, activation=self.activation, name="mlp", **options)(normed)
-        return add(x, fed, "mlp"), None
+        x = add(x, fed, "mlp")
+        return x, x if self.keep else None
 
 
 class PostNormLayer(nn.Module):
@@ -130,6 +134,8 @@ class PreNormStack(nn.Module):
 
     Attributes:
       drop_rates: stochastic-depth rate of each layer, length `depth`.
+      outputs: layers (1 is the first) whose outputs are given, stacked in this order; () for the
+        output of the last one alone.
       causal, activation: see `PreNormLayer`.
     """
 
@@ -145,11 +151,12 @@ class PreNormStack(nn.Module):
     matmul_dtype: Any
     causal: bool = False
     activation: str = "gelu"
+    outputs: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], train: bool, rotary: Rotary | None = None
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T D"] | Float[Array, "outputs B T D"]:
         if self.depth == 0:
             return x
         stack = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat, unroll=self.unroll)
@@ -165,6 +172,8 @@ class PreNormStack(nn.Module):
             rotary,
             self.causal,
             self.activation,
+            bool(self.outputs),
             name="layers",
         )
-        return layers(x, jnp.asarray(self.drop_rates, jnp.float32))[0]
+        x, kept = layers(x, jnp.asarray(self.drop_rates, jnp.float32))
+        return kept[np.array(self.outputs) - 1] if self.outputs else x

@@ -37,6 +37,8 @@ class VisualTokens:
       assigned: the map that patches were averaged with, see `Binding`.
       query, key: [B, K, D] and [B, L, D], the two sides of Eq. 4's product; None after several
         bindings, where affinity and assigned are the products of their maps.
+      whole: [B, 2 D0], the trunk's class token beside the mean of its patches; None where the trunk
+        keeps no class token.
     """
 
     groups: Float[Array, "B K D"]
@@ -45,6 +47,7 @@ class VisualTokens:
     assigned: Float[Array, "B L K"]
     query: Float[Array, "B K D"] | None
     key: Float[Array, "B L D"] | None
+    whole: Float[Array, "B W"] | None = None
 
 
 def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -87,6 +90,11 @@ class VisualEncoder(nn.Module):
         DINOv2) or "bicubic_antialias" (DINOv2 with registers).
       rope_theta: see `Rotary`.
       trunk_norm: a LayerNorm ends the trunk (as the pretrained trunk ends in one).
+      trunk_outputs: layers of the trunk (1 is the first) whose outputs are its features, each
+        through the norm that ends the trunk, side by side along the channels, as DINOv2's dense
+        evaluations do (Oquab et al., 2023, Sec. 7.4). () for the last layer alone.
+      keep_class_token: the class token stays in the trunk's output, before the patches, for a head
+        that judges the whole image.
       layer_scale: see `PreNormLayer`; applies to the trunk.
       assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
@@ -119,6 +127,8 @@ class VisualEncoder(nn.Module):
     position_resize: str = "bicubic"
     rope_theta: float = 100.0
     trunk_norm: bool = False
+    trunk_outputs: tuple[int, ...] = ()
+    keep_class_token: bool = False
     layer_scale: float | None = None
     assignment: str = "hard"
     binding_scale: float | None = None
@@ -136,7 +146,13 @@ class VisualEncoder(nn.Module):
         total = self.first_layers + later_layers + self.second_layers
         rates = np.linspace(0.0, self.drop_path, total)
 
-        def stack(start: int, stop: int, heads: int, layer_scale: float | None) -> PreNormStack:
+        def stack(
+            start: int,
+            stop: int,
+            heads: int,
+            layer_scale: float | None,
+            outputs: tuple[int, ...] = (),
+        ) -> PreNormStack:
             return PreNormStack(
                 stop - start,
                 heads,
@@ -146,6 +162,7 @@ class VisualEncoder(nn.Module):
                 tuple(float(rate) for rate in rates[start:stop]),
                 self.remat,
                 self.unroll,
+                outputs=outputs,
                 **options,
             )
 
@@ -163,10 +180,12 @@ class VisualEncoder(nn.Module):
         if self.register_tokens:
             self.prefix = [*self.prefix, embeddings("register_tokens", self.register_tokens)]
         layers = self.group_layer
-        self.trunk_layers = stack(0, layers, self.trunk_heads or self.heads, self.layer_scale)
+        self.trunk_layers = stack(
+            0, layers, self.trunk_heads or self.heads, self.layer_scale, self.trunk_outputs
+        )
         if self.trunk_norm:
             self.trunk_end = layer_norm(None, self.eps, self.dtype)
-        if trunk_width != self.width:
+        if self.feature_width != self.width:
             self.neck = Dense(self.width, (None, "embed"), **options)
         self.group_token = self.param(
             "group_token",
@@ -208,12 +227,24 @@ class VisualEncoder(nn.Module):
         )
         self.norm = layer_norm(None, self.eps, self.dtype)
 
+    @property
+    def feature_width(self) -> int:
+        """D0, the channels of the trunk's output."""
+        return (self.trunk_width or self.width) * max(1, len(self.trunk_outputs))
+
+    def feature_tokens(self, size: int) -> int:
+        """Tokens of the trunk's output for images of size x size pixels."""
+        return (size // self.patch) ** 2 + self.keep_class_token
+
     def trunk(self, image: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B L D0"]:
         """Patch embedding, positions and the layers that see the image alone.
 
         Args:
           image: normalized pixels. Rows and columns beyond a multiple of the patch are cut off.
           train: whether stochastic depth is on.
+
+        Returns:
+          Features of the L patches, after that of the class token where `keep_class_token` is set.
         """
         batch, height, width, _ = image.shape
         rows, columns, p = height // self.patch, width // self.patch, self.patch
@@ -236,6 +267,10 @@ class VisualEncoder(nn.Module):
         x = self.trunk_layers(x, train, rotary)
         if self.trunk_norm:
             x = self.trunk_end(x)
+        if self.trunk_outputs:
+            x = jnp.concatenate(list(x), axis=-1)
+        if self.keep_class_token:
+            return jnp.concatenate([x[:, :1], x[:, prefix:]], axis=1)
         return x[:, prefix:]
 
     def group(
@@ -249,7 +284,10 @@ class VisualEncoder(nn.Module):
         Args:
           noise: Gumbel noise of the assignment instead of a draw, in training.
         """
-        x = features.astype(self.dtype)
+        x, whole = features.astype(self.dtype), None
+        if self.keep_class_token:
+            whole = jnp.concatenate([x[:, 0], jnp.mean(x[:, 1:], axis=1)], axis=-1)
+            x = x[:, 1:]
         if x.shape[-1] != self.width:
             x = self.neck(x)
         count = x.shape[1]
@@ -259,14 +297,14 @@ class VisualEncoder(nn.Module):
         x = self.first(jnp.concatenate([x, tokens], axis=1), train)
         tokens = x[:, count:]
         bound = self.binding(tokens, x[:, :count], train, noise)
-        maps = (bound.affinity, bound.assigned, bound.query, bound.key)
+        maps = (bound.affinity, bound.assigned, bound.query, bound.key, whole)
         for stage in self.stages:
             bound, tokens = stage(bound.groups, tokens, train)
             affinity, assigned = (
                 contract("bls,bsk->blk", before, after, jnp.float32)
                 for before, after in zip(maps, (bound.affinity, bound.assigned), strict=False)
             )
-            maps = (affinity, assigned, None, None)
+            maps = (affinity, assigned, None, None, whole)
         if self.second_stage == "groups":
             return VisualTokens(self.norm(self.second(bound.groups, train)), None, *maps)
         x = jnp.concatenate([x[:, :count], bound.groups], axis=1)

@@ -45,8 +45,7 @@ def encode_images(
     else:
         soft = tokens.affinity
     groups = model.apply(variables, tokens.groups, method="project_image")
-    pooled = jnp.mean(tokens.groups, axis=1)
-    return soft, groups, model.apply(variables, pooled, method="project_image")
+    return soft, groups, model.apply(variables, tokens, method="embed_whole")
 
 
 def embed_prompts(

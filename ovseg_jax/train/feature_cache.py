@@ -124,13 +124,12 @@ def image_store(
         )
     )
     size, count = int(transform["size"]), len(source)
-    patches = (size // model.image_encoder.patch) ** 2
-    width = model.image_encoder.trunk_width or model.image_encoder.width
+    tokens, width = model.image_encoder.feature_tokens(size), model.image_encoder.feature_width
     store = FeatureStore.create(
         place,
         key,
         {
-            "image": ((count, views, patches, width), np.float16),
+            "image": ((count, views, tokens, width), np.float16),
             "valid": ((count,), np.uint8),
         },
     )

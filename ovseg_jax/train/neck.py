@@ -19,6 +19,7 @@ from ovseg_jax.data.order import example_rng
 from ovseg_jax.data.records import RecordSource
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
+from ovseg_jax.shapes import Float
 
 # Enough patches for means and deviations of a few hundred channels.
 IMAGES = 64
@@ -31,9 +32,10 @@ def standardized_neck(
     transform: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
-    """The parameters with the neck's input standardized on the first images of the training set.
+    """The parameters with the neck's input standardized on images of the training set.
 
-    ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias.
+    ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias; so do the first
+    maps of the image head, where there is one.
 
     Args:
       transform: of the images, as in training; seed: of its random draws.
@@ -47,26 +49,40 @@ def standardized_neck(
             "than the encoder (config.model.image.trunk_width)"
         )
     images, transform = [], complete_transform(transform)
-    for index in range(min(IMAGES, len(source))):
+    # Evenly over the records: those of a mixture lie one data set after the other.
+    for index in range(0, len(source), max(1, len(source) // IMAGES))[:IMAGES]:
         record = source[index]
         try:
             images.append(train_image(record.image, example_rng(seed, 0, record.key), transform))
         except UnreadableImage:
             continue  # the loader counts and reports it
     if not images:
-        raise UserError(f"none of the first {IMAGES} images of {source.name} can be read")
+        raise UserError(f"none of {IMAGES} images of {source.name} can be read")
     trunk = jax.jit(lambda params, x: model.apply({"params": params}, x, method="trunk"))
     features = np.asarray(trunk(processes.local(params), np.stack(images)), np.float32)
-    flat = features.reshape(-1, features.shape[-1])
-    mean, deviation = flat.mean(0), np.maximum(flat.std(0), 1e-3)
+    patches = features
+    params = {**params, "image_encoder": dict(params["image_encoder"])}
+    if model.image_head:
+        patches = features[:, 1:]
+        whole = np.concatenate([features[:, 0], patches.mean(1)], axis=-1)
+        maps = {name: _folded(params["whole_head"][name], whole) for name in ("fc", "linear")}
+        params["whole_head"] = {**params["whole_head"], **maps}
     neck = params["image_encoder"]["neck"]
+    params["image_encoder"]["neck"] = _folded(neck, patches.reshape(-1, patches.shape[-1]))
+    return params
+
+
+def _folded(
+    dense: Mapping[str, Any], inputs: Float[np.ndarray, "rows channels"]
+) -> dict[str, jax.Array]:
+    """A dense map that standardizes its inputs first, by the statistics of `inputs`."""
+    mean, deviation = inputs.mean(0), np.maximum(inputs.std(0), 1e-3)
 
     @jax.jit
-    def fold(neck: Mapping[str, Any]) -> dict[str, Any]:
-        kernel = neck["kernel"] / jnp.asarray(deviation)[:, None]
-        return {"kernel": kernel, "bias": neck["bias"] - (jnp.asarray(mean)[None] @ kernel)[0]}
+    def fold(dense: Mapping[str, Any]) -> dict[str, Any]:
+        kernel = dense["kernel"] / jnp.asarray(deviation)[:, None]
+        return {"kernel": kernel, "bias": dense["bias"] - (jnp.asarray(mean)[None] @ kernel)[0]}
 
-    folded = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), fold(neck), dict(neck)
+    return jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), fold(dense), dict(dense)
     )
-    return {**params, "image_encoder": {**params["image_encoder"], "neck": folded}}

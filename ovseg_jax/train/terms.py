@@ -150,6 +150,8 @@ def example_rows(
         rows["text"] = unit(embed_sentences(call, texts["caption"]))
     embedded, first = view(call, tokens[FIRST])
     rows["image"] = unit(embedded)
+    if model.image_head:
+        rows["whole"] = call("embed_whole", tokens[FIRST], True, rngs=rngs)
     rows["group_shares"] = jnp.mean(first.tokens.affinity, axis=1)
     if masking is not None and masking.classifies:
         rows |= token_rows(call, texts, first.tokens.groups, batch)
@@ -214,11 +216,18 @@ def joint_loss(
     if mask_weight > 0:
         mask, extra = mask_term(rows, scale, batch, config, split)
         metrics |= extra
+    if "whole" in rows:
+        values, hits = info_nce(rows["whole"], rows["text"], scale, among, split)
+        metrics["whole_contrastive"] = weighted_mean(values, weight)
+        metrics["whole_to_text"] = weighted_mean(hits.astype(jnp.float32), weight)
     weights = {"entity_weight": config.entity_weight, "mask_weight": mask_weight}
     loss = total_loss(contrastive, entity, mask, **weights)
     if "nouns" in rows and masking is not Masking.MULTI_LABEL:
         metrics["nouns"] = noun_term(rows["image"], rows["nouns"], scale, batch, split)
         loss = loss + config.noun_weight * metrics["nouns"]
+    if "whole" in rows:
+        # The head is no part of Eq. 13: what it learns is used beside the groups.
+        loss = loss + metrics["whole_contrastive"]
     return loss, {"loss": loss, **metrics}
 
 

@@ -64,6 +64,39 @@ def test_a_frozen_trunk_can_be_cut_off_and_its_features_fed_in(tiny_config):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_several_layers_of_the_trunk_and_its_class_token(tiny_config):
+    image = tiny_config.model.image
+    image.update(first_layers=3, group_layer=2, trunk_width=8, trunk_heads=1, class_token=True)
+    image.update(trunk_norm=True, keep_class_token=True, trunk_outputs=(1, 2))
+    tiny_config.model.image_head = 6
+    model = build_model(tiny_config.model)
+    ids = jnp.ones((2, 4), jnp.int32)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), IMAGE, ids)["params"])
+    encoder = model.image_encoder
+    assert encoder.feature_width == 16 and encoder.feature_tokens(32) == 17
+
+    def features(outputs):
+        image.trunk_outputs = outputs
+        other = build_model(tiny_config.model)
+        weights = dict(params)
+        if len(outputs) != 2:  # another width of the trunk's output
+            weights["image_encoder"] = {**params["image_encoder"], "neck": None}
+        return other.apply({"params": weights}, IMAGE, method="trunk")
+
+    both, last = features((1, 2)), features(())
+    assert both.shape == (2, 17, 16) and last.shape == (2, 17, 8)
+    # The last layer's output is the plain trunk's, the first layer's another.
+    np.testing.assert_allclose(both[..., 8:], last, rtol=1e-5, atol=1e-6)
+    assert np.abs(both[..., :8] - last).max() > 1e-2
+    np.testing.assert_allclose(both[..., :8].mean(-1), 0, atol=1e-5)  # through the trunk's norm
+    visual = model.apply({"params": params}, both, method="visual_tokens")
+    assert visual.affinity.shape == (2, 16, 4)
+    np.testing.assert_allclose(visual.whole[:, :16], both[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(visual.whole[:, 16:], both[:, 1:].mean(1), rtol=1e-5, atol=1e-6)
+    embedded = model.apply({"params": params}, visual, method="embed_whole")
+    np.testing.assert_allclose(np.linalg.norm(embedded, axis=-1), 1, rtol=1e-5)
+
+
 def test_joint_space_and_temperature(tiny_model, tiny_params):
     def parts(p):
         def call(method, *args):

@@ -45,6 +45,22 @@ def test_folding_equals_standardizing_the_features(tiny_config):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
 
 
+def test_the_image_head_is_standardized_too(tiny_config):
+    tiny_config.model.image.update(class_token=True, keep_class_token=True, trunk_norm=True)
+    tiny_config.model.image_head = 10
+    model, params = model_and_params(tiny_config, 24)
+    source = ScenesSource("train", 6, 0, 32)
+    folded = standardized_neck(model, params, source, TRANSFORM, seed=0)
+    images = jax.numpy.asarray(np.stack([source.scene(index).image for index in range(6)]))
+    features = np.asarray(model.apply({"params": params}, images, method="trunk"), np.float64)
+    whole = np.concatenate([features[:, 0], features[:, 1:].mean(1)], -1)
+    standardized = (whole - whole.mean(0)) / np.maximum(whole.std(0), 1e-3)
+    for name in ("fc", "linear"):
+        old, new = (jax.tree.map(np.asarray, tree["whole_head"][name]) for tree in (params, folded))
+        expected = standardized @ old["kernel"] + old["bias"]
+        np.testing.assert_allclose(whole @ new["kernel"] + new["bias"], expected, atol=1e-3)
+
+
 def test_a_model_without_neck_is_refused(tiny_config):
     model, params = model_and_params(tiny_config, 0)
     with pytest.raises(UserError, match="trunk_width"):

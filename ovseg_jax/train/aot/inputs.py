@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.examples import MOST_NAMES
 from ovseg_jax.data.masking import Masking
+from ovseg_jax.models.build import build_model
 from ovseg_jax.train.phases import Phase
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -29,9 +30,10 @@ def batch_shapes(config: ConfigDict, phase: Phase, batch_size: int, text_length:
     size, data = phase.transform["size"], config.data
     for name in ("image", "image2")[: 1 + pairs]:
         if data.cache_images:
-            patches = (size // config.model.image.patch) ** 2
-            width = config.model.image.trunk_width or config.model.image.width
-            batch[f"{name}_features"] = array((patches, width), np.float16)
+            encoder = build_model(config.model).image_encoder
+            batch[f"{name}_features"] = array(
+                (encoder.feature_tokens(size), encoder.feature_width), np.float16
+            )
         else:
             batch[name] = array((size, size, 3), np.uint8)
     if data.nouns:
