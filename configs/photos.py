@@ -68,6 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
         scale=20.0,
         image_scale=40.0,
         threshold=0.1,
+        class_names="everyday",
         templates=("a photo of a {}.", "{}", "a photo of the {}.", "itap of a {}."),
     )
     return config

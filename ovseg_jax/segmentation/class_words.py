@@ -13,12 +13,13 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.published import file_digest
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 
-_SCLIP = "protocols/sclip_words.json"
+# Lists with synonyms, and what is in them for which benchmark.
+_LISTS = {"sclip": "protocols/sclip_words.json", "everyday": "protocols/everyday_words.json"}
 
 
 @functools.cache
-def _sclip() -> dict[str, Any]:
-    path = resources.files("ovseg_jax.segmentation") / _SCLIP
+def _list(which: str) -> dict[str, Any]:
+    path = resources.files("ovseg_jax.segmentation") / _LISTS[which]
     return json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
 
 
@@ -41,9 +42,10 @@ def class_words(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str,
 
     Args:
       which: 'released' (the words of the released model where they differ from the official
-        names), 'official' names, or 'sclip' (with synonyms, and words for the background). Sets
-        that are not published have one list alone, for all of them. A benchmark of some classes of
-        another one has their words, and none for the background.
+        names), 'official' names, 'sclip' (with synonyms, and words for the background), or
+        'everyday' (the names with synonyms of ours; VOC and COCO Object alone). Sets that are not
+        published have one list alone, for all of them. A benchmark of some classes of another one
+        has their words, and none for the background.
 
     Raises:
       UserError: there are no such words for this benchmark.
@@ -54,13 +56,14 @@ def class_words(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str,
     if benchmark.name not in FOLDERS:
         own = Vocabulary.of(getattr(benchmark, "entries", benchmark.class_names))
         return own, getattr(benchmark, "class_file", {})
-    if which == "sclip":
-        if benchmark.name not in _sclip():
+    if which in _LISTS:
+        words, name = _list(which), _LISTS[which]
+        if benchmark.name not in words:
             raise UserError(
-                f"protocol: class_names='sclip' has no words for benchmark {benchmark.name}"
+                f"protocol: class_names={which!r} has no words for benchmark {benchmark.name}"
             )
-        own = _sclip()[benchmark.name]
-        file = {"file": _SCLIP, "sha256": file_digest("ovseg_jax.segmentation", _SCLIP)}
+        own = words[benchmark.name]
+        file = {"file": name, "sha256": file_digest("ovseg_jax.segmentation", name)}
         return Vocabulary.of(own["classes"], own["background"]), file
     table = f"tables/{FOLDERS[benchmark.name].base}.json"
     file = {"file": table, "sha256": file_digest("ovseg_jax.data.benchmarks", table)}

@@ -19,7 +19,7 @@ CHOICES = {
     "grid": ("exact", "rounded_patch"),
     "averaged": ("probabilities", "cosines"),
     "assignment": ("soft", "hard"),
-    "class_names": ("released", "official", "sclip"),
+    "class_names": ("released", "official", "sclip", "everyday"),
 }
 # Words that compete where a person lists classes and the protocol does not say how many.
 FEWEST_WORDS = 20

@@ -71,6 +71,12 @@ def test_words(tmp_path):
     assert other["sha256"] != file["sha256"]
     alone, _ = class_words(make_benchmark("voc20", {"dir": str(tmp_path)}), "sclip")
     assert alone.classes == sclip.classes and -1 not in alone.owners
+    everyday, _ = class_words(voc, "everyday")
+    assert (
+        everyday.classes[14] == "person" and everyday.words[everyday.owners.index(14) + 1] == "man"
+    )
+    alone, _ = class_words(make_benchmark("voc20", {"dir": str(tmp_path)}), "everyday")
+    assert alone == everyday
     # The unseen classes alone have the words that they have among all.
     few = make_benchmark("voc_zss", {"dir": str(tmp_path)})
     own, file = class_words(few, "sclip")
