@@ -14,6 +14,7 @@ Where this is not the released training:
   is chosen on the tune split of the first of config.eval.benchmarks.
 * The completion projector's batch norm has the statistics of the whole batch, as the other two;
   there, those of each GPU.
+* Word vectors have no weight decay, for the reason that ``vitb.py`` gives.
 * New linear maps start Xavier-uniform; there, truncated normal with deviation 0.02.
 * Captions are shuffled anew each epoch; prompts are whole sentences; entities are found as
   `ovseg_jax.data.entities` does.
@@ -81,7 +82,10 @@ def get_config(variant: str = "") -> ConfigDict:
         teacher_noise=True,
         frozen_text_dropout=True,
     )
-    config.optimizer.update(weight_decay=0.05, decay_rules=((r"/(bias|scale)$", 0.0), (".*", 1.0)))
+    config.optimizer.update(
+        weight_decay=0.05,
+        decay_rules=((r"/(bias|scale)$|^text_encoder/word$", 0.0), (".*", 1.0)),
+    )
     # Stage 1: timm's rand-m9-mstd0.5-inc1 and re_prob 0.25. Stage 2: crop and flip alone.
     crop = config.data.transform.to_dict()
     config.data.transform.rand_augment.operations = 2
