@@ -8,7 +8,7 @@ mIoU. Not yet trained with this code: time and score are unknown.
 
 Where this is not the authors' training: one temperature serves both losses; the running statistics
 of the image projector's batch norm also see every group; nouns are found as `ovseg_jax.data.nouns`
-does; captions are shuffled anew each epoch.
+does; captions are shuffled anew each epoch; word vectors have no weight decay (see ``vitb.py``).
 
 Variants: ``:own_text`` has GroupViT's own text encoder, a causal transformer over byte pairs, in
 place of BERT (config.data.tokenizer then is a folder with the tokenizer of CLIP); ``:smoke`` takes
@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.loss.update(entity_weight=0.0, noun_weight=1.0)
     config.optimizer.update(
         weight_decay=0.05,
-        decay_rules=((r"/(bias|scale)$", 0.0), (".*", 1.0)),
+        decay_rules=((r"/(bias|scale)$|^text_encoder/word$", 0.0), (".*", 1.0)),
     )
     # 4096 pairs a step, 30 epochs, 2 of them warm-up.
     config.optimizer.learning_rate.update(peak=1.6e-3, warmup=2 / 30, end=4e-5)

@@ -153,7 +153,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "clip_norm": 1.0,
         "weight_decay": 0.1,
-        "decay_rules": ((r"(bias|scale|group_token)$", 0.0), (".*", 1.0)),
+        # Word vectors too (where ``:scratch`` trains them): see ``vitb.py``.
+        "decay_rules": ((r"(bias|scale|group_token)$|^text_encoder/word$", 0.0), (".*", 1.0)),
         "rate_rules": ((".*", 1.0),),
         "ema_decay": 0.99,
         "learning_rate": {

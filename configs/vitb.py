@@ -162,7 +162,12 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "clip_norm": 5.0,
         "weight_decay": 0.5,
-        "decay_rules": ((r"(bias|scale|group_token|position)$", 0.0), (".*", 1.0)),
+        # Word vectors without decay: those of words that no caption uses get no gradient, and decay
+        # alone would shrink them to e^-8 over the schedule. Open vocabulary lives on them.
+        "decay_rules": (
+            (r"(bias|scale|group_token|position)$|^text_encoder/word$", 0.0),
+            (".*", 1.0),
+        ),
         "rate_rules": ((".*", 1.0),),
         "ema_decay": 0.99,
         # The paper gives the initial rate alone; warm-up and end follow its released code.

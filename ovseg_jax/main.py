@@ -110,6 +110,12 @@ def main(argv: list[str]) -> int:
 
 def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress) -> int:
     start = time.monotonic()
+    names = tuple(args.benchmark or config.eval.benchmarks)
+    # Missing files are told before the training, not after it.
+    for name in names:
+        benchmark_of(name, config.eval)
+    if names:
+        tune_split(names[0], config.eval)
     try:
         run, state = train(config, workdir, progress, args.profile)
     except Interrupted as stop:
@@ -117,7 +123,6 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
         return stop.exit_code
     trained = time.monotonic() - start
     progress.say(f"trained in {duration(trained)}; evaluating")
-    names = tuple(args.benchmark or config.eval.benchmarks)
     segmenter, protocol, results = _evaluate_state(run, state, names, workdir)
     _write_model(run, state, protocol, results, workdir)
     if not names:

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from ovseg_jax import sharding
 from ovseg_jax.data.sources import SOURCES
@@ -55,6 +57,34 @@ def test_parameter_count(name):
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_decay_leaves_word_vectors_that_no_caption_uses(name):
+    config = load_config(f"{CONFIGS}/{name}")
+    model = build_model(config.model)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    flat = groups.flatten(nn.unbox(shapes))
+    # Under the real names two rows each, of which the second gets no gradient.
+    params = groups.nest({path: jnp.ones((2, 1), jnp.float32) for path in flat})
+    gradient = jax.tree.map(lambda x: x.at[1].set(0.0), params)
+    phases = [
+        phase
+        for phase in make_phases(config, records=4_300_000)
+        if "text_encoder" in groups.split(params, phase.frozen)[0]
+    ]
+    assert bool(phases) == (name != "quickstart.py")  # which trains no text encoder
+    for phase in phases:
+        trained, held = groups.split(params, phase.frozen)
+        tx = make_optimizer(config.optimizer, trained, held)
+        state = tx.init(trained)
+        for _ in range(2):
+            gradients, _ = groups.split(gradient, phase.frozen)
+            updates, state = tx.update(gradients, state, trained, rate=jnp.float32(0.1))
+            trained = jax.tree.map(jnp.add, trained, updates)
+        words = trained["text_encoder"]["word"]
+        assert words[0, 0] < 1.0 and words[1, 0] == 1.0
+        assert trained["text_projector"]["out"]["kernel"][1, 0] < 1.0
+
+
 @pytest.mark.parametrize(
     "name", [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 )
@@ -66,12 +96,7 @@ def test_every_phase_traces(name):
         assert config.eval[benchmark].to_dict() == fields
     Protocol.from_config(config.eval.protocol)
     mesh = sharding.make_mesh()
-    params = jax.tree.map(
-        lambda x: x, jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    )
-    from flax import linen as nn
-
-    params = nn.unbox(params)
+    params = nn.unbox(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     seen = set()
     for phase in make_phases(config, records=4_300_000):
         kind = (phase.mask_weight > 0, phase.frozen, phase.erase is None)

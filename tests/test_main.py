@@ -241,6 +241,14 @@ ERRORS = {
     ),
     "negative sweep": (["main", "--mode=eval", "--model=x", "--sweep=-1"], "at least 0"),
     "vitb without data": (["main", "--config=configs/vitb.py"], "needs what is not here"),
+    "a best state without images to choose on": (
+        ["main", "--config=configs/vitb_released.py"],
+        "config.eval.voc.dir",
+    ),
+    "a benchmark without files": (
+        ["main", f"--config={TINY}", "--config.eval.benchmarks=('scenes', 'ade20k')"],
+        "config.eval.ade20k.dir",
+    ),
     "no classes": (["predict", "--model=x", "--images=a.png", "--classes="], "no classes"),
     "missing image": (["predict", "--model=x", "--images=/no.png", "--classes=cat"], "/no.png"),
     "missing model": (

@@ -17,14 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.losses.mask_consistency import mask_logits
+from ovseg_jax.losses.mask_consistency import EXACT, mask_logits
 from ovseg_jax.losses.matching import match
 from ovseg_jax.shapes import Array, Bool, Float
 from ovseg_jax.sharding import AnyMesh
 
 COSTS = ("euclidean", "cosine")
-# Interpolated values decide bits at a threshold: three digits of a fast matmul would move them.
-EXACT = jax.lax.Precision.HIGHEST
 
 
 @functools.cache

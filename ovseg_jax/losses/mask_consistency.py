@@ -13,6 +13,10 @@ from ovseg_jax.losses.matching import match
 from ovseg_jax.shapes import Array, Float, Int
 from ovseg_jax.sharding import AnyMesh
 
+# Products that thresholds, matchings and selections are decided on: three digits of a fast matmul
+# would move them.
+EXACT = jax.lax.Precision.HIGHEST
+
 
 @struct.dataclass
 class Regions:
@@ -48,7 +52,7 @@ def select_groups(
 
     Both arguments are unit norm; nothing flows back.
     """
-    cosine = jnp.einsum("bke,be->bk", joint, entity)
+    cosine = jnp.einsum("bke,be->bk", joint, entity, precision=EXACT)
     # Not `top_k`, for which the partitioner gathers all rows on every device.
     return jnp.argsort(-jax.lax.stop_gradient(cosine), axis=-1)[:, :count]
 
@@ -62,7 +66,10 @@ def mask_logits(
     """
     scale = patches.shape[-1] ** -0.5
     return jnp.einsum(
-        "bld,bsd->bsl", patches.astype(jnp.float32) * scale, groups.astype(jnp.float32)
+        "bld,bsd->bsl",
+        patches.astype(jnp.float32) * scale,
+        groups.astype(jnp.float32),
+        precision=EXACT,
     )
 
 
@@ -75,7 +82,7 @@ def matching_cost(
         norm = jnp.sqrt(jnp.sum(masks * masks, axis=-1, keepdims=True))
         return masks / jnp.maximum(norm, 1e-12)
 
-    return -jnp.einsum("bkl,bjl->bkj", unit(target), unit(prediction))
+    return -jnp.einsum("bkl,bjl->bkj", unit(target), unit(prediction), precision=EXACT)
 
 
 def dice(target: Float[Array, "B S L"], prediction: Float[Array, "B S L"]) -> Float[Array, "B S"]:

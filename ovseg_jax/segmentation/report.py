@@ -1,6 +1,5 @@
 """A benchmark run from end to end: calibration, result file, pictures."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ovseg_jax.data.benchmarks.train_splits import TRAIN_OPENERS
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark, Every, make_benchmark
 from ovseg_jax.segmentation.calibrate import calibrate
@@ -174,19 +174,20 @@ def write_pictures(
 
 
 def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
-    """The benchmark's tune split, where it has one and the config asks to calibrate."""
+    """`config.tune_count` images to calibrate on, none of which is reported.
+
+    None where the config does not ask to calibrate, or the benchmark has no such images.
+
+    Raises:
+      UserError: files are missing, or the images would be reported.
+    """
     if not config.calibrate:
         return None
-    test = benchmark_of(name, config)
-    fields = (
-        {field.name for field in dataclasses.fields(test)}
-        if dataclasses.is_dataclass(test)
-        else set()
-    )
-    if "split" not in fields:
+    if name != "scenes" and (name not in FOLDERS or FOLDERS[name].base not in TRAIN_OPENERS):
         return None
-    _refuse_tune(test)
-    return benchmark_of(name, config, split="tune", count=config.tune_count)
+    if config.tune_count < 1:
+        raise UserError(f"config.eval.tune_count is {config.tune_count}; it must be at least 1")
+    return train_split(name, config, config.tune_count)
 
 
 def _refuse_tune(reported: Benchmark) -> None:

@@ -1,7 +1,7 @@
 """The training loop: phases, steps, logs, checkpoints, interruption."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.claim import claimed
-from ovseg_jax.train.evaluations import evaluate_and_keep_best
+from ovseg_jax.train.evaluations import check_eval_config, evaluate_and_keep_best
 from ovseg_jax.train.flops import matmul_flops, without_repetition
 from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.phases import Phase
@@ -52,7 +52,9 @@ def train(
     """
     check_loop_config(config)
     with claimed(workdir):
-        return _train(make_run(config, progress), workdir, profile)
+        run = make_run(config, progress)
+        check_best_starts(run.phases, config.eval.every)
+        return _train(run, workdir, profile)
 
 
 def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Run, TrainState]:
@@ -72,6 +74,8 @@ def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Ru
             Watchdog(config.hang_seconds) as watchdog,
         ):
             training = _Training(run, checkpoints, writer, stop, watchdog, profiler)
+            # An evaluation that failed or was cut off: the state was saved before it.
+            training.evaluate_where_due(run.phases[first], state, int(state.step))
             for phase in run.phases[first:]:
                 if phase.index > first:
                     watchdog.rest()
@@ -93,27 +97,30 @@ def check_loop_config(config: ConfigDict) -> None:
     """Refuses a config that the loop would come to grief with, before the first step.
 
     Raises:
-      UserError: numbers of steps and seconds that are none, or evaluations that are missing.
+      UserError: numbers of steps and seconds that are none, or evaluations that cannot be made.
     """
     least = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds": 0}
     for name, value in least.items():
         if config[name] < value:
             raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
-    if config.eval.every < 0:
-        raise UserError(
-            f"config.eval.every is {config.eval.every}; it must be a number of steps, or 0 for no "
-            "evaluation before the end"
-        )
-    if config.eval.every and not config.eval.benchmarks:
-        raise UserError(
-            "config.eval.every needs a benchmark to evaluate on, but config.eval.benchmarks is "
-            "empty: name one, or set config.eval.every = 0"
-        )
-    for index, phase in enumerate(config.phases):
-        if phase.get("start_from") == "best" and not config.eval.every:
+    check_eval_config(config.eval)
+
+
+def check_best_starts(phases: Sequence[Phase], every: int) -> None:
+    """Refuses a phase that starts from the best state where no evaluation comes before it.
+
+    Args:
+      every: steps from one evaluation to the next; 0 for none.
+
+    Raises:
+      UserError: there is such a phase.
+    """
+    for phase in phases:
+        if phase.start_from == "best" and not 0 < every <= phase.first:
             raise UserError(
-                f"config.phases[{index}].start_from is 'best', but no evaluation will save one: "
-                "set config.eval.every"
+                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
+                f"before its first step ({phase.first}; config.eval.every = {every}): set "
+                "config.eval.every"
             )
 
 
@@ -175,7 +182,7 @@ class _Training:
             self.profiler.after(step, metrics)
             stopping = self.stop.reached(step)
             logging = step % config.log_every == 0 or step == phase.last or stopping
-            evaluating = config.eval.every and step % config.eval.every == 0
+            evaluating = self._evaluation_due(step)
             if logging or evaluating:
                 self._finish(running, meter)
                 running = None
@@ -183,15 +190,11 @@ class _Training:
                 self._log(phase, step, metrics, meter, cuts, len(loader.failures))
             if step == phase.last and cuts.cut:
                 run.progress.say(cuts.note(phase.name, run.text_length))
-            if phase.start_from == "best" and step == phase.first + 1:
-                # From here a run goes on without the best state of before, which may be replaced.
-                self._save(phase, state, step)
-            if evaluating:
-                self.watchdog.rest()
-                position = position_of(run, phase, step)
-                evaluate_and_keep_best(run, state, step, position, self.checkpoints, self.writer)
-                meter.restart()
-            if step == phase.last or stopping or step % config.checkpoint_every == 0:
+            # After its first step a phase no longer needs the best state of before, which may be
+            # replaced from then on.
+            best_used = phase.start_from == "best" and step == phase.first + 1
+            at_an_end = step == phase.last or stopping
+            if at_an_end or best_used or evaluating or step % config.checkpoint_every == 0:
                 self._save(phase, state, step)
             if stopping:
                 self.checkpoints.wait()
@@ -199,8 +202,28 @@ class _Training:
                     f"stopped at step {step} of {run.total}; the same command goes on from there",
                     self.stop.exit_code,
                 )
+            if evaluating:
+                self.evaluate_where_due(phase, state, step)
+                meter.restart()
             self.watchdog.expect(f"the batch of step {step + 1}")
         return state
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.run.config.eval.every
+        return bool(every) and step > 0 and step % every == 0
+
+    def evaluate_where_due(self, phase: Phase, state: TrainState, step: int) -> None:
+        """Evaluates a state of `phase`, which must have been saved, if its step is one to do so.
+
+        Where that was done before, it comes to the same again.
+        """
+        if not self._evaluation_due(step):
+            return
+        # An error, or the end of the process, must not take the state with it.
+        self.checkpoints.wait()
+        self.watchdog.rest()
+        position = position_of(self.run, phase, step)
+        evaluate_and_keep_best(self.run, state, step, position, self.checkpoints, self.writer)
 
     def _save(self, phase: Phase, state: TrainState, step: int) -> None:
         self.watchdog.expect(f"the checkpoint of step {step}")

@@ -83,7 +83,7 @@ class MetricsWriter:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drops lines after `step`: a run that resumes there will write them again.
+    """Drops lines after `step` and evaluations of it: a run that resumes there writes them again.
 
     Raises:
       UserError: the file cannot be read or written.
@@ -100,7 +100,9 @@ def _trim(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            evaluation = any(name.startswith("eval/") for name in values)
+            if values["step"] < step or (values["step"] == step and not evaluation):
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # the line that was being written when the run was killed

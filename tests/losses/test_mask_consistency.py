@@ -1,5 +1,7 @@
 """Eq. 10-12 against plain NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from reference import losses as reference
 
 from ovseg_jax.losses import mask_consistency as losses
+from ovseg_jax.losses.group_masks import group_mask_loss
 from ovseg_jax.losses.mask_consistency import Regions
 
 B, L, K, D, E = 4, 10, 6, 8, 5
@@ -107,3 +110,33 @@ def test_dice_of_empty_masks():
     grad = jax.grad(lambda p: jnp.sum(losses.dice(target, p)))(prediction)
     assert np.isfinite(grad).all() and np.abs(grad[0, 0]).max() > 0
     np.testing.assert_array_equal(grad[0, 1:], 0)
+
+
+@pytest.mark.parametrize("form", ["final tokens", "binding"])
+def test_every_product_has_the_highest_precision(form):
+    """Read from the program: on a CPU the results are the same with any precision."""
+    online, teacher, entity = case()
+
+    def final_tokens(online, teacher):
+        loss, _ = losses.consistency_loss(online, teacher, entity, ratio=0.5, threshold=0.5)
+        return jnp.sum(loss)
+
+    def binding(online, teacher):
+        queries, other = online[0].groups, teacher[1]
+        loss, _ = group_mask_loss(
+            queries,
+            other.groups,
+            other.patches,
+            jnp.ones(queries.shape[:2], jnp.float32),
+            grid=(2, 5),
+            size=(4, 10),
+            detached_ratio=0.5,
+            threshold=0.5,
+        )
+        return jnp.sum(loss)
+
+    function = {"final tokens": final_tokens, "binding": binding}[form]
+    program = str(jax.make_jaxpr(jax.grad(function))(online, teacher))
+    products = re.findall(r"dot_general\[.*?\n *\]", program, re.DOTALL)
+    assert len(products) == program.count("dot_general[") >= 4
+    assert all("HIGHEST" in product for product in products)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from data.benchmarks import miniatures
 from reference.batches import make_batch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -19,7 +20,8 @@ from ovseg_jax.flags import Flag, load_config, parse
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.config_changes import changed_fields, plain
-from ovseg_jax.train.loop import check_loop_config, step_flops
+from ovseg_jax.train.evaluations import images_to_choose_on
+from ovseg_jax.train.loop import check_best_starts, check_loop_config, step_flops
 from ovseg_jax.train.meter import Meter, memory_in_use, peak_flops
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.profiling import step_range
@@ -148,10 +150,42 @@ def test_evaluations_that_are_missing():
     config.eval.every = 5
     with pytest.raises(UserError, match="config.eval.every needs a benchmark"):
         check_loop_config(config)
-    config.eval.every = 0
-    config.phases[1]["start_from"] = "best"
-    with pytest.raises(UserError, match=r"config.phases\[1\].start_from is 'best', but no"):
+    config.eval.benchmarks = ("voc_zss", "scenes")
+    with pytest.raises(UserError, match="benchmark voc_zss has none"):
         check_loop_config(config)
+    config.eval.benchmarks = ("scenes",)
+    check_loop_config(config)
+    config.eval.calibrate = False
+    with pytest.raises(UserError, match=r"set config.eval.calibrate = True"):
+        check_loop_config(config)
+    config.eval.weights = "none"
+    with pytest.raises(UserError, match=r"config.eval.weights is 'none'"):
+        check_loop_config(config)
+
+
+@pytest.mark.parametrize("every", [0, 21])
+def test_a_best_state_must_come_before_the_phase_that_starts_from_it(every):
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    config.phases[1]["start_from"] = "best"
+    check_best_starts(make_phases(config, 100), every=20)
+    with pytest.raises(UserError, match=r"config.phases\[1\].start_from is 'best', but no"):
+        check_best_starts(make_phases(config, 100), every)
+
+
+def test_the_released_recipe_says_what_it_chooses_on(tmp_path):
+    config = load_config(runs.ROOT / "configs" / "vitb_released.py")
+    with pytest.raises(UserError, match="config.eval.voc.dir"):
+        check_loop_config(config)
+    miniatures.voc(tmp_path)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    config.eval.voc.dir = str(tmp_path)
+    with pytest.raises(UserError, match="Segmentation/train.txt"):
+        check_loop_config(config)
+    miniatures.write_text(base / "ImageSets" / "Segmentation" / "train.txt", "2008_000001")
+    mask = miniatures.values_of([0, 1, 255])
+    miniatures.write_mask(base / "SegmentationClass" / "2008_000001.png", mask, palette=True)
+    check_loop_config(config)
+    assert len(images_to_choose_on(config.eval)) == 1
 
 
 def test_changes_are_listed_by_field(tiny_config):
