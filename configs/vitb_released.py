@@ -5,11 +5,11 @@
 Needs what ``vitb.py`` needs and, to choose stage 2's start on, PASCAL VOC 2012
 (``--config.eval.voc.dir``, the folder VOCdevkit): mIoU on 500 images of its train split every 2000
 steps. Another benchmark with training images serves as well (config.eval.benchmarks). Without any,
-``--config.eval.every=0 --config.eval.benchmarks=() --config.phases[1].start_from=last`` starts stage
-2 from stage 1's last state. The released code differs from the paper in the model (grouping block,
-batch norms in the projectors, [CLS], order of the decoder), the mask loss, the optimizer and the
-schedule; every difference is a field below. Stage 2 starts from stage 1's best checkpoint with a
-fresh optimizer, the teacher at the online model, and a frozen BERT whose dropout stays on. Not
+``--config.eval.every=0 --config.eval.benchmarks=() --config.phases[1].start_from=last`` starts
+stage 2 from stage 1's last state. The released code differs from the paper in the model (grouping
+block, batch norms in the projectors, [CLS], order of the decoder), the mask loss, the optimizer and
+the schedule; every difference is a field below. Stage 2 starts from stage 1's best checkpoint with
+a fresh optimizer, the teacher at the online model, and a frozen BERT whose dropout stays on. Not
 trained with this code: time and score are unknown.
 
 Where this is not the released training:

@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from ovseg_jax.data.entities import MASK_TOKEN, EntitySet
+from ovseg_jax.data.entities import MASK_TOKEN, EntitySet, unmasked
 from ovseg_jax.data.templates import SHARED, fill
 from ovseg_jax.errors import UserError
 
@@ -70,6 +70,7 @@ class Texts(TypedDict):
 
 def texts_of(caption: str, entity_set: EntitySet, templates: Sequence[str]) -> Texts:
     """All sentences of a caption. Names stand in a prompt in the order of ids."""
+    caption = unmasked(caption)
     entities = entity_set.find(caption)
     names = [entity_set.names[identity] for identity in entities]
     return Texts(

@@ -19,6 +19,14 @@ FORMAT = "ovseg_jax entities"
 VERSION = 1
 
 
+def unmasked(text: str) -> str:
+    """The text with every mask token that its author typed taken apart: it masks nothing.
+
+    The tokenizer makes the same pieces of "[ MASK ]" as of the letters of "[MASK]".
+    """
+    return text.replace(MASK_TOKEN, f"[ {MASK_TOKEN[1:-1]} ]")
+
+
 class EntitySet:
     """A table of entities with a fast matcher.
 

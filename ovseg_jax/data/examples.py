@@ -21,7 +21,7 @@ from ovseg_jax.data.augment import complete_transform, train_image
 from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.captions import shared_prompt
 from ovseg_jax.data.decoding import UnreadableImage
-from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.masking import Masking, masked_texts, token_targets
 from ovseg_jax.data.mixture import Mixture, MixturePairs
@@ -169,7 +169,7 @@ class Examples:
     def _example(self, index: int, record: Record, rng: np.random.Generator) -> Example:
         several = len(record.captions) > 1
         number = int(rng.integers(len(record.captions))) if several else 0
-        caption = record.captions[number]
+        caption = unmasked(record.captions[number])
         _check_text(record.key, caption)
         entities = self._entities.find(caption)
         template = int(rng.integers(len(self._templates)))

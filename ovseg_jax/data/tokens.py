@@ -77,15 +77,22 @@ class Tokenizer:
         return np.asarray([len(item.ids) for item in self._encoded(texts)], np.int32)
 
     def _encoded(self, texts: Sequence[str]) -> list[Any]:
-        if self.family.mask != MASK_TOKEN:
-            texts = [text.replace(MASK_TOKEN, self.family.mask) for text in texts]
+        mask = self.family.mask
+        special = [token for token in self.family.tokens if token != MASK_TOKEN]
+        for token in special:
+            apart = f"{token[0]} {token[1:-1]} {token[-1]}"
+            texts = [text.replace(token, apart) if token in text else text for text in texts]
+        if mask != MASK_TOKEN:
+            texts = [text.replace(MASK_TOKEN, mask) for text in texts]
         return self._backend.encode_batch_fast(list(texts))
 
     def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
         """Token ids, padded at the end; a longer text is cut and keeps the end token as its last.
 
         The literal [MASK] in a text becomes the mask token, whatever that is called (nothing,
-        where the vocabulary has none). An empty text is the start and the end token.
+        where the vocabulary has none); `entities.unmasked` takes apart those that people typed. The
+        other special tokens in a text are letters like any others: a caption that says "[SEP]" does
+        not end there. An empty text is the start and the end token.
 
         Raises:
           UserError: there is no room for these two.

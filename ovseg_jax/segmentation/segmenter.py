@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ovseg_jax import sharding
+from ovseg_jax.data.entities import unmasked
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.losses.mask_consistency import mask_logits
@@ -132,7 +133,7 @@ class ModelSegmenter:
 
     def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:
         """Class embeddings: the mean over templates of the prompts' embeddings, unit norm."""
-        prompts = [template.format(name) for name in names for template in templates]
+        prompts = [template.format(unmasked(name)) for name in names for template in templates]
         ids = self._tokenizer.encode(prompts, self._length)
         rows = []
         for start in range(0, len(ids), TEXT_BATCH):

@@ -26,7 +26,7 @@ from ovseg_jax.data.captions import (
     texts_of,
 )
 from ovseg_jax.data.decoding import UnreadableImage
-from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.order import example_rng
 from ovseg_jax.data.records import RecordSource
@@ -200,6 +200,7 @@ def text_store(
       length: M.
     """
     captions, starts, rows = distinct_captions(source.captions())
+    captions = [unmasked(caption) for caption in captions]
     key = cache_key(
         params,
         ("text_encoder/",),

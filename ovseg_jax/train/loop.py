@@ -29,6 +29,9 @@ from ovseg_jax.train.stopping import Interrupted, StopSignal
 from ovseg_jax.train.text_cuts import TextCuts
 from ovseg_jax.train.watchdog import Watchdog
 
+# Masks that cover more of an image than this share tell its regions apart no longer.
+MOST_TARGETS = 0.6
+
 
 def train(
     config: ConfigDict,
@@ -142,6 +145,7 @@ class _Training:
     stop: StopSignal
     watchdog: Watchdog
     profiler: Profiler
+    warned: bool = False  # of mask targets that are positive nearly everywhere
 
     def phase(self, phase: Phase, state: TrainState) -> TrainState:
         """Takes the steps of a phase that are left."""
@@ -244,6 +248,13 @@ class _Training:
         unread: int,
     ) -> None:
         values = {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
+        if values.get("mask_target_fraction", 0.0) > MOST_TARGETS and not self.warned:
+            self.warned = True
+            self.run.progress.say(
+                f"warning: step {step}: {100 * values['mask_target_fraction']:.0f} % of the "
+                "patches are positive in the mask targets, so nearly every mask matches every "
+                "other: raise config.loss.mask_threshold, or train the groups longer before"
+            )
         _refuse_stuck(values, step, self.run.config.max_skipped, unread)
         self.checkpoints.check()
         speed = meter.lap()

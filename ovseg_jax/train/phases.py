@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.augment import complete_transform
@@ -14,6 +15,8 @@ from ovseg_jax.optim.schedule import learning_rate
 from ovseg_jax.shapes import Array
 from ovseg_jax.sharding import AnyMesh, batch_shards
 
+# A phase with a smaller share of the summed learning rate is warned of.
+LEAST_RATE_SHARE = 0.05
 FIELDS = {
     "name": None,
     "steps": 0,
@@ -162,6 +165,30 @@ def check_cached_images(phases: Sequence[Phase]) -> None:
             "config.data.cache_images holds features, of which nothing can be erased: set it to "
             "False, or config.data.transform.erase.probability to 0.0"
         )
+
+
+def rate_shares(config: ConfigDict, phases: Sequence[Phase]) -> list[float]:
+    """The share of each phase in the learning rate summed over all steps of the run."""
+    total = phases[-1].last
+    sums = []
+    for phase in phases:
+        steps = jnp.arange(phase.first, phase.last)
+        rates = jax.vmap(lambda step, phase=phase: rate_at(step, config, phase, total))(steps)
+        sums.append(float(jnp.sum(rates)))
+    whole = sum(sums)
+    return [value / whole if whole else 0.0 for value in sums]
+
+
+def weak_phases(config: ConfigDict, phases: Sequence[Phase]) -> list[str]:
+    """A warning for each phase that can hardly change the model, for people."""
+    return [
+        f"warning: phase {phase.name!r} has {100 * share:.2g} % of the learning rate summed over "
+        f"the run, too little to show an effect: raise config.optimizer.learning_rate.end, or give "
+        f"config.phases[{phase.index}] more steps or a learning_rate of its own"
+        for phase, share in zip(phases, rate_shares(config, phases), strict=True)
+        # A schedule of the phase's own is somebody's decision.
+        if len(phases) > 1 and phase.schedule is None and share < LEAST_RATE_SHARE
+    ]
 
 
 def _transform(fields: Any, config: ConfigDict, where: str) -> dict[str, Any]:

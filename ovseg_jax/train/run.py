@@ -32,7 +32,13 @@ from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.mask_terms import check_mask_config, check_matching
 from ovseg_jax.train.neck import standardized_neck
 from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import Phase, check_batch_sizes, check_cached_images, make_phases
+from ovseg_jax.train.phases import (
+    Phase,
+    check_batch_sizes,
+    check_cached_images,
+    make_phases,
+    weak_phases,
+)
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.terms import check_contrast_config
@@ -250,6 +256,8 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         check_matching(config)
     if config.data.cache_images:
         check_cached_images(phases)
+    for line in weak_phases(config, phases):
+        progress.say(line)
     return Run(
         config=config,
         mesh=mesh,

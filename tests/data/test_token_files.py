@@ -6,9 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers import Tokenizer as Backend
 
+from ovseg_jax.data.captions import texts_of
+from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.token_files import BERT, ROBERTA
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
@@ -96,3 +100,43 @@ def test_files_of_no_family_are_refused(roberta, tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(UserError, match="no byte-pair vocabulary"):
         Tokenizer(tmp_path)
+
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "a", "dog", "pad", "sep", "cls"]
+PIECES += ["mask", "<", ">", "s", "pad", "/"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(PIECES)) + "\n")
+    return folder
+
+
+SPECIAL = ["[PAD]", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "<s>", "</s>", "<pad>", "<mask>", "<unk>"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from([*SPECIAL, "a", "dog", " ", "[", "]"]), max_size=8))
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_what_people_type_is_never_a_special_token(bert, roberta, family, words):
+    tokenizer = Tokenizer(bert if family == "bert" else roberta)
+    caption = unmasked("".join(words))
+    row = tokenizer.encode([caption], 64)[0]
+    end = int(np.flatnonzero(row == tokenizer.end_id)[0])
+    # One end, after which all is padding, and nothing before it pads, ends or masks.
+    assert (row[end + 1 :] == tokenizer.pad_id).all()
+    typed = row[1:end]
+    first = row[0]
+    assert not np.isin(typed, [tokenizer.pad_id, tokenizer.end_id, tokenizer.mask_id, first]).any()
+    assert tokenizer.lengths([caption])[0] == end + 1
+
+
+def test_our_own_mask_stays_a_mask(bert):
+    tokenizer, entities = Tokenizer(bert), EntitySet({"dog": []})
+    texts = texts_of("a dog [MASK] [SEP]", entities, ["a {}"])
+    assert texts["masked"] == "a [MASK] [ MASK ] [SEP]"
+    ids = tokenizer.encode([texts["masked"]], 16)[0]
+    assert (ids == tokenizer.mask_id).sum() == 1 and (ids == tokenizer.end_id).sum() == 1
+    plain = tokenizer.encode(["a dog [ mask ] [ sep ]"], 16)
+    np.testing.assert_array_equal(tokenizer.encode([texts["caption"]], 16), plain)

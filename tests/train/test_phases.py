@@ -1,10 +1,20 @@
 """Phases: their place in the order of examples, their image transforms, what caches refuse."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.phases import check_batch_sizes, check_cached_images, make_phases
+from ovseg_jax.flags import load_config
+from ovseg_jax.train.phases import (
+    check_batch_sizes,
+    check_cached_images,
+    make_phases,
+    rate_shares,
+    weak_phases,
+)
 
 CROP = {"kind": "crop", "size": 32}
 ERASE = {**CROP, "erase": {"probability": 0.25}}
@@ -36,6 +46,45 @@ def test_phases_read_on_where_the_one_before_stopped(tiny_config):
     phases = make_phases(tiny_config, records=100)
     assert [phase.position(phase.first) for phase in phases] == [0, 40, 140]
     assert phases[1].position(phases[1].first + 3) == 52
+
+
+def test_phases_that_hardly_train_are_warned_of(tiny_config):
+    tiny_config.data = {"transform": CROP}
+    tiny_config.phases = ({"steps": 90, "batch_size": 8}, {"steps": 10, "batch_size": 8})
+    phases = make_phases(tiny_config, records=100)
+    rate = tiny_config.optimizer.learning_rate
+    rate.update(peak=1.0, end=0.0, warmup=0)
+    steps = 0.5 + 0.5 * np.cos(np.pi * np.arange(100) / 100)
+    shares = rate_shares(tiny_config, phases)
+    np.testing.assert_allclose(
+        shares, [steps[:90].sum(), steps[90:].sum()] / steps.sum(), rtol=1e-4
+    )
+    (line,) = weak_phases(tiny_config, phases)
+    assert "config.phases[1]" in line and "learning_rate.end" in line
+    rate.end = 0.5
+    assert weak_phases(tiny_config, phases) == []
+    assert weak_phases(tiny_config, phases[:1]) == []
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart:both", "vitb", "photos"])
+def test_no_config_has_a_phase_that_hardly_trains(name):
+    file, _, variant = name.partition(":")
+    path = Path(__file__).parents[2] / "configs" / f"{file}.py"
+    config = load_config(f"{path}:{variant}" if variant else path)
+    assert weak_phases(config, make_phases(config, 4_000_000)) == []
+
+
+@pytest.mark.parametrize(
+    "name, groups",
+    [("quickstart", 64), ("quickstart:scratch", 8), ("quickstart:mask", 64), ("photos", 8)],
+)
+def test_lambda_follows_the_number_of_matched_groups(name, groups):
+    file, _, variant = name.partition(":")
+    path = Path(__file__).parents[2] / "configs" / f"{file}.py"
+    config = load_config(f"{path}:{variant}" if variant else path)
+    matched = config.model.image.num_groups * config.loss.group_ratio
+    assert config.model.image.num_groups == groups
+    assert config.phases[-1]["mask_weight"] == pytest.approx(0.1 * 4 / matched)
 
 
 def test_wrong_fields_are_named_with_their_place(tiny_config):
