@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from ml_collections import ConfigDict
 from reference import losses as reference
 from reference.batches import B, make_batch
@@ -173,6 +174,38 @@ def test_equal_captions_are_no_negatives(quiet, tiny_params, pieces):
     rate = (alike & counted).sum() / counted.sum()
     assert 0.2 < rate < 0.8
     np.testing.assert_allclose(metrics["equal_captions"], rate, rtol=1e-5)
+
+
+def test_the_image_head_is_contrasted_beside_the_groups(shared_tiny_config):
+    config = shared_tiny_config.copy_and_resolve_references()
+    config.unlock()
+    config.model.image.update(group_layer=1, trunk_norm=True, class_token=True, assignment="soft")
+    config.model.image.update(keep_class_token=True)
+    config.model.update(image_head=6, image_head_dropout=0.0)
+    config.loss.update(entity_weight=0.5)
+    model, batch = build_model(config.model), make_batch(0)
+
+    def run(key, batch):
+        params = nn.unbox(model.init(key, batch["image"], batch["caption_ids"])["params"])
+        visual = model.apply({"params": params}, batch["image"], method="visual_tokens")
+        text = model.apply({"params": params}, batch["caption_ids"], method="text_tokens")
+        whole = model.apply({"params": params}, visual, method="embed_whole")
+        sentences = model.apply({"params": params}, text.pooled, method="project_text")
+        scale = model.apply({"params": params}, method="logit_scale")
+        options = {"mask_weight": 0.0, "text_dropout": False, "rngs": step_rngs(0, 0)}
+        loss, (metrics, _) = loss_terms(
+            model, params, None, batch, config.loss, mesh=None, **options
+        )
+        return whole, sentences, scale, loss, metrics
+
+    whole, sentences, scale, loss, metrics = jax.jit(run)(jax.random.key(0), batch)
+    weight = batch["weight"]
+    pairs = (weight[:, None] > 0) & (weight[None] > 0)
+    values = reference.info_nce(np.float64(whole), np.float64(sentences), float(scale), pairs)
+    want = mean_over(values, weight)
+    np.testing.assert_allclose(metrics["whole_contrastive"], want, rtol=2e-3)
+    summed = metrics["contrastive"] + 0.5 * metrics["entity"] + metrics["whole_contrastive"]
+    np.testing.assert_allclose(loss, summed, rtol=1e-5)
 
 
 def test_cached_features_give_the_loss_of_the_raw_data(quiet, run_terms, raw_terms, pieces):
