@@ -56,8 +56,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.learning_rate.update(peak=2e-3, end=5e-4)
     # lambda of the paper, which sums over K' = 4 groups as here.
     align, mask = config.phases
-    align.update(steps=600, batch_size=128)
-    mask.update(steps=200, batch_size=128, mask_weight=0.1)
+    align.update(steps=350, batch_size=128)
+    mask.update(steps=120, batch_size=128, mask_weight=0.1)
     config.eval.update(benchmarks=(), calibrate=False, untrained=False, pictures=0, batch_size=4)
     config.eval.protocol.update(
         name="photos",
