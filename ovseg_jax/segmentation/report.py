@@ -50,7 +50,8 @@ def calibrated(
     protocol = protocol.replace(threshold=protocol.threshold or 0.0)
     owners = words_of(tune, protocol)[0].owners
     pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
-    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners)
+    cap = protocol.cap_threshold
+    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners, cap=cap)
     chosen = protocol.replace(
         scale=best.scale,
         image_scale=best.image_scale,
