@@ -156,7 +156,9 @@ def convert(text: str, present: Any, key: str) -> Any:
     if isinstance(present, ConfigDict | dict):
         raise UserError(f"config key {key!r} is a group of settings: set one of {sorted(present)}")
     value = _literal(text)
-    if value is None and key.rpartition(".")[2] in OPTIONAL:
+    # Not where it is a range, as the scale of crops is.
+    number = isinstance(present, int | float)
+    if value is None and number and key.rpartition(".")[2] in OPTIONAL:
         return None
     if isinstance(present, str):
         return value if isinstance(value, str) else text

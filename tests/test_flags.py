@@ -33,6 +33,7 @@ def a_config():
             "words": ("cat", "dog"),
             "model": {"depth": 6, "group_layer": 0},
             "protocol": {"scale": 10.0},
+            "crops": {"scale": (0.1, 1.0)},
             "phases": [ConfigDict({"steps": 10, "rate": 1.0}), {"steps": 20, "rate": 2.0}],
         }
     )
@@ -90,6 +91,7 @@ def test_override_has_the_type_of_the_present_value(key, text, value):
         ("flip", "1", "true or false"),
         ("betas", "0.5", "a tuple"),
         ("betas", "0.5,x", "a tuple"),
+        ("crops.scale", "None", "a tuple"),
         ("model", "3", "group_layer"),
         ("a..b", "3", "form"),
         ("", "3", "form"),

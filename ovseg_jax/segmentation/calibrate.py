@@ -53,6 +53,7 @@ def calibrate(
     order: str = "upsample_first",
     batch_size: int = 16,
     owners: Sequence[int] | None = None,
+    cap: bool = False,
 ) -> Calibration:
     """The scales and the threshold with the highest mIoU, background included.
 
@@ -62,6 +63,8 @@ def calibrate(
       thresholds: in rising order.
       owners: the class of each word that was scored, -1 for background; by default every word is a
         class.
+      cap: whether the best pixels of an image are found at any threshold, see
+        `Protocol.cap_threshold`.
 
     Raises:
       UserError: no image, or true labels beyond the classes.
@@ -83,7 +86,7 @@ def calibrate(
         if labels.size and labels.max() > classes:
             raise UserError(f"true label {labels.max()}, but there are {classes} classes")
         for i, (scale, image_scale) in enumerate(pairs):
-            p, best = _best(cells, margins, float(scale), float(image_scale), *weights, order)
+            p, best = _best(cells, margins, float(scale), float(image_scale), *weights, order, cap)
             # A pixel in bin j is found at the thresholds 0..j-1, those not above its probability.
             bins = np.searchsorted(edges, np.asarray(p)[valid], side="right")
             joint = (bins * words + np.asarray(best)[valid]) * (classes + 1) + labels
@@ -127,15 +130,21 @@ def _stack(same, size, nearest):
     return cells, margins, same[0][0].weights(nearest=nearest), truth
 
 
-@jax.jit(static_argnames="order")
-def _best(cells, margins, scale, image_scale, rows, columns, order):
-    """Highest probability and its class at each pixel."""
+@jax.jit(static_argnames=("order", "cap"))
+def _best(cells, margins, scale, image_scale, rows, columns, order, cap):
+    """Highest probability and its class at each pixel; with `cap` the probability of the best
+    pixels of an image is infinite."""
     p = readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
     if order == "upsample_first":
         p = readout.spread(p, rows, columns)
-        return p.max(-1), p.argmax(-1)
+    highest, best = p.max(-1), p.argmax(-1)
+    if cap:
+        of_image = highest.max((1, 2), keepdims=True)
+        highest = jnp.where(highest >= of_image, jnp.inf, highest)
+    if order == "upsample_first":
+        return highest, best
     rows, columns = jnp.argmax(rows, 1), jnp.argmax(columns, 1)
-    return tuple(x[:, rows][:, :, columns] for x in (p.max(-1), p.argmax(-1)))
+    return tuple(x[:, rows][:, :, columns] for x in (highest, best))
 
 
 def _matrices(

@@ -50,7 +50,8 @@ def calibrated(
     protocol = protocol.replace(threshold=protocol.threshold or 0.0)
     owners = words_of(tune, protocol)[0].owners
     pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
-    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners)
+    cap = protocol.cap_threshold
+    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners, cap=cap)
     chosen = protocol.replace(
         scale=best.scale,
         image_scale=best.image_scale,
@@ -117,14 +118,18 @@ def run_benchmarks(
         if parts["part"][0] == 0:
             write_result(results / f"{name}.json", found[name])
             if pictures:
-                own = chosen.for_benchmark(name)
-                own = own if benchmark.has_background else own.replace(threshold=None)
                 best = found[name]["image_miou"], pictures, config.batch_size
-                images = chosen_images(segmenter, benchmark, own, *best)
+                images = chosen_images(segmenter, benchmark, _for(benchmark, chosen), *best)
                 groups = found[name]["group_usage"]["groups"]
                 write_sheet(images, benchmark, results / f"{name}.png", groups)
                 write_report(results / f"{name}.html", found[name], benchmark, images, groups)
     return found
+
+
+def _for(benchmark: Benchmark, protocol: Protocol) -> Protocol:
+    """The protocol as an evaluation of the benchmark uses it."""
+    own = protocol.for_benchmark(benchmark.name)
+    return own if benchmark.has_background else own.replace(threshold=None)
 
 
 def write_pictures(
@@ -139,13 +144,14 @@ def write_pictures(
     """One panel per image (image, groups, prediction, truth) and a sheet of all of them.
 
     Args:
+      protocol: its fields for this benchmark hold here too, as in `evaluate`.
       count: how many images, from the first on.
 
     Returns:
       The path of the sheet, ``DIRECTORY/NAME.png``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    protocol = with_scale(protocol, segmenter)
+    protocol = with_scale(_for(benchmark, protocol), segmenter)
     count = min(count, len(benchmark))
     images = [benchmark[index] for index in range(count)]
     vocabulary, _ = words_of(benchmark, protocol)

@@ -1,14 +1,19 @@
 """Calibration against trying every setting the slow way."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from reference.label_maps import label_map
+from segmentation.test_evaluate import PROTOCOL, Blocks, ByColor
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation import report
 from ovseg_jax.segmentation.calibrate import calibrate
+from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.readout import ORDERS, held_to_image, probabilities
 from ovseg_jax.segmentation.scores import ImageScores
 
@@ -71,6 +76,39 @@ def test_brute_force(order, owners):
     assert found.miou == pytest.approx(expected.max())
     assert [row[:2] for row in found.table] == pairs
     np.testing.assert_allclose([row[3] for row in found.table], expected.max(1))
+
+
+@pytest.mark.parametrize("cap", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_threshold_is_judged_by_the_labels_that_it_gives(order, cap):
+    images = [*scored(3), *scored(2, (5, 6), seed=1)]
+    # Flat scores: no pixel of most images reaches the upper thresholds.
+    images = [(dataclasses.replace(one, cells=one.cells / 4), truth) for one, truth in images]
+    protocol = Protocol(scale=SCALES[1], image_scale=4.0, order=order, cap_threshold=cap)
+    settings = (protocol.scale,), (protocol.image_scale,), THRESHOLDS
+    found = calibrate(iter(images), *settings, order, batch_size=2, cap=cap)
+    expected = []
+    for threshold in THRESHOLDS:
+        matrix = ConfusionMatrix.empty(C + 1)
+        labeled = label_maps([one for one, _ in images], protocol.replace(threshold=threshold))
+        for (_, labels), (_, truth) in zip(labeled, images, strict=True):
+            matrix.update(labels, truth)
+        expected.append(matrix.miou())
+    np.testing.assert_allclose(found.curves[0], expected, atol=1e-12)
+
+
+def test_calibration_asks_for_the_cap_of_its_protocol(monkeypatch):
+    asked = []
+
+    def recorded(pairs, *args, **options):
+        asked.append(options["cap"])
+        return calibrate(pairs, *args, **options)
+
+    monkeypatch.setattr(report, "calibrate", recorded)
+    for cap in (False, True):
+        protocol = PROTOCOL.replace(cap_threshold=cap)
+        report.calibrated(ByColor(2), Blocks(((24, 24),)), protocol, 2)
+    assert asked == [False, True]
 
 
 def test_finds_the_threshold_that_separates():

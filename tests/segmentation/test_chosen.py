@@ -14,9 +14,11 @@ from data.benchmarks import miniatures as mini
 from PIL import Image
 from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
 
+from ovseg_jax.segmentation import report
 from ovseg_jax.segmentation.chosen import chosen_images, extremes, write_sheet
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.html_report import write_report
+from ovseg_jax.segmentation.metric import ConfusionMatrix
 from ovseg_jax.segmentation.model_eval import evaluate_model
 from ovseg_jax.segmentation.pictures import scene_panel, soft_maps
 
@@ -64,6 +66,24 @@ def test_chosen_images_are_those_of_the_evaluation(evaluated):
             if ((one.prediction == c) | (truth == c)).any()
         ]
         assert one.miou == pytest.approx(100 * np.mean(ious), abs=1e-3)
+
+
+@pytest.mark.parametrize("has_background", [True, False])
+def test_pictures_show_what_was_evaluated(has_background, tmp_path, monkeypatch):
+    benchmark = Blocks(((24, 24), (24, 40)), has_background=has_background)
+    protocol = PROTOCOL.replace(threshold=0.99, thresholds={"blocks": 0.4})
+    drawn, confusion = [], ConfusionMatrix.empty(3 + has_background)
+
+    def panel(image, groups, prediction, truth, *args, **options):
+        drawn.append((prediction, truth))
+        return scene_panel(image, groups, prediction, truth, *args, **options)
+
+    monkeypatch.setattr(report, "scene_panel", panel)
+    report.write_pictures(ByColor(2), benchmark, protocol, tmp_path, count=2, group_count=4)
+    for prediction, truth in drawn:
+        confusion.update(prediction, truth)
+    result = evaluate(ByColor(2), benchmark, protocol, batch_size=2)
+    np.testing.assert_array_equal(confusion.counts, result["confusion"])
 
 
 def test_the_page(evaluated, tmp_path):

@@ -1,6 +1,7 @@
 """Eq. 1 and the background rule against plain NumPy, and what distractors are for."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import load_config
 from ovseg_jax.segmentation import readout
+from ovseg_jax.segmentation.benchmarks import ScenesBenchmark
 from ovseg_jax.segmentation.distractors import DISTRACTORS, competition, with_distractors
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
@@ -210,6 +213,12 @@ def test_competition():
     assert competition(many, protocol) == many
     assert Protocol(threshold=0.3).for_benchmark("folder").competing_words == 20
     assert Protocol(threshold=0.3).for_benchmark("voc").competing_words == 0
+
+
+def test_the_quickstart_says_how_many_words_its_threshold_was_chosen_among():
+    config = load_config(Path(__file__).parents[2] / "configs" / "quickstart.py").eval
+    scenes = ScenesBenchmark(**config.scenes.to_dict())
+    assert config.protocol.competing_words == len(scenes.class_names)
 
 
 def test_bad_class_lists():
