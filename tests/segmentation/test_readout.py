@@ -14,7 +14,9 @@ from ovseg_jax.flags import load_config
 from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.benchmarks import ScenesBenchmark
 from ovseg_jax.segmentation.distractors import DISTRACTORS, competition, with_distractors
+from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
 
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
@@ -184,19 +186,65 @@ def test_the_threshold_follows_longer_lists(words):
     assert protocol.replace(threshold=None).threshold_for(words) is None
 
 
-def test_as_much_is_found_in_lists_of_any_length():
-    # A class that a third of the pixels show; all other words say nothing. Below 48 words everyday
-    # words fill the list, which the drawing of 48 words stands for.
-    protocol = Protocol(threshold=0.3, competing_words=48)
+def _labels(cells, image_cosines, protocol, owners=None):
+    """Labels of an image of a single window whose patches are its pixels."""
+    h, w, words = cells.shape
+    one = ImageScores(
+        index=0,
+        cells=cells,
+        groups=np.zeros((h, w), np.int32),
+        embeddings=np.asarray([[1.0, 0.0]], np.float32),
+        group_cosines=np.zeros((1, 3, words), np.float32),
+        image_cosines=image_cosines[None],
+        size=(h, w),
+        resized=(h, w),
+        tiles=(1, 1),
+        window=h,
+        stride=h,
+    )
+    ((_, labels),) = label_maps([one], protocol, owners)
+    return labels
+
+
+@pytest.mark.parametrize("image_scale", [0.0, 3.0])
+@pytest.mark.parametrize("order", readout.ORDERS)
+def test_as_much_is_found_in_lists_of_any_length(order, image_scale):
+    # A class that a third of the pixels show; all other words say nothing.
     rng = np.random.default_rng(0)
+    cells = rng.normal(scale=0.1, size=(24, 24, 1000)).astype(np.float32)
+    cells[8:16, :, 0] += 0.5
+    image = rng.normal(scale=0.05, size=1000).astype(np.float32)
+    image[0] += 0.2
+    protocol = Protocol(
+        scale=10.0, threshold=0.3, competing_words=48, image_scale=image_scale, order=order
+    )
     shares = []
     for classes in (1, 7, 48, 1000):
-        logits = rng.normal(size=(6000, max(classes, 48)))
-        logits[:2000, 0] += 5.0
-        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        found = (p.max(-1) >= protocol.threshold_for(p.shape[-1])) & (p.argmax(-1) == 0)
-        shares.append(found.mean())
-    assert max(shares) - min(shares) < 0.02 and 0.25 < shares[0] < 0.34
+        names = ["zebra", *(f"class {i}" for i in range(1, classes))]
+        words = competition(Vocabulary.of(names), protocol)
+        count = len(words.words)
+        assert count == max(classes, 48)
+        labels = _labels(cells[..., :count], image[:count], protocol, words.owners)
+        shares.append((labels == 1).mean())
+    assert max(shares) - min(shares) < 0.03 and 0.28 < shares[0] < 0.34
+
+
+@pytest.mark.parametrize("order", readout.ORDERS)
+@pytest.mark.parametrize("words", [3, 60, 200])
+def test_the_number_of_words_decides_what_is_background_not_which_word_wins(words, order):
+    rng = np.random.default_rng(words)
+    cells = rng.normal(scale=0.3, size=(12, 12, words)).astype(np.float32)
+    image = rng.normal(scale=0.2, size=words).astype(np.float32)
+    protocol = Protocol(scale=10.0, image_scale=2.0, threshold=0.25, order=order)
+    best = _labels(cells, image, protocol.replace(threshold=0.0))
+    areas = []
+    for competing in (0, 2, 10, 48, 500):
+        labels = _labels(cells, image, protocol.replace(competing_words=competing))
+        np.testing.assert_array_equal(labels[labels > 0], best[labels > 0])
+        areas.append((labels > 0).mean())
+    # Where the threshold was chosen among fewer words, more of a longer list is found.
+    assert areas[1] >= areas[2] >= areas[3] >= areas[4] == areas[0]
+    assert words == 3 or areas[1] > areas[0]
 
 
 def test_competition():
