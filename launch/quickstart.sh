@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Trains OVSegmentor on scenes, the embedded data set, shows what it learned, and segments the
-# photographs in launch/photographs with the model that comes with ovseg_jax; all of the set-up is
-# done here. Needs Python 3.11 to 3.13 with pip, and nothing else.
+# Trains OVSegmentor on scenes, the embedded data set, and shows what it learned; all of the
+# set-up is done here. Needs Python 3.11 to 3.13 with pip, and nothing else.
 #
 #   bash launch/quickstart.sh [--config.KEY=VALUE ...] [--workdir=...]
 #
@@ -10,10 +9,5 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/environment.sh quickstart
-.venv/bin/python -m ovseg_jax.main \
+exec .venv/bin/python -m ovseg_jax.main \
     --config=configs/quickstart.py --workdir=runs/quickstart "$@"
-
-# The model above has seen drawings only; this one was trained on photographs.
-printf '\nThe shipped model (--model=photos) on launch/photographs:\n'
-exec .venv/bin/python -m ovseg_jax.predict --model=photos --images=launch/photographs \
-    --classes="cat,dog,horse,bird,person,car,bicycle,boat,cup,table" --out=runs/photographs
