@@ -16,6 +16,11 @@ steps. Three things are added, because they serve photographs:
   and photographs in class-named folders, whose captions are templates; equal captions are no
   negatives of each other.
 
+Trained once so far (seed 0; all of Flickr8k's train split and 11 925 photographs in class-named
+folders, weights 2 and 2.25; 6:27 on two cores with features cached): 27.2 mIoU on the 20 classes of
+348 photographs of VOC train without background (scale 20, image_scale 40), 14.7 with background.
+Scales and threshold below were chosen on the same photographs; no others were measured.
+
 Data: whatever `python -m ovseg_jax.prepare` wrote. One set of your own:
 
     --config.data.source=records --config.data.records.dir=data/mine
@@ -65,9 +70,11 @@ def get_config(variant: str = "") -> ConfigDict:
         long_limit=1024,
         window=336,
         stride=224,
-        scale=20.0,
-        image_scale=40.0,
-        threshold=0.1,
+        scale=10.0,
+        image_scale=20.0,
+        threshold=0.13,
+        # The words of VOC's 20 classes, among which the threshold was chosen.
+        competing_words=43,
         class_names="everyday",
         templates=("a photo of a {}.", "{}", "a photo of the {}.", "itap of a {}."),
     )
