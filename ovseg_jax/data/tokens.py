@@ -83,7 +83,8 @@ class Tokenizer:
             apart = f"{token[0]} {token[1:-1]} {token[-1]}"
             texts = [text.replace(token, apart) if token in text else text for text in texts]
         if mask != MASK_TOKEN:
-            texts = [text.replace(MASK_TOKEN, mask) for text in texts]
+            # A blank for no mask token: what stands on its two sides must not join.
+            texts = [text.replace(MASK_TOKEN, mask or " ") for text in texts]
         return self._backend.encode_batch_fast(list(texts))
 
     def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:

@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ovseg_jax.data import clip_tokens
 from ovseg_jax.data.token_files import load_backend
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 
+SPECIAL = [clip_tokens.START, clip_tokens.END]
 TEXTS = [
     "A photo of a dog.",
     "the dog's 12 photos,   don't  stop!",
@@ -86,3 +89,17 @@ def test_damaged_files(folder, tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(UserError, match="byte-pair"):
         Tokenizer(tmp_path)
+
+
+@given(st.lists(st.sampled_from([*"<|>", *SPECIAL, "[MASK]", "endof", "text", "dog", " "])))
+def test_what_people_type_is_never_a_special_token(tokenizer, pieces):
+    text = "".join(pieces)
+    length = int(tokenizer.lengths([text])[0])
+    typed = tokenizer.encode([text], length)[0, 1:-1]
+    # The end token is the unknown token too, but byte pairs know all letters.
+    assert not np.isin(typed, [tokenizer.end_id, tokenizer.vocab_size - 2]).any()
+
+
+def test_what_surrounds_a_dropped_mask_does_not_join(tokenizer):
+    ids = tokenizer.encode(["<|endof[MASK]text|>"], 24)[0]
+    assert np.flatnonzero(ids == tokenizer.end_id)[0] > 5

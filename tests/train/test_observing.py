@@ -5,6 +5,7 @@ import shutil
 import struct
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,12 +22,13 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import images_to_choose_on
-from ovseg_jax.train.loop import check_best_starts, check_loop_config, step_flops
+from ovseg_jax.train.loop import _Training, check_best_starts, check_loop_config, step_flops
 from ovseg_jax.train.meter import Meter, memory_in_use, peak_flops
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.profiling import step_range
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import MetricsWriter
+from ovseg_jax.train.text_cuts import TextCuts
 
 GIB = 2**30
 
@@ -310,3 +312,23 @@ def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(alone, tmp_
         assert words in said
     # A refused config does not take the place of the one that the checkpoints belong to.
     assert ((workdir / "config.json").read_text() == before) == (code != 0)
+
+
+def test_targets_that_are_positive_nearly_everywhere_are_warned_of_once():
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    said, written = [], []
+    progress = SimpleNamespace(say=said.append, update=lambda text, final: None)
+    training = SimpleNamespace(
+        warned=False,
+        run=SimpleNamespace(progress=progress, config=config),
+        checkpoints=SimpleNamespace(check=lambda: None),
+        writer=SimpleNamespace(write=lambda step, values: written.append(values)),
+    )
+    phase = make_phases(config, 100)[1]
+    for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
+        metrics = {"loss": 1.0, "skipped": 0.0, "mask_target_fraction": fraction}
+        arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
+        _Training._log(training, phase, step, arrays, Meter(8), TextCuts(), 0)
+    assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
+    fractions = [values["train/mask_target_fraction"] for values in written]
+    assert fractions == pytest.approx([0.59, 0.72, 0.9])
