@@ -60,9 +60,9 @@ class BatchNorm(nn.Module):
 class ImageHead(nn.Module):
     """The embedding of a whole image from its trunk's features, a linear map beside a small MLP.
 
-    Contrast alone trains it, so unlike the groups it need not say where anything is; on photographs
-    it names what an image shows better than they do. It sees few features of few images, hence the
-    dropout: `rate` on the hidden layer, half of it on the input.
+    The image-caption contrast trains it, beside that of the groups, so it need not say where
+    anything is. It reads frozen features, which a small data set soon overfits, hence the dropout:
+    `rate` on the hidden layer, half of it on the input.
     """
 
     features: int

@@ -115,7 +115,9 @@ def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, g
             kept = np.pad(kept, padding[:2])
         if threshold is not None and protocol.cap_threshold:
             highest = [best_of(maps, margins, part, columns, kept) for part in bands]
-            threshold = np.minimum(np.max(highest, axis=0), np.float32(threshold))
+            # A little lower: two programs may round one probability in two ways.
+            highest = np.max(highest, axis=0) * np.float32(1 - 1e-6)
+            threshold = np.minimum(highest, np.float32(threshold))
         labels = np.empty((count, height, len(columns)), np.int32)
         for start, part in zip(range(0, height, band), bands, strict=True):
             part = band_of(maps, margins, part, columns, threshold, kept)
