@@ -75,7 +75,7 @@ def calibrate(
         raise UserError("calibration needs thresholds in rising order")
     pairs = list(itertools.product(scales, image_scales))
     counts = None
-    for cells, margins, weights, truth in _batches(scored, batch_size, order == "argmax_first"):
+    for cells, *evidence, weights, truth in _batches(scored, batch_size, order == "argmax_first"):
         words = cells.shape[-1]
         if counts is None:
             word_class = np.arange(words) if owners is None else np.asarray(owners)
@@ -86,7 +86,9 @@ def calibrate(
         if labels.size and labels.max() > classes:
             raise UserError(f"true label {labels.max()}, but there are {classes} classes")
         for i, (scale, image_scale) in enumerate(pairs):
-            p, best = _best(cells, margins, float(scale), float(image_scale), *weights, order, cap)
+            p, best = _best(
+                cells, *evidence, float(scale), float(image_scale), *weights, order, cap
+            )
             # A pixel in bin j is found at the thresholds 0..j-1, those not above its probability.
             bins = np.searchsorted(edges, np.asarray(p)[valid], side="right")
             joint = (bins * words + np.asarray(best)[valid]) * (classes + 1) + labels
@@ -105,8 +107,8 @@ def calibrate(
 
 
 def _batches(scored, size, nearest):
-    """Stacks of images of equal shape: cells, margins, the weights from cells to pixels,
-    truth."""
+    """Stacks of images of equal shape: cells, margins, foreground, the weights from cells to
+    pixels, truth."""
     same = []
     for scores, truth in scored:
         if truth.shape != scores.size:
@@ -122,19 +124,21 @@ def _batches(scored, size, nearest):
 def _stack(same, size, nearest):
     cells = np.stack([scores.cells for scores, _ in same])
     margins = np.stack([scores.image_margins() for scores, _ in same])
+    foreground = np.stack([scores.foreground_or_zero() for scores, _ in same])
     truth = np.stack([labels for _, labels in same])
     # One shape for any number of images, so that nothing is compiled again.
     padding = ((0, size - len(same) if len(same) > 1 else 0), (0, 0), (0, 0))
     truth = np.pad(truth, padding, constant_values=IGNORE)
-    cells, margins = (np.pad(array, (*padding, (0, 0))) for array in (cells, margins))
-    return cells, margins, same[0][0].weights(nearest=nearest), truth
+    arrays = (np.pad(array, (*padding, (0, 0))) for array in (cells, margins, foreground))
+    return *arrays, same[0][0].weights(nearest=nearest), truth
 
 
 @jax.jit(static_argnames=("order", "cap"))
-def _best(cells, margins, scale, image_scale, rows, columns, order, cap):
+def _best(cells, margins, foreground, scale, image_scale, rows, columns, order, cap):
     """Highest probability and its class at each pixel; with `cap` the probability of the best
     pixels of an image is infinite."""
-    p = readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
+    p = readout.probabilities(cells, scale)
+    p = readout.held_to_image(p, margins, image_scale, foreground)
     if order == "upsample_first":
         p = readout.spread(p, rows, columns)
     highest, best = p.max(-1), p.argmax(-1)

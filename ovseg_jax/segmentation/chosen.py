@@ -80,7 +80,7 @@ def chosen_images(
     vocabulary, _ = words_of(benchmark, protocol)
     text = segmenter.text(list(vocabulary.words), protocol.templates)
     encode, images = without_index(segmenter.encode), [image for image, _ in data]
-    scored = image_scores(encode, text, images, protocol, batch_size)
+    scored = image_scores(encode, text, images, protocol, batch_size, vocabulary.things)
     labels = {
         one.index: (found, one.group_map())
         for one, found in label_maps(scored, protocol, vocabulary.owners)

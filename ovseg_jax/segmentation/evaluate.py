@@ -62,7 +62,8 @@ def scored_benchmark(
             yield image
 
     encode = encode or without_index(segmenter.encode)
-    for scores in image_scores(encode, text, images(), protocol, batch_size):
+    things = vocabulary.things
+    for scores in image_scores(encode, text, images(), protocol, batch_size, things):
         truth = truths.pop(scores.index)
         yield dataclasses.replace(scores, index=numbers[scores.index]), truth
 

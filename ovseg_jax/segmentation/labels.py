@@ -85,18 +85,19 @@ def _large_words(
 def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int) -> Any:
     """(threshold, kept words [B, W] or None) -> labels [B, H, W], in bands of rows."""
     if protocol.refined:
-        maps, margins = _refined(same[0], protocol)
+        maps, margins, foreground = _refined(same[0], protocol)
         height, width = same[0].size
         rows = windows.bilinear_weights(height, maps.shape[1])
         columns = windows.bilinear_weights(width, maps.shape[2])
     else:
         maps = np.stack([one.cells for one in same])
         margins = np.stack([one.image_margins() for one in same])
+        foreground = np.stack([one.foreground_or_zero() for one in same])
         rows, columns = same[0].weights(nearest=protocol.order == "argmax_first")
     count = len(same)
     padding = ((0, group - count if count > 1 else 0), (0, 0), (0, 0), (0, 0))
     if count > 1:  # one shape for any number of images, so nothing is compiled again
-        maps, margins = np.pad(maps, padding), np.pad(margins, padding)
+        maps, margins, foreground = (np.pad(x, padding) for x in (maps, margins, foreground))
     height, floats = len(rows), maps.shape[0] * len(columns) * (maps.shape[-1] + 1)
     band = -(-height // -(-height * floats // BAND_FLOATS))
     rows = np.pad(rows, ((0, band * -(-height // band) - height), (0, 0)))
@@ -114,13 +115,13 @@ def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, g
         if kept is not None:
             kept = np.pad(kept, padding[:2])
         if threshold is not None and protocol.cap_threshold:
-            highest = [best_of(maps, margins, part, columns, kept) for part in bands]
+            highest = [best_of(maps, margins, foreground, part, columns, kept) for part in bands]
             # A little lower: two programs may round one probability in two ways.
             highest = np.max(highest, axis=0) * np.float32(1 - 1e-6)
             threshold = np.minimum(highest, np.float32(threshold))
         labels = np.empty((count, height, len(columns)), np.int32)
         for start, part in zip(range(0, height, band), bands, strict=True):
-            part = band_of(maps, margins, part, columns, threshold, kept)
+            part = band_of(maps, margins, foreground, part, columns, threshold, kept)
             labels[:, start : start + band] = np.asarray(part)[:count, : height - start]
         return labels
 
@@ -172,14 +173,20 @@ def _score_rows(one: ImageScores, protocol: Protocol) -> tuple[magnified.ScoreRo
         return lambda rows: maps[rows], maps.shape[-1]
     maps = jnp.asarray(one.cells)
     if not _late(protocol):
-        maps = _held(maps, one.image_margins(), protocol.scale, protocol.image_scale)
+        maps = _held_of(one, one.image_margins(), protocol)
     down, across = one.weights(_base(one, protocol))
     return lambda rows: _spread(maps[None], down[rows], across)[0], maps.shape[-1]
 
 
+def _held_of(one: ImageScores, margins: np.ndarray, protocol: Protocol) -> Any:
+    foreground = one.foreground_or_zero()
+    return _held(one.cells, margins, foreground, protocol.scale, protocol.image_scale)
+
+
 @jax.jit
-def _held(cells, margins, scale, image_scale):
-    return readout.held_to_image(readout.probabilities(cells, scale), margins, image_scale)
+def _held(cells, margins, foreground, scale, image_scale):
+    p = readout.probabilities(cells, scale)
+    return readout.held_to_image(p, margins, image_scale, foreground)
 
 
 _spread = jax.jit(readout.spread)
@@ -190,15 +197,16 @@ def _late(protocol: Protocol) -> bool:
     return protocol.averaged == "cosines"
 
 
-def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
+def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any, Any]:
     """Scores [1, h, w, W] at the protocol's size: the mean over the image's views, then refined by
-    its colors. Also no margins [1, 1, 1, W]: they are in the scores."""
+    its colors. Also zeros for the margins and the foreground: they are in the scores."""
     total, base, margins = None, _base(one, protocol), one.image_margins()
     for view in (one, *one.more):
         rows, columns = view.weights(base)
         part = _view_map(
             view.cells,
             margins,
+            view.foreground_or_zero(),
             rows,
             columns,
             protocol.scale,
@@ -210,12 +218,15 @@ def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any]:
     if protocol.pamr_steps:
         dilations = tuple(protocol.pamr_dilations)
         maps = pamr(maps, one.image, steps=protocol.pamr_steps, dilations=dilations)
-    return maps[None], np.zeros((1, 1, 1, maps.shape[-1]), np.float32)
+    zero = np.zeros((1, 1, 1, 1), np.float32)
+    return maps[None], zero, zero
 
 
 @jax.jit(static_argnames=("late",))
-def _view_map(cells, margins, rows, columns, scale, image_scale, late):
-    maps = jnp.asarray(cells) if late else _held(cells, margins, scale, image_scale)
+def _view_map(cells, margins, foreground, rows, columns, scale, image_scale, late):
+    maps = jnp.asarray(cells)
+    if not late:
+        maps = _held(maps, margins, foreground, scale, image_scale)
     return readout.spread(maps[None], rows, columns)[0]
 
 
@@ -244,7 +255,7 @@ def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarra
         cosines = one.group_cosines, one.image_cosines
         p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
     else:
-        p = _held(one.cells, one.image_margins(), protocol.scale, protocol.image_scale)
+        p = _held_of(one, one.image_margins(), protocol)
     return np.asarray(p)
 
 
@@ -253,9 +264,20 @@ _group_probabilities = jax.jit(one_group.group_probabilities, static_argnames="i
 
 @jax.jit(static_argnames=("order", "owners", "averaged"))
 def _label_band(
-    maps, margins, rows, columns, threshold, kept, scale, image_scale, order, owners, averaged
+    maps,
+    margins,
+    foreground,
+    rows,
+    columns,
+    threshold,
+    kept,
+    scale,
+    image_scale,
+    order,
+    owners,
+    averaged,
 ):
-    p = _band_scores(maps, margins, scale, image_scale, averaged)
+    p = _band_scores(maps, margins, foreground, scale, image_scale, averaged)
     if order == "argmax_first":
         p = readout.before_spread(p, threshold, order, owners)
     p = _finished(readout.spread(p, rows, columns), kept, scale, averaged)
@@ -263,19 +285,19 @@ def _label_band(
 
 
 @jax.jit(static_argnames=("order", "averaged"))
-def _highest(maps, margins, rows, columns, kept, scale, image_scale, order, averaged):
+def _highest(maps, margins, foreground, rows, columns, kept, scale, image_scale, order, averaged):
     """The highest probability [B, 1, 1] of what a threshold is compared with: the pixels of a band,
     or with 'argmax_first' all cells."""
-    p = _band_scores(maps, margins, scale, image_scale, averaged)
+    p = _band_scores(maps, margins, foreground, scale, image_scale, averaged)
     if order == "upsample_first":
         p = _finished(readout.spread(p, rows, columns), kept, scale, averaged)
     return jnp.max(p, axis=(1, 2, 3))[:, None, None]
 
 
-def _band_scores(maps, margins, scale, image_scale, averaged):
+def _band_scores(maps, margins, foreground, scale, image_scale, averaged):
     """What is carried from cells to pixels: probabilities, or cosines where the softmax is last."""
     if averaged == "probabilities":
-        return readout.held_to_image(readout.probabilities(maps, scale), margins, image_scale)
+        return _held(maps, margins, foreground, scale, image_scale)
     return jnp.asarray(maps)
 
 

@@ -161,6 +161,7 @@ class LoadedModel:
             (read_image(image) for image in images),
             protocol,
             batch_size=self._whole_batch(batch_size),
+            things=vocabulary.things,
         )
         owners = np.array(vocabulary.owners)
         pairs = zip(vocabulary.words, vocabulary.owners, strict=True)

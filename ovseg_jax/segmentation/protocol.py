@@ -40,6 +40,9 @@ class Protocol:
         temperature that the model learned.
       image_scale: classes whose cosine with the whole image is lower than that of the image's best
         class have their probabilities lowered, by exp(image_scale * difference); 0 for not at all.
+      border_scale: probabilities are multiplied by that of the pixel showing no surroundings, which
+        falls with its likeness to the border of the image (see `readout.foreground_log`), except
+        those of words that name surroundings (see `vocabulary.SURROUNDINGS`); 0 for not at all.
       threshold: a pixel whose best probability is lower is background; None where there is no
         background.
       thresholds: thresholds of benchmarks by their names, in place of `threshold`.
@@ -82,6 +85,7 @@ class Protocol:
     stride: int = 224
     scale: float | None = 10.0
     image_scale: float = 0.0
+    border_scale: float = 0.0
     threshold: float | None = None
     order: str = "upsample_first"
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -120,8 +124,13 @@ class Protocol:
             raise UserError("protocol: grouping='one_group' needs order='upsample_first'")
         if self.grouping != "one_group" and self.image_classes:
             raise UserError("protocol: image_classes needs grouping='one_group'")
-        if self.grouping == "one_group" and self.image_scale:
-            raise UserError("protocol: image_scale needs grouping='soft_patches'")
+        for field in ("image_scale", "border_scale"):
+            if getattr(self, field) < 0:
+                raise UserError(f"protocol: {field} must be at least 0")
+            if self.grouping == "one_group" and getattr(self, field):
+                raise UserError(f"protocol: {field} needs grouping='soft_patches'")
+            if self.averaged == "cosines" and getattr(self, field):
+                raise UserError(f"protocol: {field} needs averaged='probabilities'")
         if self.scale is not None and self.scale <= 0:
             raise UserError(f"protocol: scale {self.scale} must be above 0, or none")
         for count in ("image_classes", "competing_words"):
@@ -142,8 +151,6 @@ class Protocol:
             raise UserError("protocol: scales need at least one factor, all above 0")
         if self.pamr_steps < 0 or not self.pamr_dilations or min(self.pamr_dilations) < 1:
             raise UserError("protocol: pamr_steps are at least 0, pamr_dilations at least 1 pixel")
-        if self.averaged == "cosines" and self.image_scale:
-            raise UserError("protocol: image_scale needs averaged='probabilities'")
         plain = self.grouping == "soft_patches" and self.order == "upsample_first"
         if not plain and (self.refined or self.averaged != "probabilities" or self.min_area):
             raise UserError(
@@ -236,6 +243,7 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     kinds = {
         "scale": float,
         "image_scale": float,
+        "border_scale": float,
         "threshold": float,
         "min_area": float,
         "assignment_temperature": float,

@@ -75,6 +75,7 @@ def held_to_image(
     p: Float[AnyArray, "... C"],
     margins: Float[AnyArray, "... C"],
     scale: float | Float[AnyArray, ""],
+    foreground: float | Float[AnyArray, "... words"] = 0.0,
 ) -> Float[Array, "... C"]:
     """`p` with the classes held down that the image as a whole speaks against.
 
@@ -84,8 +85,30 @@ def held_to_image(
     Args:
       margins: cosine of each class with the image embedding, less that of the image's best class.
       scale: a class is weighted by exp(scale * margin), the best one by 1.
+      foreground: log-probability that a cell shows no surroundings, see `foreground_log`; for each
+        class, or one for all.
     """
-    return jnp.asarray(p) * jnp.exp(jnp.asarray(margins) * jnp.asarray(scale, jnp.float32))
+    held = jnp.asarray(margins) * jnp.asarray(scale, jnp.float32) + jnp.asarray(foreground)
+    return jnp.asarray(p) * jnp.exp(held)
+
+
+def foreground_log(keys: Float[AnyArray, "h w D"], scale: float) -> Float[Array, "h w"]:
+    """Log-probability that each cell of an image shows its subject, not its surroundings.
+
+    A photograph's border shows surroundings more often than subjects (the boundary prior of
+    Wei et al., Geodesic Saliency Using Background Priors, ECCV 2012). So a cell whose feature
+    resembles the mean feature of the border cells probably shows surroundings too:
+    -scale * max(0, cosine with that mean).
+
+    Args:
+      keys: features of all cells of one image, as the image lies.
+    """
+    features = unit(keys)
+    inside = jnp.zeros(features.shape[:2], jnp.float32).at[1:-1, 1:-1].set(1.0)
+    weights = (1.0 - inside) / jnp.sum(1.0 - inside)
+    border = jnp.einsum("hw,hwd->d", weights, features, precision=EXACT)
+    likeness = jnp.einsum("hwd,d->hw", features, unit(border), precision=EXACT)
+    return -scale * jax.nn.relu(likeness)
 
 
 def spread(

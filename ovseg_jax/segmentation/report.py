@@ -157,7 +157,12 @@ def write_pictures(
     vocabulary, _ = words_of(benchmark, protocol)
     text = segmenter.text(list(vocabulary.words), protocol.templates)
     scored = image_scores(
-        without_index(segmenter.encode), text, (image for image, _ in images), protocol, count
+        without_index(segmenter.encode),
+        text,
+        (image for image, _ in images),
+        protocol,
+        count,
+        vocabulary.things,
     )
     panels: dict[int, Image.Image] = {}
     for scores, labels in label_maps(scored, protocol, vocabulary.owners, group=count):

@@ -25,8 +25,9 @@ from ovseg_jax.shapes import Float, UInt8
 class Segmenter(Protocol):
     """What a model offers to zero-shot segmentation."""
 
-    def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> tuple[Any, Any, Any]:
-        """(affinity [B,L,K], groups [B,K,E], image embedding [B,E]) of a batch, jitted."""
+    def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> tuple[Any, ...]:
+        """(affinity [B,L,K], groups [B,K,E], image embedding [B,E]) of a batch, jitted, and keys
+        of the patches [B,L,D] where the protocol has a `border_scale`."""
 
     def text(self, names: list[str], templates: tuple[str, ...]) -> Any:
         """[C,E] embeddings of class words, averaged over the templates, unit norm."""
@@ -39,7 +40,7 @@ def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.
 
 # `encode` of a segmenter that is also told which image each row belongs to (-1 for padding), so
 # that features computed before can be looked up instead.
-Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any, Any]]
+Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, ...]]
 
 
 # Pixels in a batch of windows. On two cores, batches of four windows of 448 pixels took a third
@@ -72,6 +73,8 @@ class ImageScores:
       mirrored: whether it is the image seen in a mirror.
       more: the same image at the protocol's other scales, and mirrored.
       image: at the protocol's size, where it refines by colors.
+      foreground: log-probability that a cell shows no surroundings, for each word; None where the
+        protocol has no `border_scale`.
     """
 
     index: int
@@ -88,6 +91,7 @@ class ImageScores:
     mirrored: bool = False
     more: tuple["ImageScores", ...] = ()
     image: UInt8[np.ndarray, "H W 3"] | None = None
+    foreground: Float[np.ndarray, "h w C"] | None = None
 
     def weights(
         self, size: tuple[int, int] | None = None, *, nearest: bool = False
@@ -124,6 +128,10 @@ class ImageScores:
         cosines = np.mean([view.image_cosines.mean(0) for view in views], axis=0)
         cosines = cosines / max(float(np.linalg.norm(embedding)), 1e-12)
         return (cosines - cosines.max()).astype(np.float32)[None, None]
+
+    def foreground_or_zero(self) -> Float[np.ndarray, "h w C"]:
+        """`foreground`, or zeros [1, 1, 1]: without it nothing is lowered."""
+        return np.zeros((1, 1, 1), np.float32) if self.foreground is None else self.foreground
 
     @property
     def shapes(self) -> tuple:
@@ -185,11 +193,17 @@ class _View:
     def complete(self) -> bool:
         return len(self.parts) == len(self.grid)
 
-    def scores(self) -> ImageScores:
+    def scores(self, things: Sequence[bool] | None) -> ImageScores:
         parts = [self.parts[i] for i in sorted(self.parts)]
         cells, groups, *rest = zip(*parts, strict=True)
-        embeddings, group_cosines, image_cosines = (np.stack(part) for part in rest)
+        embeddings, group_cosines, image_cosines = (np.stack(part) for part in rest[:3])
         tiles = (len({top for top, _ in self.grid}), len({left for _, left in self.grid}))
+        foreground = None
+        if self.protocol.border_scale:
+            keys = _side_by_side(rest[3], tiles)
+            foreground = np.asarray(_foreground(keys, self.protocol.border_scale))[..., None]
+            words = image_cosines.shape[-1]
+            foreground = foreground * np.array(things or [True] * words, np.float32)
         return ImageScores(
             index=self.index,
             cells=_side_by_side(cells, tiles),
@@ -204,12 +218,13 @@ class _View:
             stride=self.protocol.stride,
             mirrored=self.mirrored,
             image=self.image,
+            foreground=foreground,
         )
 
 
-def _joined(views: Sequence[_View]) -> ImageScores:
+def _joined(views: Sequence[_View], things: Sequence[bool] | None) -> ImageScores:
     """The scores of the first view, with those of the others."""
-    first, *more = (view.scores() for view in views)
+    first, *more = (view.scores(things) for view in views)
     return dataclasses.replace(first, more=tuple(more))
 
 
@@ -226,6 +241,7 @@ def image_scores(
     images: Iterable[np.ndarray],
     protocol: protocol_lib.Protocol,
     batch_size: int = 32,
+    things: Sequence[bool] | None = None,
 ) -> Iterator[ImageScores]:
     """Scores of each image, as soon as its last window is done (so not always in order).
 
@@ -234,6 +250,8 @@ def image_scores(
       text: [C,E] class embeddings.
       images: uint8 [H,W,3] of any sizes; they are read as they are needed.
       batch_size: windows in a batch; every batch is filled to it.
+      things: for each word whether it names a thing, not surroundings; by default all do. The
+        protocol's `border_scale` lowers the probabilities of things alone.
     """
     waiting: dict[tuple[int, ...], list] = {}  # windows to encode, by shape
     running: deque = deque()  # batches the device works on while the host prepares the next
@@ -244,12 +262,14 @@ def image_scores(
         padding = batch_size - len(batch)
         pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
         index = np.pad(index, (0, padding), constant_values=-1)
-        affinity, groups, embedding = encode(pixels, index)
+        affinity, groups, embedding, *keys = encode(pixels, index)
         grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
         sharper = (protocol.assignment, protocol.assignment_temperature)
         results = _window_scores(
             affinity, groups, embedding, text, grid, protocol.grouping, *sharper
         )
+        if protocol.border_scale:
+            results += (jnp.reshape(keys[0], (batch_size, *grid, -1)),)
         running.append((batch, results))
 
     def finish() -> Iterator[ImageScores]:
@@ -258,7 +278,7 @@ def image_scores(
         for row, (_, views, view, number) in enumerate(batch):
             view.parts[number] = tuple(result[row] for result in results)
             if all(one.complete() for one in views):
-                yield _joined(views)
+                yield _joined(views, things)
 
     for index, pixels in enumerate(images):
         size = pixels.shape[:2]
@@ -277,7 +297,10 @@ def image_scores(
         yield from finish()
 
 
-def without_index(encode: Callable[[np.ndarray], tuple[Any, Any, Any]]) -> Encode:
+_foreground = jax.jit(readout.foreground_log, static_argnames="scale")
+
+
+def without_index(encode: Callable[[np.ndarray], tuple[Any, ...]]) -> Encode:
     """The encoder of a segmenter in the form that `image_scores` calls."""
     return lambda images, index: encode(images)
 

@@ -23,16 +23,22 @@ TEXT_BATCH = 64
 
 
 def encode_images(
-    model: OVSegmentor, variables: Mapping[str, Any], images: Array, affinity: str
-) -> tuple[Array, Array, Array]:
+    model: OVSegmentor,
+    variables: Mapping[str, Any],
+    images: Array,
+    affinity: str,
+    with_keys: bool = False,
+) -> tuple[Array, ...]:
     """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted.
 
     Args:
       images: uint8 [B, H, W, 3], or [B, L, D0] trunk features.
       affinity: see `Protocol`.
+      with_keys: also give the binding's keys of the patches [B, L, D], unit norm, float16.
 
     Raises:
-      UserError: affinity "features" of a model without final patch tokens.
+      UserError: affinity "features" of a model without final patch tokens; keys of a model with
+        several bindings.
     """
     tokens = model.apply(variables, images, method="visual_tokens")
     if affinity == "features":
@@ -46,7 +52,15 @@ def encode_images(
     else:
         soft = tokens.affinity
     groups = model.apply(variables, tokens.groups, method="project_image")
-    return soft, groups, model.apply(variables, tokens, method="embed_whole")
+    encoded = soft, groups, model.apply(variables, tokens, method="embed_whole")
+    if not with_keys:
+        return encoded
+    if tokens.key is None:
+        raise UserError(
+            "protocol: border_scale compares patches by the keys of one binding, but this model "
+            "has several; set border_scale = 0"
+        )
+    return *encoded, unit(tokens.key).astype(jnp.float16)
 
 
 def embed_prompts(
@@ -99,8 +113,9 @@ class ModelSegmenter:
             # Once: arrays of the host would travel to the devices in every call.
             self.variables = jax.device_put(self.variables, everywhere)
 
-        def encode(variables: Any, images: Array) -> tuple[Array, Array, Array]:
-            return encode_images(model, variables, images, protocol.affinity)
+        def encode(variables: Any, images: Array) -> tuple[Array, ...]:
+            keys = protocol.border_scale > 0
+            return encode_images(model, variables, images, protocol.affinity, keys)
 
         def embed(variables: Any, ids: Array) -> Array:
             return embed_prompts(model, variables, ids, protocol.average)
@@ -126,9 +141,10 @@ class ModelSegmenter:
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]); groups and embedding are
-        unit norm. Cached trunk features [B, L, D0] may stand in for the images."""
+        unit norm. With the protocol's `border_scale` also keys [B, L, D] of the patches. Cached
+        trunk features [B, L, D0] may stand in for the images."""
         return self._encode(self.variables, self._place(images))
 
     def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:

@@ -31,7 +31,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 # The parts of the model that each program needs; every method of the model reads the temperature.
 PARTS = {
-    "image": ("image_encoder/", "image_projector/", f"{STATISTICS}/image_projector/", "log_scale"),
+    "image": (
+        *("image_encoder/", "image_projector/", f"{STATISTICS}/image_projector/", "whole_head/"),
+        "log_scale",
+    ),
     "text": ("text_encoder/", "text_projector/", f"{STATISTICS}/text_projector/", "log_scale"),
 }
 
@@ -92,8 +95,10 @@ def write_programs(
         raise UserError(f"--image_size={image_size} is less than one patch of {patch} pixels")
     length, pad = saved.info["text_length"], saved.model.pad_id
 
-    def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, Array, Array]:
-        return encode_images(saved.model, _variables(weights), images, protocol.affinity)
+    keys = protocol.border_scale > 0
+
+    def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, ...]:
+        return encode_images(saved.model, _variables(weights), images, protocol.affinity, keys)
 
     def text(weights: Mapping[str, Array], ids: Array) -> Array:
         return embed_prompts(saved.model, _variables(weights), ids, protocol.average)
@@ -101,6 +106,10 @@ def write_programs(
     programs = {
         "image": (image, (image_size, image_size, 3), jnp.uint8),
         "text": (text, (length,), jnp.int32),
+    }
+    results = {
+        "image": ("assignment", "groups", "embedding", *(["keys"] if keys else [])),
+        "text": ("embedding",),
     }
     signature: dict[str, Any] = {"platforms": PLATFORMS, "protocol": protocol.as_dict()}
     written: dict[str, bytes] = {}
@@ -116,7 +125,7 @@ def write_programs(
             "results": [
                 {"name": label, "shape": [str(size) for size in out.shape], "dtype": out.dtype.name}
                 for label, out in zip(
-                    ("assignment", "groups", "embedding") if name == "image" else ("embedding",),
+                    results[name],
                     exported.out_avals,
                     strict=True,
                 )

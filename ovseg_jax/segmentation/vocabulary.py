@@ -11,6 +11,16 @@ from ovseg_jax.errors import UserError
 
 BACKGROUND = -1
 BETWEEN = "|"
+# Nouns for what surrounds the subject of a photograph. A word whose last noun is one of these, such
+# as "dirt road", is not held to be background for resembling the border of the image.
+SURROUNDINGS = frozenset(
+    "sky cloud clouds ground floor wall walls ceiling grass lawn field meadow tree trees forest "
+    "woods bush bushes hedge leaves vegetation water sea ocean lake river pond beach sand desert "
+    "snow ice mountain mountains hill hills cliff rock rocks soil dirt mud earth land road street "
+    "highway path pavement sidewalk railroad track building buildings house houses skyscraper "
+    "city landscape background scenery surroundings fence carpet rug tiles curtain curtains room "
+    "court playingfield platform".split()
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,11 @@ class Vocabulary:
                 owners.append(owner)
         names = tuple(entry.split(BETWEEN)[0].strip() for entry in entries)
         return cls(names, tuple(words), tuple(owners))
+
+    @property
+    def things(self) -> tuple[bool, ...]:
+        """For each word, whether it names a thing rather than `SURROUNDINGS`."""
+        return tuple(word.lower().split()[-1] not in SURROUNDINGS for word in self.words)
 
     def with_background(self, words: Sequence[str]) -> "Vocabulary":
         """The same with more words for the background (those not there yet)."""

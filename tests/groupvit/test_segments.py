@@ -105,6 +105,10 @@ def test_prompts_are_averaged_before_or_after_their_norm(saved):
 
 def test_no_affinity_of_final_tokens_where_there_are_none(saved):
     model, protocol = saved
-    segmenter = ModelSegmenter.of_saved(model, protocol.replace(affinity="features"))
-    with pytest.raises(UserError, match="use affinity 'binding'"):
-        segmenter.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    for changes, said in (
+        ({"affinity": "features"}, "use affinity 'binding'"),
+        ({"border_scale": 1.0, "grouping": "soft_patches", "image_classes": 0}, "border_scale = 0"),
+    ):
+        segmenter = ModelSegmenter.of_saved(model, protocol.replace(**changes))
+        with pytest.raises(UserError, match=said):
+            segmenter.encode(np.zeros((1, 32, 32, 3), np.uint8))

@@ -84,6 +84,12 @@ def test_each_threshold_is_judged_by_the_labels_that_it_gives(order, cap):
     images = [*scored(3), *scored(2, (5, 6), seed=1)]
     # Flat scores: no pixel of most images reaches the upper thresholds.
     images = [(dataclasses.replace(one, cells=one.cells / 4), truth) for one, truth in images]
+    # What the border of the image says is part of the scores, and differs from cell to cell.
+    rng = np.random.default_rng(2)
+    images = [
+        (dataclasses.replace(one, foreground=-rng.random(one.cells.shape, np.float32)), truth)
+        for one, truth in images
+    ]
     protocol = Protocol(scale=SCALES[1], image_scale=4.0, order=order, cap_threshold=cap)
     settings = (protocol.scale,), (protocol.image_scale,), THRESHOLDS
     found = calibrate(iter(images), *settings, order, batch_size=2, cap=cap)

@@ -1,5 +1,6 @@
 """From images to results: windows, batches, labels, measures, with segmenters that are exact."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ PROTOCOL = Protocol(short_side=24, long_limit=64, window=24, stride=12, scale=30
 class ByColor:
     """A segmenter whose group of a patch is its strongest channel, and whose classes are these."""
 
-    def __init__(self, batch_size):
-        self.batch_size, self.calls = batch_size, []
+    def __init__(self, batch_size, keys=False):
+        self.batch_size, self.keys, self.calls = batch_size, keys, []
 
     def encode(self, images):
         assert images.dtype == np.uint8 and len(images) == self.batch_size
@@ -45,7 +46,8 @@ class ByColor:
         strength = np.concatenate([color, np.full((b, h * w, 1), 60.0)], -1)
         affinity = np.eye(4, dtype=np.float32)[strength.argmax(-1)]
         groups = np.concatenate([np.eye(3), np.zeros((1, 3))]).astype(np.float32)
-        return affinity, np.tile(groups, (b, 1, 1)), color.mean(1).astype(np.float32)
+        encoded = affinity, np.tile(groups, (b, 1, 1)), color.mean(1).astype(np.float32)
+        return (*encoded, color.astype(np.float32)) if self.keys else encoded
 
     def text(self, names, templates):
         assert templates == PROTOCOL.templates
@@ -135,22 +137,44 @@ def plain_labels(image, protocol):
     total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
     corners = windows.window_grid(*resized, protocol.window, protocol.stride)
     parts = [image[y : y + protocol.window, x : x + protocol.window] for y, x in corners]
-    whole = [ByColor(1).encode(part[None])[2][0] for part in parts]
+    encoded = [ByColor(1, keys=True).encode(part[None]) for part in parts]
+    whole = [embedding[0] for _, _, embedding, _ in encoded]
     whole = np.mean([embedding / np.linalg.norm(embedding) for embedding in whole], axis=0)
     image_cosine = whole / np.linalg.norm(whole)
-    for (top, left), part in zip(corners, parts, strict=True):
-        affinity, groups, _ = ByColor(1).encode(part[None])
+    likeness = plain_likeness(corners, [keys[0] for *_, keys in encoded], parts[0].shape)
+    for (top, left), part, (affinity, groups, *_) in zip(corners, parts, encoded, strict=True):
         h, w = part.shape[0] // PATCH, part.shape[1] // PATCH
         cosine = (affinity[0] @ groups[0]).reshape(h, w, C)
         p = np.exp(protocol.scale * cosine)
         p /= p.sum(-1, keepdims=True)
         p *= np.exp(protocol.image_scale * (image_cosine - image_cosine.max()))
+        if protocol.border_scale:
+            p *= np.exp(-protocol.border_scale * likeness[top, left])[..., None]
         place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
         total[place] += upsample(p, part.shape[:2])
         cover[place] += 1
     p = upsample(total / cover, size)
     best, margin = p.argmax(-1), np.abs(p.max(-1) - protocol.threshold)
     return np.where(p.max(-1) < protocol.threshold, 0, best + 1), margin
+
+
+def plain_likeness(corners, keys, shape):
+    """How much each cell resembles the border of the image, 0 to 1, by window corner."""
+    h, w = shape[0] // PATCH, shape[1] // PATCH
+    tops, lefts = ([*dict.fromkeys(c[axis] for c in corners)] for axis in (0, 1))
+    # At the image's border lie the outer cells of the outer windows.
+    cells, border = {}, []
+    for (top, left), key in zip(corners, keys, strict=True):
+        key = (key / np.linalg.norm(key, axis=-1, keepdims=True)).reshape(h, w, -1)
+        cells[top, left] = key
+        for i, j in itertools.product(range(h), range(w)):
+            rows = (top == tops[0] and i == 0) or (top == tops[-1] and i == h - 1)
+            columns = (left == lefts[0] and j == 0) or (left == lefts[-1] and j == w - 1)
+            if rows or columns:
+                border.append(key[i, j])
+    mean = np.mean(border, axis=0)
+    mean /= np.linalg.norm(mean)
+    return {corner: np.maximum(key @ mean, 0) for corner, key in cells.items()}
 
 
 def upsample(maps, size):
@@ -161,11 +185,16 @@ def upsample(maps, size):
 SIZES = ((24, 24), (24, 40), (50, 24), (90, 130), (24, 24), (12, 200), (7, 5), (24, 40))
 
 
-@pytest.mark.parametrize("band_floats, image_scale", [(labels_module.BAND_FLOATS, 0), (2000, 2.0)])
-def test_any_sizes_in_shared_batches_and_in_bands(monkeypatch, band_floats, image_scale):
-    protocol = PROTOCOL.replace(image_scale=float(image_scale))
+@pytest.mark.parametrize(
+    "band_floats, image_scale, border_scale",
+    [(labels_module.BAND_FLOATS, 0, 0), (2000, 2.0, 0), (2000, 2.0, 1.5)],
+)
+def test_any_sizes_in_shared_batches_and_in_bands(
+    monkeypatch, band_floats, image_scale, border_scale
+):
+    protocol = PROTOCOL.replace(image_scale=float(image_scale), border_scale=float(border_scale))
     monkeypatch.setattr(labels_module, "BAND_FLOATS", band_floats)
-    benchmark, segmenter = Blocks(SIZES), ByColor(4)
+    benchmark, segmenter = Blocks(SIZES), ByColor(4, keys=border_scale > 0)
     text = segmenter.text(benchmark.class_names, PROTOCOL.templates)
     images = [benchmark[i][0] for i in range(len(SIZES))]
     scores = image_scores(without_index(segmenter.encode), text, images, protocol, 4)

@@ -273,3 +273,28 @@ def test_bad_class_lists():
     for names, said in (([], "no classes"), (["a", " "], "empty"), (["Cat", "cat "], "twice")):
         with pytest.raises(UserError, match=said):
             with_distractors(names)
+
+
+def keys_of_a_subject(size=(8, 10), seed=0):
+    """Keys of an image with one subject amid noisy ground, and where the subject is."""
+    rng = np.random.default_rng(seed)
+    subject = np.zeros(size, bool)
+    subject[2:-2, 3:-2] = True
+    keys = np.where(subject[..., None], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0])
+    return (keys + rng.normal(0, 0.2, keys.shape)).astype(np.float32), subject
+
+
+def test_what_resembles_the_border_is_surroundings():
+    keys, subject = keys_of_a_subject()
+    found = np.asarray(readout.foreground_log(keys, 2.0))
+    assert found.shape == subject.shape and (found <= 0).all()
+    np.testing.assert_array_equal(found > -1, subject)
+    # The same in a mirror, of keys of any length, and in proportion to the scale.
+    mirrored = np.asarray(readout.foreground_log(keys[:, ::-1] * 3, 4.0))[:, ::-1]
+    np.testing.assert_allclose(mirrored, 2 * found, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (4, 4)])
+def test_an_image_without_contrast_is_surroundings_all_over(size):
+    keys = np.ones((*size, 3), np.float32)
+    np.testing.assert_allclose(readout.foreground_log(keys, 3.0), -3.0, atol=1e-5)

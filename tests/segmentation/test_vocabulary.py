@@ -75,3 +75,9 @@ def test_lists_by_name_and_from_a_file(tmp_path):
         word_list(str(path))
     with pytest.raises(UserError, match="did you mean 'ade20k'"):
         word_list("ade20")
+
+
+def test_words_for_surroundings():
+    vocabulary = Vocabulary.of(["dog", "Dirt Road|street", "rock band", "sea lion"], ["sky", "cat"])
+    # By the last noun: a rock band and a sea lion are things.
+    assert vocabulary.things == (True, False, False, True, True, False, True)
