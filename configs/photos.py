@@ -41,11 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/photos.py has no variant {variant!r}")
     config = load_config(Path(__file__).with_name("quickstart.py"))
     with config.unlocked():
-        config.model.image_head = 1024
+        config.model.image_head = 352
         config.model.image_head_dropout = 0.4
     config.model.image.update(width=256, heads=4, num_groups=8)
     with config.model.image.unlocked():
-        config.model.image.update(trunk_outputs=(10, 12), keep_class_token=True)
+        config.model.image.update(trunk_outputs=(8, 10, 11, 12), keep_class_token=True)
     config.model.decoder.update(width=256, heads=4)
     config.model.projector_layers = 2
     config.data.update(
@@ -63,8 +63,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.learning_rate.update(peak=2e-3, end=5e-4)
     # lambda of the paper, which sums over K' = 4 groups as here.
     align, mask = config.phases
-    align.update(steps=350, batch_size=128)
-    mask.update(steps=120, batch_size=128, mask_weight=0.1)
+    align.update(steps=400, batch_size=256)
+    mask.update(steps=120, batch_size=256, mask_weight=0.1)
     config.eval.update(benchmarks=(), calibrate=False, untrained=False, pictures=0, batch_size=4)
     config.eval.protocol.update(
         name="photos",
@@ -74,7 +74,8 @@ def get_config(variant: str = "") -> ConfigDict:
         stride=224,
         scale=10.0,
         image_scale=20.0,
-        threshold=0.13,
+        border_scale=4.0,
+        threshold=0.05,
         # The words of VOC's 20 classes, among which the threshold was chosen.
         competing_words=43,
         class_names="everyday",

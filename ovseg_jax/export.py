@@ -36,7 +36,8 @@ ABOUT = """Write a model directory from a run.
 
 `best` is the checkpoint with the highest mIoU on the tune split of the run's first benchmark,
 never on a split that is reported. With --towers=reference the directory holds what training
-changed, and says where the published weights are (package, version, SHA-256) that were not.
+changed and segmentation uses (so no entity decoder), and says where the published weights are
+(package, version, SHA-256).
 """
 
 FLAGS = (
@@ -55,6 +56,12 @@ FLAGS = (
         default="copied",
         choices=("copied", "reference"),
         help="reference: published weights and tokenizer stay where they are",
+    ),
+    flags.Flag(
+        "dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="of the weights in the file; they are read as float32",
     ),
     flags.Flag("name", default="", help="of the model, for its README"),
     flags.Flag("terms", default="", help="of use, for its README"),
@@ -116,27 +123,36 @@ def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> st
     length = position.get("text_length") or config.data.text_length
     if not length and finished is None:
         raise UserError(f"{workdir} does not say how long its texts are: finish the run first")
-    params = jax.device_get(run.params(weights))
+    params, statistics = jax.device_get((run.params(weights), run.state.batch_stats))
+    model = config.model
     spec = config.data.tokenizer
     tokenizer: Tokenizer | Reference = find_tokenizer(spec)
     towers = {}
     if args.towers == "reference":
-        shapes = variable_shapes(build_model(config.model))
-        kept, towers = split_towers(config.model, flatten(params), shapes)
-        params = nest(kept)
+        model = config.model.copy_and_resolve_references()
+        model.decoder, model.token_classes = None, 0
+        shapes = variable_shapes(build_model(model))
+        modules = {path.split("/")[0] for path in shapes}
+        params, statistics = (
+            {path: x for path, x in flatten(tree).items() if path.split("/")[0] in modules}
+            for tree in (params, statistics)
+        )
+        kept, towers = split_towers(model, params, shapes)
+        params, statistics = nest(kept), nest(statistics)
         if spec.startswith((PACKAGE, HUB)):
             tokenizer = refer(spec, TOKENIZER)
     save_model(
         out,
         params,
         tokenizer,
-        model=architecture(config.model),
+        model=architecture(model),
         protocol=Protocol.from_config(protocol).as_dict(),
         text_length=max(16, length) if length else finished["text_length"],
         benchmarks=benchmarks,
         provenance=provenance,
-        batch_stats=jax.device_get(run.state.batch_stats),
+        batch_stats=statistics,
         towers=towers,
+        dtype=args.dtype,
     )
     return f"model: {out} ({which})"
 

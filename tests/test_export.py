@@ -158,6 +158,8 @@ def test_published_weights_by_reference(workdir, config, tmp_path, capsys):
     saved = load_model(out)
     stored = load_file(out / "model.safetensors")
     assert not set(stored) & set(tower) and set(tower) <= set(flatten(saved.params))
+    left_out = set(whole) - set(flatten(saved.params))
+    assert {path.split("/")[0] for path in left_out} == {"entity_decoder", "completion_projector"}
     for path, value in flatten(saved.params).items():
         np.testing.assert_array_equal(value, whole[path])
     assert set(saved.info["towers"]) == {"text"}
@@ -165,6 +167,15 @@ def test_published_weights_by_reference(workdir, config, tmp_path, capsys):
     assert saved.tokenizer.vocab_size == 30522 and not (out / "tokenizer.json").exists()
     said = (out / "README.md").read_text()
     assert "python -m ovseg_jax.main '--config=a b.py'" in said and "for research alone" in said
+    # In half precision the file is half as large, and rounded.
+    half = tmp_path / "half"
+    run(f"--workdir={other}", "--step=4", f"--out={half}", *by_reference, "--dtype=float16")
+    for path, x in load_file(half / "model.safetensors").items():
+        assert x.dtype == np.float16 or path.startswith("batch_stats/")
+    for path, value in flatten(load_model(half).params).items():
+        rounded = whole[path] if path in tower else whole[path].astype(np.float16)
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, rounded.astype(np.float32))
     # At step 6 the encoder is another one.
     with pytest.raises(UserError, match="use --towers=copied"):
         run(f"--workdir={other}", f"--out={tmp_path / 'm'}", *by_reference)

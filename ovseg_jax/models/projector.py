@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """The embedding of a whole image from its trunk's features, a linear map beside a small MLP.
+    """The embedding of a whole image from its trunk's features: two linear maps, a GELU between.
 
     The image-caption contrast trains it, beside that of the groups, so it need not say where
     anything is. It reads frozen features, which a small data set soon overfits, hence the dropout:
@@ -77,9 +77,7 @@ class ImageHead(nn.Module):
         x = nn.Dropout(self.rate / 2, deterministic=not train)(x.astype(self.dtype))
         hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc", **options)(x))
         hidden = nn.Dropout(self.rate, deterministic=not train)(hidden)
-        linear = Dense(self.features, ("embed", "joint"), name="linear", **options)(x)
-        out = Dense(self.features, ("mlp", "joint"), name="out", use_bias=False, **options)
-        return linear + out(hidden)
+        return Dense(self.features, ("mlp", "joint"), name="out", **options)(hidden)
 
 
 class Projector(nn.Module):

@@ -140,6 +140,7 @@ def save_model(
     batch_stats: Mapping[str, Any] | None = None,
     extras: Mapping[str, np.ndarray] | None = None,
     towers: Mapping[str, Reference] | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Writes a model directory; an older one of the same name is replaced whole.
 
@@ -155,6 +156,7 @@ def save_model(
       batch_stats: running statistics of batch norms, nested, where the model has any.
       extras: arrays by name that the model does not use, kept as they are.
       towers: published weights by "image" and "text", see `references.split_towers`.
+      dtype: of the parameters in the file, "float32" or "float16"; `load_model` gives float32.
 
     Raises:
       UserError: the directory cannot be written.
@@ -168,7 +170,7 @@ def save_model(
         _save(
             Path(directory),
             {
-                **{path: np.asarray(x, np.float32) for path, x in flatten(params).items()},
+                **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
                 **{f"{STATISTICS}/{k}": x for k, x in flatten(batch_stats or {}).items()},
                 **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
             },
@@ -251,6 +253,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         ) from None
     tensors, shapes = read_tensors(directory / WEIGHTS), variable_shapes(model)
     extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
+    tensors = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in tensors.items()}
     # What was trained goes before what was published.
     tensors = {**tower_values(towers, config, shapes), **tensors}
     faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
