@@ -2,7 +2,7 @@
 
 import ovseg_jax
 
-model = ovseg_jax.load("runs/quickstart/model")
+model = ovseg_jax.load("photos")  # or a model of your own: "runs/quickstart/model"
 found = model.segment("street.jpg", ["car", "traffic light"])
 found.labels  # [height, width]: 0 background, 1 car, 2 traffic light
 found.scores  # how sure the model is of each class, 0 to 1
@@ -20,7 +20,7 @@ def load(model_dir: Any, **settings: Any) -> Any:
 
     Args:
       model_dir: path of a directory that training, `ovseg_jax.convert` or `ovseg_jax.export` wrote;
-        or the name of a model that comes with this package (there is none yet).
+        or the name of a model that comes with this package, such as "photos".
       settings: fields of the model's protocol that are to differ, such as ``flip=True``,
         ``scales=(0.75, 1.0, 1.25)`` or ``pamr_steps=10``; see `segmentation.protocol.Protocol`.
 

@@ -67,7 +67,7 @@ FLAGS = (
     flags.Flag("config", help="config file, FILE.py or FILE.py:variant"),
     flags.Flag("workdir", help="where the run writes; default runs/NAME_OF_CONFIG"),
     flags.Flag("mode", default="train", choices=("train", "eval"), help="what to do"),
-    flags.Flag("model", help="model directory to evaluate, in place of --config"),
+    flags.Flag("model", help="model directory (or photos) to evaluate, in place of --config"),
     flags.Flag("benchmark", flags.comma_list, help=f"what to evaluate on: {KNOWN}"),
     flags.Flag("data_dir", help="folder with the benchmarks' official folders, or one of them"),
     flags.Flag("protocol", help=f"how to evaluate, in place of the model's: {', '.join(NAMES)}"),

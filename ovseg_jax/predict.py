@@ -1,6 +1,6 @@
 """Segment your own images with your own words.
 
-``python -m ovseg_jax.predict --model=DIR --images=a.jpg,b.png --classes="cat,dog" --out=DIR``
+``python -m ovseg_jax.predict --images=a.jpg,b.png --classes="cat,dog" --out=DIR``
 """
 
 import itertools
@@ -31,7 +31,7 @@ from ovseg_jax.train.report import Progress
 ABOUT = (
     """Segment images into classes that you name.
 
-    python -m ovseg_jax.predict --model=DIR --images=holiday/ --classes="cat|kitten,dog"
+    python -m ovseg_jax.predict --images=holiday/ --classes="cat|kitten,dog"
     find . -name '*.jpg' | python -m ovseg_jax.predict --model=DIR --images=- --vocabulary=coco
 
 Formats: """
@@ -45,7 +45,7 @@ are done; the exit code is then 1.
 )
 
 FLAGS = (
-    flags.Flag("model", required=True, help="model directory, or the name of a shipped model"),
+    flags.Flag("model", default="photos", help="model directory, or the name of a shipped model"),
     flags.Flag(
         "images",
         flags.comma_list,

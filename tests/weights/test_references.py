@@ -263,3 +263,4 @@ def test_the_name_is_what_commands_take(shipped, export):
         (shipped / "photos" / path.name).write_bytes(path.read_bytes())
     saved = load_model("photos")
     assert flatten(saved.params).keys() == params.keys()
+    assert next(flag for flag in predict.FLAGS if flag.name == "model").default == "photos"
