@@ -65,8 +65,8 @@ def standardized_neck(
     if model.image_head:
         patches = features[:, 1:]
         whole = np.concatenate([features[:, 0], patches.mean(1)], axis=-1)
-        maps = {name: _folded(params["whole_head"][name], whole) for name in ("fc", "linear")}
-        params["whole_head"] = {**params["whole_head"], **maps}
+        head = params["whole_head"]
+        params["whole_head"] = {**head, "fc": _folded(head["fc"], whole)}
     neck = params["image_encoder"]["neck"]
     params["image_encoder"]["neck"] = _folded(neck, patches.reshape(-1, patches.shape[-1]))
     return params
