@@ -131,18 +131,6 @@ def check_model_config(config: ConfigDict) -> None:
             "config.model.image_head reads the class token, and nothing else does: set image_head "
             "and image.keep_class_token, or neither"
         )
-    text, offset = config.text, config.text.get("position_offset", 0)
-    if not 0 <= offset < text.max_positions:
-        raise UserError(
-            f"config.model.text.position_offset = {offset} must lie between 0 and max_positions = "
-            f"{text.max_positions}"
-        )
-
-
-def most_tokens(config: ConfigDict) -> int:
-    """The longest text that the text encoder of `config` (a run's ``config.model``) has positions
-    for."""
-    return config.text.max_positions - config.text.get("position_offset", 0)
 
 
 def build_model(config: ConfigDict) -> OVSegmentor:

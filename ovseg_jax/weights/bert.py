@@ -1,4 +1,4 @@
-"""Text encoders (BERT, MiniLM, RoBERTa, DistilBERT) under Hugging Face's tensor names."""
+"""BERT and MiniLM under Hugging Face's tensor names."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ ANCHOR = "embeddings.word_embeddings.weight"
 DROPPED = (
     r"pooler\..*",
     r"embeddings\.(position_ids|token_type_ids)",
-    r"(cls|lm_head|classifier|qa_outputs|vocab_projector|vocab_transform|vocab_layer_norm)\..*",
+    r"(cls|classifier|qa_outputs)\..*",
 )
 
 _NORMS = ("attention_norm", "mlp_norm")
@@ -28,22 +28,10 @@ _BERT = {
     "mlp/fc2": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
-_DISTILBERT = {
-    "attention/query": "attention.q_lin",
-    "attention/key": "attention.k_lin",
-    "attention/value": "attention.v_lin",
-    "attention/out": "attention.out_lin",
-    "attention_norm": "sa_layer_norm",
-    "mlp/fc1": "ffn.lin1",
-    "mlp/fc2": "ffn.lin2",
-    "mlp_norm": "output_layer_norm",
-}
-# RoBERTa's files have BERT's names.
-STYLES = {"encoder.layer.{}.": _BERT, "transformer.layer.{}.": _DISTILBERT}
 
 
 def is_bert(tensors: Tensors) -> bool:
-    """Whether the names are those of a text encoder (any prefix removed)."""
+    """Whether the names are those of a text encoder (with any prefix removed)."""
     return ANCHOR in tensors
 
 
@@ -63,7 +51,7 @@ def from_bert(
     """Parameters of the text encoder.
 
     Args:
-      tensors: with any prefix ("bert.", "roberta.", "distilbert.") removed.
+      tensors: with any prefix such as "bert." removed.
       shapes: all the model's parameters.
       origin: where the tensors come from, for messages.
 
@@ -73,23 +61,20 @@ def from_bert(
     tensors = _new_norm_names(tensors)
     wanted = {path: shape for path, shape in shapes.items() if path.startswith(f"{ROOT}/")}
     layers = shapes[f"{ROOT}/layers/mlp/fc1/bias"][0]
-    return convert(tensors, _rules(tensors, wanted, layers), wanted, DROPPED, origin)
+    return convert(tensors, _rules(layers), wanted, DROPPED, origin)
 
 
-def _rules(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], layers: int) -> list[Rule]:
-    distilled = any(name.startswith("transformer.layer.") for name in tensors)
-    layer, parts = list(STYLES.items())[distilled]
+def _rules(layers: int) -> list[Rule]:
     rules = [
         Rule(f"{ROOT}/word", (ANCHOR,)),
         Rule(f"{ROOT}/position", ("embeddings.position_embeddings.weight",)),
+        Rule(f"{ROOT}/token_type", ("embeddings.token_type_embeddings.weight",)),
         Rule(f"{ROOT}/embed_norm/scale", ("embeddings.LayerNorm.weight",)),
         Rule(f"{ROOT}/embed_norm/bias", ("embeddings.LayerNorm.bias",)),
     ]
-    if f"{ROOT}/token_type" in wanted:
-        rules.append(Rule(f"{ROOT}/token_type", ("embeddings.token_type_embeddings.weight",)))
-    for ours, theirs in parts.items():
+    for ours, theirs in _BERT.items():
         weights, biases = (
-            tuple(f"{layer.format(index)}{theirs}.{kind}" for index in range(layers))
+            tuple(f"encoder.layer.{index}.{theirs}.{kind}" for index in range(layers))
             for kind in ("weight", "bias")
         )
         path = f"{ROOT}/layers/{ours}"

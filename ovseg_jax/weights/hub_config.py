@@ -11,8 +11,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_ROBERTA = ("roberta", "xlm-roberta", "camembert")
-
 
 def image_remarks(path: Path, model: ConfigDict) -> list[str]:
     """Differences between the config.json beside a ViT and `config.model`, one line each.
@@ -37,20 +35,11 @@ def image_remarks(path: Path, model: ConfigDict) -> list[str]:
 def text_remarks(path: Path, model: ConfigDict) -> list[str]:
     """Differences between the config.json beside a text encoder and `config.model`; see above."""
     told, text = _read(path), model.text
-    kind = told.get("model_type")
-    if kind == "distilbert":
-        told.setdefault("layer_norm_eps", 1e-12)
-    pad = told.get("pad_token_id")
-    if pad is not None:
-        told["position_offset"] = pad + 1 if kind in _ROBERTA else 0
     mine: dict[str, tuple[str, Any]] = {
         "num_attention_heads": ("text.heads", text.heads),
-        "n_heads": ("text.heads", text.heads),
         "layer_norm_eps": ("text.eps", text.eps),
         "hidden_act": ("", "gelu"),
-        "activation": ("", "gelu"),
         "pad_token_id": ("pad_id", model.pad_id),
-        "position_offset": ("text.position_offset", text.position_offset),
     }
     return _differences(told, mine)
 

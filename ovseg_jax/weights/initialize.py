@@ -86,8 +86,8 @@ def initial_image(
       spec: see `weights.sources.find_weights`: a .safetensors, .npz or .onnx file, a folder with
         safetensors, a model directory, or a hub id.
       shapes: all the model's parameters.
-      resample_to: the model's grid (rows, columns), to resample patch embedding and positions of
-        another size to it; None refuses weights of another size.
+      resample_to: the model's grid (rows, columns), to resample positions of another grid to
+        it; None refuses weights of another grid.
 
     Returns:
       path to array, for the parameters that the weights fill.
@@ -124,7 +124,7 @@ def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
     tensors = strip_prefix(tensors, bert.ANCHOR)
     if not bert.is_bert(tensors):
         raise UserError(
-            f"{field}: {path} holds no BERT, RoBERTa or DistilBERT ({bert.ANCHOR} is missing) and "
+            f"{field}: {path} holds no BERT ({bert.ANCHOR} is missing) and "
             f"no model of ours; its first tensors are {', '.join(list(tensors)[:3])}"
         )
     return bert.from_bert(tensors, shapes, str(path))

@@ -50,6 +50,8 @@ README = "README.md"
 EXTRA = "extra"
 SELF = "this_file_sha256"
 TOWERS = "towers"
+# Fields of older model directories that this version has no more, and the values that it means.
+RETIRED = {"text": {"position_offset": 0, "token_types": 2}}
 # Model directories that come with this package, by name.
 SHIPPED = Path(__file__).parents[1] / "shipped"
 
@@ -228,7 +230,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     try:
         info = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         kind, version, files = info["format"], info["version"], dict(info["files_sha256"])
-        config = ConfigDict(info["model"])
+        config = ConfigDict(_without_retired(info["model"]))
         info = {**info, "text_length": int(info["text_length"])}
         for key in ("protocol", "benchmarks", "provenance"):
             dict(info[key])
@@ -242,6 +244,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
             f"{FORMAT!r} version {VERSION}"
         )
     _check_digests(directory, info, files)
+    info["model"] = json.loads(config.to_json_best_effort())
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         model = build_model(config)
@@ -271,6 +274,19 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         tokenizer=_tokenizer_of(resolve(tokenizer, TOKENIZER) if tokenizer else directory),
         info=info,
     )
+
+
+def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.model`` without the fields of `RETIRED` that have the value kept; others stay,
+    so that they are refused."""
+    model = dict(model)
+    for part, fields in RETIRED.items():
+        model[part] = {
+            name: value
+            for name, value in model[part].items()
+            if name not in fields or value != fields[name]
+        }
+    return model
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer:

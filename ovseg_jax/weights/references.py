@@ -30,7 +30,7 @@ class Reference:
       files_sha256: digest of every file that is read, by its name.
       package, version: distribution that the files came from, for "package:" specs.
       revision: commit of the hub's repository, for "hub:" specs, where it is known.
-      resample: whether patches and positions are resampled to the model's grid.
+      resample: whether positions are resampled to the model's grid.
     """
 
     spec: str

@@ -35,10 +35,6 @@ from ovseg_jax.weights.two_way import read_links, write_links
 # key among the extra tensors, with the axis's length, remembers the second form.
 POSITION_AXIS = "pos_embed.leading_axis"
 
-# What a text encoder's kind tells where it is not told: RoBERTa has one token type, BERT two.
-BERT = {"text_eps": 1e-12, "pad_id": 0, "position_offset": 0}
-ROBERTA = {"text_eps": 1e-5, "pad_id": 1, "position_offset": 2}
-
 # What tensors cannot tell.
 TOLD = {
     "heads": 8,
@@ -50,9 +46,8 @@ TOLD = {
     "drop_path": 0.1,
     "dropout": 0.1,
     "image_eps": 1e-5,
-    "text_eps": None,
-    "pad_id": None,
-    "position_offset": None,
+    "text_eps": 1e-12,
+    "pad_id": 0,
     "dtype": "float32",
     "matmul_dtype": "float32",
     "remat": "none",
@@ -67,8 +62,7 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
       told: what the tensors cannot tell: `heads`, `second_heads` (before and after the binding),
         `decoder_heads`, `text_heads`, `grid` (rows and columns of the position embeddings; None
         for a square), `assignment`, `drop_path`, `dropout`, `image_eps`, `text_eps`, `pad_id`,
-        `position_offset` (these three: None for those of BERT, or of RoBERTa where there is one
-        token type), `dtype`, `matmul_dtype`, `remat`. Defaults are the released ones (`TOLD`).
+        `dtype`, `matmul_dtype`, `remat`. Defaults are the released ones (`TOLD`).
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
@@ -83,9 +77,6 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
     hidden, _, _ = shape("img_projector.linear_hidden.0.weight", 3)
     joint, _, _ = shape("img_projector.linear_out.weight", 3)
-    types = shape(f"{TEXT}.embeddings.token_type_embeddings.weight", 2)[0]
-    for name, value in (ROBERTA if types == 1 else BERT).items():
-        told[name] = value if told[name] is None else told[name]
     options = {"remat": told["remat"], "unroll": 1}
     fed = shape(f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", 2)[0]
     decoder_fed, decoder_width = shape(f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight", 2)
@@ -129,8 +120,6 @@ def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
             "heads": told["text_heads"],
             "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
             "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
-            "position_offset": told["position_offset"],
-            "token_types": types,
             "dropout": told["dropout"],
             "eps": told["text_eps"],
             **options,

@@ -38,7 +38,7 @@ def from_vit(
       tensors: with any prefix removed.
       shapes: all the model's parameters.
       origin: where the tensors come from, for messages.
-      resample_to: the model's grid, where patch size and positions shall be resampled to it.
+      resample_to: the model's grid, where positions shall be resampled to it.
 
     Returns:
       path to array, for the parameters that a ViT fills; None where the tensors are no ViT's.
@@ -65,7 +65,7 @@ def from_vit(
             tensors = vit_tensors.fold_layer_scale(tensors, style, indices)
     found = _patch_and_grid(tensors, style)
     if resample_to is not None:
-        tensors = vit_tensors.resample(tensors, style, patch, resample_to)
+        tensors = vit_tensors.resample(tensors, style, resample_to)
     rules = _rules(shapes, style, layers, "trunk_end" if as_trunk else "norm")
     dropped = list(DROPPED)
     if not as_trunk:
@@ -78,8 +78,9 @@ def from_vit(
         if resample_to is None and found != (patch, patches):
             raise UserError(
                 f"{error}\n(these weights: patches of {found[0]} pixels, {found[1]} positions; the "
-                f"model: {patch} and {patches}. Either give the model the weights' "
-                "config.model.image.patch and grid, or set config.model.resample_init = True)"
+                f"model: {patch} and {patches}. Give the model the weights' "
+                "config.model.image.patch; and their grid, or set config.model.resample_init = "
+                "True)"
             ) from None
         raise
 

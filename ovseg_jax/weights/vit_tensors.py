@@ -1,14 +1,14 @@
 """Tensors of a published ViT brought to the form that rules can map one to one.
 
 What differs beyond names: fused query-key-value maps, a position for the class token, absent key
-biases, layer scale where our layers have none, another patch size or grid.
+biases, layer scale where our layers have none, another grid.
 """
 
 from math import isqrt
 
 import numpy as np
 
-from ovseg_jax.weights.resample import resize_patch, resize_positions
+from ovseg_jax.weights.resample import resize_positions
 from ovseg_jax.weights.tensors import Tensors
 from ovseg_jax.weights.vit_names import Style
 
@@ -99,12 +99,10 @@ def fold_layer_scale(tensors: Tensors, style: Style, layers: range) -> Tensors:
     return tensors
 
 
-def resample(tensors: Tensors, style: Style, patch: int, grid: tuple[int, int]) -> Tensors:
-    """Patch embedding and positions (patches alone) for another patch size and grid."""
-    kernel, position = f"{style.patch}.weight", style.bare[2]
+def resample(tensors: Tensors, style: Style, grid: tuple[int, int]) -> Tensors:
+    """Positions (of the patches alone) for another grid."""
+    position = style.bare[2]
     tensors = dict(tensors)
-    if kernel in tensors and tensors[kernel].shape[-1] != patch:
-        tensors[kernel] = resize_patch(tensors[kernel], patch)
     side = isqrt(len(tensors[position])) if position in tensors else 0
     if side and side * side == len(tensors[position]) and (side, side) != grid:
         tensors[position] = resize_positions(tensors[position], (side, side), grid)

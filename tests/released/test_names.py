@@ -156,16 +156,3 @@ def test_other_sizes_and_a_text_encoder_wider_than_the_image(case):
         (params, statistics), released.from_released(tensors, config), strict=False
     ):
         jax.tree.map(np.testing.assert_array_equal, ours, again)
-
-
-def test_a_text_encoder_with_one_token_type_is_roberta(case):
-    name = "text_encoder.transformer.embeddings.token_type_embeddings.weight"
-    tensors = {**case.tensors, name: case.tensors[name][:1]}
-    config = released.released_config(tensors, text_heads=4)
-    text = config["text"]
-    assert (text["token_types"], text["position_offset"], text["eps"]) == (1, 2, 1e-5)
-    assert config["pad_id"] == 1
-    assert released.released_config(tensors, pad_id=3, text_eps=1e-6)["pad_id"] == 3
-    assert_same(back(case, case.tensors), case.tensors)
-    arrays = released.from_released(tensors, config)
-    assert arrays[0]["text_encoder"]["token_type"].shape[0] == 1

@@ -13,11 +13,6 @@ GOLDEN = Path(__file__).with_name("golden")
 
 TEXT = {"vocab_size": 40, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "eps": 1e-3}
 TEXT |= {"max_positions": 16}
-TEXT_FIELDS = {
-    "bert": {},
-    "roberta": {"position_offset": 2, "token_types": 1},
-    "distilbert": {"token_types": 0, "eps": 1e-12},
-}
 IMAGE = {"patch": 8, "grid": (4, 4), "trunk_width": 24, "trunk_heads": 3, "mlp_ratio": 2.0}
 IMAGE |= {"eps": 1e-3, "group_layer": 2, "class_token": True, "trunk_norm": True}
 IMAGE_FIELDS = {
@@ -50,9 +45,8 @@ def module_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def build(config, name: str, **changes):
     """Our model for a golden one, and its parameters' shapes; `changes` go over its fields."""
-    if name in TEXT_FIELDS:
-        config.model.text.update({**TEXT, **TEXT_FIELDS[name], **changes})
-        config.model.pad_id = 1 if name == "roberta" else 0
+    if name == "bert":
+        config.model.text.update({**TEXT, **changes})
     else:
         config.model.image.update({**IMAGE, **IMAGE_FIELDS[name], **changes})
     model = build_model(config.model)

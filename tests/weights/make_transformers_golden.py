@@ -25,8 +25,6 @@ GOLDEN = Path(__file__).with_name("golden")
 
 TEXT = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 TEXT |= {"intermediate_size": 40, "max_position_embeddings": 16, "layer_norm_eps": 1e-3}
-DISTIL = {"vocab_size": 40, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40}
-DISTIL |= {"max_position_embeddings": 16}
 IMAGE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
 IMAGE |= {"patch_size": 8, "layer_norm_eps": 1e-3}
 WIDE = {"intermediate_size": 48}
@@ -101,10 +99,6 @@ def image_model(name: str, model: torch.nn.Module, seed: int, **options: bool) -
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     text_model("bert", t.BertModel(t.BertConfig(**TEXT)), 1, pad=0)
-    roberta = t.RobertaConfig(**TEXT, type_vocab_size=1, pad_token_id=1)
-    text_model("roberta", t.RobertaModel(roberta), 2, pad=1)
-    # Its epsilon is fixed at 1e-12: embeddings with a variance of about 1e-9.
-    text_model("distilbert", t.DistilBertModel(t.DistilBertConfig(**DISTIL)), 3, pad=0, std=3e-5)
     vit = t.ViTModel(t.ViTConfig(**IMAGE, **WIDE))
     image_model("vit", vit, 4, interpolate_pos_encoding=True)
     image_model("dinov2", t.Dinov2Model(t.Dinov2Config(**IMAGE, mlp_ratio=2)), 5)

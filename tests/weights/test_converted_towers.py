@@ -12,7 +12,7 @@ from ovseg_jax.weights.torch_writer import write_torch
 
 @pytest.mark.parametrize(
     ("kind", "name", "initial"),
-    [("dino", "vit", initial_image), ("bert", "roberta", initial_text)],
+    [("dino", "vit", initial_image), ("bert", "bert", initial_text)],
 )
 def test_a_converted_pickle_starts_a_tower_as_its_safetensors_do(
     tmp_path, tiny_config, kind, name, initial

@@ -1,14 +1,14 @@
 """What published ViTs differ in beyond names: sizes, layer scale, registers, gated layers."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import build, file_tensors, hidden_states, read, relative_error, variables
 from safetensors.numpy import save_file
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.positions import cubic_weights
+from ovseg_jax.models.positions import resize_grid
 from ovseg_jax.weights.initialize import initial_image
-from ovseg_jax.weights.resample import resize_patch, resize_positions
 
 
 def save(tmp_path, tensors):
@@ -62,40 +62,23 @@ def test_folded_layer_scale_is_the_same_function(tmp_path, tiny_config):
     assert max(relative_error(*pair) for pair in hidden_states(model, params, arrays)) < 1e-5
 
 
-def test_a_larger_patch_sees_the_enlarged_image_as_the_smaller_one_did():
-    """FlexiViT's property of the resampled patch embedding: exact where patches grow."""
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(5, 3, 8, 8)).astype(np.float32)
-    patch = rng.normal(size=(3, 8, 8)).astype(np.float32)
-    enlarge = cubic_weights(8, 14)
-    larger = np.einsum("ai,bj,cij->cab", enlarge, enlarge, patch)
-    got = np.einsum("dcij,cij->d", resize_patch(kernel, 14), larger)
-    want = np.einsum("dcij,cij->d", kernel, patch)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(resize_patch(kernel, 8), kernel, atol=1e-5)
-
-
 def test_other_sizes_are_refused_or_resampled(tmp_path, tiny_config):
     tensors = file_tensors(read("vit"))
     path = save(tmp_path, tensors)
     _, shapes = build(tiny_config, "vit", patch=14, grid=(6, 5))
-    with pytest.raises(UserError, match="model.resample_init = True") as error:
+    with pytest.raises(UserError, match="8 pixels, 16 positions") as error:
         initial_image(path, shapes)
-    for fault in ("patch_embed/kernel", "image_encoder/position", "8 pixels, 16 positions"):
+    for fault in ("patch_embed/kernel", "image_encoder/position"):
         assert fault in str(error.value)
+    with pytest.raises(UserError, match="patch_embed/kernel"):
+        initial_image(path, shapes, (6, 5))  # positions are resampled, patches are not
+    _, shapes = build(tiny_config, "vit", patch=8, grid=(6, 5))
+    with pytest.raises(UserError, match="model.resample_init = True"):
+        initial_image(path, shapes)
     got = initial_image(path, shapes, (6, 5))
-    kernel = resize_patch(tensors["embeddings.patch_embeddings.projection.weight"], 14)
-    pixels = np.random.default_rng(0).normal(size=(14, 14, 3))
-    np.testing.assert_allclose(
-        pixels.reshape(-1) @ got["image_encoder/patch_embed/kernel"],
-        np.einsum("dcyx,yxc->d", kernel, pixels),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    table = tensors["embeddings.position_embeddings"][0, 1:]
-    np.testing.assert_array_equal(
-        got["image_encoder/position"], resize_positions(table, (4, 4), (6, 5))
-    )
+    table = jnp.asarray(tensors["embeddings.position_embeddings"][0, 1:])
+    wanted = resize_grid(table, (4, 4), (6, 5))
+    np.testing.assert_allclose(got["image_encoder/position"], wanted, rtol=1e-5, atol=1e-5)
     class_token = (
         tensors["embeddings.cls_token"][0] + tensors["embeddings.position_embeddings"][0, :1]
     )
