@@ -12,11 +12,11 @@ from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.weights import groupvit, released
-from ovseg_jax.weights.checkpoint_files import WRITERS
 from ovseg_jax.weights.published import PUBLISHED, Told, from_model_dir, to_model_dir
+from ovseg_jax.weights.tensors import WRITERS
 from ovseg_jax.weights.towers import tower_to_safetensors
 
-ABOUT = """Convert published weights. PyTorch is not needed; a file that would run code is refused.
+ABOUT = """Convert published weights. Files that would run code are refused.
 
   convert released --checkpoint=FILE --out=MODEL_DIR    the released OVSegmentor
   convert released --model=MODEL_DIR --to=pth --out=FILE.pth    and back, to the bit
@@ -24,7 +24,8 @@ ABOUT = """Convert published weights. PyTorch is not needed; a file that would r
   convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model.image_init
   convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model.text_init
 
-FILE is .pth, .pt, .bin, .ckpt, .npz or .safetensors. `convert KIND --help` lists the flags.
+FILE is .npz, .safetensors or, with PyTorch (pip install ".[convert]"), .pth, .pt, .bin or .ckpt.
+`convert KIND --help` lists the flags.
 """
 
 

@@ -23,9 +23,8 @@ from ovseg_jax.train.saved_run import SavedRun, read_run
 from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.model_dir import load_model, save_model
 from ovseg_jax.weights.references import TOKENIZER, Reference, refer, split_towers
-from ovseg_jax.weights.sources import HUB
+from ovseg_jax.weights.sources import HUB, PACKAGE
 from ovseg_jax.weights.start import architecture
-from ovseg_jax.weights.tensors import PACKAGE
 
 ABOUT = """Write a model directory from a run.
 

