@@ -11,10 +11,15 @@ from typing import Any
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.weights import groupvit, released
-from ovseg_jax.weights.published import PUBLISHED, Told, from_model_dir, to_model_dir
+from ovseg_jax.weights.conversion import (
+    PUBLISHED,
+    Settings,
+    from_model_dir,
+    to_model_dir,
+    tower_to_safetensors,
+)
+from ovseg_jax.weights.published_config import GROUPVIT_DEFAULTS, RELEASED_DEFAULTS
 from ovseg_jax.weights.tensors import WRITERS
-from ovseg_jax.weights.towers import tower_to_safetensors
 
 ABOUT = """Convert published weights. Files that would run code are refused.
 
@@ -69,23 +74,26 @@ RELEASED = (
     flags.Flag(
         "heads",
         _whole_numbers,
-        default=(released.TOLD["heads"], released.TOLD["second_heads"]),
+        default=(RELEASED_DEFAULTS["heads"], RELEASED_DEFAULTS["second_heads"]),
         help="attention heads of the visual encoder before and after the binding",
     ),
     *(
         flags.Flag(
-            f"{part}_heads", int, default=released.TOLD[f"{part}_heads"], help=f"of the {what}"
+            f"{name}_heads", int, default=RELEASED_DEFAULTS[f"{name}_heads"], help=f"of the {what}"
         )
-        for part, what in (("decoder", "entity decoder"), ("text", "text encoder"))
+        for name, what in (("decoder", "entity decoder"), ("text", "text encoder"))
     ),
 )
 GROUPVIT = (
     *_model_flags("groupvit"),
     flags.Flag(
-        "heads", int, default=groupvit.TOLD["heads"], help="attention heads of the visual encoder"
+        "heads",
+        int,
+        default=GROUPVIT_DEFAULTS["heads"],
+        help="attention heads of the visual encoder",
     ),
     flags.Flag("text_heads", int, default=0, help="of the text encoder; 0: one for 64 channels"),
-    flags.Flag("activation", default=groupvit.TOLD["activation"], help="of the text encoder"),
+    flags.Flag("activation", default=GROUPVIT_DEFAULTS["activation"], help="of the text encoder"),
 )
 TOWER = (
     flags.Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
@@ -111,16 +119,16 @@ def main(argv: list[str]) -> int:
 
 def _released(kind: str, args: SimpleNamespace) -> list[str]:
     heads = _pair("heads", args.heads)
-    told = {"heads": heads[0], "second_heads": heads[1], "decoder_heads": args.decoder_heads}
-    return _model(kind, args, {**told, "text_heads": args.text_heads})
+    settings = {"heads": heads[0], "second_heads": heads[1], "decoder_heads": args.decoder_heads}
+    return _model(kind, args, {**settings, "text_heads": args.text_heads})
 
 
 def _groupvit(kind: str, args: SimpleNamespace) -> list[str]:
-    told = {name: getattr(args, name) for name in ("heads", "text_heads", "activation")}
-    return _model(kind, args, told)
+    settings = {name: getattr(args, name) for name in ("heads", "text_heads", "activation")}
+    return _model(kind, args, settings)
 
 
-def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
+def _model(kind: str, args: SimpleNamespace, settings: dict[str, Any]) -> list[str]:
     out = Path(args.out)
     if bool(args.checkpoint) == bool(args.model):
         raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
@@ -129,8 +137,8 @@ def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
     protocol = named_protocol(kind).replace(short_side=args.short_side)
     if args.background_threshold is not None:
         protocol = protocol.replace(threshold=args.background_threshold, thresholds={})
-    everything = Told(
-        model={**told, "grid": args.grid and _pair("grid", args.grid)},
+    everything = Settings(
+        model={**settings, "grid": args.grid and _pair("grid", args.grid)},
         protocol=protocol.as_dict(),
         tokenizer=args.tokenizer,
         text_length=args.text_length,

@@ -20,6 +20,7 @@ from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.model_dir import load_model, save_model
 from ovseg_jax.weights.pth import write_torch
+from ovseg_jax.weights.published_config import groupvit_config, released_config
 from ovseg_jax.weights.tensors import read_checkpoint
 
 torch = pytest.importorskip("torch", reason="the extra convert is not installed")
@@ -116,9 +117,9 @@ def test_what_the_model_directory_says(files, tensors, tokenizer, tmp_path):
     checkpoint = files / "wrapped.pth"
     run("released", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'm'}", *HEADS, *arguments)
     saved = load_model(tmp_path / "m")
-    told = {"heads": META["img"]["num_heads"][0], "second_heads": META["img"]["num_heads"][1]}
-    told["text_heads"] = META["bert"]["num_attention_heads"]
-    assert saved.info["model"] == json.loads(json.dumps(released.released_config(tensors, **told)))
+    settings = {"heads": META["img"]["num_heads"][0], "second_heads": META["img"]["num_heads"][1]}
+    settings["text_heads"] = META["bert"]["num_attention_heads"]
+    assert saved.info["model"] == json.loads(json.dumps(released_config(tensors, **settings)))
     assert saved.info["protocol"]["threshold"] == 0.4
     assert saved.info["protocol"]["thresholds"] == {}  # it holds for every benchmark
     assert saved.info["protocol"]["grouping"] == "one_group"
@@ -155,7 +156,7 @@ def test_groupvit_there_and_back_is_exact_to_the_bit(names, tmp_path, capsys):
     arrays = dict(np.load(ROOT / "tests" / "groupvit" / "tiny.npz"))
     tensors = {k.removeprefix("weights/"): x for k, x in arrays.items() if "weights/" in k}
     if names == "original":
-        config = groupvit.groupvit_config(tensors, heads=4, text_heads=4)
+        config = groupvit_config(tensors, heads=4, text_heads=4)
         read = groupvit.from_groupvit(tensors, config)
         tensors = groupvit.to_groupvit(*read, config, names)
         tensors["multi_label_logit_scale"] = np.float32(2.5) * np.ones((), np.float32)
@@ -165,7 +166,7 @@ def test_groupvit_there_and_back_is_exact_to_the_bit(names, tmp_path, capsys):
     enter(tmp_path / "a.pth", "model")
     arguments = [f"--checkpoint={tmp_path / 'a.pth'}", "--heads=4", "--text_heads=4"]
     assert run("groupvit", *arguments, f"--out={tmp_path / 'm'}") == 0
-    assert "1 of them serve nothing" in capsys.readouterr().out
+    assert "1 of them are not used" in capsys.readouterr().out
     saved = load_model(tmp_path / "m")
     assert saved.info["model"]["text"]["heads"] == 4 and saved.info["model"]["decoder"] is None
     assert saved.info["protocol"]["thresholds"] == named_protocol("groupvit").thresholds

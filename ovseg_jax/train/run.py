@@ -42,9 +42,8 @@ from ovseg_jax.train.phases import (
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.terms import check_contrast_config
-from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics
-from ovseg_jax.weights.sources import find_weights
-from ovseg_jax.weights.start import published_start
+from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
+from ovseg_jax.weights.locate import find_weights
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.weights.initialize import initial_image, initial_text
-from ovseg_jax.weights.sources import INDEX
+from ovseg_jax.weights.locate import INDEX
 
 
 @pytest.fixture

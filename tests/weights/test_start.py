@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from ovseg_jax.flags import load_config
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.run import make_run
-from ovseg_jax.weights.start import published_start
+from ovseg_jax.weights.initialize import published_start
 
 
 def folder(path, name, config):
