@@ -12,13 +12,13 @@ from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.published import named_protocol
 from ovseg_jax.weights.conversion import (
-    PUBLISHED,
+    TOKENIZERS,
     Settings,
     from_model_dir,
     to_model_dir,
     tower_to_safetensors,
 )
-from ovseg_jax.weights.published_config import GROUPVIT_DEFAULTS, RELEASED_DEFAULTS
+from ovseg_jax.weights.published_config import GROUPVIT_HEADS, RELEASED_HEADS
 from ovseg_jax.weights.tensors import WRITERS
 
 ABOUT = """Convert published weights. Files that would run code are refused.
@@ -56,7 +56,7 @@ def _model_flags(kind: str) -> tuple[flags.Flag, ...]:
         flags.Flag(
             "tokenizer",
             default="",
-            help=f"folder of the tokenizer, or (downloaded) {PUBLISHED[kind].tokenizer}",
+            help=f"folder of the tokenizer, or (downloaded) {TOKENIZERS[kind]}",
         ),
         flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default square"),
         flags.Flag(
@@ -74,12 +74,12 @@ RELEASED = (
     flags.Flag(
         "heads",
         _whole_numbers,
-        default=(RELEASED_DEFAULTS["heads"], RELEASED_DEFAULTS["second_heads"]),
+        default=(RELEASED_HEADS["heads"], RELEASED_HEADS["second_heads"]),
         help="attention heads of the visual encoder before and after the binding",
     ),
     *(
         flags.Flag(
-            f"{name}_heads", int, default=RELEASED_DEFAULTS[f"{name}_heads"], help=f"of the {what}"
+            f"{name}_heads", int, default=RELEASED_HEADS[f"{name}_heads"], help=f"of the {what}"
         )
         for name, what in (("decoder", "entity decoder"), ("text", "text encoder"))
     ),
@@ -89,11 +89,11 @@ GROUPVIT = (
     flags.Flag(
         "heads",
         int,
-        default=GROUPVIT_DEFAULTS["heads"],
+        default=GROUPVIT_HEADS,
         help="attention heads of the visual encoder",
     ),
     flags.Flag("text_heads", int, default=0, help="of the text encoder; 0: one for 64 channels"),
-    flags.Flag("activation", default=GROUPVIT_DEFAULTS["activation"], help="of the text encoder"),
+    flags.Flag("activation", default="quick_gelu", help="of the text encoder"),
 )
 TOWER = (
     flags.Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ovseg_jax.weights.links import Link, Shapes, linear, matching, norm, read_links
+from ovseg_jax.weights.links import Link, Shapes, matching, module, norm, read_links
 from ovseg_jax.weights.tensors import Tensors
 
 ROOT = "text_encoder"
@@ -16,35 +16,31 @@ DROPPED = (
     r"(cls|classifier|qa_outputs)\..*",
 )
 
-_LINEAR = {
+_LAYER = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
     "attention/value": "attention.self.value",
     "attention/out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
     "mlp/fc1": "intermediate.dense",
     "mlp/fc2": "output.dense",
+    "mlp_norm": "output.LayerNorm",
 }
-_NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
 # Files converted from TensorFlow call the two vectors of a norm gamma and beta.
 _OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 
 
 def bert_links(depth: int, prefix: str = "") -> list[Link]:
     """A BERT of `depth` layers whose names begin with `prefix`."""
-
-    def layers(suffix: str) -> tuple[str, ...]:
-        return tuple(f"{prefix}encoder.layer.{index}.{suffix}" for index in range(depth))
-
-    links = [
-        Link((f"{ROOT}/{name}",), (f"{prefix}embeddings.{name}_embeddings.weight",), "table")
-        for name in ("word", "position", "token_type")
+    blocks = [f"{prefix}encoder.layer.{index}." for index in range(depth)]
+    return [
+        *(
+            Link((f"{ROOT}/{name}",), (f"{prefix}embeddings.{name}_embeddings.weight",), "table")
+            for name in ("word", "position", "token_type")
+        ),
+        *norm(f"{ROOT}/embed_norm", f"{prefix}embeddings.LayerNorm"),
+        *module(f"{ROOT}/layers", blocks, _LAYER, stacked=True),
     ]
-    links += norm(f"{ROOT}/embed_norm", f"{prefix}embeddings.LayerNorm")
-    for ours, theirs in _LINEAR.items():
-        links += linear(f"{ROOT}/layers/{ours}", *layers(theirs), stacked=True)
-    for ours, theirs in _NORMS.items():
-        links += norm(f"{ROOT}/layers/{ours}", *layers(theirs), stacked=True)
-    return links
 
 
 def from_bert(tensors: Tensors, shapes: Shapes, origin: str) -> dict[str, np.ndarray]:

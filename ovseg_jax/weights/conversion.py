@@ -1,7 +1,7 @@
 """What `ovseg_jax.convert` does: checkpoints into model directories and back, and towers."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import ovseg_jax
 from ovseg_jax.data.tokens import find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights import groupvit, published_config, released
+from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.links import matching
-from ovseg_jax.weights.model_dir import SavedModel, load_model, save_model
+from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.published_config import groupvit_config, released_config
 from ovseg_jax.weights.tensors import Tensors, file_digest, read_checkpoint, write_checkpoint
 
 # Names of a model directory's extra arrays begin with one of these: the moving average of the
@@ -24,50 +25,11 @@ TEACHER, UNUSED = "teacher", "unused"
 NAMES = "names"
 
 
-@dataclass(frozen=True)
-class PublishedModel:
-    """How one published model is read and written.
-
-    Attributes:
-      config: tensors and settings that they cannot tell, to a ``config.model``.
-      read: tensors, config, origin to (parameters, running statistics[, teacher or None]).
-      unused: the tensors that the model does not use.
-      names: whose names the tensors have.
-      write: model, teacher, unused tensors, names, to the tensors.
-      tokenizer: what it was trained with, for people.
-    """
-
-    config: Callable[..., dict[str, Any]]
-    read: Callable[[Tensors, Mapping[str, Any], str], tuple[Any, ...]]
-    unused: Callable[[Tensors], Tensors]
-    names: Callable[[Tensors], str]
-    write: Callable[[SavedModel, Any, Tensors, str], Tensors]
-    tokenizer: str
-
-
-PUBLISHED = {
-    "released": PublishedModel(
-        config=published_config.released_config,
-        read=released.from_released,
-        unused=released.extra_tensors,
-        names=lambda tensors: "released",
-        write=lambda saved, teacher, unused, names: released.to_released(
-            saved.params, saved.batch_stats, saved.info["model"], teacher, unused
-        ),
-        # Its vocabulary is bert-base-uncased's.
-        tokenizer="hub:distilbert/distilbert-base-uncased",
-    ),
-    "groupvit": PublishedModel(
-        config=published_config.groupvit_config,
-        read=groupvit.from_groupvit,
-        unused=lambda tensors: {n: tensors[n] for n in matching(tensors, groupvit.UNUSED)},
-        names=groupvit.style_of,
-        write=lambda saved, teacher, unused, names: (
-            groupvit.to_groupvit(saved.params, saved.batch_stats, saved.info["model"], names)
-            | unused
-        ),
-        tokenizer="hub:nvidia/groupvit-gcc-yfcc",
-    ),
+# Where the tokenizers are that the published models were trained with. That of the released one has
+# bert-base-uncased's vocabulary.
+TOKENIZERS = {
+    "released": "hub:distilbert/distilbert-base-uncased",
+    "groupvit": "hub:nvidia/groupvit-gcc-yfcc",
 }
 
 
@@ -94,7 +56,7 @@ def to_model_dir(
     """Writes a model directory from a published checkpoint.
 
     Args:
-      kind: key of `PUBLISHED`.
+      kind: key of `TOKENIZERS`.
       checkpoint: file with the published weights.
       out: directory to write.
       settings: what the weights cannot tell.
@@ -107,10 +69,17 @@ def to_model_dir(
       UserError: the checkpoint does not fit (every tensor at fault is listed), or the tokenizer
         is absent or has too many tokens.
     """
-    published = PUBLISHED[kind]
     read = read_checkpoint(checkpoint, entry)
-    tensors = read.tensors
-    config = published.config(tensors, **settings.model)
+    tensors, origin = read.tensors, str(checkpoint)
+    teacher = None
+    if kind == "released":
+        config, names = released_config(tensors, **settings.model), kind
+        params, batch_stats, teacher = released.from_released(tensors, config, origin)
+        unused = released.extra_tensors(tensors)
+    else:
+        config, names = groupvit_config(tensors, **settings.model), groupvit.style_of(tensors)
+        params, batch_stats = groupvit.from_groupvit(tensors, config, origin)
+        unused = {name: tensors[name] for name in matching(tensors, groupvit.UNUSED)}
     tokenizer = find_tokenizer(settings.tokenizer) if settings.tokenizer else None
     vocabulary = config["text"]["vocab_size"]
     if tokenizer is not None and tokenizer.vocab_size > vocabulary:
@@ -118,9 +87,6 @@ def to_model_dir(
             f"--tokenizer={settings.tokenizer} has {tokenizer.vocab_size} tokens, {checkpoint} "
             f"only {vocabulary}: give the tokenizer that it was trained with"
         )
-    params, batch_stats, *teacher = published.read(tensors, config, str(checkpoint))
-    averaged = flatten(teacher[0]) if teacher and teacher[0] else {}
-    unused = published.unused(tensors)
     save_model(
         out,
         params,
@@ -134,7 +100,7 @@ def to_model_dir(
             "converted_from": checkpoint.name,
             "sha256": file_digest(checkpoint),
             "entry": read.entry or "the whole file",
-            NAMES: published.names(tensors),
+            NAMES: names,
             "settings": {key: str(value) for key, value in settings.model.items()},
             "tokenizer": settings.tokenizer or "none",
             "kept_unused": sorted(unused),
@@ -143,14 +109,14 @@ def to_model_dir(
         batch_stats=batch_stats,
         extras={
             **{f"{UNUSED}/{name}": value for name, value in unused.items()},
-            **{f"{TEACHER}/{path}": value for path, value in averaged.items()},
+            **{f"{TEACHER}/{path}": value for path, value in flatten(teacher or {}).items()},
         },
     )
     lines = [f"{len(tensors)} tensors read from {checkpoint}"]
     if unused:
         modules = ", ".join(sorted({name.split(".")[0] for name in unused}))
         lines.append(f"{len(unused)} of them are not used and are kept aside ({modules})")
-    if averaged:
+    if teacher:
         lines.append("with a moving average of the visual encoder, which is kept aside")
     if read.left_out:
         lines.append(f"dropped, no tensors: {', '.join(read.left_out)}")
@@ -161,7 +127,7 @@ def to_model_dir(
         lines.append(
             "no tokenizer: weights hold no vocabulary. Before classes can be named, copy the "
             f"tokenizer's files to {out}, or convert with --tokenizer=DIR or, with a network, "
-            f"--tokenizer={published.tokenizer}"
+            f"--tokenizer={TOKENIZERS[kind]}"
         )
     return lines
 
@@ -170,7 +136,7 @@ def from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
     """Writes a model directory's weights under the published names.
 
     Args:
-      kind: key of `PUBLISHED`.
+      kind: key of `TOKENIZERS`.
       model: the model directory.
       out: file to write.
       form: key of `tensors.WRITERS`.
@@ -188,7 +154,11 @@ def from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
         extras.setdefault(group, {})[rest] = value
     names = saved.info["provenance"].get(NAMES, groupvit.ORIGINAL)
     teacher = nest(extras[TEACHER]) or None
-    tensors = PUBLISHED[kind].write(saved, teacher, extras[UNUSED], names)
+    model = saved.params, saved.batch_stats, saved.info["model"]
+    if kind == "released":
+        tensors = released.to_released(*model, teacher, extras[UNUSED])
+    else:
+        tensors = groupvit.to_groupvit(*model, names) | extras[UNUSED]
     write_checkpoint(out, tensors, form)
     return [f"{len(tensors)} tensors written to {out}"]
 

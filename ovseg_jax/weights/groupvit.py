@@ -5,7 +5,6 @@ Both hold the same model. They differ in names, in how attention's three maps ar
 apart) and in whether a projector's maps are convolutions over one position.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +15,18 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.initialize import variable_shapes
-from ovseg_jax.weights.links import Link, linear, matching, norm, read_links, write_links
+from ovseg_jax.weights.links import (
+    Link,
+    fused_attention,
+    linear,
+    matching,
+    module,
+    norm,
+    read_links,
+    write_links,
+)
 from ovseg_jax.weights.released import (
-    grouping_block,
+    GROUPING_BLOCK,
     pre_norm_layers,
     projector_links,
     require_form,
@@ -61,6 +69,28 @@ TEXT_NAMES = {
         "text_model.embeddings.position_embedding.weight",
         "text_model.final_layer_norm",
     ),
+}
+# Layers of transformers, of the image and of the text; and of CLIP's text encoder.
+_SEPARATE = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "attention_norm": "layer_norm1",
+    "mlp_norm": "layer_norm2",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
+_CLIP = {
+    "attention/out": "attn.out_proj",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "mlp/fc1": "mlp.c_fc",
+    "mlp/fc2": "mlp.c_proj",
+}
+_BLOCK = {
+    ORIGINAL: GROUPING_BLOCK,
+    TRANSFORMERS: {**GROUPING_BLOCK, "cross/attention/out": "pre_assign_attn.attn.out_proj"},
 }
 
 
@@ -139,41 +169,6 @@ def block_name(style: str, stage: int) -> str:
     return f"{STAGES[style]}.{stage}.{'blocks' if style == ORIGINAL else 'layers'}"
 
 
-def separate_layers(ours: str, *blocks: str) -> list[Link]:
-    """A stack of pre-norm layers whose queries, keys and values are maps of their own."""
-
-    def at(suffix: str) -> tuple[str, ...]:
-        return tuple(f"{block}.{suffix}" for block in blocks)
-
-    links = []
-    for name, short in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
-        links += linear(f"{ours}/attention/{name}", *at(f"self_attn.{short}_proj"), stacked=True)
-    links += norm(f"{ours}/attention_norm", *at("layer_norm1"), stacked=True)
-    links += norm(f"{ours}/mlp_norm", *at("layer_norm2"), stacked=True)
-    for name in ("fc1", "fc2"):
-        links += linear(f"{ours}/mlp/{name}", *at(f"mlp.{name}"), stacked=True)
-    return links
-
-
-def residual_layers(ours: str, *blocks: str) -> list[Link]:
-    """A stack of pre-norm layers with the names of CLIP's text encoder."""
-
-    def at(suffix: str) -> tuple[str, ...]:
-        return tuple(f"{block}.{suffix}" for block in blocks)
-
-    fused = tuple(f"{ours}/attention/{name}" for name in ("query", "key", "value"))
-    kernels, biases = (tuple(f"{path}/{x}" for path in fused) for x in ("kernel", "bias"))
-    return [
-        Link(kernels, at("attn.in_proj_weight"), "fused_linear", True),
-        Link(biases, at("attn.in_proj_bias"), "fused_vector", True),
-        *linear(f"{ours}/attention/out", *at("attn.out_proj"), stacked=True),
-        *norm(f"{ours}/attention_norm", *at("ln_1"), stacked=True),
-        *norm(f"{ours}/mlp_norm", *at("ln_2"), stacked=True),
-        *linear(f"{ours}/mlp/fc1", *at("mlp.c_fc"), stacked=True),
-        *linear(f"{ours}/mlp/fc2", *at("mlp.c_proj"), stacked=True),
-    ]
-
-
 def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
     """The visual encoder.
 
@@ -200,33 +195,21 @@ def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
         links += _layers(f"{ours}/{stack}/layers", style, index, depth)
         theirs = f"{STAGES[style]}.{index}"
         links.append(Link((f"{ours}/{token}",), (f"{theirs}.group_token",), "token"))
-        links += _block(f"{ours}/{block}", f"{theirs}.downsample", style)
+        links += module(f"{ours}/{block}", (f"{theirs}.downsample.",), _BLOCK[style])
         if index:
             carried = f"{ours}/stages_{index - 1}"
-            links += norm(f"{carried}/projector_norm", f"{theirs}.group_projector.0")
-            for name in ("fc1", "fc2"):
-                links += linear(f"{carried}/projector/{name}", f"{theirs}.group_projector.1.{name}")
+            names = {"projector_norm": "0", "projector/fc1": "1.fc1", "projector/fc2": "1.fc2"}
+            links += module(carried, (f"{theirs}.group_projector.",), names)
     return links + _layers(f"{ours}/second/layers", style, len(stages), image["second_layers"])
 
 
 def _layers(ours: str, style: str, stage: int, depth: int) -> list[Link]:
-    blocks = [f"{block_name(style, stage)}.{index}" for index in range(depth)]
+    blocks = [f"{block_name(style, stage)}.{index}." for index in range(depth)]
     if not blocks:
         return []
     if style == ORIGINAL:
-        return pre_norm_layers(ours, *blocks, stacked=True)
-    return separate_layers(ours, *blocks)
-
-
-def _block(ours: str, theirs: str, style: str) -> list[Link]:
-    links = grouping_block(ours, theirs)
-    if style == ORIGINAL:
-        return links
-    old, new = "pre_assign_attn.attn.proj.", "pre_assign_attn.attn.out_proj."
-    return [
-        dataclasses.replace(link, sources=tuple(name.replace(old, new) for name in link.sources))
-        for link in links
-    ]
+        return pre_norm_layers(ours, *blocks)
+    return module(ours, blocks, _SEPARATE, stacked=True)
 
 
 def model_links(model: Mapping[str, Any], style: str) -> list[Link]:
@@ -237,17 +220,19 @@ def model_links(model: Mapping[str, Any], style: str) -> list[Link]:
       style: one of `STYLES`.
     """
     word, position, last = TEXT_NAMES[style]
-    text_layers = residual_layers if style == ORIGINAL else separate_layers
-    blocks = (f"{TEXT_LAYERS[style]}.{index}" for index in range(model["text"]["depth"]))
+    text_layers = "text_encoder/stack/layers"
+    blocks = [f"{TEXT_LAYERS[style]}.{index}." for index in range(model["text"]["depth"])]
     links = [
         Link(("log_scale",), ("logit_scale",), "scalar"),
         *image_links(model["image"], style),
         Link(("text_encoder/word",), (word,), "table"),
         Link(("text_encoder/position",), (position,), "table"),
         *norm("text_encoder/norm", last),
-        *text_layers("text_encoder/stack/layers", *blocks),
+        *module(text_layers, blocks, _CLIP if style == ORIGINAL else _SEPARATE, stacked=True),
     ]
     if style == ORIGINAL:
+        attention = f"{text_layers}/attention"
+        links += fused_attention(attention, blocks, "attn.in_proj_", stacked=True)
         prefixes = {"image_projector": "img_projector", "text_projector": "text_projector"}
         names, form = ("linear_hidden.0", "linear_hidden.1", "linear_out"), "pointwise"
     else:

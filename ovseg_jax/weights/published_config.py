@@ -1,6 +1,6 @@
-"""The ``config.model`` of a published checkpoint: sizes from its tensors' shapes, the rest known.
+"""The ``config.model`` of a published checkpoint.
 
-What tensors cannot tell (heads, epsilons, ...) has the published values as defaults.
+Sizes come from the tensors' shapes; what these cannot tell has the published values.
 """
 
 import math
@@ -14,41 +14,15 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.weights import groupvit
 from ovseg_jax.weights.released import DECODER, IMAGE, TEXT
 
-# What tensors cannot tell, with the published values. A grid of None is square.
-RELEASED_DEFAULTS = {
-    "heads": 8,  # before the binding
-    "second_heads": 8,  # after it
-    "decoder_heads": 8,
-    "text_heads": 12,
-    "grid": None,
-    "assignment": "hard",
-    "drop_path": 0.1,
-    "dropout": 0.1,
-    "image_eps": 1e-5,
-    "text_eps": 1e-12,
-    "pad_id": 0,
-    "dtype": "float32",
-    "matmul_dtype": "float32",
-    "remat": "none",
-}
-# Text heads of 0 are as many as there are 64 channels; an end token of -1 is the last of the
-# vocabulary, as in CLIP's.
-GROUPVIT_DEFAULTS = {
-    "heads": 6,
-    "text_heads": 0,
-    "grid": None,
-    "end_id": -1,
-    "activation": "quick_gelu",
-    "assignment": "hard",
-    "drop_path": 0.1,
-    "eps": 1e-5,
-    "dtype": "float32",
-    "matmul_dtype": "float32",
-    "remat": "none",
-}
+# Attention heads, which tensors cannot tell: of the visual encoder before and after the binding, of
+# the entity decoder and of the text encoder.
+RELEASED_HEADS = {"heads": 8, "second_heads": 8, "decoder_heads": 8, "text_heads": 12}
+GROUPVIT_HEADS = 6
 
 # Fields of ``config.model`` that the two published models share.
+_OPTIONS = {"remat": "none", "unroll": 1}
 _IMAGE = {
+    "eps": 1e-5,
     "group_layer": 0,
     "binding": "grouping_block",
     "second_stage": "groups",
@@ -62,30 +36,50 @@ _IMAGE = {
     "position_resize": "bicubic",
     "rope_theta": 100.0,
     "layer_scale": None,
+    "assignment": "hard",
     "binding_scale": None,
     "gumbel_temperature": 1.0,
+    **_OPTIONS,
 }
 _MODEL = {
     "projector_layers": 2,
     "projector_norm": "batch",
     "projector_activation": "relu",
     "projector_bias": True,
+    "pad_id": 0,
     "temperature_init": 0.07,
+    "dtype": "float32",
+    "matmul_dtype": "float32",
 }
 
 
-def released_config(tensors: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+def released_config(
+    tensors: Mapping[str, Any],
+    *,
+    heads: int = RELEASED_HEADS["heads"],
+    second_heads: int = RELEASED_HEADS["second_heads"],
+    decoder_heads: int = RELEASED_HEADS["decoder_heads"],
+    text_heads: int = RELEASED_HEADS["text_heads"],
+    grid: tuple[int, int] | None = None,
+    drop_path: float = 0.1,
+    dropout: float = 0.1,
+) -> dict[str, Any]:
     """The ``config.model`` of a released checkpoint.
 
     Args:
       tensors: by released name; anything with a shape.
-      **settings: what the tensors cannot tell; see `RELEASED_DEFAULTS`.
+      heads: see `RELEASED_HEADS`.
+      second_heads: likewise.
+      decoder_heads: likewise.
+      text_heads: likewise.
+      grid: rows and columns of the position embeddings; None for a square.
+      drop_path: rate of dropped branches in training.
+      dropout: of the text encoder in training.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
         contradict each other.
     """
-    settings = _complete(settings, RELEASED_DEFAULTS)
     sizes = _Sizes(tensors, "released checkpoint")
     shape, depth = sizes.shape, sizes.depth
     width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
@@ -93,42 +87,38 @@ def released_config(tensors: Mapping[str, Any], **settings: Any) -> dict[str, An
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
     fed = shape(f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", 2)[0]
     decoder_fed, decoder_width = shape(f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight", 2)
-    options = {"remat": settings["remat"], "unroll": 1}
     return {
         "image": {
             **_IMAGE,
             "patch": patch,
-            "grid": _grid(positions, settings["grid"], f"{IMAGE}.pos_embed"),
+            "grid": _grid(positions, grid, f"{IMAGE}.pos_embed"),
             "width": width,
-            "heads": settings["heads"],
-            "second_heads": settings["second_heads"],
+            "heads": heads,
+            "second_heads": second_heads,
             "mlp_ratio": _ratio(fed, width),
-            "eps": settings["image_eps"],
             "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
             "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
             "num_groups": shape(f"{IMAGE}.layers.0.downsample.mlp_inter.fc2.weight", 2)[0],
             "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
             "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
-            "assignment": settings["assignment"],
-            "drop_path": settings["drop_path"],
-            **options,
+            "drop_path": drop_path,
         },
         "text": {
             "vocab_size": vocab,
             "width": text_width,
             "depth": depth(f"{TEXT}.encoder.layer"),
-            "heads": settings["text_heads"],
+            "heads": text_heads,
             "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
             "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
-            "dropout": settings["dropout"],
-            "eps": settings["text_eps"],
-            **options,
+            "dropout": dropout,
+            "eps": 1e-12,
+            **_OPTIONS,
         },
         "decoder": {
             "width": decoder_width,
-            "heads": settings["decoder_heads"],
+            "heads": decoder_heads,
             "mlp_ratio": _ratio(decoder_fed, decoder_width),
-            "eps": settings["image_eps"],
+            "eps": 1e-5,
             "order": "cross_first",
             "depth": depth(DECODER),
             "mask_padding": False,
@@ -137,23 +127,30 @@ def released_config(tensors: Mapping[str, Any], **settings: Any) -> dict[str, An
         "joint_width": shape("img_projector.linear_out.weight", 3)[0],
         "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
         "text_pool": "cls",
-        "pad_id": settings["pad_id"],
-        "dtype": settings["dtype"],
-        "matmul_dtype": settings["matmul_dtype"],
     }
 
 
-def groupvit_config(tensors: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+def groupvit_config(
+    tensors: Mapping[str, Any],
+    *,
+    heads: int = GROUPVIT_HEADS,
+    text_heads: int = 0,
+    grid: tuple[int, int] | None = None,
+    activation: str = "quick_gelu",
+) -> dict[str, Any]:
     """The ``config.model`` of a GroupViT checkpoint.
 
     Args:
       tensors: by name, in either style; anything with a shape.
-      **settings: what the tensors cannot tell; see `GROUPVIT_DEFAULTS`.
+      heads: attention heads of the visual encoder.
+      text_heads: of the text encoder; 0 for one per 64 channels.
+      grid: rows and columns of the position embeddings; None for a square.
+      activation: of the text encoder.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form.
     """
-    settings, style = _complete(settings, GROUPVIT_DEFAULTS), groupvit.style_of(tensors)
+    style = groupvit.style_of(tensors)
     sizes = _Sizes(tensors, "GroupViT checkpoint")
     shape, depth = sizes.shape, sizes.depth
     prefix, stage = groupvit.IMAGE_PREFIX[style], groupvit.STAGES[style]
@@ -176,49 +173,43 @@ def groupvit_config(tensors: Mapping[str, Any], **settings: Any) -> dict[str, An
         tokens = shape(f"{name}.group_token", 3)[1]
         groups = shape(f"{name}.downsample.mlp_inter.fc2.weight", 2)[0]
         stages.append((tokens, groups, depth(groupvit.block_name(style, len(stages)))))
-    fed = shape(f"{stage}.0.downsample.mlp_channels.fc1.weight", 2)[0]
-    options = {"remat": settings["remat"], "unroll": 1}
     return {
         "image": {
             **_IMAGE,
             "patch": side,
-            "grid": _grid(shape(position, 3)[1], settings["grid"], position),
+            "grid": _grid(shape(position, 3)[1], grid, position),
             "width": width,
-            "heads": settings["heads"],
+            "heads": heads,
             "second_heads": 0,
-            "mlp_ratio": _ratio(fed, width),
-            "eps": settings["eps"],
+            "mlp_ratio": _ratio(
+                shape(f"{stage}.0.downsample.mlp_channels.fc1.weight", 2)[0], width
+            ),
             "first_layers": stages[0][2],
             "second_layers": depth(groupvit.block_name(style, len(stages))),
             "group_tokens": stages[0][0],
             "num_groups": stages[0][1],
             "later_stages": tuple(stages[1:]),
             "patch_norm": f"{embed_norm}.weight" in tensors,
-            "assignment": settings["assignment"],
-            "drop_path": settings["drop_path"],
-            **options,
+            "drop_path": 0.1,
         },
         "text_form": "causal",
         "text": {
             "vocab_size": vocab,
             "width": text_width,
             "depth": depth(text_layers),
-            "heads": settings["text_heads"] or max(1, text_width // 64),
+            "heads": text_heads or max(1, text_width // 64),
             "mlp_width": text_fed,
             "max_positions": shape(text_position, 2)[0],
-            "end_id": settings["end_id"] % vocab,
-            "activation": settings["activation"],
-            "eps": settings["eps"],
-            **options,
+            "end_id": vocab - 1,  # as in CLIP's vocabulary
+            "activation": activation,
+            "eps": 1e-5,
+            **_OPTIONS,
         },
         "decoder": None,
         **_MODEL,
         "joint_width": joint,
         "projector_width": hidden,
         "text_pool": "eot",
-        "pad_id": 0,
-        "dtype": settings["dtype"],
-        "matmul_dtype": settings["matmul_dtype"],
     }
 
 
@@ -268,10 +259,3 @@ def _ratio(hidden: int, width: int) -> float:
     """The quotient whose product with the width, cut to an integer, is `hidden` again."""
     ratio = hidden / width
     return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _complete(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(settings) - set(defaults))
-    if unknown:
-        raise UserError(f"{', '.join(unknown)}: there are only the settings {', '.join(defaults)}")
-    return {**defaults, **settings}

@@ -16,7 +16,16 @@ from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.bert import bert_links
 from ovseg_jax.weights.initialize import variable_shapes
-from ovseg_jax.weights.links import Link, linear, matching, norm, read_links, write_links
+from ovseg_jax.weights.links import (
+    Link,
+    fused_attention,
+    linear,
+    matching,
+    module,
+    norm,
+    read_links,
+    write_links,
+)
 from ovseg_jax.weights.tensors import Tensors
 
 IMAGE, TEACHER = "img_encoder", "img_encoder_momentum"
@@ -40,7 +49,45 @@ UNUSED = (
 # among the extra tensors, with the axis's length, remembers the first form.
 POSITION_AXIS = "pos_embed.leading_axis"
 
-_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "proj"}
+_PRE_NORM = {
+    "attention_norm": "norm1",
+    "attention/out": "attn.proj",
+    "mlp_norm": "norm2",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
+_CROSS = {
+    "attention/query": "attn.q_proj",
+    "attention/key": "attn.k_proj",
+    "attention/value": "attn.v_proj",
+    "attention/out": "attn.proj",
+    "mlp_norm": "norm2",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+    "norm": "norm_post",
+}
+GROUPING_BLOCK = {
+    "token_norm": "norm_tokens",
+    "mixing/fc1": "mlp_inter.fc1",
+    "mixing/fc2": "mlp_inter.fc2",
+    "mixed_norm": "norm_post_tokens",
+    "patch_norm": "norm_x",
+    **{f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()},
+    "query": "assign.q_proj",
+    "key": "assign.k_proj",
+    "value": "assign.v_proj",
+    "out": "assign.proj",
+    "mlp_norm": "norm_new_x",
+    "mlp/fc1": "mlp_channels.fc1",
+    "mlp/fc2": "mlp_channels.fc2",
+}
+_DECODER_LAYER = {
+    "token_norm": "norm_tokens",
+    "group_norm": "norm_x",
+    **{f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()},
+    **{f"self/{ours}": f"post_attn.{theirs}" for ours, theirs in _PRE_NORM.items()},
+    "norm": "norm_new_x",
+}
 
 
 def extra_tensors(tensors: Tensors) -> Tensors:
@@ -147,55 +194,12 @@ def require_form(form: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
 # ---- names
 
 
-def pre_norm_layers(ours: str, *blocks: str, stacked: bool) -> list[Link]:
-    """Pre-norm layers with fused queries, keys and values."""
-
-    def at(suffix: str) -> tuple[str, ...]:
-        return tuple(f"{block}.{suffix}" for block in blocks)
-
-    fused = tuple(f"{ours}/attention/{name}" for name in ("query", "key", "value"))
-    kernels, biases = (tuple(f"{path}/{x}" for path in fused) for x in ("kernel", "bias"))
+def pre_norm_layers(ours: str, *blocks: str) -> list[Link]:
+    """A stack of pre-norm layers with fused queries, keys and values."""
     return [
-        *norm(f"{ours}/attention_norm", *at("norm1"), stacked=stacked),
-        Link(kernels, at("attn.qkv.weight"), "fused_linear", stacked),
-        Link(biases, at("attn.qkv.bias"), "fused_vector", stacked),
-        *linear(f"{ours}/attention/out", *at("attn.proj"), stacked=stacked),
-        *norm(f"{ours}/mlp_norm", *at("norm2"), stacked=stacked),
-        *linear(f"{ours}/mlp/fc1", *at("mlp.fc1"), stacked=stacked),
-        *linear(f"{ours}/mlp/fc2", *at("mlp.fc2"), stacked=stacked),
+        *fused_attention(f"{ours}/attention", blocks, "attn.qkv.", stacked=True),
+        *module(ours, blocks, _PRE_NORM, stacked=True),
     ]
-
-
-def cross_attention(ours: str, theirs: str) -> list[Link]:
-    """A `CrossAttentionBlock`."""
-    links = []
-    for name, their_name in _ATTENTION.items():
-        links += linear(f"{ours}/attention/{name}", f"{theirs}.attn.{their_name}")
-    return [
-        *links,
-        *norm(f"{ours}/mlp_norm", f"{theirs}.norm2"),
-        *linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
-        *linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
-        *norm(f"{ours}/norm", f"{theirs}.norm_post"),
-    ]
-
-
-def grouping_block(ours: str, theirs: str) -> list[Link]:
-    """A `GroupingBlock`."""
-    links = [
-        *norm(f"{ours}/token_norm", f"{theirs}.norm_tokens"),
-        *linear(f"{ours}/mixing/fc1", f"{theirs}.mlp_inter.fc1"),
-        *linear(f"{ours}/mixing/fc2", f"{theirs}.mlp_inter.fc2"),
-        *norm(f"{ours}/mixed_norm", f"{theirs}.norm_post_tokens"),
-        *norm(f"{ours}/patch_norm", f"{theirs}.norm_x"),
-        *cross_attention(f"{ours}/cross", f"{theirs}.pre_assign_attn"),
-        *norm(f"{ours}/mlp_norm", f"{theirs}.norm_new_x"),
-        *linear(f"{ours}/mlp/fc1", f"{theirs}.mlp_channels.fc1"),
-        *linear(f"{ours}/mlp/fc2", f"{theirs}.mlp_channels.fc2"),
-    ]
-    for name, their_name in _ATTENTION.items():
-        links += linear(f"{ours}/{name}", f"{theirs}.assign.{their_name}")
-    return links
 
 
 def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link]:
@@ -216,9 +220,9 @@ def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link
     for stage, stack in enumerate(("first", "second")):
         depth = image[f"{stack}_layers"]
         if depth:
-            blocks = (f"{theirs}.layers.{stage}.blocks.{index}" for index in range(depth))
-            links += pre_norm_layers(f"{ours}/{stack}/layers", *blocks, stacked=True)
-    links += grouping_block(f"{ours}/binding", f"{theirs}.layers.0.downsample")
+            blocks = (f"{theirs}.layers.{stage}.blocks.{index}." for index in range(depth))
+            links += pre_norm_layers(f"{ours}/{stack}/layers", *blocks)
+    links += module(f"{ours}/binding", (f"{theirs}.layers.0.downsample.",), GROUPING_BLOCK)
     return links + norm(f"{ours}/norm", f"{theirs}.norm")
 
 
@@ -233,12 +237,9 @@ def decoder_links(depth: int, aligned: str) -> list[Link]:
     names = {"image": "align_proj_img", "text": "align_proj_text"}
     links = linear(f"{ours}/align_{aligned}", names[aligned]) if aligned else []
     for index in range(depth):
-        layer, block = f"{ours}/layer_{index}", f"{DECODER}.{index}"
-        links += norm(f"{layer}/token_norm", f"{block}.norm_tokens")
-        links += norm(f"{layer}/group_norm", f"{block}.norm_x")
-        links += cross_attention(f"{layer}/cross", f"{block}.pre_assign_attn")
-        links += pre_norm_layers(f"{layer}/self", f"{block}.post_attn", stacked=False)
-        links += norm(f"{layer}/norm", f"{block}.norm_new_x")
+        layer, block = f"{ours}/layer_{index}", (f"{DECODER}.{index}.",)
+        links += module(layer, block, _DECODER_LAYER)
+        links += fused_attention(f"{layer}/self/attention", block, "post_attn.attn.qkv.")
     return links
 
 

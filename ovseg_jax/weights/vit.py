@@ -13,7 +13,7 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.positions import cubic_weights
-from ovseg_jax.weights.links import Link, Shapes, linear, matching, norm, read_links
+from ovseg_jax.weights.links import Link, Shapes, linear, matching, module, norm, read_links
 from ovseg_jax.weights.tensors import Tensors
 
 ROOT = "image_encoder"
@@ -45,49 +45,38 @@ class Style:
     bare: tuple[str, str, str]
 
 
-_HUB_ATTENTION = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
-_FLAT_ATTENTION = tuple(f"attention.{name}_proj" for name in "qkvo")
+_HUB_ATTENTION = tuple(
+    f"attention.{n}"
+    for n in ("attention.query", "attention.key", "attention.value", "output.dense")
+)
 _HUB_BARE = tuple(
     f"embeddings.{n}" for n in ("cls_token", "register_tokens", "position_embeddings")
 )
 _LAMBDAS = ("layer_scale1.lambda1", "layer_scale2.lambda1")
-_VIT_NORMS = ("layernorm_before", "layernorm_after")
-_NORMS, _MLP = ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2")
+_NORMS = ("norm1", "norm2")
 _CONVOLUTION = "embeddings.patch_embeddings.projection"
 
-# "release" is DINO, DeiT, DINOv2, DINOv3 and timm; the others are Hugging Face's. transformers 5
-# renames while it loads and saves: files mostly keep the older names whatever the modules are
-# called ("flat", "nested"); state dicts that were saved by hand have the names of the modules.
+# "release" is DINO, DeiT, DINOv2, DINOv3 and timm; the others are Hugging Face's files, which keep
+# these names although transformers 5 calls its modules otherwise.
 # fmt: off
 STYLES: dict[str, Style] = {
     "release": Style(
-        "blocks.{}.", _NORMS, ("attn.query", "attn.key", "attn.value", "attn.proj"), _MLP,
-        ("ls1.gamma", "ls2.gamma"), "patch_embed.proj", "norm",
+        "blocks.{}.", _NORMS, ("attn.query", "attn.key", "attn.value", "attn.proj"),
+        ("mlp.fc1", "mlp.fc2"), ("ls1.gamma", "ls2.gamma"), "patch_embed.proj", "norm",
         ("cls_token", "register_tokens", "pos_embed"),
     ),
     "vit": Style(
-        "encoder.layer.{}.", _VIT_NORMS, (*_HUB_ATTENTION, "attention.output.dense"),
+        "encoder.layer.{}.", ("layernorm_before", "layernorm_after"), _HUB_ATTENTION,
         ("intermediate.dense", "output.dense"), _LAMBDAS, _CONVOLUTION, "layernorm", _HUB_BARE,
     ),
-    "vit flat": Style(
-        "layers.{}.", _VIT_NORMS, _FLAT_ATTENTION, _MLP, _LAMBDAS, _CONVOLUTION, "layernorm",
-        _HUB_BARE,
-    ),
     "dinov2": Style(
-        "encoder.layer.{}.", _NORMS, (*_HUB_ATTENTION, "attention.output.dense"), _MLP, _LAMBDAS,
+        "encoder.layer.{}.", _NORMS, _HUB_ATTENTION, ("mlp.fc1", "mlp.fc2"), _LAMBDAS,
         _CONVOLUTION, "layernorm", _HUB_BARE,
     ),
-    "dinov2 flat": Style(
-        "encoder.layer.{}.", _NORMS, _FLAT_ATTENTION, _MLP, _LAMBDAS, _CONVOLUTION, "layernorm",
-        _HUB_BARE,
-    ),
     "dinov3": Style(
-        "layer.{}.", _NORMS, _FLAT_ATTENTION, ("mlp.up_proj", "mlp.down_proj"), _LAMBDAS,
-        "embeddings.patch_embeddings", "norm", _HUB_BARE,
-    ),
-    "dinov3 nested": Style(
-        "model.layer.{}.", _NORMS, _FLAT_ATTENTION, ("mlp.up_proj", "mlp.down_proj"), _LAMBDAS,
-        "embeddings.patch_embeddings", "norm", _HUB_BARE,
+        "layer.{}.", _NORMS, tuple(f"attention.{name}_proj" for name in "qkvo"),
+        ("mlp.up_proj", "mlp.down_proj"), _LAMBDAS, "embeddings.patch_embeddings", "norm",
+        _HUB_BARE,
     ),
 }
 # fmt: on
@@ -178,22 +167,18 @@ def vit_links(style: Style, stacks: dict[str, range], wanted: Shapes) -> list[Li
     for ours, theirs in zip(BARE, style.bare, strict=True):
         if f"{ROOT}/{ours}" in wanted:
             links.append(Link((f"{ROOT}/{ours}",), (theirs,), "table"))
-    maps = ("attention/query", "attention/key", "attention/value", "attention/out")
-    maps += ("mlp/fc1", "mlp/fc2")
+    paths = ("attention_norm", "mlp_norm")
+    paths += ("attention/query", "attention/key", "attention/value", "attention/out")
+    paths += ("mlp/fc1", "mlp/fc2")
+    names = dict(zip(paths, (*style.norms, *style.attention, *style.mlp), strict=True))
     for stack, indices in stacks.items():
-        root = f"{ROOT}/{stack}/layers"
-
-        def names(stem: str, indices: range = indices) -> tuple[str, ...]:
-            return tuple(style.layer.format(index) + stem for index in indices)
-
-        for ours, theirs in zip(("attention_norm", "mlp_norm"), style.norms, strict=True):
-            links += norm(f"{root}/{ours}", *names(theirs), stacked=True)
-        for ours, theirs in zip(maps, (*style.attention, *style.mlp), strict=True):
-            links += linear(f"{root}/{ours}", *names(theirs), stacked=True)
+        root, layers = f"{ROOT}/{stack}/layers", [style.layer.format(index) for index in indices]
+        links += module(root, layers, names, stacked=True)
         for ours, theirs in zip(("attention", "mlp"), style.scales, strict=True):
             path = f"{root}/{ours}_scale/scale"
             if path in wanted:
-                links.append(Link((path,), names(theirs), "vector", True))
+                scales = tuple(layer + theirs for layer in layers)
+                links.append(Link((path,), scales, "vector", stacked=True))
     return links
 
 

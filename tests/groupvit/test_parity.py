@@ -171,7 +171,5 @@ def test_every_offender_is_listed(tensors, config):
         groupvit_config(wrong)
     with pytest.raises(UserError, match="no grid of 3 x 5"):
         groupvit_config(tensors, grid=(3, 5))
-    with pytest.raises(UserError, match="depth: there are only"):
-        groupvit_config(tensors, depth=3)
     with pytest.raises(UserError, match="text_form is 'bert'"):
         to_groupvit({}, {}, {**config, "text_form": "bert"})

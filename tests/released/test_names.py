@@ -114,8 +114,6 @@ def test_every_fault_is_in_one_message(case):
 def test_what_cannot_be_a_released_checkpoint(case, shared_tiny_config):
     with pytest.raises(UserError, match="no released checkpoint: it has no tensor img_encoder"):
         released_config({"a.weight": np.zeros((2, 2))})
-    with pytest.raises(UserError, match="head: there are only the settings"):
-        released_config(case.tensors, head=3)
     with pytest.raises(UserError, match="no grid of 3 x 5"):
         released_config(case.tensors, grid=(3, 5))
     tensors = {

@@ -37,12 +37,6 @@ def file_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: arrays[f"file|{name}"] for name in arrays["file_names"].tolist()}
 
 
-def module_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights under the names of their modules."""
-    both = zip(arrays["file_names"].tolist(), arrays["module_names"].tolist(), strict=True)
-    return {module: arrays[f"file|{file}"] for file, module in both}
-
-
 def build(config, name: str, **changes):
     """Our model for a golden one, and its parameters' shapes; `changes` go over its fields."""
     if name == "bert":

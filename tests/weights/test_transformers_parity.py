@@ -12,7 +12,6 @@ from golden_models import (
     build,
     file_tensors,
     hidden_states,
-    module_tensors,
     read,
     relative_error,
     variables,
@@ -55,18 +54,6 @@ def test_hidden_states(tmp_path, tiny_config, name):
 def test_a_wrong_option_shows(tmp_path, tiny_config, name, changes):
     """What weights cannot tell: the comparison notices each of these."""
     assert worst_error(tmp_path, tiny_config, name, **changes) > 1e-4
-
-
-@pytest.mark.parametrize("name", IMAGE_FIELDS)
-def test_names_of_modules_are_read_like_names_of_files(tmp_path, tiny_config, name):
-    arrays = read(name)
-    files, modules = file_tensors(arrays), module_tensors(arrays)
-    assert set(files) != set(modules)
-    _, shapes = build(tiny_config, name)
-    want = load(tmp_path, name, files, shapes)
-    got = load(tmp_path, name, modules, shapes)
-    assert set(got) == set(want)
-    assert all(np.array_equal(got[path], want[path]) for path in want)
 
 
 def as_released(tensors, registers):
