@@ -47,33 +47,26 @@ LARGEST_GROWTH = 8
 
 # Settings and scores that training programs save beside the weights. `weights_only` would refuse
 # a file for them; here each name stands for an object that takes any content and does nothing.
-_DICTS = (
-    "yacs.config.CfgNode",
-    "fvcore.common.config.CfgNode",
-    "detectron2.config.config.CfgNode",
-    "easydict.EasyDict",
-    "addict.addict.Dict",
-    "mmcv.utils.config.ConfigDict",
-    "mmengine.config.config.ConfigDict",
-)
-_OBJECTS = (
-    *("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "datetime.timedelta"),
-    *("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str"),
-    *(f"pathlib.{local}{kind}Path" for local in ("", "_local.") for kind in ("Posix", "Windows")),
-    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
-    *(f"omegaconf.base.{kind}Metadata" for kind in ("", "Container")),
-    *(
-        f"omegaconf.nodes.{kind}Node"
-        for kind in ("Any", "String", "Integer", "Float", "Boolean", "Path")
-    ),
-    *("mmcv.utils.config.Config", "mmengine.config.config.Config"),
-    *("ml_collections.config_dict.config_dict.ConfigDict", "numpy.dtype", "numpy.ndarray"),
-    *(
-        f"numpy.{core}.{name}"
-        for core in ("core", "_core")
-        for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
-    ),
-)
+_DICTS = """
+    yacs.config.CfgNode fvcore.common.config.CfgNode detectron2.config.config.CfgNode
+    easydict.EasyDict addict.addict.Dict mmcv.utils.config.ConfigDict
+    mmengine.config.config.ConfigDict
+""".split()
+_OBJECTS = """
+    argparse.Namespace types.SimpleNamespace typing.Any datetime.timedelta
+    builtins.dict builtins.list builtins.int builtins.float builtins.str
+    pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath
+    omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig
+    omegaconf.base.Metadata omegaconf.base.ContainerMetadata
+    omegaconf.nodes.AnyNode omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode
+    omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode omegaconf.nodes.PathNode
+    mmcv.utils.config.Config mmengine.config.config.Config
+    ml_collections.config_dict.config_dict.ConfigDict
+    numpy.dtype numpy.ndarray
+    numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct
+    numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct
+    numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer
+""".split()
 # NumPy has no such types itself.
 _ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import nest
@@ -32,9 +33,17 @@ def read(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / f"{name}.npz"))
 
 
-def file_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights under the names of their files."""
-    return {name: arrays[f"file|{name}"] for name in arrays["file_names"].tolist()}
+def published(name: str) -> dict[str, np.ndarray]:
+    """The weights of a golden model under the names that Hugging Face's files have."""
+    arrays = read(name)
+    return {tensor: arrays[f"file|{tensor}"] for tensor in arrays["file_names"].tolist()}
+
+
+def save(folder: Path, tensors: dict[str, np.ndarray], prefix: str = "") -> str:
+    """Writes model.safetensors into a folder and returns its path."""
+    path = folder / "model.safetensors"
+    save_file({prefix + name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+    return str(path)
 
 
 def build(config, name: str, **changes):
@@ -47,10 +56,26 @@ def build(config, name: str, **changes):
     return model, variable_shapes(model)
 
 
-def variables(shapes, found: dict[str, np.ndarray]) -> dict:
-    """Parameters with `found` in place and zeros elsewhere."""
+def halves(config, **changes):
+    """A model of the paper's form: no trunk, one layer before the binding, one after it."""
+    fields = {"width": 24, "heads": 3, "first_layers": 1, "second_layers": 1, "group_layer": 0}
+    fields |= {"class_token": False, "trunk_norm": False, "trunk_width": 0, "trunk_heads": 0}
+    return build(config, "vit", **{**fields, **changes})
+
+
+def same(ours: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
+    """Whether two sets of arrays are equal to the bit, and not empty."""
+    return (
+        bool(ours)
+        and ours.keys() == wanted.keys()
+        and all(np.array_equal(ours[name], value) for name, value in wanted.items())
+    )
+
+
+def variables(shapes, values: dict[str, np.ndarray]) -> dict:
+    """Parameters with `values` where there are any, and zeros elsewhere."""
     zeros = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-    return {"params": nest(zeros | found)}
+    return {"params": nest(zeros | values)}
 
 
 def hidden_states(model, params, arrays: dict[str, np.ndarray]) -> list[tuple]:
@@ -72,5 +97,5 @@ def hidden_states(model, params, arrays: dict[str, np.ndarray]) -> list[tuple]:
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """‖ours − theirs‖ / ‖theirs‖."""
+    """|ours - theirs| / |theirs|."""
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

@@ -8,7 +8,7 @@ are large (or the activations small, where an epsilon is fixed), so that a wrong
 
 Each file holds
   file|NAME     weights as `save_pretrained` writes them
-  module_names  the names that the modules of the same weights have, in the order of `file_names`
+  file_names    their names
   input.I       pixels [B, 3, H, W], or token ids [B, M] with mask.I
   output.I      the last hidden state for input I
 """
@@ -49,18 +49,12 @@ def randomize(model: torch.nn.Module, seed: int, embeddings: float) -> None:
 
 
 def named(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The weights as they are saved, and the names of the same weights in the modules."""
+    """The weights as they are saved."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         saved = load_file(Path(folder) / "model.safetensors")
-    modules = {name: value.numpy() for name, value in model.state_dict().items()}
-    names = []
-    for array in saved.values():
-        same = [n for n, v in modules.items() if v.shape == array.shape and (v == array).all()]
-        assert len(same) == 1, same
-        names.append(same[0])
     arrays = {f"file|{name}": array for name, array in saved.items()}
-    return arrays | {"file_names": np.array(list(saved)), "module_names": np.array(names)}
+    return arrays | {"file_names": np.array(list(saved))}
 
 
 def write(name: str, arrays: dict[str, np.ndarray]) -> None:
