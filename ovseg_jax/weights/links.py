@@ -137,17 +137,16 @@ def fused_attention(
       name: of the map, up to "weight" and "bias".
       stacked: see `Link`.
     """
+
+    def targets(leaf: str) -> tuple[str, ...]:
+        return tuple(f"{ours}/{third}/{leaf}" for third in ("query", "key", "value"))
+
+    def sources(kind: str) -> tuple[str, ...]:
+        return tuple(f"{prefix}{name}{kind}" for prefix in theirs)
+
     return [
-        Link(
-            tuple(f"{ours}/{map_name}/{leaf}" for map_name in ("query", "key", "value")),
-            tuple(f"{prefix}{name}{theirs_leaf}" for prefix in theirs),
-            form,
-            stacked,
-        )
-        for leaf, theirs_leaf, form in (
-            ("kernel", "weight", "fused_linear"),
-            ("bias", "bias", "fused_vector"),
-        )
+        Link(targets("kernel"), sources("weight"), "fused_linear", stacked),
+        Link(targets("bias"), sources("bias"), "fused_vector", stacked),
     ]
 
 

@@ -49,8 +49,6 @@ README = "README.md"
 EXTRA = "extra"
 SELF = "this_file_sha256"
 TOWERS = "towers"
-# Fields that older model directories have, with the only values that this version can still do.
-RETIRED = {"text": {"position_offset": 0, "token_types": 2}}
 # Model directories that come with this package, by name.
 SHIPPED = Path(__file__).parents[1] / "shipped"
 
@@ -228,7 +226,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     try:
         info = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         kind, version, files = info["format"], info["version"], dict(info["files_sha256"])
-        config = ConfigDict(_without_retired(info["model"]))
+        config = ConfigDict(info["model"])
         info = {**info, "text_length": int(info["text_length"])}
         for key in ("protocol", "benchmarks", "provenance"):
             dict(info[key])
@@ -242,7 +240,6 @@ def load_model(model: str | os.PathLike) -> SavedModel:
             f"{FORMAT!r} version {VERSION}"
         )
     _check_digests(directory, info, files)
-    info["model"] = json.loads(config.to_json_best_effort())
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         model = build_model(config)
@@ -272,14 +269,6 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         tokenizer=_tokenizer_of(resolve(tokenizer, TOKENIZER) if tokenizer else directory),
         info=info,
     )
-
-
-def _without_retired(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.model`` without fields of `RETIRED`; one of another value stays, to be refused."""
-    model = dict(model)
-    for name, fields in RETIRED.items():
-        model[name] = {k: x for k, x in model[name].items() if (k, x) not in fields.items()}
-    return model
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer:

@@ -85,7 +85,7 @@ def _empty_dict(*_: Any) -> dict:
     return collections.OrderedDict()
 
 
-def import_torch() -> ModuleType:
+def _import_torch() -> ModuleType:
     """PyTorch.
 
     Raises:
@@ -112,7 +112,7 @@ def read_state_dict(path: Path, entry: str = "") -> StateDict:
       UserError: the file is damaged, of another kind, would run code on load, or holds no state
         dict; or PyTorch is not installed.
     """
-    torch = import_torch()
+    torch = _import_torch()
 
     def has_tensors(value: Mapping[Any, Any]) -> bool:
         return any(isinstance(item, torch.Tensor) for item in value.values())
@@ -214,7 +214,7 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
       UserError: PyTorch has no such type, or is not installed.
     """
-    torch = import_torch()
+    torch = _import_torch()
 
     def as_tensor(name: str, array: np.ndarray) -> Any:
         array = array.astype(array.dtype.newbyteorder("="), copy=False)

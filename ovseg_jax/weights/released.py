@@ -250,9 +250,9 @@ def projector_links(
 
     Args:
       ours: name of the projector.
-      first: stem of the first map; `normed` of the batch norm, `last` of the last map.
-      normed: see `first`.
-      last: see `first`.
+      first: what the tensors of the first map are called, up to ".weight" and ".bias".
+      normed: likewise, those of the batch norm.
+      last: likewise, those of the last map.
       form: of the two maps.
     """
     running = f"{STATISTICS}/{ours}/norm"
