@@ -1,7 +1,6 @@
 """Where published weights are: a file, a folder, a Python package, or the Hugging Face hub."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -9,15 +8,15 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.weights.pth import PYTORCH
 from ovseg_jax.weights.tensors import Tensors, read_tensors
 
+# The weights in a folder; towers of the sizes that are read here are never split into several.
 WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 PACKAGE = "package:"
 HUB = "hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
 HUB_TEXT_FILES = ("*.json", "*.txt")
-_HUB_FILES = (WHOLE, INDEX, "model-*-of-*.safetensors", *HUB_TEXT_FILES)
+_HUB_FILES = (WHOLE, *HUB_TEXT_FILES)
 
 
 def find_weights(
@@ -76,20 +75,12 @@ def _package_file(spec: str, field: str) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that `read_weights` reads of a file or folder, an index among them.
-
-    Raises:
-      UserError: an index that is damaged, or names files that are not there.
-    """
-    if not path.is_dir():
-        return [path]
-    if (path / WHOLE).is_file() or not (path / INDEX).is_file():
-        return [path / WHOLE]
-    return [path / INDEX, *_indexed(path)[1]]
+    """The files that `read_weights` reads of a file or folder."""
+    return [path / WHOLE if path.is_dir() else path]
 
 
 def read_weights(path: Path, field: str, kind: str) -> Tensors:
-    """All tensors of a file or of a folder with one, or several numbered, safetensors files.
+    """All tensors of a file, or of a folder with model.safetensors.
 
     Args:
       path: the file or folder.
@@ -99,45 +90,14 @@ def read_weights(path: Path, field: str, kind: str) -> Tensors:
     Raises:
       UserError: no weights are there, or they cannot be read.
     """
-    if path.is_dir():
-        if (path / WHOLE).is_file():
-            return read_tensors(path / WHOLE)
-        if (path / INDEX).is_file():
-            return _read_indexed(path)
+    if path.is_dir() and not (path / WHOLE).is_file():
         pickles = sorted(file for file in path.iterdir() if file.suffix in PYTORCH)
         if not pickles:
-            raise UserError(f"{field}: the folder {path} has neither {WHOLE} nor {INDEX}")
+            raise UserError(f"{field}: the folder {path} has no {WHOLE}")
         path = pickles[0]
     if path.suffix in PYTORCH:
         raise UserError(
             f"{field}: {path} is a PyTorch file; convert it once:  python -m ovseg_jax.convert "
             f"{kind} --checkpoint={path} --out=WEIGHTS  and give WEIGHTS"
         )
-    return read_tensors(path)
-
-
-def _indexed(directory: Path) -> tuple[set[str], list[Path]]:
-    """Names of all tensors, and the files that hold them, as the index of a folder says."""
-    index = directory / INDEX
-    try:
-        file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = sorted({Path(str(file)).name for file in file_of.values()})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no index of weights ({error!r}); copy it again") from None
-    absent = [file for file in files if not (directory / file).is_file()]
-    if absent:
-        raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
-    return set(file_of), [directory / file for file in files]
-
-
-def _read_indexed(directory: Path) -> Tensors:
-    names, files = _indexed(directory)
-    tensors: Tensors = {}
-    for file in files:
-        tensors |= read_tensors(file)
-    missing = sorted(names - set(tensors))
-    if missing:
-        raise UserError(
-            f"{directory / INDEX} names tensors that its files do not hold: {', '.join(missing)}"
-        )
-    return tensors
+    return read_tensors(*weight_files(path))

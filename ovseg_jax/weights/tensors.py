@@ -49,11 +49,6 @@ def read_tensors(path: Path) -> Tensors:
             return _read_onnx(path)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); is the file complete?") from None
-    if kind in PYTORCH:
-        raise UserError(
-            f"{path} is a PyTorch file: turn it into safetensors once, with "
-            f"python -m ovseg_jax.convert dino|bert --checkpoint={path} --out=..."
-        )
     raise UserError(f"{path}: weights are read from .safetensors, .npz or .onnx, not {kind!r}")
 
 

@@ -7,7 +7,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 from golden_models import build, published, same, save
-from safetensors.numpy import save_file
 
 from ovseg_jax import convert
 from ovseg_jax.errors import UserError
@@ -15,7 +14,6 @@ from ovseg_jax.flags import load_config
 from ovseg_jax.train.report import Progress
 from ovseg_jax.train.run import make_run
 from ovseg_jax.weights.initialize import initial_image, initial_text, published_start
-from ovseg_jax.weights.locate import INDEX
 from ovseg_jax.weights.pth import write_torch
 
 INITIAL = {"dino": initial_image, "bert": initial_text}
@@ -34,37 +32,11 @@ def bert():
 # ---- files and folders
 
 
-def shards(folder, tensors, count=2):
-    """`tensors` spread over numbered files with an index, as large models are saved."""
-    file_of = {}
-    for number in range(count):
-        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        shard = {key: tensors[key] for key in sorted(tensors)[number::count]}
-        save_file(shard, folder / name)
-        file_of |= dict.fromkeys(shard, name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-
-
-def test_folders_npz_and_several_files_with_an_index(tmp_path, shapes, bert):
-    (tmp_path / "whole").mkdir()
-    want = initial_text(save(tmp_path / "whole", bert), shapes)
+def test_folders_and_npz(tmp_path, shapes, bert):
+    want = initial_text(save(tmp_path, bert), shapes)
     np.savez(tmp_path / "bert.npz", **bert)
-    for spec in (tmp_path / "whole", tmp_path / "bert.npz"):
+    for spec in (tmp_path, tmp_path / "bert.npz"):
         assert same(initial_text(str(spec), shapes), want)
-    shards(tmp_path, bert)
-    assert same(initial_text(str(tmp_path), shapes), want)
-
-    (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00001-of-00002.safetensors"):
-        initial_text(str(tmp_path), shapes)
-    index = {"weight_map": {"lost.weight": "model-00002-of-00002.safetensors"}}
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="lost.weight"):
-        initial_text(str(tmp_path), shapes)
-    for damaged in ("{", "[]", '{"weight_map": 3}'):
-        (tmp_path / INDEX).write_text(damaged)
-        with pytest.raises(UserError, match="no index of weights"):
-            initial_text(str(tmp_path), shapes)
 
 
 @pytest.mark.parametrize("initial", INITIAL.values())
