@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -227,11 +228,12 @@ def read_links(
     return result
 
 
-def write_links(arrays: Mapping[str, np.ndarray], links: Iterable[Link]) -> Tensors:
+def write_links(arrays: Mapping[str, Any], links: Iterable[Link]) -> Tensors:
     """The source's tensors from our arrays, the inverse of `read_links`.
 
     Args:
-      arrays: path to array; all that the links name.
+      arrays: path to array, of NumPy or JAX; all that the links name.
+      links: as for `read_links`.
     """
     result: Tensors = {}
     for link in links:
