@@ -24,9 +24,7 @@ TEACHER, UNUSED = "teacher", "unused"
 # In a model directory's provenance: whose tensor names the checkpoint had.
 NAMES = "names"
 
-
-# Where the tokenizers are that the published models were trained with. That of the released one has
-# bert-base-uncased's vocabulary.
+# Tokenizers of the published models. The released model's has bert-base-uncased's vocabulary.
 TOKENIZERS = {
     "released": "hub:distilbert/distilbert-base-uncased",
     "groupvit": "hub:nvidia/groupvit-gcc-yfcc",

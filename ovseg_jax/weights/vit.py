@@ -23,7 +23,7 @@ BARE = ("class_token", "register_tokens", "position")
 
 @dataclass(frozen=True)
 class Style:
-    """Names of one style: stems of weight and bias, but whole names of bare parameters.
+    """Names in one published style; ".weight" or ".bias" is added to all but bare ones.
 
     Attributes:
       layer: what precedes the names of a layer, with {} for its index.
