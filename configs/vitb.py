@@ -66,8 +66,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "heads": 12,
             "mlp_width": 3072,
             "max_positions": 512,
-            "position_offset": 0,
-            "token_types": 2,
             "dropout": 0.1,
             "eps": 1e-12,
             "remat": "full",

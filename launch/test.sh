@@ -7,7 +7,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/environment.sh quickstart,dev
+bash launch/environment.sh quickstart,dev,convert
 .venv/bin/python -m ruff check .
 
 # The TPU compiler, which a test of ovseg_jax.aot runs. Beside the packages, not among them: where

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import most_tokens
 from ovseg_jax.train.aot import chips, cost, devices, measure, search, tables
 
 ABOUT = """What a train step needs on a TPU, from the real compiler, on any machine without one.
@@ -107,7 +106,7 @@ def _measured(
 
 
 def _text_length(args: SimpleNamespace, config: ConfigDict) -> int:
-    most = most_tokens(config.model)
+    most = config.model.text.max_positions
     length = args.text_length or config.data.text_length or min(LONGEST, most)
     if length > most:
         raise UserError(

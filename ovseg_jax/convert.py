@@ -11,12 +11,17 @@ from typing import Any
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.weights import groupvit, released
-from ovseg_jax.weights.checkpoint_files import WRITERS
-from ovseg_jax.weights.published import PUBLISHED, Told, from_model_dir, to_model_dir
-from ovseg_jax.weights.towers import tower_to_safetensors
+from ovseg_jax.weights.conversion import (
+    TOKENIZERS,
+    Settings,
+    from_model_dir,
+    to_model_dir,
+    tower_to_safetensors,
+)
+from ovseg_jax.weights.published_config import GROUPVIT_HEADS, RELEASED_HEADS
+from ovseg_jax.weights.tensors import WRITERS
 
-ABOUT = """Convert published weights. PyTorch is not needed; a file that would run code is refused.
+ABOUT = """Convert published weights. Files that would run code are refused.
 
   convert released --checkpoint=FILE --out=MODEL_DIR    the released OVSegmentor
   convert released --model=MODEL_DIR --to=pth --out=FILE.pth    and back, to the bit
@@ -24,7 +29,8 @@ ABOUT = """Convert published weights. PyTorch is not needed; a file that would r
   convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model.image_init
   convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model.text_init
 
-FILE is .pth, .pt, .bin, .ckpt, .npz or .safetensors. `convert KIND --help` lists the flags.
+FILE is .npz, .safetensors or, with PyTorch (pip install ".[convert]"), .pth, .pt, .bin or .ckpt.
+`convert KIND --help` lists the flags.
 """
 
 
@@ -50,7 +56,7 @@ def _model_flags(kind: str) -> tuple[flags.Flag, ...]:
         flags.Flag(
             "tokenizer",
             default="",
-            help=f"folder of the tokenizer, or (downloaded) {PUBLISHED[kind].tokenizer}",
+            help=f"folder of the tokenizer, or (downloaded) {TOKENIZERS[kind]}",
         ),
         flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default square"),
         flags.Flag(
@@ -68,23 +74,26 @@ RELEASED = (
     flags.Flag(
         "heads",
         _whole_numbers,
-        default=(released.TOLD["heads"], released.TOLD["second_heads"]),
+        default=(RELEASED_HEADS["heads"], RELEASED_HEADS["second_heads"]),
         help="attention heads of the visual encoder before and after the binding",
     ),
     *(
         flags.Flag(
-            f"{part}_heads", int, default=released.TOLD[f"{part}_heads"], help=f"of the {what}"
+            f"{name}_heads", int, default=RELEASED_HEADS[f"{name}_heads"], help=f"of the {what}"
         )
-        for part, what in (("decoder", "entity decoder"), ("text", "text encoder"))
+        for name, what in (("decoder", "entity decoder"), ("text", "text encoder"))
     ),
 )
 GROUPVIT = (
     *_model_flags("groupvit"),
     flags.Flag(
-        "heads", int, default=groupvit.TOLD["heads"], help="attention heads of the visual encoder"
+        "heads",
+        int,
+        default=GROUPVIT_HEADS,
+        help="attention heads of the visual encoder",
     ),
     flags.Flag("text_heads", int, default=0, help="of the text encoder; 0: one for 64 channels"),
-    flags.Flag("activation", default=groupvit.TOLD["activation"], help="of the text encoder"),
+    flags.Flag("activation", default="quick_gelu", help="of the text encoder"),
 )
 TOWER = (
     flags.Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
@@ -110,16 +119,16 @@ def main(argv: list[str]) -> int:
 
 def _released(kind: str, args: SimpleNamespace) -> list[str]:
     heads = _pair("heads", args.heads)
-    told = {"heads": heads[0], "second_heads": heads[1], "decoder_heads": args.decoder_heads}
-    return _model(kind, args, {**told, "text_heads": args.text_heads})
+    settings = {"heads": heads[0], "second_heads": heads[1], "decoder_heads": args.decoder_heads}
+    return _model(kind, args, {**settings, "text_heads": args.text_heads})
 
 
 def _groupvit(kind: str, args: SimpleNamespace) -> list[str]:
-    told = {name: getattr(args, name) for name in ("heads", "text_heads", "activation")}
-    return _model(kind, args, told)
+    settings = {name: getattr(args, name) for name in ("heads", "text_heads", "activation")}
+    return _model(kind, args, settings)
 
 
-def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
+def _model(kind: str, args: SimpleNamespace, settings: dict[str, Any]) -> list[str]:
     out = Path(args.out)
     if bool(args.checkpoint) == bool(args.model):
         raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
@@ -128,8 +137,8 @@ def _model(kind: str, args: SimpleNamespace, told: dict[str, Any]) -> list[str]:
     protocol = named_protocol(kind).replace(short_side=args.short_side)
     if args.background_threshold is not None:
         protocol = protocol.replace(threshold=args.background_threshold, thresholds={})
-    everything = Told(
-        model={**told, "grid": args.grid and _pair("grid", args.grid)},
+    everything = Settings(
+        model={**settings, "grid": args.grid and _pair("grid", args.grid)},
         protocol=protocol.as_dict(),
         tokenizer=args.tokenizer,
         text_length=args.text_length,

@@ -47,8 +47,8 @@ from ovseg_jax.train.stacks import print_stacks_on_signal
 from ovseg_jax.train.starts import restored
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.train.stopping import Interrupted
+from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.model_dir import save_model
-from ovseg_jax.weights.start import architecture
 
 ABOUT = """Learn to segment from captions, or evaluate what was learned.
 

@@ -93,8 +93,6 @@ def make_tiny_config() -> ConfigDict:
             "heads": 2,
             "mlp_width": 48,
             "max_positions": 12,
-            "position_offset": 0,
-            "token_types": 2,
             "dropout": 0.1,
             "eps": 1e-12,
             **precision,

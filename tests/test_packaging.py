@@ -76,7 +76,7 @@ def test_extras_are_the_documented_ones():
         "video",
         "aot",
         "export",
-        "golden",
+        "convert",
         "benchmarks",
         "beam",
         "dev",

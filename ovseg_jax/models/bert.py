@@ -1,7 +1,4 @@
-"""BERT encoder (Devlin et al., 2019) and the sentence vector taken from it.
-
-DistilBERT and RoBERTa are the same arithmetic with other embeddings, see `BertEncoder`.
-"""
+"""BERT encoder (Devlin et al., 2019) and the sentence vector taken from it."""
 
 from typing import Any
 
@@ -42,9 +39,6 @@ class BertEncoder(nn.Module):
     Attributes:
       vocab_size, width, depth, heads, mlp_width: of the encoder.
       max_positions: rows of the position table.
-      position_offset: 0: tokens are numbered from 0, padding too (BERT). n > 0: real tokens are
-        numbered from n and all padding gets n - 1 (RoBERTa: 2, one more than the id of padding).
-      token_types: rows of the token-type table; 0 for none (DistilBERT). Only type 0 is used.
       dropout: rate after the embeddings and on both residual branches, in training.
       eps: of every LayerNorm.
     """
@@ -55,8 +49,6 @@ class BertEncoder(nn.Module):
     heads: int
     mlp_width: int
     max_positions: int = 512
-    position_offset: int = 0
-    token_types: int = 2
     dropout: float = 0.1
     eps: float = 1e-12
     remat: str = "none"
@@ -78,17 +70,11 @@ class BertEncoder(nn.Module):
         length = ids.shape[1]
         x = jnp.take(table("word", self.vocab_size, "vocab"), ids, axis=0)
         positions = table("position", self.max_positions, None)
-        if self.position_offset:
-            real = mask.astype(jnp.int32)
-            numbers = jnp.cumsum(real, axis=1) * real + (self.position_offset - 1)
-            x = x + jnp.take(positions, numbers, axis=0)
         # Padding's own embeddings never train. (They could only where padded positions are read.)
         x = jnp.where(mask[..., None], x, jax.lax.stop_gradient(x))
-        if not self.position_offset:
-            x = x + positions[:length][None]
-        if self.token_types:
-            # Captions are single sentences: every token has type 0.
-            x = x + table("token_type", self.token_types, None)[:1][None]
+        x = x + positions[:length][None]
+        # Captions are single sentences: every token has type 0 of the two.
+        x = x + table("token_type", 2, None)[:1][None]
         x = layer_norm("embed_norm", self.eps, self.dtype)(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         stack = scanned(

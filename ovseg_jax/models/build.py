@@ -31,6 +31,9 @@ CHOICES = {
     "matmul_dtype": ("float32", "bfloat16"),
 }
 
+# Fields of `config.text` that earlier versions wrote, with the only values that are still possible.
+RETIRED = {"position_offset": 0, "token_types": 2}
+
 TEXT_FORMS = {"bert": BertEncoder, "causal": CausalTextEncoder}
 
 
@@ -131,18 +134,6 @@ def check_model_config(config: ConfigDict) -> None:
             "config.model.image_head reads the class token, and nothing else does: set image_head "
             "and image.keep_class_token, or neither"
         )
-    text, offset = config.text, config.text.get("position_offset", 0)
-    if not 0 <= offset < text.max_positions:
-        raise UserError(
-            f"config.model.text.position_offset = {offset} must lie between 0 and max_positions = "
-            f"{text.max_positions}"
-        )
-
-
-def most_tokens(config: ConfigDict) -> int:
-    """The longest text that the text encoder of `config` (a run's ``config.model``) has positions
-    for."""
-    return config.text.max_positions - config.text.get("position_offset", 0)
 
 
 def build_model(config: ConfigDict) -> OVSegmentor:
@@ -161,11 +152,12 @@ def build_model(config: ConfigDict) -> OVSegmentor:
     image["grid"] = tuple(image["grid"])
     image["trunk_outputs"] = tuple(image.get("trunk_outputs", ()))
     image["later_stages"] = tuple(tuple(stage) for stage in image.get("later_stages", ()))
+    text = {name: x for name, x in config.text.items() if (name, x) not in RETIRED.items()}
     text_encoder = TEXT_FORMS[config.get("text_form", "bert")]
     decoder = config.decoder
     return OVSegmentor(
         image_encoder=VisualEncoder(**image, **options),
-        text_encoder=text_encoder(**config.text, **options),
+        text_encoder=text_encoder(**text, **options),
         entity_decoder=None if decoder is None else EntityDecoder(**decoder, **options),
         joint_width=config.joint_width,
         projector_layers=config.projector_layers,

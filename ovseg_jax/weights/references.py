@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.token_files import tokenizer_files
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.checkpoint_files import file_digest
-from ovseg_jax.weights.initialize import Shapes, initial_image, initial_text
-from ovseg_jax.weights.sources import HUB, HUB_TEXT_FILES, find_weights, weight_files
-from ovseg_jax.weights.tensors import PACKAGE
+from ovseg_jax.weights.initialize import initial_image, initial_text
+from ovseg_jax.weights.links import Shapes
+from ovseg_jax.weights.locate import HUB, HUB_TEXT_FILES, PACKAGE, find_weights, weight_files
+from ovseg_jax.weights.tensors import file_digest
 
 TOWERS = ("image", "text")
 TOKENIZER = "tokenizer"
@@ -26,11 +26,11 @@ class Reference:
     """Where published files are, and which ones they must be.
 
     Attributes:
-      spec: see `sources.find_weights`; paths are absolute.
+      spec: see `locate.find_weights`; paths are absolute.
       files_sha256: digest of every file that is read, by its name.
       package, version: distribution that the files came from, for "package:" specs.
       revision: commit of the hub's repository, for "hub:" specs, where it is known.
-      resample: whether patches and positions are resampled to the model's grid.
+      resample: whether positions are resampled to the model's grid.
     """
 
     spec: str
@@ -54,7 +54,7 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     """The reference to what a spec names today.
 
     Args:
-      spec: see `sources.find_weights`.
+      spec: see `locate.find_weights`.
       role: "image", "text" or "tokenizer".
       resample: see `Reference`.
 
@@ -186,7 +186,7 @@ def split_towers(
     """Parameters that differ from the published towers, and references to the towers.
 
     Args:
-      model: ``config.model`` of the run, with `start.INIT_FIELDS`.
+      model: ``config.model`` of the run, with `initialize.INIT_FIELDS`.
       params: all parameters by path. shapes: theirs.
 
     Raises:

@@ -1,12 +1,9 @@
 """Checkpoints of the released PyTorch model, both ways.
 
-Sizes come from the tensors; what these cannot tell (heads, epsilons) has the released values as
-defaults. What the released code stores without using it is kept apart (`extra_tensors`), so that
+What the released code stores without using it is kept apart (`extra_tensors`), so that
 `to_released` gives back every tensor that `from_released` was given, to the bit.
 """
 
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,145 +14,80 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
+from ovseg_jax.weights.bert import bert_links
 from ovseg_jax.weights.initialize import variable_shapes
-from ovseg_jax.weights.released_names import (
-    DECODER,
-    IMAGE,
-    TEACHER,
-    TEXT,
-    UNUSED,
-    image_links,
-    model_links,
+from ovseg_jax.weights.links import (
+    Link,
+    fused_attention,
+    linear,
+    matching,
+    module,
+    norm,
+    read_links,
+    write_links,
 )
-from ovseg_jax.weights.sizes import Sizes, complete_told, grid_of
 from ovseg_jax.weights.tensors import Tensors
-from ovseg_jax.weights.two_way import read_links, write_links
 
-# Position embeddings are [L, D] where they came from an image checkpoint and [1, L, D] else. This
-# key among the extra tensors, with the axis's length, remembers the second form.
-POSITION_AXIS = "pos_embed.leading_axis"
-
-# What a text encoder's kind tells where it is not told: RoBERTa has one token type, BERT two.
-BERT = {"text_eps": 1e-12, "pad_id": 0, "position_offset": 0}
-ROBERTA = {"text_eps": 1e-5, "pad_id": 1, "position_offset": 2}
-
-# What tensors cannot tell.
-TOLD = {
-    "heads": 8,
-    "second_heads": 8,
-    "decoder_heads": 8,
-    "text_heads": 12,
-    "grid": None,
-    "assignment": "hard",
-    "drop_path": 0.1,
-    "dropout": 0.1,
-    "image_eps": 1e-5,
-    "text_eps": None,
-    "pad_id": None,
-    "position_offset": None,
-    "dtype": "float32",
-    "matmul_dtype": "float32",
-    "remat": "none",
+IMAGE, TEACHER = "img_encoder", "img_encoder_momentum"
+TEXT = "text_encoder.transformer"
+DECODER = "multimodal_groupingblock.blocks"
+PROJECTORS = {
+    "image_projector": "img_projector",
+    "text_projector": "text_projector",
+    "completion_projector": "bridge_projector",
 }
 
+# What the released code carries along without using it: BERT's pooler and constants, a second
+# temperature, the assignment inside the decoder.
+UNUSED = (
+    r"text_encoder\.transformer\.(pooler\.dense\.(weight|bias)|embeddings\.(position|token_type)_ids)",
+    r"logit_scale_mask",
+    r"multimodal_groupingblock\.blocks\.\d+\.assign\..*",
+)
 
-def released_config(tensors: Mapping[str, Any], **told: Any) -> dict[str, Any]:
-    """The ``config.model`` of a released checkpoint.
+# Position embeddings are [1, L, D], or [L, D] if they came from an image checkpoint. This key
+# among the extra tensors, with the axis's length, remembers the first form.
+POSITION_AXIS = "pos_embed.leading_axis"
 
-    Args:
-      tensors: by released name; anything with a shape.
-      told: what the tensors cannot tell: `heads`, `second_heads` (before and after the binding),
-        `decoder_heads`, `text_heads`, `grid` (rows and columns of the position embeddings; None
-        for a square), `assignment`, `drop_path`, `dropout`, `image_eps`, `text_eps`, `pad_id`,
-        `position_offset` (these three: None for those of BERT, or of RoBERTa where there is one
-        token type), `dtype`, `matmul_dtype`, `remat`. Defaults are the released ones (`TOLD`).
-
-    Raises:
-      UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
-        contradict each other.
-    """
-    told = complete_told(told, TOLD)
-    sizes = Sizes(tensors, "released checkpoint")
-    shape, depth = sizes.shape, sizes.depth
-    width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
-    positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
-    grid = grid_of(positions, told["grid"], f"{IMAGE}.pos_embed")
-    vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
-    hidden, _, _ = shape("img_projector.linear_hidden.0.weight", 3)
-    joint, _, _ = shape("img_projector.linear_out.weight", 3)
-    types = shape(f"{TEXT}.embeddings.token_type_embeddings.weight", 2)[0]
-    for name, value in (ROBERTA if types == 1 else BERT).items():
-        told[name] = value if told[name] is None else told[name]
-    options = {"remat": told["remat"], "unroll": 1}
-    fed = shape(f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", 2)[0]
-    decoder_fed, decoder_width = shape(f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight", 2)
-    return {
-        "image": {
-            "patch": patch,
-            "grid": grid,
-            "width": width,
-            "heads": told["heads"],
-            "mlp_ratio": _ratio(fed, width),
-            "eps": told["image_eps"],
-            "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
-            "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
-            "group_layer": 0,
-            "num_groups": shape(f"{IMAGE}.layers.0.downsample.mlp_inter.fc2.weight", 2)[0],
-            "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
-            "binding": "grouping_block",
-            "second_stage": "groups",
-            "second_heads": told["second_heads"],
-            "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
-            "group_std": 0.02,
-            "trunk_width": 0,
-            "trunk_heads": 0,
-            "class_token": False,
-            "trunk_norm": False,
-            "register_tokens": 0,
-            "position": "learned",
-            "position_resize": "bicubic",
-            "rope_theta": 100.0,
-            "layer_scale": None,
-            "assignment": told["assignment"],
-            "binding_scale": None,
-            "gumbel_temperature": 1.0,
-            "drop_path": told["drop_path"],
-            **options,
-        },
-        "text": {
-            "vocab_size": vocab,
-            "width": text_width,
-            "depth": depth(f"{TEXT}.encoder.layer"),
-            "heads": told["text_heads"],
-            "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
-            "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
-            "position_offset": told["position_offset"],
-            "token_types": types,
-            "dropout": told["dropout"],
-            "eps": told["text_eps"],
-            **options,
-        },
-        "decoder": {
-            "width": decoder_width,
-            "heads": told["decoder_heads"],
-            "mlp_ratio": _ratio(decoder_fed, decoder_width),
-            "eps": told["image_eps"],
-            "order": "cross_first",
-            "depth": depth(DECODER),
-            "mask_padding": False,
-        },
-        "joint_width": joint,
-        "projector_layers": 2,
-        "projector_width": hidden,
-        "projector_norm": "batch",
-        "projector_activation": "relu",
-        "projector_bias": True,
-        "text_pool": "cls",
-        "pad_id": told["pad_id"],
-        "temperature_init": 0.07,
-        "dtype": told["dtype"],
-        "matmul_dtype": told["matmul_dtype"],
-    }
+_PRE_NORM = {
+    "attention_norm": "norm1",
+    "attention/out": "attn.proj",
+    "mlp_norm": "norm2",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
+_CROSS = {
+    "attention/query": "attn.q_proj",
+    "attention/key": "attn.k_proj",
+    "attention/value": "attn.v_proj",
+    "attention/out": "attn.proj",
+    "mlp_norm": "norm2",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+    "norm": "norm_post",
+}
+GROUPING_BLOCK = {
+    "token_norm": "norm_tokens",
+    "mixing/fc1": "mlp_inter.fc1",
+    "mixing/fc2": "mlp_inter.fc2",
+    "mixed_norm": "norm_post_tokens",
+    "patch_norm": "norm_x",
+    **{f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()},
+    "query": "assign.q_proj",
+    "key": "assign.k_proj",
+    "value": "assign.v_proj",
+    "out": "assign.proj",
+    "mlp_norm": "norm_new_x",
+    "mlp/fc1": "mlp_channels.fc1",
+    "mlp/fc2": "mlp_channels.fc2",
+}
+_DECODER_LAYER = {
+    "token_norm": "norm_tokens",
+    "group_norm": "norm_x",
+    **{f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()},
+    **{f"self/{ours}": f"post_attn.{theirs}" for ours, theirs in _PRE_NORM.items()},
+    "norm": "norm_new_x",
+}
 
 
 def extra_tensors(tensors: Tensors) -> Tensors:
@@ -163,8 +95,7 @@ def extra_tensors(tensors: Tensors) -> Tensors:
 
     They are kept beside the parameters for `to_released` alone.
     """
-    unused = re.compile("|".join(f"(?:{pattern})" for pattern in UNUSED))
-    extra = {name: value for name, value in tensors.items() if unused.fullmatch(name)}
+    extra = {name: tensors[name] for name in matching(tensors, UNUSED)}
     if np.ndim(tensors.get(f"{IMAGE}.pos_embed")) == 3:
         extra[POSITION_AXIS] = np.asarray(1, np.int64)
     return extra
@@ -177,7 +108,7 @@ def from_released(
 
     Args:
       tensors: by released name ("img_encoder...."; no "module." in front).
-      config: the ``config.model``, as `released_config` gives it.
+      config: the ``config.model``, as `published_config.released_config` gives it.
       origin: where the tensors come from, for messages.
 
     Returns:
@@ -188,16 +119,18 @@ def from_released(
       UserError: one message that lists every tensor that is missing, unused or of another shape.
     """
     config = ConfigDict(dict(config))
-    flat = _flat_positions(tensors)
+    names = (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed")
+    flat = {n: tensors[n][0] for n in names if n in tensors and np.ndim(tensors[n]) == 3}
+    flat = {**tensors, **flat}
     shapes = variable_shapes(build_model(config))
     momentum = {name: x for name, x in flat.items() if name.startswith(f"{TEACHER}.")}
     rest = {name: x for name, x in flat.items() if name not in momentum}
     arrays = read_links(rest, model_links(config), shapes, extra_tensors(tensors), origin)
     teacher = None
     if momentum:
-        mine = {path: x for path, x in shapes.items() if path.startswith("image_encoder/")}
+        encoder = {path: x for path, x in shapes.items() if path.startswith("image_encoder/")}
         links = image_links(config["image"], TEACHER)
-        teacher = nest(read_links(momentum, links, mine, (), origin))["image_encoder"]
+        teacher = nest(read_links(momentum, links, encoder, (), origin))["image_encoder"]
     tree = nest(arrays)
     return tree, tree.pop(STATISTICS), teacher
 
@@ -212,29 +145,29 @@ def to_released(
     """A released checkpoint's tensors from our parameters; the inverse of `from_released`.
 
     Args:
-      params, batch_stats, teacher: as `from_released` gives them.
+      params: as `from_released` gives them.
+      batch_stats: likewise.
+      config: the ``config.model``.
+      teacher: as `from_released` gives it.
       extra: as `extra_tensors` gives them, where there are any.
 
     Raises:
       UserError: the model is of another form than the released one.
     """
     config = ConfigDict(dict(config))
-    wanted = {
-        "image.binding": (config.image.binding, "grouping_block"),
-        "image.second_stage": (config.image.second_stage, "groups"),
-        "decoder.order": (config.decoder and config.decoder.order, "cross_first"),
-        "projector_norm": (config.projector_norm, "batch"),
-    }
-    for field, (found, needed) in wanted.items():
-        if found != needed:
-            raise UserError(
-                f"only a model of the released form has released names: config.model.{field} is "
-                f"{found!r}, not {needed!r}"
-            )
-    tensors = write_links(_arrays({**params, STATISTICS: batch_stats}), model_links(config))
+    require_form(
+        "the released",
+        {
+            "image.binding": (config.image.binding, "grouping_block"),
+            "image.second_stage": (config.image.second_stage, "groups"),
+            "decoder.order": (config.decoder and config.decoder.order, "cross_first"),
+            "projector_norm": (config.projector_norm, "batch"),
+        },
+    )
+    tensors = write_links(flatten({**params, STATISTICS: batch_stats}), model_links(config))
     if teacher is not None:
         links = image_links(config.image, TEACHER)
-        tensors |= write_links(_arrays({"image_encoder": teacher}), links)
+        tensors |= write_links(flatten({"image_encoder": teacher}), links)
     extra = dict(extra or {})
     if extra.pop(POSITION_AXIS, None) is not None:
         for name in (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed"):
@@ -243,18 +176,112 @@ def to_released(
     return tensors | extra
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The quotient whose product with the width, cut to an integer, is `hidden` again."""
-    ratio = hidden / width
-    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
+def require_form(form: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises UserError if a field of ``config.model`` has another value than a published model's.
+
+    Args:
+      form: whose form it must be, as in "the released".
+      fields: (value, value that it must have) by name.
+    """
+    for field, (value, needed) in fields.items():
+        if value != needed:
+            raise UserError(
+                f"only a model of {form} form has its names: config.model.{field} is {value!r}, "
+                f"not {needed!r}"
+            )
 
 
-def _arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+# ---- names
 
 
-def _flat_positions(tensors: Tensors) -> Tensors:
-    """Position embeddings of both forms as [L, D]."""
-    names = (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed")
-    flat = {n: tensors[n][0] for n in names if n in tensors and np.ndim(tensors[n]) == 3}
-    return {**tensors, **flat}
+def pre_norm_layers(ours: str, *blocks: str) -> list[Link]:
+    """A stack of pre-norm layers with fused queries, keys and values."""
+    return [
+        *fused_attention(f"{ours}/attention", blocks, "attn.qkv.", stacked=True),
+        *module(ours, blocks, _PRE_NORM, stacked=True),
+    ]
+
+
+def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link]:
+    """The visual encoder, or (`theirs` = `TEACHER`) its moving average.
+
+    Args:
+      image: a ``config.model.image``.
+      theirs: prefix of the tensors.
+    """
+    ours = "image_encoder"
+    links = [
+        *linear(f"{ours}/patch_embed", f"{theirs}.patch_embed.proj", form="patch"),
+        Link((f"{ours}/position",), (f"{theirs}.pos_embed",), "table"),
+        Link((f"{ours}/group_token",), (f"{theirs}.layers.0.group_token",), "token"),
+    ]
+    if image["patch_norm"]:
+        links += norm(f"{ours}/embed_norm", f"{theirs}.patch_embed.norm")
+    for stage, stack in enumerate(("first", "second")):
+        depth = image[f"{stack}_layers"]
+        if depth:
+            blocks = (f"{theirs}.layers.{stage}.blocks.{index}." for index in range(depth))
+            links += pre_norm_layers(f"{ours}/{stack}/layers", *blocks)
+    links += module(f"{ours}/binding", (f"{theirs}.layers.0.downsample.",), GROUPING_BLOCK)
+    return links + norm(f"{ours}/norm", f"{theirs}.norm")
+
+
+def decoder_links(depth: int, aligned: str) -> list[Link]:
+    """The entity decoder, of `depth` layers.
+
+    Args:
+      depth: number of layers.
+      aligned: "image" or "text", the side that is projected to the other's width; "" for neither.
+    """
+    ours = "entity_decoder"
+    names = {"image": "align_proj_img", "text": "align_proj_text"}
+    links = linear(f"{ours}/align_{aligned}", names[aligned]) if aligned else []
+    for index in range(depth):
+        layer, block = f"{ours}/layer_{index}", (f"{DECODER}.{index}.",)
+        links += module(layer, block, _DECODER_LAYER)
+        links += fused_attention(f"{layer}/self/attention", block, "post_attn.attn.qkv.")
+    return links
+
+
+def projector_links(
+    ours: str, first: str, normed: str, last: str, form: str = "pointwise"
+) -> list[Link]:
+    """A projector with its running statistics, which are under "batch_stats/".
+
+    Args:
+      ours: name of the projector.
+      first: what the tensors of the first map are called, up to ".weight" and ".bias".
+      normed: likewise, those of the batch norm.
+      last: likewise, those of the last map.
+      form: of the two maps.
+    """
+    running = f"{STATISTICS}/{ours}/norm"
+    return [
+        *linear(f"{ours}/fc", first, form=form),
+        *norm(f"{ours}/norm", normed),
+        *linear(f"{ours}/out", last, form=form),
+        Link((f"{running}/mean",), (f"{normed}.running_mean",), "vector"),
+        Link((f"{running}/variance",), (f"{normed}.running_var",), "vector"),
+        Link((f"{running}/count",), (f"{normed}.num_batches_tracked",), "count"),
+    ]
+
+
+def model_links(model: Mapping[str, Any] | ConfigDict) -> list[Link]:
+    """Everything but the teacher.
+
+    Args:
+      model: a ``config.model`` of the released form.
+    """
+    image, text, decoder = (model[name] for name in ("image", "text", "decoder"))
+    widths = {"image": image["width"], "text": text["width"]}
+    aligned = [side for side, width in widths.items() if width != decoder["width"]]
+    links = [
+        Link(("log_scale",), ("logit_scale",), "scalar"),
+        *image_links(image, IMAGE),
+        *bert_links(text["depth"], f"{TEXT}."),
+        *decoder_links(decoder["depth"], aligned[0] if aligned else ""),
+    ]
+    for ours, theirs in PROJECTORS.items():
+        hidden = f"{theirs}.linear_hidden"
+        links += projector_links(ours, f"{hidden}.0", f"{hidden}.1", f"{theirs}.linear_out")
+    return links

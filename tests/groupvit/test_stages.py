@@ -16,8 +16,8 @@ import pytest
 from ovseg_jax.models.vit import VisualEncoder
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation import readout, windows
-from ovseg_jax.weights.groupvit_names import image_links
-from ovseg_jax.weights.two_way import read_links, write_links
+from ovseg_jax.weights.groupvit import image_links
+from ovseg_jax.weights.links import read_links, write_links
 
 RELEASED = Path(__file__).parents[1] / "released"
 

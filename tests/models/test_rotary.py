@@ -85,12 +85,6 @@ def test_positions_that_cannot_be_built_are_refused(tiny_config, fields, match):
         build_model(tiny_config.model)
 
 
-def test_a_text_encoder_without_positions_is_refused(tiny_config):
-    tiny_config.model.text.position_offset = 12
-    with pytest.raises(UserError, match="position_offset = 12"):
-        build_model(tiny_config.model)
-
-
 @pytest.mark.parametrize(("source", "target"), [(4, 7), (9, 4), (6, 6), (5, 2)])
 def test_antialiased_weights_are_pillows(source, target):
     """Pillow resizes one-dimensional float images with the same kernel."""

@@ -11,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.weights.released import from_released, released_config
+from ovseg_jax.weights.published_config import released_config
+from ovseg_jax.weights.released import from_released
 
 HERE = Path(__file__).parent
 

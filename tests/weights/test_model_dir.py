@@ -188,3 +188,16 @@ def test_a_place_that_cannot_be_written(tmp_path, normed, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save(tmp_path / "file" / "m", normed, tokenizer)
+
+
+def test_fields_of_older_versions(directory):
+    """A field that is gone may have the value that is left; another value is refused."""
+    info = json.loads((directory / "config.json").read_text())
+    del info["this_file_sha256"]
+    info["model"]["text"] |= {"position_offset": 0, "token_types": 2}
+    (directory / "config.json").write_text(json.dumps(info))
+    load_model(directory)
+    info["model"]["text"]["position_offset"] = 2
+    (directory / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="cannot be built by this version: .*position_offset"):
+        load_model(directory)

@@ -7,16 +7,16 @@ import sys
 import huggingface_hub
 import numpy as np
 import pytest
-from golden_models import build, file_tensors, read
+from golden_models import build, published
 from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights import model_dir
+from ovseg_jax.weights.initialize import architecture, published_start
 from ovseg_jax.weights.model_dir import find_model, load_model, save_model
 from ovseg_jax.weights.references import TOKENIZER, Reference, check_installed, refer, split_towers
-from ovseg_jax.weights.start import architecture, published_start
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
 TRAINED = "text_encoder/layers/mlp/fc1/bias"
@@ -28,7 +28,7 @@ def package(tmp_path, monkeypatch):
     site = tmp_path / "site"
     folder = site / "tiny_bert" / "model"
     folder.mkdir(parents=True)
-    save_file(file_tensors(read("bert")), folder / "model.safetensors")
+    save_file(published("bert"), folder / "model.safetensors")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (site / "tiny_bert" / "__init__.py").write_text("raise RuntimeError('code was run')\n")
     facts = site / "tiny_bert-1.2.dist-info"
@@ -41,7 +41,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trunk(tmp_path):
-    save_file(file_tensors(read("dinov2")), tmp_path / "trunk.safetensors")
+    save_file(published("dinov2"), tmp_path / "trunk.safetensors")
     return tmp_path / "trunk.safetensors"
 
 
@@ -192,7 +192,7 @@ def test_another_tower_is_refused_and_another_version_of_the_same_is_not(export,
 def test_weights_of_the_hub_are_asked_for_by_revision(export, tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "snapshots" / "abc123"
     snapshot.mkdir(parents=True)
-    save_file(file_tensors(read("bert")), snapshot / "model.safetensors")
+    save_file(published("bert"), snapshot / "model.safetensors")
     asked = []
 
     def download(name, allow_patterns, revision=None):

@@ -1,0 +1,236 @@
+"""PyTorch's .pth, .pt, .bin and .ckpt files. Nothing else needs PyTorch or imports it.
+
+No file can run code: PyTorch reads with ``weights_only=True``.
+"""
+
+import collections
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ovseg_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of a checkpoint.
+
+    Attributes:
+      tensors: by name, without the prefixes that wrappers of the model added.
+      entry: where in the file they were, "" for a bare state dict.
+      left_out: names of entries beside them that are no tensors.
+    """
+
+    tensors: dict[str, np.ndarray]
+    entry: str
+    left_out: tuple[str, ...]
+
+
+# Endings of PyTorch's files, which only `ovseg_jax.convert` reads.
+PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
+# Where training programs put the weights. Of a pair (DINO's), the one that is meant to be used.
+ENTRIES = ("model", "state_dict", "module", "teacher", "model_state_dict", "net")
+# Data parallelism and torch.compile put these before every name.
+WRAPPERS = ("module.", "_orig_mod.")
+# A tensor may be a view of a few elements repeated ("expanded"), so that a small file describes
+# arrays of any size. More than this many times the file is no model.
+LARGEST_GROWTH = 8
+
+# Settings and scores that training programs save beside the weights. `weights_only` would refuse
+# a file for them; here each name stands for an object that takes any content and does nothing.
+_DICTS = """
+    yacs.config.CfgNode fvcore.common.config.CfgNode detectron2.config.config.CfgNode
+    easydict.EasyDict addict.addict.Dict mmcv.utils.config.ConfigDict
+    mmengine.config.config.ConfigDict
+""".split()
+_OBJECTS = """
+    argparse.Namespace types.SimpleNamespace typing.Any datetime.timedelta
+    builtins.dict builtins.list builtins.int builtins.float builtins.str
+    pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath
+    omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig
+    omegaconf.base.Metadata omegaconf.base.ContainerMetadata
+    omegaconf.nodes.AnyNode omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode
+    omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode omegaconf.nodes.PathNode
+    mmcv.utils.config.Config mmengine.config.config.Config
+    ml_collections.config_dict.config_dict.ConfigDict
+    numpy.dtype numpy.ndarray
+    numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct
+    numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct
+    numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer
+""".split()
+# NumPy has no such types itself.
+_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+class _Ignored:
+    """An object beside the weights, whatever the file says about it."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _empty_dict(*_: Any) -> dict:
+    return collections.OrderedDict()
+
+
+def _import_torch() -> ModuleType:
+    """PyTorch.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            "PyTorch's files need PyTorch: run  pip install torch==2.13.0  (without a GPU, add "
+            "--index-url https://download.pytorch.org/whl/cpu : the download is a tenth)"
+        ) from None
+    return torch
+
+
+def read_state_dict(path: Path, entry: str = "") -> StateDict:
+    """The state dict in a PyTorch file: an entry of it, or all of it.
+
+    Args:
+      path: written by ``torch.save``, by today's PyTorch or by one before 1.6.
+      entry: name of the entry; by default the first of `ENTRIES` that is there, at any depth.
+
+    Raises:
+      UserError: the file is damaged, of another kind, would run code on load, or holds no state
+        dict; or PyTorch is not installed.
+    """
+    torch = _import_torch()
+
+    def has_tensors(value: Mapping[Any, Any]) -> bool:
+        return any(isinstance(item, torch.Tensor) for item in value.values())
+
+    value, names = _load(torch, path), []
+    for name in entry.split(".") if entry else ():
+        if not isinstance(value, Mapping) or name not in value:
+            have = ", ".join(map(str, value)) if isinstance(value, Mapping) else "no entries"
+            raise UserError(f"{path} has no entry {entry!r}; it has: {have}")
+        value = value[name]
+        names.append(name)
+    while isinstance(value, Mapping) and not has_tensors(value):
+        name = next((n for n in ENTRIES if isinstance(value.get(n), Mapping)), None)
+        if name is None:
+            break
+        value = value[name]
+        names.append(name)
+    if not isinstance(value, Mapping) or not has_tensors(value):
+        held = ", ".join(map(str, list(value)[:20])) if isinstance(value, Mapping) else type(value)
+        raise UserError(f"{path} holds no state dict; {'.'.join(names) or 'it'} has: {held}")
+    tensors = {str(n): x.detach() for n, x in value.items() if isinstance(x, torch.Tensor)}
+    left_out = tuple(str(name) for name in value if str(name) not in tensors)
+    arrays = {name: _as_array(torch, x, f"{path}: {name}") for name, x in tensors.items()}
+    total, size = sum(array.nbytes for array in arrays.values()), path.stat().st_size
+    if total > LARGEST_GROWTH * size:
+        raise UserError(
+            f"{path} describes tensors of {total} bytes, far more than the {size} it holds; such "
+            "a file is not read"
+        )
+    return StateDict(without_wrappers(arrays), ".".join(names), left_out)
+
+
+def _load(torch: ModuleType, path: Path) -> Any:
+    """What was saved, with `_Ignored` for everything that is not data."""
+    known = [(collections.OrderedDict, name) for name in _DICTS]
+    known += [(_empty_dict, "collections.defaultdict")]
+    known += [(_Ignored, name) for name in _OBJECTS]
+    try:
+        # Files from before PyTorch 1.6 are no archives and cannot be mapped.
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            _check_archive(path)
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols of hand-made files
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except UserError:
+        raise
+    except Exception as error:  # PyTorch raises nearly anything on damaged files
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and name:
+            raise UserError(
+                f"{path} is refused: it names {name[1]}, which would run code on load. Weights "
+                "need nothing of the kind. If you trust the file, load it where it was written "
+                "and save its state dict alone"
+            ) from None
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+        raise UserError(
+            f"{path} is refused, damaged or no PyTorch file ({reason or type(error).__name__}); "
+            "was it copied whole?"
+        ) from None
+
+
+def _check_archive(path: Path) -> None:
+    # A mapped file is read without its checksums; and PyTorch itself never compresses.
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise UserError(f"{path} is a compressed archive, which torch.save never writes")
+        damaged = archive.testzip()
+    if damaged:
+        raise UserError(f"{path} is damaged: its entry {damaged} does not have its checksum")
+
+
+def _as_array(torch: ModuleType, tensor: Any, what: str) -> np.ndarray:
+    """A view of the tensor's memory."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    try:
+        if name in _ML_DTYPES:
+            bits = torch.uint8 if tensor.itemsize == 1 else torch.int16
+            return tensor.view(bits).numpy().view(getattr(ml_dtypes, name))
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{what} is no plain array of numbers ({error})") from None
+
+
+def without_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Removes the prefixes of `WRAPPERS`, as long as every name has one."""
+
+    def common() -> str | None:
+        return next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None)
+
+    while tensors and (prefix := common()):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict that ``torch.load`` reads, also with ``weights_only=True``.
+
+    Raises:
+      UserError: PyTorch has no such type, or is not installed.
+    """
+    torch = _import_torch()
+
+    def as_tensor(name: str, array: np.ndarray) -> Any:
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        try:
+            if array.dtype.name in _ML_DTYPES:
+                bits = np.uint8 if array.itemsize == 1 else np.int16
+                return torch.from_numpy(array.view(bits)).view(getattr(torch, array.dtype.name))
+            return torch.from_numpy(array)
+        except TypeError:
+            raise UserError(
+                f"{name} has the type {array.dtype}, which PyTorch files do not have"
+            ) from None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about arrays that are read-only: nobody writes to them
+        state = {name: as_tensor(name, np.asarray(array)) for name, array in tensors.items()}
+    # Given a path, PyTorch writes its name into the file; equal weights shall give equal files.
+    with path.open("wb") as file:
+        torch.save(state, file)

@@ -1,0 +1,109 @@
+"""Published towers give the same hidden states here as in their own programs.
+
+Tiny random models of transformers (`make_transformers_golden.py` says what made the arrays): all
+tokens of padded texts, all patches of images of four sizes (the stored grid, a larger, a smaller
+one, and one with as many cells that is not square). And the two weight packages of the quickstart,
+read for real. Errors are relative to the norm of the whole array.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from golden_models import (
+    IMAGE_FIELDS,
+    build,
+    hidden_states,
+    published,
+    read,
+    relative_error,
+    save,
+    variables,
+)
+from make_dinov2_golden import STEP, golden_image
+from make_minilm_golden import LENGTH, SENTENCES
+
+from ovseg_jax.data.tokens import find_tokenizer
+from ovseg_jax.flags import load_config
+from ovseg_jax.models.build import build_model
+from ovseg_jax.weights.initialize import initial_image, initial_text, variable_shapes
+
+HERE = Path(__file__).parent
+
+
+def worst_error(tmp_path, config, name, **changes):
+    model, shapes = build(config, name, **changes)
+    initial = initial_text if name == "bert" else initial_image
+    params = variables(shapes, initial(save(tmp_path, published(name)), shapes))
+    return max(relative_error(*pair) for pair in hidden_states(model, params, read(name)))
+
+
+@pytest.mark.parametrize("name", ["bert", *IMAGE_FIELDS])
+def test_hidden_states(tmp_path, tiny_config, name):
+    # Seen: at most 7e-7.
+    assert worst_error(tmp_path, tiny_config, name) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bert", {"eps": 1e-12}),
+        ("bert", {"heads": 2}),
+        ("vit", {"eps": 1e-6}),
+        ("vit", {"position_resize": "bicubic_antialias"}),
+        ("dinov2_registers", {"position_resize": "bicubic"}),
+        ("dinov3", {"rope_theta": 50.0}),
+    ],
+)
+def test_a_wrong_option_shows(tmp_path, tiny_config, name, changes):
+    """What weights cannot tell: the comparison notices each of these."""
+    assert worst_error(tmp_path, tiny_config, name, **changes) > 1e-4
+
+
+# ---- the packages
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """The quickstart's tokenizer and model with its published weights; what is random is 0."""
+    config = load_config(HERE.parents[1] / "configs" / "quickstart.py")
+    config.model.matmul_dtype = "float32"
+    model = build_model(config.model)
+    shapes = variable_shapes(model)
+    values = initial_image(config.model.image_init, shapes)
+    values |= initial_text(config.model.text_init, shapes)
+    return find_tokenizer(config.data.tokenizer), model, variables(shapes, values)
+
+
+def test_trunk_equals_the_onnx_graph(quickstart):
+    _, model, params = quickstart
+    expected = np.load(HERE / "dinov2_golden.npz")["tokens"]
+    trunk = jax.jit(lambda v, image: model.apply(v, image, method="trunk"))
+    tokens = np.asarray(trunk(params, golden_image()))[:, ::STEP]
+    assert relative_error(tokens, expected) < 1e-5
+
+
+def test_text_encoder_equals_pytorch(quickstart):
+    """Real weights on real sentences: every token's last hidden state, padding's too."""
+    tokenizer, model, params = quickstart
+    golden = np.load(HERE / "minilm_golden.npz")
+    ids = tokenizer.encode(SENTENCES, LENGTH)
+    np.testing.assert_array_equal(ids, golden["ids"])
+    encode = jax.jit(lambda v, ids: model.apply(v, ids, method="text_tokens").tokens)
+    assert relative_error(np.asarray(encode(params, ids)), golden["hidden"]) < 1e-5  # seen: 2e-6
+
+
+def test_text_encoder_knows_which_sentences_mean_the_same(quickstart):
+    """And the padding of a sentence does not change it."""
+    tokenizer, model, params = quickstart
+    encode = jax.jit(lambda v, ids: model.apply(v, ids, method="text_tokens").pooled)
+    sentences = ["a photo of a dog", "a picture of a puppy", "the stock market fell today"]
+    pooled = np.array(encode(params, tokenizer.encode(sentences, 16)))
+    longer = np.asarray(encode(params, tokenizer.encode(sentences, 24)))
+    np.testing.assert_allclose(pooled, longer, atol=1e-5)
+    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+    similar = pooled @ pooled.T
+    # Seen: 0.82 for the paraphrase, 0.03 and 0.04 for the unrelated sentence.
+    assert similar[0, 1] > 0.5
+    assert similar[0, 2] < 0.2 and similar[1, 2] < 0.2
