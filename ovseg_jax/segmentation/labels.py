@@ -1,6 +1,5 @@
 """Label maps at the size of the images, from the scores of their windows."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
-from ovseg_jax.segmentation import magnified, one_group, readout, windows
+from ovseg_jax.segmentation import one_group, readout, windows
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import ImageScores
@@ -54,20 +53,12 @@ def _labels_of(
     protocol = protocol.replace(threshold=protocol.threshold_for(words))
     if protocol.grouping == "one_group":
         return np.stack([_one_group_labels(one, protocol, owners) for one in same])
-    large = magnified.worth_it(same[0].size, _base(same[0], protocol), words)
-    # A capped threshold needs the highest probability of all pixels before the first label.
-    large &= not protocol.cap_threshold or protocol.order == "argmax_first"
-    label = (_prepared_large if large else _prepared)(same, protocol, owners, group)
+    label = _prepared(same, protocol, owners, group)
     if not protocol.min_area:
         return label(protocol.threshold, None)
     # The rule counts pixels of the best class, before the threshold.
-    found = label(None if protocol.threshold is None else 0.0, None)
-    kept = [
-        _large_words(one, protocol, owners, one_score)
-        for one, one_score in zip(
-            found, (score.group_cosines.shape[-1] for score in same), strict=True
-        )
-    ]
+    everywhere = label(None if protocol.threshold is None else 0.0, None)
+    kept = [_large_words(labels, protocol, owners, words) for labels in everywhere]
     return label(protocol.threshold, np.stack(kept))
 
 
@@ -128,54 +119,9 @@ def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, g
     return label
 
 
-def _prepared_large(
-    same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int
-) -> Any:
-    """What `_prepared` gives, for images that are much larger than they were segmented at."""
-    base, size, late = _base(same[0], protocol), same[0].size, _late(protocol)
-    if protocol.order == "argmax_first":
-        # Nearest neighbors: each pixel has the label of one pixel of the segmented image.
-        rows, columns = (windows.nearest_cells(n, m) for n, m in zip(size, base, strict=True))
-        small = _prepared(
-            [dataclasses.replace(one, size=base) for one in same], protocol, owners, group
-        )
-        return lambda threshold, kept: small(threshold, kept)[:, rows][:, :, columns]
-
-    def label(threshold: float | None, kept: Any) -> Integer[np.ndarray, "B H W"]:
-        found = np.empty((len(same), *size), np.int32)
-        for place, one in enumerate(same):
-            rows, words = _score_rows(one, protocol)
-            found[place] = magnified.magnified_labels(
-                rows,
-                base,
-                size,
-                words=words,
-                band_floats=BAND_FLOATS,
-                threshold=threshold,
-                owners=owners,
-                late_scale=protocol.scale if late else None,
-                kept=None if kept is None else kept[place],
-            )
-        return found
-
-    return label
-
-
 def _base(one: ImageScores, protocol: Protocol) -> tuple[int, int]:
     """(height, width) at which the image was segmented, before any other scales."""
     return windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
-
-
-def _score_rows(one: ImageScores, protocol: Protocol) -> tuple[magnified.ScoreRows, int]:
-    """Scores of rows of the image as it was segmented, and of how many words."""
-    if protocol.refined:
-        maps = _refined(one, protocol)[0][0]
-        return lambda rows: maps[rows], maps.shape[-1]
-    maps = jnp.asarray(one.cells)
-    if not _late(protocol):
-        maps = _held_of(one, one.image_margins(), protocol)
-    down, across = one.weights(_base(one, protocol))
-    return lambda rows: _spread(maps[None], down[rows], across)[0], maps.shape[-1]
 
 
 def _held_of(one: ImageScores, margins: np.ndarray, protocol: Protocol) -> Any:
@@ -187,9 +133,6 @@ def _held_of(one: ImageScores, margins: np.ndarray, protocol: Protocol) -> Any:
 def _held(cells, margins, foreground, scale, image_scale):
     p = readout.probabilities(cells, scale)
     return readout.held_to_image(p, margins, image_scale, foreground)
-
-
-_spread = jax.jit(readout.spread)
 
 
 def _late(protocol: Protocol) -> bool:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import magnified
 from ovseg_jax.segmentation.readout import spread
 from ovseg_jax.segmentation.windows import bilinear_taps, bilinear_weights
 from ovseg_jax.shapes import Array, Float, Int
@@ -124,7 +123,6 @@ def label_band(
 
 
 _label_band = functools.partial(jax.jit, static_argnames=("corners", "width"))(label_band)
-_canvas = functools.partial(jax.jit, static_argnames=("corners", "width"))(canvas)
 
 
 def label_image(
@@ -158,17 +156,7 @@ def label_image(
         raise UserError("words for the background need a background that they can be painted as")
     tables = jnp.asarray(p) if threshold is None else with_background(p, threshold, cap)
     members = pixel_groups(soft, window)
-    if magnified.worth_it(size, resized, tables.shape[-1]):
-        columns = magnified.magnified_labels(
-            lambda rows: _canvas(members, tables, rows, corners=corners, width=resized[1]),
-            resized,
-            size,
-            words=tables.shape[-1],
-            band_floats=band_floats // 3,
-            threshold=None,
-        )
-    else:
-        columns = _in_bands(members, tables, corners, resized, size, band_floats)
+    columns = _in_bands(members, tables, corners, resized, size, band_floats)
     # The winning column of the table: the background, if there is one, then the words.
     table = classes if threshold is None else np.concatenate([[0], classes + 1])
     return table.astype(np.int32)[columns]

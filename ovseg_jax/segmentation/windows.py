@@ -151,13 +151,8 @@ def bilinear_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells
 
 def nearest_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"]:
     """Matrix of one-dimensional nearest-neighbor interpolation: one 1 in each row."""
-    return np.eye(cells, dtype=np.float32)[nearest_cells(pixels, cells)]
-
-
-def nearest_cells(pixels: int, cells: int) -> Integer[np.ndarray, " pixels"]:
-    """The cell that each pixel lies in, in one dimension."""
     nearest = ((np.arange(pixels) + 0.5) * cells / pixels).astype(int)
-    return np.minimum(nearest, cells - 1)
+    return np.eye(cells, dtype=np.float32)[np.minimum(nearest, cells - 1)]
 
 
 def cell_weights(

@@ -1,15 +1,13 @@
 """Peak memory and time of segmenting one image of 50 megapixels with 150 classes.
 
-    PYTHONPATH=. python tests/bench/segment_memory.py [MEGAPIXELS] [CLASSES] [both]
+    PYTHONPATH=. python tests/bench/segment_memory.py [MEGAPIXELS] [CLASSES]
 
 A ViT-B sized like `configs/vitb.py` with random weights segments an image of 3:4; the label map is
 made, and the picture with the names. Printed are the peak resident memory of the process (aim:
 below 4 GB), what of it was there before the image, and the time. Whole float maps of the classes
-would take 30 GB. With `both`, the image is also labeled by scoring every pixel (see
-`segmentation.magnified`), and the times and labels of the two ways are compared. Not run by pytest.
+would take 30 GB. Not run by pytest.
 """
 
-import math
 import resource
 import sys
 import time
@@ -20,7 +18,6 @@ import numpy as np
 from ovseg_jax.data.benchmarks import class_table
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
-from ovseg_jax.segmentation import magnified
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
@@ -34,7 +31,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def main(megapixels: float, classes: int, both: bool) -> None:
+def main(megapixels: float, classes: int) -> None:
     """Segments one image and prints the figures."""
     config = load_config("configs/vitb.py:smoke")
     model = build_model(config.model)
@@ -47,36 +44,20 @@ def main(megapixels: float, classes: int, both: bool) -> None:
     image = coarse[rows][:, columns]
     names = list(class_table("ade20k").words) * (-(-classes // 150))
     text = rng.normal(size=(classes, config.model.joint_width)).astype(np.float32)
-    floats = magnified.FLOATS
     for order in ("argmax_first", "upsample_first"):
         protocol = Protocol.from_config({**config.eval.protocol, "order": order})
         segmenter = ModelSegmenter(model, params, None, text_length=8, protocol=protocol)
-        encode, before, seconds, labels = without_index(segmenter.encode), peak(), [], []
-        for _ in range(2 if both else 1):
-            start = time.perf_counter()
-            scored = image_scores(encode, text, [image], protocol, 4)
-            ((_, found),) = label_maps(scored, protocol, group=1)
-            seconds.append(time.perf_counter() - start)
-            labels.append(found)
-            magnified.FLOATS = math.inf  # the second time, every pixel is scored
-        magnified.FLOATS = floats
-        overlay(image, labels[0], names[:classes], names=True)
+        encode, before, start = without_index(segmenter.encode), peak(), time.perf_counter()
+        scored = image_scores(encode, text, [image], protocol, 4)
+        ((_, labels),) = label_maps(scored, protocol, group=1)
+        seconds = time.perf_counter() - start
+        overlay(image, labels, names[:classes], names=True)
         print(
             f"{order}: {width} x {height} pixels, {classes} classes: peak {peak():.2f} GB, of it "
-            f"{before:.2f} GB before; {seconds[0]:.1f} s"
+            f"{before:.2f} GB before; {seconds:.1f} s"
         )
-        if both:
-            other = int((labels[0] != labels[1]).sum())
-            print(
-                f"  scoring every pixel {seconds[1]:.1f} s, {seconds[1] / seconds[0]:.1f} times as "
-                f"long; {other} of {found.size} pixels have another label"
-            )
 
 
 if __name__ == "__main__":
     numbers = [float(x) for x in sys.argv[1:3]]
-    main(
-        numbers[0] if numbers else 50.0,
-        int(numbers[1]) if len(numbers) > 1 else 150,
-        sys.argv[3:] == ["both"],
-    )
+    main(numbers[0] if numbers else 50.0, int(numbers[1]) if len(numbers) > 1 else 150)

@@ -16,7 +16,7 @@ from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import evaluate as evaluation
 from ovseg_jax.segmentation import labels as labels_module
-from ovseg_jax.segmentation import magnified, windows
+from ovseg_jax.segmentation import windows
 from ovseg_jax.segmentation.benchmarks import ScenesBenchmark, make_benchmark
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
@@ -212,8 +212,6 @@ def test_any_sizes_in_shared_batches_and_in_bands(
 @pytest.mark.parametrize("band_floats", [labels_module.BAND_FLOATS, 2000])
 def test_a_capped_threshold_leaves_the_best_pixels(monkeypatch, order, band_floats):
     monkeypatch.setattr(labels_module, "BAND_FLOATS", band_floats)
-    # Far fewer pixels than are scored: the way of large images must find the same.
-    monkeypatch.setattr(magnified, "FLOATS", 0)
     capped = PROTOCOL.replace(order=order, scale=1.0, threshold=0.9, cap_threshold=True)
     images = [Blocks(((24, 40), (130, 90)))[i][0] for i in range(2)]
     segmenter = ByColor(1)
