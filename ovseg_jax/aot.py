@@ -13,7 +13,7 @@ ABOUT = """What a train step needs on a TPU, from the real compiler, on any mach
 
   python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 [--config.KEY=VALUE ...]
   python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 --search
-  python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 --pairs=4300000 --price=PRICE
+  python -m ovseg_jax.aot --config=configs/vitb.py --topology=v5e:4x4 --pairs=4300000
 
 --search takes a compilation for each phase, mesh and batch size that it prints a line for.
 Needs the extra `aot` (libtpu) for v4, v5e, v5p and v6e. For a100, h100 and h200 (--topology=h100:8)
@@ -39,7 +39,6 @@ FLAGS = (
     ),
     flags.Flag("pairs", int, default=0, help="of the training set: what does the whole run take?"),
     flags.Flag("utilization", float, default=0.4, help="of the chips' peak, for --pairs"),
-    flags.Flag("price", float, default=0.0, help="of a chip-hour, for --pairs"),
     flags.Flag("gathers", bool, default=False, help="also list every all-gather"),
 )
 
@@ -52,8 +51,8 @@ def main(argv: list[str]) -> int:
     args = flags.parse(argv, FLAGS, ABOUT)
     devices.prepare()
     config = flags.config_from(args)
-    if min(args.batch_size, args.text_length, args.pairs, args.price) < 0:
-        raise UserError("--batch_size, --text_length, --pairs and --price must not be negative")
+    if min(args.batch_size, args.text_length, args.pairs) < 0:
+        raise UserError("--batch_size, --text_length and --pairs must not be negative")
     if not 0 < args.utilization <= 1:
         raise UserError(f"--utilization={args.utilization} must lie above 0 and not above 1")
     machine = chips.machine_of(args.topology)
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> int:
         phases = measure.make_phases(config, args.pairs)
         steps = [phase.last - phase.first for phase in phases]
         run = cost.Estimate([found[i] for i in programs], steps, machine, args.utilization)
-        print(f"\n{cost.cost_table(run, [phase.name for phase in phases], args.price)}")
+        print(f"\n{cost.cost_table(run, [phase.name for phase in phases])}")
     return 1 if any(one.fits is False for one in found.values()) else 0
 
 

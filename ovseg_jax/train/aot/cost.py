@@ -32,8 +32,8 @@ class Estimate:
         return self.steps[phase] * self.seconds(phase) / 3600
 
 
-def cost_table(run: Estimate, names: Sequence[str], price: float) -> str:
-    """Steps, hours, chip-hours and, for a price of a chip-hour that is not 0, the cost."""
+def cost_table(run: Estimate, names: Sequence[str]) -> str:
+    """Steps, hours and chip-hours of each phase and of the whole run."""
     hours = [run.hours(phase) for phase in range(len(names))]
     steps = [*run.steps, sum(run.steps)]
     seconds = [*(digits(run.seconds(phase)) for phase in range(len(names))), ""]
@@ -43,9 +43,5 @@ def cost_table(run: Estimate, names: Sequence[str], price: float) -> str:
         ("seconds per step", *seconds),
     ]
     for label, factor in (("hours", 1), ("chip-hours", run.machine.count)):
-        rows.append((label, *(digits(factor * each) for each in [*hours, sum(hours)])))
-    if price:
-        factor = run.machine.count * price
-        label = f"cost at {price:g} a chip-hour"
         rows.append((label, *(digits(factor * each) for each in [*hours, sum(hours)])))
     return table(rows)
