@@ -70,12 +70,13 @@ def get_config(variant: str = "") -> ConfigDict:
         name="photos",
         short_side=336,
         long_limit=1024,
-        window=336,
-        stride=224,
+        # Photographs up to 16:9 are one window: groups of two windows may take different names.
+        window=616,
+        stride=504,
         scale=10.0,
         image_scale=20.0,
-        border_scale=4.0,
-        threshold=0.05,
+        border_scale=3.0,
+        threshold=0.042,
         # The words of VOC's 20 classes, among which the threshold was chosen.
         competing_words=43,
         class_names="everyday",

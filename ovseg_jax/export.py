@@ -112,7 +112,8 @@ def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> st
     protocol, benchmarks = config.eval.protocol, {}
     if finished is not None:
         protocol, benchmarks = saved_protocol(finished).as_dict(), finished["benchmarks"]
-        provenance["protocol_from"] = "the calibration at the end of the run"
+        if benchmarks:
+            provenance["protocol_from"] = "the calibration at the end of the run"
         told = finished["provenance"]
         provenance |= {key: told[key] for key in ("trained_on",) if key in told}
         # The scores are those of the weights that were evaluated.
