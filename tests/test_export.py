@@ -267,7 +267,8 @@ def paper(tmp_path, tiny_config, tiny_params):
         tiny_params,
         None,
         model=json.loads(config.to_json_best_effort()),
-        protocol=Protocol(window=32, short_side=32, stride=16).as_dict(),
+        # With a border scale, the program gives the keys of the patches too.
+        protocol=Protocol(window=32, short_side=32, stride=16, border_scale=2.0).as_dict(),
         text_length=8,
         benchmarks={},
         provenance={},
@@ -323,13 +324,16 @@ def test_programs_agree_with_the_model_where_only_jax_is(form, size, tolerance, 
     segmenter = ModelSegmenter.of_saved(saved, protocol)
     for key, value in inputs.items():
         if key.startswith("images"):
-            names, wanted = ("assignment", "groups", "embedding"), segmenter.encode(value)
+            wanted = segmenter.encode(value)
+            names = ("assignment", "groups", "embedding", "keys")[: 4 if form == "paper" else 3]
         else:
             names, wanted = ("embedding",), (segmenter._embed(segmenter.variables, value),)
         for name, array in zip(names, wanted, strict=True):
             scale = np.abs(array).max()
             np.testing.assert_allclose(found[f"{key}/{name}"], array, atol=tolerance * scale)
-    assert (out / "README.md").read_text().count("deserialize") == 1
+    said = (out / "README.md").read_text()
+    assert said.count("deserialize") == 1
+    assert ("embedding, keys = program" in said) == (form == "paper")
 
 
 def test_without_the_package_that_writes_programs(workdir, tmp_path, monkeypatch):

@@ -54,12 +54,14 @@ Needs jax, numpy and flatbuffers, nothing else.
         own = {{key: weights[key] for key in signature[name]["weights"]}}
         return jax.jit(lambda x: exported.call(own, x))
 
-    assignment, groups, embedding = program("image")(images)  # uint8 [batch, {size}, {size}, 3]
-    classes = program("text")(ids)  # int32 [prompts, {length}]
+    # Images are uint8 [batch, {size}, {size}, 3], token ids int32 [prompts, {length}].
+    assignment, groups, embedding{keys} = program("image")(images)
+    classes = program("text")(ids)
 
 A patch's cosine with a class is the sum over groups of assignment times the cosine of group and
-class. Class embeddings of several prompts are averaged, then divided by their norm. Token ids
-come from the tokenizer of the model directory, padded to {length} with {pad}.
+class. Class embeddings of several prompts are averaged, then divided by their norm. The keys of the
+patches, where there are any, are what the protocol's border_scale compares. Token ids come from the
+tokenizer of the model directory, padded to {length} with {pad}.
 """
 
 
@@ -142,7 +144,9 @@ def write_programs(
         (directory / "signature.json").write_text(
             json.dumps(signature, indent=2) + "\n", encoding="utf-8"
         )
-        readme = _README.format(size=image_size, length=length, pad=pad)
+        readme = _README.format(
+            size=image_size, length=length, pad=pad, keys=", keys" if keys else ""
+        )
         (directory / "README.md").write_text(readme, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
