@@ -139,7 +139,6 @@ def get_config(variant: str = "") -> ConfigDict:
         "masking": "all_entities",
         "mask_equal_entities": False,
         "mask_equal_captions": False,
-        "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,

@@ -125,7 +125,6 @@ def make_tiny_config() -> ConfigDict:
         "entity_weight": 1.0,
         "masking": "all_entities",
         "mask_equal_entities": False,
-        "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,

@@ -7,10 +7,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidates, false_negative_rate, info_nce
-from ovseg_jax.losses.masked_tokens import masked_token_loss
-from ovseg_jax.losses.objective import weighted_mean
-from ovseg_jax.losses.rows import Split
+from ovseg_jax.losses.contrastive import false_negative_rate, info_nce, negatives_mask
+from ovseg_jax.losses.objective import masked_token_loss, weighted_mean
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.train.batches import Batch, Rows
@@ -92,7 +90,7 @@ def completion_rows(
 
 
 def completion_term(
-    rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict, split: Split
+    rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 9 on what `completion_rows` gave.
 
@@ -102,13 +100,13 @@ def completion_term(
         another (`mask_equal_entities`), nor the answers of equal captions (`mask_equal_captions`).
     """
     weight, sets = batch["weight"] * batch["entity_weight"], batch["entity_set"]
-    among = candidates(
+    negatives = negatives_mask(
         weight,
         sets if config.mask_equal_entities else None,
         batch["caption_set"] if config.get("mask_equal_captions", False) else None,
     )
-    values, _ = info_nce(rows["completed"], rows["prompt"], scale, among, split)
-    rate = false_negative_rate(weight, sets, split)
+    values, _ = info_nce(rows["completed"], rows["prompt"], scale, negatives)
+    rate = false_negative_rate(weight, sets)
     return weighted_mean(values, weight), {"entity_false_negatives": rate}
 
 

@@ -59,5 +59,5 @@ def without_repetition(config: ConfigDict) -> ConfigDict:
     """A run's config whose step does nothing twice: what a step's model FLOPs are counted in."""
     plain = config.copy_and_resolve_references()
     plain.model.image.remat = plain.model.text.remat = "none"
-    plain.accumulation.micro_batches, plain.loss.contrast_chunk = 1, 0
+    plain.accumulation.micro_batches = 1
     return plain

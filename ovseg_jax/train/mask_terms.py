@@ -10,9 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidates
-from ovseg_jax.losses.group_consistency import group_set_nce
-from ovseg_jax.losses.group_masks import COSTS, group_mask_loss
+from ovseg_jax.losses.contrastive import group_set_nce, negatives_mask
 from ovseg_jax.losses.mask_consistency import (
     Regions,
     consistency_loss,
@@ -21,7 +19,7 @@ from ovseg_jax.losses.mask_consistency import (
 )
 from ovseg_jax.losses.matching import BACKENDS, ENUMERATE_LIMIT
 from ovseg_jax.losses.objective import divided_sum, weighted_mean
-from ovseg_jax.losses.rows import Split
+from ovseg_jax.losses.released_mask_consistency import COSTS, group_mask_loss
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.vit import VisualTokens
 from ovseg_jax.shapes import Array, Float
@@ -157,9 +155,10 @@ def mask_rows(
       online, teacher: views by image.
       entity: 'a photo of e' of the shared entity in the joint space, as it comes.
       config: the run's ``config.loss``. `cross_image`: "masks", or "groups" (Table 6, see
-        `group_consistency`), for which only `group_ratio` and `mask_directions` count.
+        `contrastive.group_set_nce`), for which only `group_ratio` and `mask_directions` count.
         `mask_maps`: "final_tokens" (the paper's, see `mask_consistency`) or "binding" (the released
-        model's, see `group_masks`, with `detached_ratio`, `mask_size` in pixels and `mask_cost`).
+        model's, see `released_mask_consistency`, with `detached_ratio`, `mask_size` in pixels and
+        `mask_cost`).
       grid: (rows, columns) of an image's patches.
 
     Returns:
@@ -222,7 +221,7 @@ def _chosen_groups(
 
 
 def mask_term(
-    rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict, split: Split
+    rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The loss of a batch of pairs and its metrics, from what `mask_rows` gave.
 
@@ -233,9 +232,9 @@ def mask_term(
     """
     weight = batch["weight"] * batch["pair_weight"]
     if config.cross_image == "groups":
-        own, other, among = rows["own_groups"], rows["other_groups"], candidates(weight)
+        own, other, negatives = rows["own_groups"], rows["other_groups"], negatives_mask(weight)
         values = [
-            group_set_nce(own[:, i], other[:, i], scale, among, split) for i in range(own.shape[1])
+            group_set_nce(own[:, i], other[:, i], scale, negatives) for i in range(own.shape[1])
         ]
         loss = weighted_mean(jnp.mean(jnp.stack(values), axis=0), weight)
         return loss, {"mask": loss}

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidates, multi_label_info_nce
+from ovseg_jax.losses.contrastive import multi_label_info_nce, negatives_mask
 from ovseg_jax.losses.objective import weighted_mean
-from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.train.batches import Batch, merge, unmerge
@@ -57,11 +56,10 @@ def noun_term(
     nouns: Float[Array, "B T E"],
     scale: Float[Array, ""],
     batch: Batch,
-    split: Split,
 ) -> Float[Array, ""]:
     """The loss, a mean over the examples whose captions have a noun."""
     present = batch["noun_present"]
     weight = batch["weight"] * jnp.any(present, axis=1).astype(jnp.float32)
-    among = candidates(batch["weight"])
-    values = multi_label_info_nce(image, nouns, scale, among, present, split)
+    negatives = negatives_mask(batch["weight"])
+    values = multi_label_info_nce(image, nouns, scale, negatives, present)
     return weighted_mean(values, weight)

@@ -41,7 +41,6 @@ from ovseg_jax.train.phases import (
 )
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.report import Progress, table
-from ovseg_jax.train.terms import check_contrast_config
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
 from ovseg_jax.weights.locate import find_weights
 
@@ -215,7 +214,6 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         raise UserError(
             f"config.model.neck_init is {config.model.neck_init!r}; it must be standardize or empty"
         )
-    check_contrast_config(config.loss)
     check_mask_config(config.loss)
     check_noun_config(config)
     masking_of(config.loss)

@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidates, false_negative_rate, info_nce
+from ovseg_jax.losses.contrastive import false_negative_rate, info_nce, negatives_mask
 from ovseg_jax.losses.objective import total_loss, weighted_mean
-from ovseg_jax.losses.rows import Split
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
@@ -68,22 +67,6 @@ def grid_of(model: OVSegmentor, image: Array, patches: int) -> tuple[int, int]:
             "config.data.cache_images = False"
         )
     return side, side
-
-
-def check_contrast_config(config: ConfigDict) -> None:
-    """Refuses a ``config.loss`` whose `contrast_chunk` is no number of rows.
-
-    `contrast_chunk`: rows of logits that a device works on at a time; 0 for all of its own. With
-    32 768 examples on 8 devices, 4096 rows take 512 MiB for each copy of the logits; 512 take 64.
-
-    Raises:
-      UserError: it is negative.
-    """
-    if config.contrast_chunk < 0:
-        raise UserError(
-            f"config.loss.contrast_chunk is {config.contrast_chunk}; it must be a number of rows, "
-            "or 0 for all of them"
-        )
 
 
 def usage_entropy(shares: Float[Array, "B K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
@@ -190,10 +173,9 @@ def joint_loss(
     """
     scale = Calls(model, params, {})("logit_scale")
     masking, weight = _masking(config), batch["weight"]
-    split = Split(mesh, config.contrast_chunk)
     equal = batch["caption_set"] if config.get("mask_equal_captions", False) else None
-    among = candidates(weight, equal)
-    values, hits = info_nce(rows["image"], rows["text"], scale, among, split)
+    negatives = negatives_mask(weight, equal)
+    values, hits = info_nce(rows["image"], rows["text"], scale, negatives)
     contrastive = weighted_mean(values, weight)
     metrics = {
         "contrastive": contrastive,
@@ -202,28 +184,28 @@ def joint_loss(
         "group_usage": usage_entropy(rows["group_shares"], weight),
     }
     if equal is not None:
-        metrics["equal_captions"] = false_negative_rate(weight, equal, split)
+        metrics["equal_captions"] = false_negative_rate(weight, equal)
     entity = mask = None
     if masking is Masking.MULTI_LABEL:
-        entity, extra = noun_term(rows["image"], rows["nouns"], scale, batch, split), {}
+        entity, extra = noun_term(rows["image"], rows["nouns"], scale, batch), {}
         metrics |= {"entity": entity}
     elif masking is not None:
         if masking.classifies:
             entity, extra = token_term(rows, batch)
         else:
-            entity, extra = completion_term(rows, scale, batch, config, split)
+            entity, extra = completion_term(rows, scale, batch, config)
         metrics |= {"entity": entity, **extra}
     if mask_weight > 0:
-        mask, extra = mask_term(rows, scale, batch, config, split)
+        mask, extra = mask_term(rows, scale, batch, config)
         metrics |= extra
     if "whole" in rows:
-        values, hits = info_nce(rows["whole"], rows["text"], scale, among, split)
+        values, hits = info_nce(rows["whole"], rows["text"], scale, negatives)
         metrics["whole_contrastive"] = weighted_mean(values, weight)
         metrics["whole_to_text"] = weighted_mean(hits.astype(jnp.float32), weight)
     weights = {"entity_weight": config.entity_weight, "mask_weight": mask_weight}
     loss = total_loss(contrastive, entity, mask, **weights)
     if "nouns" in rows and masking is not Masking.MULTI_LABEL:
-        metrics["nouns"] = noun_term(rows["image"], rows["nouns"], scale, batch, split)
+        metrics["nouns"] = noun_term(rows["image"], rows["nouns"], scale, batch)
         loss = loss + config.noun_weight * metrics["nouns"]
     if "whole" in rows:
         # The head is no part of Eq. 13: what it learns is used beside the groups.

@@ -11,7 +11,7 @@ from reference.batches import adam_of, make_batch
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import Candidates, info_nce
+from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
@@ -26,7 +26,7 @@ from ovseg_jax.train.accumulate import (
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.state import new_state, state_shardings, teacher_of
 from ovseg_jax.train.step import compile_step, step_rngs, train_step
-from ovseg_jax.train.terms import check_contrast_config, example_rows, joint_loss
+from ovseg_jax.train.terms import example_rows, joint_loss
 
 COUNT, ROWS = 4, 24
 
@@ -47,8 +47,8 @@ def toy_rows(params, part, number):
 
 
 def toy_loss(params, rows, batch):
-    among = Candidates(batch["weight"] > 0)
-    values, hits = info_nce(rows["a"], rows["b"], jnp.exp(params["scale"]), among)
+    negatives = negatives_mask(batch["weight"])
+    values, hits = info_nce(rows["a"], rows["b"], jnp.exp(params["scale"]), negatives)
     loss = jnp.sum(values * batch["weight"]) / jnp.sum(batch["weight"])
     return loss, {"loss": loss, "hits": jnp.mean(hits.astype(jnp.float32))}
 
@@ -243,9 +243,3 @@ def test_what_cannot_be_accumulated(tiny_config, spec, batch_size, norm, message
     phases = make_phases(tiny_config, 100)
     with pytest.raises(UserError, match=message):
         check_accumulation(tiny_config, phases, sharding.make_mesh())
-
-
-def test_a_chunk_that_is_no_number_of_rows(tiny_config):
-    tiny_config.loss.contrast_chunk = -1
-    with pytest.raises(UserError, match="config.loss.contrast_chunk is -1"):
-        check_contrast_config(tiny_config.loss)

@@ -23,7 +23,6 @@ from ovseg_jax.train.noun_terms import check_noun_config
 from ovseg_jax.train.phases import check_batch_sizes, make_phases
 from ovseg_jax.train.program import Program, boxed_params
 from ovseg_jax.train.state_shapes import abstract_state
-from ovseg_jax.train.terms import check_contrast_config
 
 # Stands in for the length of the training set: epochs become steps of the schedule, which change
 # nothing in the program but a number.
@@ -73,7 +72,6 @@ def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
     Raises:
       UserError: the config is wrong.
     """
-    check_contrast_config(config.loss)
     check_mask_config(config.loss)
     check_noun_config(config)
     model = build_model(config.model)
