@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.data.augment import complete_transform
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.optim.schedule import learning_rate
+from ovseg_jax.optim.optimizer import learning_rate
 from ovseg_jax.shapes import Array
 from ovseg_jax.sharding import AnyMesh, batch_shards
 

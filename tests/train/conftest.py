@@ -12,8 +12,7 @@ from reference.same_steps import take_steps
 
 from ovseg_jax import sharding
 from ovseg_jax.optim.groups import split
-from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.optim.schedule import learning_rate
+from ovseg_jax.optim.optimizer import learning_rate, make_optimizer
 from ovseg_jax.train.state import new_state, state_shardings
 from ovseg_jax.train.step import compile_step, train_step
 
