@@ -6,10 +6,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.prepare import run
-from ovseg_jax.data.prepare.places import place
-from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.data.prepare.paths import parse_path
 from ovseg_jax.errors import UserError
-from ovseg_jax.prepare import main
+from ovseg_jax.prepare import main, open_source
 
 
 class FakeBuckets(MemoryFileSystem):
@@ -157,14 +156,14 @@ def test_places_that_are_none(buckets, monkeypatch):
     with pytest.raises(UserError, match="there is no file s3://bucket/t.tsv"):
         open_source("files:s3://bucket/t.tsv")
     with pytest.raises(UserError, match="must be a path of this machine, or begin with gs"):
-        place("hdfs://a/b")
+        parse_path("hdfs://a/b")
 
     def no_network(*args, **kwargs):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(FakeBuckets, "exists", no_network)
     with pytest.raises(UserError, match="cannot be reached: no route; check path and access"):
-        place("s3://bucket/x")
+        parse_path("s3://bucket/x")
 
 
 def test_missing_package_is_explained(monkeypatch):
@@ -173,4 +172,4 @@ def test_missing_package_is_explained(monkeypatch):
 
     monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", missing)
     with pytest.raises(UserError, match="needs s3fs; install it with"):
-        place("s3://bucket/x")
+        parse_path("s3://bucket/x")

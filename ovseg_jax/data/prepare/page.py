@@ -1,71 +1,103 @@
-"""The report as one HTML page that needs no other file."""
+"""The report of a preparation as one HTML page that needs no other file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.plots import bars, columns, squares
+import numpy as np
+
+from ovseg_jax.data.prepare.inputs import DROP_REASONS
 
 # Entities in the plots, the most frequent ones.
 _BARS, _SQUARES = 100, 40
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}code{color:#555}h2{margin-top:2em}
-.scroll{overflow-x:auto}"""
+.scroll{overflow-x:auto}.bars td{padding:0 .6em 0 0;font-size:12px}
+.bars i{display:block;height:13px;background:#3b6ea5}
+.squares td,.squares th{font:11px sans-serif;padding:0;min-width:14px;height:14px}
+.squares th{writing-mode:vertical-rl;transform:rotate(180deg);vertical-align:middle}"""
 
 
 def page(report: Mapping[str, Any]) -> str:
     """HTML of a report (`report.make_report`)."""
     title = f"{report['kept']:,} of {report['read']:,} pairs kept"
-    parts = [
-        f"<h1>{title}</h1>",
-        _facts(report),
-        *(f"<p><b>Warning:</b> {escape(text)}</p>" for text in report["warnings"]),
-        "<h2>Dropped, by cause</h2>",
-        _dropped(report),
-        "<h2>Remarks on pairs that passed the rules</h2>",
-        _table([(escape(k), f"{v:,}") for k, v in report["remarks"].items()]),
-        "<h2>Damaged shards</h2>",
-        _list(report["damaged_shards"]),
-        "<h2>Records that name each entity</h2>",
-        _scroll(bars(dict(_most_frequent(report["entities"], _BARS)))),
-        "<h2>Entities that stand together</h2>",
-        "<p>Darker is more often, in logarithms; the number appears under the pointer.</p>",
-        _scroll(_together(report)),
-        "<h2>Length of captions</h2>",
-        _scroll(columns(_words(report["caption_words"]), "words")),
-        "<h2>Shorter side of images</h2>",
-        _scroll(columns(report["image_sides"], "pixels and more")),
-    ]
+    entities = dict(sorted(report["entities"].items(), key=lambda item: (-item[1], item[0])))
+    sections = {
+        "Dropped, by cause": _dropped(report),
+        "Remarks on pairs that passed the rules": _rows(
+            [_cells(remark, count) for remark, count in report["remarks"].items()]
+        ),
+        "Damaged shards": _rows([_cells(line) for line in report["damaged_shards"]]),
+        "Records that name each entity": bars(dict(list(entities.items())[:_BARS])),
+        "Entities in the same record": "<p>Darker is more often, in logarithms; the number appears "
+        "under the pointer.</p>" + squares(list(entities)[:_SQUARES], report["together"]),
+        "Words in a caption": bars(_words(report["caption_words"])),
+        "Shorter side of images, in pixels and more": bars(report["image_sides"]),
+    }
+    warnings = [f"<p><b>Warning:</b> {escape(text)}</p>" for text in report["warnings"]]
+    body = [f"<h1>{title}</h1>", _facts(report), *warnings]
+    body += [f'<h2>{name}</h2><div class="scroll">{html}</div>' for name, html in sections.items()]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>"
-        + "\n".join(parts)
+        + "\n".join(body)
         + "</body></html>\n"
     )
 
 
+def bars(values: Mapping[str, int]) -> str:
+    """A table with one horizontal bar a name, and its number."""
+    most = max(values.values(), default=0) or 1
+    rows = [
+        f'<tr><td class="n">{escape(name)}</td><td style="width:420px">'
+        f'<i style="width:{100 * value / most:.1f}%"></i></td><td class="n">{value:,}</td></tr>'
+        for name, value in values.items()
+    ]
+    return _rows(rows, "bars")
+
+
+def squares(names: list[str], counts: Iterable[tuple[str, str, int]]) -> str:
+    """A table with a square for each two names, darker the more records have both.
+
+    Args:
+      names: of the rows and columns.
+      counts: (name, name, records that have both); pairs with other names are left out.
+    """
+    both = {frozenset(pair): count for *pair, count in counts}
+    most = np.log1p(max(both.values(), default=0)) or 1.0
+
+    def square(first: str, second: str) -> str:
+        count = both.get(frozenset((first, second)), 0)
+        if first == second or not count:
+            return "<td></td>"
+        shade = 235 - int(190 * np.log1p(count) / most)
+        label = escape(f"{first} + {second}: {count}", quote=True)
+        return f'<td title="{label}" style="background:rgb({shade},{shade + 10},245)"></td>'
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = [
+        f'<tr><td class="n">{escape(first)}</td>{"".join(square(first, n) for n in names)}</tr>'
+        for first in names
+    ]
+    return _rows([f"<tr><td></td>{head}</tr>", *rows], "squares")
+
+
 def _facts(report: Mapping[str, Any]) -> str:
     records = report["records"]
+    dropped = [f"{cause} {count:,}" for cause, count in report["captions_dropped"].items()]
+    others = f"; dropped of kept pairs: {', '.join(dropped)}" if dropped else ""
     facts = {
         "Source": report["source"],
         "Input shards": f"{report['input_shards']:,}",
         "Entities": f"{len(report['entities'])}: {report['entities_source']}",
         "Rules": ", ".join(f"{name} = {value}" for name, value in report["rules"].items()),
         "Records": f"{records['count']:,} in {records['shards']} files, {records['bytes']:,} bytes",
-        "Captions": _captions(report),
+        "Captions": f"{report['captions']:,}{others}",
         "Hash of the key list": records["keys_sha256"],
         "Written by": report["tool"],
     }
-    rows = (f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _captions(report: Mapping[str, Any]) -> str:
-    dropped = [f"{cause} {count:,}" for cause, count in report["captions_dropped"].items()]
-    others = f"; dropped of kept pairs: {', '.join(dropped)}" if dropped else ""
-    return f"{report['captions']:,}{others}"
+    return _rows([_cells(name, text) for name, text in facts.items()])
 
 
 def _dropped(report: Mapping[str, Any]) -> str:
@@ -73,49 +105,28 @@ def _dropped(report: Mapping[str, Any]) -> str:
     if not dropped:
         return "<p>none</p>"
     rows = [
-        f"<tr><td>{escape(cause)}</td><td class=n>{count:,}</td><td>{escape(_rule(cause))}</td>"
-        f"<td><code>{escape(', '.join(report['dropped_examples'][cause]))}</code></td></tr>"
+        _cells(cause, count, DROP_REASONS[cause], ", ".join(report["dropped_examples"][cause]))
         for cause, count in dropped.items()
     ]
     head = "<tr><th>cause</th><th>pairs</th><th>rule</th><th>first keys</th></tr>"
-    table = f"<table>{head}{''.join(rows)}</table>"
-    return _scroll(bars({"kept": report["kept"], **dropped})) + _scroll(table)
-
-
-def _rule(cause: str) -> str:
-    return causes.RULES[cause]
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    if not rows:
-        return "<p>none</p>"
-    cells = (f"<tr><td>{name}</td><td class=n>{value}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _list(lines: list[str]) -> str:
-    if not lines:
-        return "<p>none</p>"
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-
-
-def _scroll(inner: str) -> str:
-    return f'<div class="scroll">{inner}</div>'
-
-
-def _most_frequent(counts: Mapping[str, int], most: int) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
-
-
-def _together(report: Mapping[str, Any]) -> str:
-    names = [name for name, _ in _most_frequent(report["entities"], _SQUARES)]
-    return squares(names, {(first, second): n for first, second, n in report["together"]})
+    return bars({"kept": report["kept"], **dropped}) + _rows([head, *rows])
 
 
 def _words(counts: list[int]) -> dict[str, int]:
+    """Number of words -> captions, up to the longest caption."""
     used = max((number for number, count in enumerate(counts) if count), default=0)
-    last = len(counts) - 1
-    return {
-        f"{number}+" if number == last else str(number): counts[number]
-        for number in range(used + 1)
-    }
+    names = [*map(str, range(len(counts) - 1)), f"{len(counts) - 1}+"]
+    return dict(zip(names[: used + 1], counts, strict=False))
+
+
+def _cells(*values: str | int) -> str:
+    """A row of a table; numbers stand to the right."""
+    cells = (
+        f'<td class="n">{value:,}</td>' if isinstance(value, int) else f"<td>{escape(value)}</td>"
+        for value in values
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _rows(rows: list[str], kind: str = "facts") -> str:
+    return f'<table class="{kind}">{"".join(rows)}</table>' if rows else "<p>none</p>"

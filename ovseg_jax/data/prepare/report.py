@@ -1,94 +1,191 @@
-"""The report of a preparation as plain values, and in a few lines of text."""
+"""What became of the pairs: counts that add up over shards, the report, and its lines of text."""
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ovseg_jax.data.manifest import Manifest
-from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.entity_choice import Entities
-from ovseg_jax.data.prepare.statistics import SIDES, Statistics
-from ovseg_jax.data.prepare.tally import Tally
+from ovseg_jax.data.prepare.entity_choice import EntityChoice
+from ovseg_jax.data.prepare.inputs import DROP_REASONS, DUPLICATE
+from ovseg_jax.data.prepare.rules import Verdict
 
+# Keys shown for each cause, so that a person can look one up.
+_EXAMPLES = 5
+_MOST_WORDS = 80  # longer captions are counted here
+# Lower ends of the bins of images' shorter sides, in pixels.
+_SIDES = (0, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 4096)
 # Pairs of entities listed at most, the most frequent first.
 _MOST_PAIRS = 1000
 # A source whose shards all count their keys from 0 loses nearly everything to its "duplicates".
 _MANY_DUPLICATES = 0.2
 
 
+@dataclass
+class Tally:
+    """Counts of pairs: `read` = `kept` + all that was dropped.
+
+    Attributes:
+      captions: of the pairs that are kept, the captions that are kept.
+      captions_dropped: cause -> captions of kept pairs that are dropped.
+      dropped: cause -> pairs.
+      examples: cause -> the first keys.
+      remarks: what was unusual about pairs that passed the rules (duplicates too) -> pairs.
+      damage: what was wrong with whole shards, in words.
+    """
+
+    read: int = 0
+    kept: int = 0
+    captions: int = 0
+    captions_dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+    damage: list[str] = field(default_factory=list)
+
+    def count(self, key: str, verdict: Verdict) -> None:
+        """Counts a pair that was judged."""
+        self.read += 1
+        if verdict.record is None:
+            self._drop(key, verdict.cause)
+            return
+        self.kept += 1
+        self.captions += len(verdict.record.captions)
+        self.captions_dropped.update(verdict.dropped)
+        self.remarks.update(verdict.remarks)
+
+    def drop_kept(self, key: str, captions: int, cause: str) -> None:
+        """Counts a pair as dropped that was counted as kept with so many captions."""
+        self.kept -= 1
+        self.captions -= captions
+        self._drop(key, cause)
+
+    def _drop(self, key: str, cause: str) -> None:
+        self.dropped[cause] += 1
+        keys = self.examples.setdefault(cause, [])
+        if len(keys) < _EXAMPLES:
+            keys.append(_printable(key))
+
+    def damaged(self, shard: str, what: str) -> None:
+        """Notes what is wrong with a shard."""
+        self.damage.append(_printable(f"{shard}: {what}"))
+
+    def add(self, other: "Tally") -> None:
+        """Adds the counts of a later shard."""
+        self.read += other.read
+        self.kept += other.kept
+        self.captions += other.captions
+        self.captions_dropped.update(other.captions_dropped)
+        self.dropped.update(other.dropped)
+        self.remarks.update(other.remarks)
+        self.damage.extend(other.damage)
+        for cause, keys in other.examples.items():
+            self.examples[cause] = (self.examples.get(cause, []) + keys)[:_EXAMPLES]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for a file."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Tally":
+        """Inverse of `to_json`."""
+        counters = ("captions_dropped", "dropped", "remarks")
+        return cls(**document | {name: Counter(document[name]) for name in counters})
+
+
+def _printable(name: str) -> str:
+    """A name of a file or pair whose bytes may not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+class Statistics:
+    """Counts over the records of all parts.
+
+    Attributes:
+      together: [e, e] records that name both entities; on the diagonal, those that name one.
+      words: captions by number of words.
+      sides: records by length of the image's shorter side, in the bins of `_SIDES`.
+    """
+
+    def __init__(self, entities: int):
+        self.together = np.zeros((entities, entities), np.int64)
+        self.words = np.zeros(_MOST_WORDS + 1, np.int64)
+        self.sides = np.zeros(len(_SIDES), np.int64)
+
+    def add(
+        self, sides: np.ndarray, words: np.ndarray, records: np.ndarray, entities: np.ndarray
+    ) -> None:
+        """Adds a part; the arrays are those of `shard.Part`."""
+        named = np.zeros((len(sides), len(self.together)), np.float32)
+        named[records, entities] = 1
+        # Exact: a part has far fewer than 2^24 records.
+        self.together += np.rint(named.T @ named).astype(np.int64)
+        self.words += np.bincount(np.minimum(words, _MOST_WORDS), minlength=len(self.words))
+        bins = np.searchsorted(_SIDES, sides, side="right") - 1
+        self.sides += np.bincount(bins, minlength=len(_SIDES))
+
+
 def make_report(
     manifest: Manifest,
-    entities: Entities,
+    choice: EntityChoice,
     tally: Tally,
     statistics: Statistics,
     rules: Mapping[str, Any],
     input_shards: int,
 ) -> dict[str, Any]:
     """Everything worth knowing about a preparation. No times and no paths: it can be compared."""
+    names, together = list(manifest.entities), statistics.together
+    first, second = np.nonzero(np.triu(together, 1))
+    order = np.lexsort((second, first, -together[first, second]))[:_MOST_PAIRS]
+    pairs = zip(first[order].tolist(), second[order].tolist(), strict=True)
     return {
         "tool": manifest.tool,
         "source": manifest.source,
         "source_fingerprint": manifest.source_fingerprint,
         "input_shards": input_shards,
-        "entities_source": entities.source,
+        "entities_source": choice.source,
         "rules": dict(rules),
-        **counts(tally),
+        **report_counts(tally),
         "records": {
             "count": manifest.count,
             "shards": len(manifest.shards),
             "bytes": sum(info.bytes for info in manifest.shards),
             "keys_sha256": manifest.keys_sha256,
         },
-        "entities": dict(zip(entities.table, statistics.entities.tolist(), strict=True)),
-        "together": _pairs(list(entities.table), statistics),
+        "entities": dict(zip(names, together.diagonal().tolist(), strict=True)),
+        "together": [(names[a], names[b], int(together[a, b])) for a, b in pairs],
         "caption_words": statistics.words.tolist(),
-        "image_sides": dict(zip(map(str, SIDES), statistics.sides.tolist(), strict=True)),
+        "image_sides": dict(zip(map(str, _SIDES), statistics.sides.tolist(), strict=True)),
     }
 
 
-def counts(tally: Tally) -> dict[str, Any]:
-    """The part of a report that says what became of the pairs."""
+def report_counts(tally: Tally) -> dict[str, Any]:
+    """The fields of a report that say what became of the pairs."""
+    dropped = _in_rule_order(tally.dropped)
+    duplicates = tally.dropped[DUPLICATE]
+    warnings = []
+    if duplicates > _MANY_DUPLICATES * (tally.kept + duplicates):
+        warnings.append(
+            "many keys are duplicates: either the input holds pairs several times, or its keys "
+            "are not unique (very old versions of img2dataset number each shard from 0)"
+        )
     return {
         "read": tally.read,
         "kept": tally.kept,
         "captions": tally.captions,
-        "captions_dropped": by_rule(tally.captions_dropped),
-        "dropped": by_rule(tally.dropped),
-        "dropped_examples": {cause: tally.examples[cause] for cause in by_rule(tally.dropped)},
+        "captions_dropped": _in_rule_order(tally.captions_dropped),
+        "dropped": dropped,
+        "dropped_examples": {cause: tally.examples[cause] for cause in dropped},
         "remarks": dict(sorted(tally.remarks.items())),
         "damaged_shards": tally.damage,
-        "warnings": _warnings(tally),
+        "warnings": warnings,
     }
 
 
-def by_rule(dropped: Counter[str]) -> dict[str, int]:
-    """The counts in the order of the rules."""
-    order = {cause: number for number, cause in enumerate(causes.RULES)}
-    return {cause: dropped[cause] for cause in sorted(dropped, key=lambda c: order[c])}
-
-
-def _warnings(tally: Tally) -> list[str]:
-    found = []
-    usable = tally.kept + tally.dropped[causes.DUPLICATE]
-    if tally.dropped[causes.DUPLICATE] > _MANY_DUPLICATES * usable:
-        found.append(
-            "many keys are duplicates: either the input holds pairs several times, or its keys "
-            "are not unique (very old versions of img2dataset number each shard from 0)"
-        )
-    return found
-
-
-def _pairs(names: list[str], statistics: Statistics) -> list[tuple[str, str, int]]:
-    """(entity, entity, records that name both) of the most frequent pairs."""
-    upper = np.triu(statistics.together, 1)
-    first, second = np.nonzero(upper)
-    order = np.lexsort((second, first, -upper[first, second]))[:_MOST_PAIRS]
-    return [
-        (names[a], names[b], int(upper[a, b]))
-        for a, b in zip(first[order], second[order], strict=True)
-    ]
+def _in_rule_order(dropped: Counter[str]) -> dict[str, int]:
+    return {cause: dropped[cause] for cause in DROP_REASONS if cause in dropped}
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ import pickle
 import pytest
 from pair_folders import jpeg
 
-from ovseg_jax.data.prepare import causes, source_files
+from ovseg_jax.data.prepare import source_files
+from ovseg_jax.data.prepare.inputs import BAD_ROW
 from ovseg_jax.data.prepare.source_files import FileSource
-from ovseg_jax.data.prepare.table import open_table
 from ovseg_jax.errors import UserError
 
 CAPTIONS = ["a dog, and a cat", 'the "dog"', "dogs\u2019 home", "a caf\u00e9 with a dog", "x dog"]
@@ -42,10 +42,9 @@ def test_cc12m_and_cc3m_order_are_recognized(tmp_path, images):
     rows = list(zip(URLS, CAPTIONS, strict=True))
     cc12m.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows), "utf-8")
     cc3m.write_text("".join(f"{caption}\t{url}\r\n" for url, caption in rows), "utf-8")
-    for path, columns in ((cc12m, (0, 1)), (cc3m, (1, 0))):
-        table = open_table(path)
-        assert (table.image, table.caption, table.key, table.header) == (*columns, None, False)
+    for path, columns in ((cc12m, (1, 2)), (cc3m, (2, 1))):
         source = FileSource(path, images)
+        assert "image in column {}, caption in column {}, found".format(*columns) in source.name
         assert usual(read_all(source)) == EXPECTED
         assert "image files named by end of the URL" in source.name
         assert [pair.image for pair in read_all(source, images=False)] == [None] * 5
@@ -160,7 +159,7 @@ def test_bad_rows_are_counted(tmp_path, images):
     path.write_bytes(b"\n".join(lines))
     pairs = read_all(FileSource(path, images))
     assert [pair.key for pair in pairs] == [URLS[0], "row 1", URLS[2], URLS[3], "row 4", URLS[4]]
-    assert [pair.cause for pair in pairs] == ["", causes.BAD_ROW, "", "", causes.BAD_ROW, ""]
+    assert [pair.cause for pair in pairs] == ["", BAD_ROW, "", "", BAD_ROW, ""]
     assert pairs[2].captions == ("caf\udce9",)
 
 
@@ -171,7 +170,7 @@ def test_quote_that_is_never_closed_ends_the_harm_at_the_field_limit(tmp_path, i
     path.write_text("\n".join(rows))
     pairs = read_all(FileSource(path, images))
     assert pairs[0].key == URLS[0]
-    assert pairs[1].cause == causes.BAD_ROW
+    assert pairs[1].cause == BAD_ROW
     assert pairs[-1].key == URLS[2]
 
 

@@ -8,12 +8,11 @@ import pytest
 import tensorflow_datasets as tfds
 from pair_folders import jpeg
 
-from ovseg_jax.data.prepare import source_tfds
-from ovseg_jax.data.prepare.source_scenes import ScenePairs
-from ovseg_jax.data.prepare.source_tfds import TfdsSource
-from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.data.prepare import source_datasets
+from ovseg_jax.data.prepare.source_datasets import ScenePairs, TfdsSource
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import open_source
 
 # TFDS with the protobuf that Apache Beam holds it to.
 pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated:DeprecationWarning")
@@ -78,7 +77,7 @@ def read_all(source, **options):
 
 
 def test_one_caption_an_image(prepared, monkeypatch):
-    monkeypatch.setattr(source_tfds, "_PER_SHARD", 2)
+    monkeypatch.setattr(source_datasets, "_TFDS_SHARD", 2)
     source = pickle.loads(pickle.dumps(TfdsSource(prepared["one"])))
     pairs = read_all(source)
     assert [shard.start for shard in source.shards()] == [0, 2, 4]
