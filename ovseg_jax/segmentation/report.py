@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ovseg_jax.data.benchmarks.train_splits import TRAIN_OPENERS
+from ovseg_jax.data.benchmarks import class_table
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark, Every, make_benchmark
 from ovseg_jax.segmentation.calibrate import calibrate
@@ -194,7 +194,7 @@ def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
     """
     if not config.calibrate:
         return None
-    if name != "scenes" and (name not in FOLDERS or FOLDERS[name].base not in TRAIN_OPENERS):
+    if name != "scenes" and (name not in FOLDERS or not class_table(FOLDERS[name].base).background):
         return None
     if config.tune_count < 1:
         raise UserError(f"config.eval.tune_count is {config.tune_count}; it must be at least 1")

@@ -85,7 +85,7 @@ def test_labels_of_another_kind_before_any_compute(tmp_path):
     folder = tmp_path / "ADEChallengeData2016" / "annotations" / "validation"
     for key, values in maps.items():
         mini.write_mask(folder / f"{key}.png", np.where(values == 0, 255, values - 1))
-    with pytest.raises(UserError, match="have the value 255, and there are 0 to 150 alone"):
+    with pytest.raises(UserError, match="have the value 255, and there are 0 to 150"):
         make_benchmark("ade20k", {"dir": str(tmp_path)})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import ExifTags, Image
 
-from ovseg_jax.data.benchmarks.tables import ClassTable, WrongLabels
+from ovseg_jax.data.benchmarks.class_tables import ClassTable, WrongLabels
 from ovseg_jax.errors import UserError
 
 # Missing files that a message names before it only counts them.
@@ -99,21 +99,24 @@ def find_root(
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")
-    lacking = {}
-    for place in below:
-        root = directory / place
-        lacking[root] = [
-            paths
-            for paths in needed
-            if not any((root / path).exists() for path in paths.split("|"))
+    lacking = {
+        directory / place: [
+            paths for paths in needed if not first_existing(directory / place, paths)
         ]
-        if not lacking[root]:
-            return root
+        for place in below
+    }
     root = min(lacking, key=lambda place: len(lacking[place]))
-    raise UserError(
-        f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
-        f"there, or point --{field} at the folder that has them"
-    )
+    if lacking[root]:
+        raise UserError(
+            f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
+            f"there, or point --{field} at the folder that has them"
+        )
+    return root
+
+
+def first_existing(root: Path, paths: str) -> Path | None:
+    """The first that exists of some paths below a folder, 'a|b'."""
+    return next((root / path for path in paths.split("|") if (root / path).exists()), None)
 
 
 def _listed(needed: Sequence[str]) -> str:

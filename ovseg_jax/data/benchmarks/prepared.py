@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ovseg_jax.data.benchmarks.tables import ClassTable, class_table
+from ovseg_jax.data.benchmarks.class_tables import ClassTable, class_table
 from ovseg_jax.errors import UserError
 
 SPLIT = "validation"

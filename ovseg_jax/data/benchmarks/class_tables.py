@@ -26,12 +26,13 @@ class ClassTable:
     """The C classes of one evaluation set.
 
     Attributes:
-      title, source, rule: in words, for reports.
+      title: of the set, in words; `source` of the annotation and `rule` of the labels likewise.
       background: whether label 0 is background; then class i has label i + 1, otherwise i.
-      largest, unlabeled: values in official label files reach from 0 to `largest`; whether 255 may
-        occur besides.
-      names: official names. words: what prompts call them.
-      values: of the classes in the official label files.
+      largest: values in official label files reach from 0 to this.
+      unlabeled: whether the value 255 may occur besides.
+      names: the official names.
+      words: what prompts call the classes.
+      values: of the classes in official label files.
       colors: RGB.
     """
 
@@ -60,11 +61,13 @@ class ClassTable:
         """Labels from the values of official files.
 
         Args:
-          values: of the classes, in place of the table's. largest: likewise.
+          official: values of an official file.
+          values: of the classes, in place of the table's.
+          largest: value that may occur, in place of the table's.
 
         Raises:
           WrongLabels: a value that cannot be there. Taken for background, or ignored, it would
-            change scores in silence: it shows that labels are of another set, or were shifted.
+            change scores silently: it shows that labels are of another set, or were shifted.
         """
         values = self.values if values is None else values
         largest = self.largest if largest is None else largest
@@ -74,7 +77,7 @@ class ClassTable:
         if wrong.any():
             raise WrongLabels(
                 f"have the value {int(official[wrong][0])}, and there are 0 to {largest}"
-                f"{f' and {IGNORE}' if self.unlabeled else ''} alone"
+                f"{f' and {IGNORE}' if self.unlabeled else ''}"
             )
         lookup = np.full(max(largest, IGNORE, *values) + 1, self.other, np.uint8)
         lookup[list(values)] = np.arange(len(values)) + self.background
@@ -92,16 +95,11 @@ def class_table(name: str) -> ClassTable:
     """The table called `name`, such as 'voc'."""
     path = resources.files("ovseg_jax.data.benchmarks") / "tables" / f"{name}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    classes = document["classes"]
-    return ClassTable(
-        title=document["title"],
-        source=document["source"],
-        rule=document["rule"],
-        background=document["background"],
-        largest=document["largest"],
-        unlabeled=document["unlabeled"],
-        names=tuple(entry["name"] for entry in classes),
-        words=tuple(entry["word"] for entry in classes),
-        values=tuple(entry["label"] for entry in classes),
-        colors=tuple(tuple(entry["color"]) for entry in classes),
-    )
+    classes = document.pop("classes")
+    lists = {
+        "names": tuple(entry["name"] for entry in classes),
+        "words": tuple(entry["word"] for entry in classes),
+        "values": tuple(entry["label"] for entry in classes),
+        "colors": tuple(tuple(entry["color"]) for entry in classes),
+    }
+    return ClassTable(**document | lists)
