@@ -7,7 +7,7 @@ import pytest
 from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.prepare import inputs
-from ovseg_jax.data.prepare.page import bars, page, squares
+from ovseg_jax.data.prepare.page import bars, page
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main
@@ -25,15 +25,6 @@ def test_bars_are_as_long_as_their_values():
     assert [bar.find("i").get("style") for _, bar, _ in rows] == [
         "width:50.0%", "width:100.0%", "width:0.0%",
     ]  # fmt: skip
-
-
-def test_squares_are_symmetric_and_darker_for_more():
-    html = squares(["a", "b", "c"], [("a", "b", 9), ("b", "c", 1), ("a", "z", 5)])
-    colors = [[cell.get("style") for cell in row[1:]] for row in _cells(html)[1:]]
-    assert colors == [list(column) for column in zip(*colors, strict=True)]
-    assert colors[0][0] is colors[0][2] is None
-    shades = [int(re.findall(r"\d+", colors[1][other])[0]) for other in (0, 2)]
-    assert shades[0] < shades[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +51,7 @@ def test_command_line(folder, tmp_path, capsys):
     assert not re.search(r"<link|<script|src=|url\(|@import", text)
     assert "no entity" in text
     assert "00000&lt;2&gt;" in text, "keys are escaped"
-    assert text.count('class="bars"') == 4 and text.count('class="squares"') == 1
+    assert text.count('class="bars"') == 4
 
 
 def test_page_of_a_report_without_anything():
@@ -81,12 +72,12 @@ def test_page_of_a_report_without_anything():
         "dropped_examples": {},
         "remarks": {},
         "damaged_shards": [],
-        "together": [],
+        "together": [("dog", "<cat>", 3)],
         "caption_words": [0] * 81,
         "image_sides": {"0": 0},
     }
     text = page(report)
-    assert "careful &lt;b&gt;" in text
+    assert "careful &lt;b&gt;" in text and "dog + &lt;cat&gt;" in text
     assert text.count("<p>none</p>") == 3
 
 

@@ -1,22 +1,17 @@
 """The report of a preparation as one HTML page that needs no other file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import numpy as np
-
 from ovseg_jax.data.prepare.inputs import DROP_REASONS
 
-# Entities in the plots, the most frequent ones.
-_BARS, _SQUARES = 100, 40
+_BARS = 100  # entities shown, and pairs of entities, the most frequent ones
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}code{color:#555}h2{margin-top:2em}
 .scroll{overflow-x:auto}.bars td{padding:0 .6em 0 0;font-size:12px}
-.bars i{display:block;height:13px;background:#3b6ea5}
-.squares td,.squares th{font:11px sans-serif;padding:0;min-width:14px;height:14px}
-.squares th{writing-mode:vertical-rl;transform:rotate(180deg);vertical-align:middle}"""
+.bars i{display:block;height:13px;background:#3b6ea5}"""
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -30,8 +25,9 @@ def page(report: Mapping[str, Any]) -> str:
         ),
         "Damaged shards": _rows([_cells(line) for line in report["damaged_shards"]]),
         "Records that name each entity": bars(dict(list(entities.items())[:_BARS])),
-        "Entities in the same record": "<p>Darker is more often, in logarithms; the number appears "
-        "under the pointer.</p>" + squares(list(entities)[:_SQUARES], report["together"]),
+        "Records that name two entities": bars(
+            {f"{first} + {second}": count for first, second, count in report["together"][:_BARS]}
+        ),
         "Words in a caption": bars(_words(report["caption_words"])),
         "Shorter side of images, in pixels and more": bars(report["image_sides"]),
     }
@@ -55,32 +51,6 @@ def bars(values: Mapping[str, int]) -> str:
         for name, value in values.items()
     ]
     return _rows(rows, "bars")
-
-
-def squares(names: list[str], counts: Iterable[tuple[str, str, int]]) -> str:
-    """A table with a square for each two names, darker the more records have both.
-
-    Args:
-      names: of the rows and columns.
-      counts: (name, name, records that have both); pairs with other names are left out.
-    """
-    both = {frozenset(pair): count for *pair, count in counts}
-    most = np.log1p(max(both.values(), default=0)) or 1.0
-
-    def square(first: str, second: str) -> str:
-        count = both.get(frozenset((first, second)), 0)
-        if first == second or not count:
-            return "<td></td>"
-        shade = 235 - int(190 * np.log1p(count) / most)
-        label = escape(f"{first} + {second}: {count}", quote=True)
-        return f'<td title="{label}" style="background:rgb({shade},{shade + 10},245)"></td>'
-
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    rows = [
-        f'<tr><td class="n">{escape(first)}</td>{"".join(square(first, n) for n in names)}</tr>'
-        for first in names
-    ]
-    return _rows([f"<tr><td></td>{head}</tr>", *rows], "squares")
 
 
 def _facts(report: Mapping[str, Any]) -> str:

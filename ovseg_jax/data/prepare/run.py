@@ -31,7 +31,6 @@ from ovseg_jax.data.manifest import (
 from ovseg_jax.data.prepare import entity_choice
 from ovseg_jax.data.prepare.entity_choice import EntityChoice
 from ovseg_jax.data.prepare.inputs import (
-    Damage,
     InputShard,
     PairSource,
     class_names,
@@ -47,8 +46,8 @@ from ovseg_jax.data.prepare.paths import (
     write_whole,
 )
 from ovseg_jax.data.prepare.report import Statistics, Tally, make_report, report_counts, summary
-from ovseg_jax.data.prepare.rules import Rules, judge
-from ovseg_jax.data.prepare.shard import Part, find_repeated, make_part, make_unique
+from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.shard import Part, find_repeated, judge_all, make_part, make_unique
 from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
 from ovseg_jax.errors import UserError
 
@@ -158,7 +157,7 @@ def _make_parts(
     say: Callable[[str], None],
 ) -> list[Part]:
     """The parts of all shards, without repeated keys; makes those that do not exist."""
-    missing = [n for n in range(len(shards)) if not Part(work, n).done.exists()]
+    missing = [n for n in range(len(shards)) if not Part(work, n).is_done()]
     if len(missing) < len(shards):
         say(f"{len(shards) - len(missing)} of {len(shards)} shards were finished before")
     jobs = [(source, shards[n], n, work, choice.table, rules) for n in missing]
@@ -184,19 +183,25 @@ def _finish(
     """From finished parts to the finished folder; the manifest comes last."""
     tally, statistics = Tally(), Statistics(len(choice.table))
     full, infos = [], []
+    mentions = [(np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of entities: records, entities
     for part in parts:
+        sides, words, records, entities = part.read_facts("sides", "words", "records", "entities")
+        statistics.add(sides, words, records, entities)
+        mentions.append((tally.kept + records, entities.astype(np.int32)))
         counts, info = part.read_done()
         tally.add(counts)
-        statistics.add(*part.read_facts("sides", "words", "records", "entities"))
         if info.count:
             full.append(part)
             infos.append(info)
     targets = [f"records-{n:05d}-of-{len(full):05d}.array_record" for n in range(len(full))]
-    jobs = [(part.records, out / name) for part, name in zip(full, targets, strict=True)]
+    jobs = [
+        (part.path("array_record"), out / name) for part, name in zip(full, targets, strict=True)
+    ]
     for _ in run_jobs(move_file, jobs):
         pass
     index, keys_sha256 = _write_index(out, work, full, tally.kept)
-    files = _write_entity_index(out, work, full, infos, statistics.together.diagonal())
+    records, entities = map(np.concatenate, zip(*mentions, strict=True))
+    files = _write_entity_index(out, work, records, entities, len(choice.table))
     with whole_file(out / ENTITIES_NAME, work) as file:
         EntitySet(choice.table).to_json(file, source=choice.source, counts=choice.counts)
     manifest = Manifest(
@@ -237,7 +242,7 @@ def _write_index(
 
     def keys(stream) -> Iterator[str]:
         for part in parts:
-            with local_copy(part.index) as file, file.open(encoding="ascii") as lines:
+            with local_copy(part.path("jsonl")) as file, file.open(encoding="ascii") as lines:
                 for line in lines:
                     stream.write(line)
                     yield json.loads(line)[0]
@@ -249,42 +254,26 @@ def _write_index(
 
 
 def _write_entity_index(
-    out: AnyPath, work: AnyPath, parts: list[Part], infos: list[FileInfo], counts: np.ndarray
+    out: AnyPath, work: AnyPath, records: np.ndarray, entities: np.ndarray, count: int
 ) -> tuple[FileInfo, FileInfo]:
-    """Writes the arrays of a `PairIndex`, part after part: 8 bytes a mention, on disk.
+    """Writes the arrays of a `PairIndex`.
 
     Args:
       out: the folder for the two files.
       work: the folder for unfinished files.
-      parts: those with records.
-      infos: the descriptions of their files of records.
-      counts: records of each entity.
+      records: the record of each mention of an entity, ascending.
+      entities: the entity of each mention.
+      count: how many entities there are.
     """
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-    mentions = int(starts[-1])
-    starts_path, records_path = (out / name for name in ENTITY_INDEX_NAMES)
-    with whole_file(starts_path, work) as file:
-        np.save(file, starts)
-        starts_info = describe_file(file, len(starts), starts_path.name)
-    with whole_file(records_path, work) as file:
-        if mentions:
-            records = np.lib.format.open_memmap(file, "w+", np.int64, (mentions,))
-        else:  # an empty file cannot be mapped
-            records = np.zeros(0, np.int64)
-            np.save(file, records)
-        free, base = starts[:-1].copy(), 0  # where the next record of each entity goes
-        for part, info in zip(parts, infos, strict=True):
-            record, entity = part.read_facts("records", "entities")
-            # Stable: records stay ascending within an entity.
-            order = np.argsort(entity, kind="stable")
-            entity, uses = entity[order], np.bincount(entity, minlength=len(free))
-            rank = np.arange(len(entity)) - np.repeat(np.cumsum(uses) - uses, uses)
-            records[free[entity] + rank] = base + record[order]
-            free += uses
-            base += info.count
-        if mentions:
-            records.flush()
-        return starts_info, describe_file(file, mentions, records_path.name)
+    # Stable: records stay ascending within an entity.
+    order = np.argsort(entities, kind="stable")
+    starts = np.searchsorted(entities[order], np.arange(count + 1)).astype(np.int64)
+    infos = []
+    for name, array in zip(ENTITY_INDEX_NAMES, (starts, records[order]), strict=True):
+        with whole_file(out / name, work) as file:
+            np.save(file, array)
+            infos.append(describe_file(file, len(array), name))
+    return tuple(infos)
 
 
 def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str, Any]:
@@ -312,16 +301,11 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
     named = dict.fromkeys(entities.names, 0)
     tally, size = Tally(), 0
     for shard in sample:
-        for item in islice(source.read(shard), most):
-            if isinstance(item, Damage):
-                tally.damaged(shard.name, item.what)
-                continue
-            verdict = judge(item, rules, matcher)
-            tally.count(item.key, verdict)
-            if verdict.record is not None:
-                size += len(verdict.record.image)
-                for entity in verdict.record.entities:
-                    named[entities.names[entity]] += 1
+        pairs = islice(source.read(shard), most)
+        for verdict in judge_all(pairs, shard.name, rules, matcher, tally):
+            size += len(verdict.record.image)
+            for entity in verdict.record.entities:
+                named[entities.names[entity]] += 1
     if not tally.read:
         raise UserError("the sample of the input has no pair; check --source")
     return {

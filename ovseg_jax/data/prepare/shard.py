@@ -1,13 +1,13 @@
 """What one input shard becomes: a part, that is its records and what is known about them.
 
 A part is four files in the work folder. The last to be written, `part-00000.json`, says that the
-others are whole: a run that was killed goes on with the first shard that lacks it. A part with
-records whose keys an earlier record has is written again without them, as `unique-00000`.
+others are whole: a run that was killed makes the parts that lack it. A part with records whose
+keys an earlier record has is written again without them, as `unique-00000`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from array_record.python import array_record_module
 from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file
-from ovseg_jax.data.prepare.inputs import DUPLICATE, Damage, InputShard, PairSource
+from ovseg_jax.data.prepare.inputs import DUPLICATE, Damage, InputShard, PairSource, RawPair
 from ovseg_jax.data.prepare.paths import AnyPath, local_copy, whole_file, write_whole
 from ovseg_jax.data.prepare.report import Tally
-from ovseg_jax.data.prepare.rules import Rules, judge
+from ovseg_jax.data.prepare.rules import Rules, Verdict, judge
 from ovseg_jax.data.records import Record, index_line, pack_record, unpack_record
 
 # One record a group: reading one record never decodes its neighbors.
@@ -37,43 +37,32 @@ _FACTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """The files of a part: records, index (a line a record), facts (`_FACTS`), and counts."""
+    """A part in the work folder.
+
+    Its files are `array_record` with the records; `jsonl` with a line [key, [captions]] for each;
+    `npz` with the arrays of `_FACTS`; and `json` with counts and a description of the first.
+    """
 
     work: AnyPath
     number: int
     unique: bool = False
 
-    def _file(self, ending: str) -> AnyPath:
+    def path(self, ending: str) -> AnyPath:
+        """The file with this ending."""
         return self.work / f"{'unique' if self.unique else 'part'}-{self.number:05d}.{ending}"
 
-    @property
-    def records(self) -> AnyPath:
-        """The ArrayRecord file."""
-        return self._file("array_record")
-
-    @property
-    def index(self) -> AnyPath:
-        """One [key, [captions]] a line, as in the finished folder."""
-        return self._file("jsonl")
-
-    @property
-    def facts(self) -> AnyPath:
-        """Arrays as .npz: see `_FACTS`."""
-        return self._file("npz")
-
-    @property
-    def done(self) -> AnyPath:
-        """Counts, and what the file of records must be."""
-        return self._file("json")
+    def is_done(self) -> bool:
+        """Whether all files of the part are there."""
+        return self.path("json").exists()
 
     def read_facts(self, *names: str) -> list[np.ndarray]:
         """Some of the arrays of `_FACTS`."""
-        with local_copy(self.facts) as file, np.load(file) as stored:
+        with local_copy(self.path("npz")) as file, np.load(file) as stored:
             return [stored[name] for name in names]
 
     def read_done(self) -> tuple[Tally, FileInfo]:
         """(counts, description of the file of records)."""
-        document = json.loads(self.done.read_text("utf-8"))
+        document = json.loads(self.path("json").read_text("utf-8"))
         return Tally.from_json(document["tally"]), FileInfo(**document["records"])
 
 
@@ -95,20 +84,28 @@ def make_part(
       table: the entities (`EntitySet.table`).
       rules: what a pair must pass.
     """
-    entities = CaptionFilter(EntitySet(table))
     tally = Tally()
+    entities = CaptionFilter(EntitySet(table))
+    verdicts = judge_all(source.read(shard), shard.name, rules, entities, tally)
+    _write_part(Part(work, number), ((v.record, min(v.size)) for v in verdicts), tally)
 
-    def kept() -> Iterator[tuple[Record, int]]:
-        for item in source.read(shard):
-            if isinstance(item, Damage):
-                tally.damaged(shard.name, item.what)
-                continue
-            verdict = judge(item, rules, entities)
-            tally.count(item.key, verdict)
-            if verdict.record is not None:
-                yield verdict.record, min(verdict.size)
 
-    _write_part(Part(work, number), kept(), tally)
+def judge_all(
+    items: Iterable[RawPair | Damage],
+    shard: str,
+    rules: Rules,
+    entities: CaptionFilter,
+    tally: Tally,
+) -> Iterator[Verdict]:
+    """The verdicts on the pairs of a shard that are kept; `tally` counts all of them."""
+    for item in items:
+        if isinstance(item, Damage):
+            tally.damaged(shard, item.what)
+            continue
+        verdict = judge(item, rules, entities)
+        tally.count(item.key, verdict)
+        if verdict.record is not None:
+            yield verdict
 
 
 def make_unique(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
@@ -120,13 +117,13 @@ def make_unique(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
       repeated: positions of the records to leave out.
     """
     part, unique = Part(work, number), Part(work, number, unique=True)
-    if unique.done.exists():
+    if unique.is_done():
         return
     tally, _ = part.read_done()
     (sides,) = part.read_facts("sides")
 
     def kept() -> Iterator[tuple[Record, int]]:
-        with local_copy(part.records) as file:
+        with local_copy(part.path("array_record")) as file:
             reader = array_record_module.ArrayRecordReader(str(file))
             for position, side in enumerate(sides.tolist()):
                 record = unpack_record(reader.read())
@@ -150,8 +147,8 @@ def _write_part(part: Part, kept: Iterator[tuple[Record, int]], tally: Tally) ->
     """
     facts: dict[str, list[Any]] = {name: [] for name in _FACTS}
     with (
-        whole_file(part.records) as records_file,
-        whole_file(part.index) as index_file,
+        whole_file(part.path("array_record")) as records_file,
+        whole_file(part.path("jsonl")) as index_file,
         index_file.open("w", encoding="ascii") as index,
     ):
         writer = array_record_module.ArrayRecordWriter(str(records_file), _WRITER_OPTIONS)
@@ -164,13 +161,13 @@ def _write_part(part: Part, kept: Iterator[tuple[Record, int]], tally: Tally) ->
             facts["records"].extend([number] * len(record.entities))
             facts["entities"].extend(record.entities)
         writer.close()
-        info = describe_file(records_file, tally.kept, part.records.name)
+        info = describe_file(records_file, tally.kept)
     facts["digests"] = np.frombuffer(b"".join(facts["digests"]), np.uint64)
-    with whole_file(part.facts) as facts_file:
+    with whole_file(part.path("npz")) as facts_file:
         arrays = {k: np.asarray(facts[k], d).reshape(s) for k, (s, d) in _FACTS.items()}
         np.savez(facts_file, **arrays)
     document = {"tally": tally.to_json(), "records": vars(info)}
-    write_whole(part.done, json.dumps(document) + "\n")
+    write_whole(part.path("json"), json.dumps(document) + "\n")
 
 
 def key_hash(key: str) -> bytes:
