@@ -107,7 +107,8 @@ def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
 
     Args:
       name: such as 'voc'.
-      folder: the official folder. data_dir: where TFDS keeps its data sets.
+      folder: the official folder.
+      data_dir: where TFDS keeps its data sets.
 
     Returns:
       The folder that was written.

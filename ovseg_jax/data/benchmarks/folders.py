@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -22,13 +23,14 @@ class LabeledFolder:
     """The validation images of an official folder, with their labels.
 
     Attributes:
-      name: of the evaluation set. table: its classes.
+      name: of the evaluation set.
+      table: its classes.
       root: where the official folder begins.
       form: which of the annotation's forms is read, such as 'instances' or 'mat'.
       keys: one name an image, in the official order.
       images: their files.
       read_labels: (index) -> labels as `table` numbers them.
-      differs: in what these labels are not those that published scores were computed from.
+      differs: in what these labels differ from those that published scores were computed from.
     """
 
     name: str
@@ -139,10 +141,9 @@ def require(name: str, files: Iterable[Path]) -> None:
         if path.name not in present[folder]:
             missing.append(path)
     if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise UserError(
             f"benchmark {name} is incomplete: {len(missing)} files are missing: "
-            f"{', '.join(map(str, missing[:_NAMED]))}{more}; unpack the official files again"
+            f"{_first(missing, ', ')}; unpack the official files again"
         )
 
 
@@ -169,11 +170,15 @@ def require_equal_sizes(name: str, images: Sequence[Path], masks: Sequence[Path]
         except OSError as error:
             wrong.append(f"{error} (of {image.name} and {mask.name})")
     if wrong:
-        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise UserError(
             f"benchmark {name}: {len(wrong)} of {len(masks)} label files cannot be used: "
-            f"{'; '.join(wrong[:_NAMED])}{more}"
+            f"{_first(wrong, '; ')}"
         )
+
+
+def _first(items: Sequence[Any], separator: str) -> str:
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return separator.join(map(str, items[:_NAMED])) + more
 
 
 def upright_size(path: Path) -> tuple[int, int]:

@@ -58,49 +58,41 @@ class Layout:
 
     roots: tuple[str, ...]
     images: str
-    forms: tuple[Form, ...]
+    forms: list[Form]
     suffix: str = ".jpg"
 
 
+_VOC_PNG = partial(png_files, listed="ImageSets/Segmentation/{split}.txt", keeps_ignore=True)
+_CONTEXT_PNG = partial(png_files, listed="ImageSets/SegmentationContext/{split}.txt", in_order=True)
+_CITYSCAPES_PNG = partial(png_files, suffix="_gtFine_labelIds.png", nested=True)
 _COCO_ROOTS, _COCO_IMAGES = ("", "coco", "coco2017"), "{split}2017|images/{split}2017"
 # The official archive unpacked, or as other programs keep it beside their files.
 _COCO_MAPS = (
     "stuffthingmaps/{split}2017|stuffthingmaps_trainval2017/{split}2017|annotations/{split}2017"
 )
-_VOC_LIST = "ImageSets/Segmentation/{split}.txt"
-_CONTEXT_LIST = "ImageSets/SegmentationContext/{split}.txt"
+_COCO_INSTANCES = "annotations/instances_{split}2017.json"
 _PAINTED = (
     "its labels were painted from COCO's instances; published scores were computed from the pixel "
     "maps of COCO-Stuff (stuffthingmaps_trainval2017)"
 )
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS = {
     # PASCAL VOC 2012: 20 classes and background.
     "voc": Layout(
         ("", "VOC2012", "VOCdevkit/VOC2012"),
         "JPEGImages",
-        (
-            Form(
-                "palette",
-                "SegmentationClass",
-                partial(png_files, listed=_VOC_LIST, keeps_ignore=True),
-            ),
-        ),
+        [Form("palette", "SegmentationClass", _VOC_PNG)],
     ),
     # PASCAL Context: VOC 2010's images with labels for all pixels, reduced to 59 classes; 'png' is
     # as other programs convert them: the 59 in alphabetical order, 0 background.
     "context": Layout(
         ("", "VOC2010", "VOCdevkit/VOC2010"),
         "JPEGImages",
-        (
-            Form(
-                "png",
-                "SegmentationClassContext",
-                partial(png_files, listed=_CONTEXT_LIST, in_order=True),
-            ),
+        [
+            Form("png", "SegmentationClassContext", _CONTEXT_PNG),
             Form("json", "trainval_merged.json", context_json),
             Form("mat", "trainval", context_mat),
-        ),
+        ],
     ),
     # COCO Object: the 80 classes of COCO's instances, and background. Published scores were
     # computed from the pixel maps of COCO-Stuff, without its stuff (the conversion that GroupViT
@@ -108,31 +100,25 @@ LAYOUTS: dict[str, Layout] = {
     "coco_object": Layout(
         _COCO_ROOTS,
         _COCO_IMAGES,
-        (
+        [
             Form("pixel maps", _COCO_MAPS, partial(png_files, offset=-1)),
-            Form("instances", "annotations/instances_{split}2017.json", coco_instances, _PAINTED),
-        ),
+            Form("instances", _COCO_INSTANCES, coco_instances, _PAINTED),
+        ],
     ),
     # COCO-Stuff 164k: 80 things and 91 stuff classes, no background.
-    "coco_stuff": Layout(_COCO_ROOTS, _COCO_IMAGES, (Form("pixel maps", _COCO_MAPS, png_files),)),
+    "coco_stuff": Layout(_COCO_ROOTS, _COCO_IMAGES, [Form("pixel maps", _COCO_MAPS, png_files)]),
     # ADE20K as in the scene parsing challenge of 2016: 150 classes, no background.
     "ade20k": Layout(
         ("", "ADEChallengeData2016"),
         "images/validation",
-        (Form("gray", "annotations/validation", png_files),),
+        [Form("gray", "annotations/validation", png_files)],
     ),
     # Cityscapes with fine annotation: 19 classes, no background.
     "cityscapes": Layout(
         ("", "cityscapes"),
         "leftImg8bit/val",
-        (
-            Form(
-                "labelIds",
-                "gtFine/val",
-                partial(png_files, suffix="_gtFine_labelIds.png", nested=True),
-            ),
-        ),
-        suffix="_leftImg8bit.png",
+        [Form("labelIds", "gtFine/val", _CITYSCAPES_PNG)],
+        "_leftImg8bit.png",
     ),
 }
 
@@ -151,11 +137,11 @@ def open_folder(name: str, directory: str | Path, field: str, split: str = "val"
     """
     layout = LAYOUTS[name]
     images = layout.images.format(split=split)
-    paths = [form.path.format(split=split) for form in layout.forms]
-    root = find_root(name, directory, layout.roots, (images, "|".join(paths)), field)
-    existing = [first_existing(root, path) for path in paths]
-    form, path = next((f, p) for f, p in zip(layout.forms, existing, strict=True) if p)
-    keys, read_labels, masks = form.read(name, root, path, split)
+    forms = {form.path.format(split=split): form for form in layout.forms}
+    root = find_root(name, directory, layout.roots, (images, "|".join(forms)), field)
+    paths = [path for path in forms if first_existing(root, path)]
+    form = forms[paths[0]]
+    keys, read_labels, masks = form.read(name, root, first_existing(root, paths[0]), split)
     files = tuple(first_existing(root, images) / f"{key}{layout.suffix}" for key in keys)
     require(name, (*files, *masks))
     if masks:

@@ -161,7 +161,7 @@ def _write_part(part: Part, kept: Iterator[tuple[Record, int]], tally: Tally) ->
             facts["records"].extend([number] * len(record.entities))
             facts["entities"].extend(record.entities)
         writer.close()
-        info = describe_file(records_file, tally.kept)
+        info = describe_file(records_file, tally.kept, part.path("array_record").name)
     facts["digests"] = np.frombuffer(b"".join(facts["digests"]), np.uint64)
     with whole_file(part.path("npz")) as facts_file:
         arrays = {k: np.asarray(facts[k], d).reshape(s) for k, (s, d) in _FACTS.items()}
@@ -186,6 +186,8 @@ def find_repeated(work: AnyPath, parts: int) -> list[list[int]]:
     Returns:
       For each part, the positions of such records, ascending.
     """
+    if not parts:
+        return []
     digests = [Part(work, number).read_facts("digests")[0] for number in range(parts)]
     ends = np.cumsum([len(keys) for keys in digests])
     keys = np.concatenate(digests)

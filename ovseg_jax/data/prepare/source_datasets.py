@@ -11,7 +11,6 @@ from ovseg_jax.errors import UserError
 _TFDS_SHARD, _SCENES_SHARD = 10_000, 1000
 _CAPTIONS = ("caption", "text", "title", "sentence")
 _KEYS = ("key", "id", "image/id", "image_id", "image/filename", "file_name")
-_SCENE_DEFAULTS = {"size": 224, "seed": 0}
 
 
 def _index_shards(name: str, total: int, size: int) -> list[InputShard]:
@@ -32,20 +31,18 @@ class ScenePairs:
 
     def __init__(self, text: str):
         count, *rest = text.split(",")
-        options = dict(_SCENE_DEFAULTS)
         try:
-            for option in rest:
-                name, _, value = option.partition("=")
-                if name not in options:
-                    raise ValueError(name)
-                options[name] = int(value)
-            number = int(count)
+            options = {name: int(value) for name, value in (option.split("=") for option in rest)}
+            options = {"size": 224, "seed": 0} | options
+            number, size, seed = int(count), options.pop("size"), options.pop("seed")
+            if options:
+                raise ValueError(options)
         except ValueError as error:
             raise UserError(
                 f"--source=scenes:{text} is not of the form scenes:1000 or "
                 "scenes:1000,size=224,seed=0"
             ) from error
-        self._source = ScenesSource("train", number, options["seed"], options["size"])
+        self._source = ScenesSource("train", number, seed, size)
 
     def shards(self) -> list[InputShard]:
         return _index_shards("scenes", len(self._source), _SCENES_SHARD)
