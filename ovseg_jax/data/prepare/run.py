@@ -36,7 +36,7 @@ from ovseg_jax.data.prepare.inputs import (
     class_names,
     source_fingerprint,
 )
-from ovseg_jax.data.prepare.jobs import Jobs
+from ovseg_jax.data.prepare.jobs import Jobs, local_jobs
 from ovseg_jax.data.prepare.page import page
 from ovseg_jax.data.prepare.paths import (
     AnyPath,
@@ -47,7 +47,14 @@ from ovseg_jax.data.prepare.paths import (
 )
 from ovseg_jax.data.prepare.report import Statistics, Tally, make_report, report_counts, summary
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.shard import Part, find_repeated, judge_all, make_part, make_unique
+from ovseg_jax.data.prepare.shard import (
+    PART_LAYOUT,
+    Part,
+    find_repeated,
+    judge_all,
+    make_part,
+    make_unique,
+)
 from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
 from ovseg_jax.errors import UserError
 
@@ -91,6 +98,7 @@ def prepare(
         "entities": choice.source,
         "listed": choice.table,
         "rules": dataclasses.asdict(rules),
+        "parts": PART_LAYOUT,
     }
     with _work_folder(out, plan) as work:
         nouns = None
@@ -197,7 +205,8 @@ def _finish(
     jobs = [
         (part.path("array_record"), out / name) for part, name in zip(full, targets, strict=True)
     ]
-    for _ in run_jobs(move_file, jobs):
+    # A move is a copy in a bucket, and costs nothing on a disk.
+    for _ in (local_jobs(0) if isinstance(out, Path) else run_jobs)(move_file, jobs):
         pass
     index, keys_sha256 = _write_index(out, work, full, tally.kept)
     records, entities = map(np.concatenate, zip(*mentions, strict=True))

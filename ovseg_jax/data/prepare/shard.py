@@ -23,6 +23,7 @@ from ovseg_jax.data.prepare.report import Tally
 from ovseg_jax.data.prepare.rules import Rules, Verdict, judge
 from ovseg_jax.data.records import Record, index_line, pack_record, unpack_record
 
+PART_LAYOUT = 2  # changes when the files of a part do
 # One record a group: reading one record never decodes its neighbors.
 _WRITER_OPTIONS = "group_size:1"
 # Arrays over the n records of a part -> shape and type.
