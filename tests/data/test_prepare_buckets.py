@@ -120,7 +120,7 @@ def test_a_run_into_a_bucket_goes_on_where_it_was_killed(
 ):
     where = [f"--source=img2dataset:{pairs_folder}", "--entities=published", "--workers=0"]
     assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
-    right, made = run.make_part, []
+    right, made = run.process_shard, []
 
     def killed(source, shard, number, *rest):
         if number == 2:
@@ -131,11 +131,11 @@ def test_a_run_into_a_bucket_goes_on_where_it_was_killed(
         made.append(number)
         return right(source, shard, number, *rest)
 
-    monkeypatch.setattr(run, "make_part", killed)
+    monkeypatch.setattr(run, "process_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         main([*where, "--out=s3://bucket/records"])
     assert not buckets.exists("s3://bucket/records/manifest.json")
-    monkeypatch.setattr(run, "make_part", counted)
+    monkeypatch.setattr(run, "process_shard", counted)
     with pytest.raises(UserError, match="begun with other arguments"):
         main([*where, "--min_side=5", "--out=s3://bucket/records"])
     assert main([*where, "--out=s3://bucket/records"]) == 0

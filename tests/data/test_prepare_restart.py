@@ -54,11 +54,11 @@ def _fail_at(monkeypatch, module, name, call):
 
 
 STAGES = [
-    (run_module, "make_part", 0),
-    (run_module, "make_part", 3),
+    (run_module, "process_shard", 0),
+    (run_module, "process_shard", 3),
     (shard, "key_hash", 20),
     (run_module, "find_repeated", 0),
-    (run_module, "make_unique", 1),
+    (run_module, "drop_repeated", 1),
     (shard, "pack_record", 30),
     (run_module, "move_file", 2),
     (run_module, "_write_index", 0),
@@ -81,10 +81,10 @@ def test_cut_off_run_goes_on_to_the_same_bytes(finished, folder, tmp_path, monke
     assert files(out) == files(finished[0])
 
 
-def test_finished_parts_are_not_made_again(folder, tmp_path, monkeypatch):
+def test_finished_shards_are_not_processed_again(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        _fail_at(patch, run_module, "make_part", 3)
+        _fail_at(patch, run_module, "process_shard", 3)
         with pytest.raises(Killed):
             run(folder, out)
     lines = []
@@ -128,7 +128,7 @@ def test_killed_process_goes_on(finished, folder, tmp_path):
     process.wait()
     process.stdout.close()
     # As if it had been killed while writing the third shard.
-    (out / ".work" / "part-00002.array_record").write_bytes(b"half a file")
+    (out / ".work" / "shard-00002.array_record").write_bytes(b"half a file")
     lines = []
     run(folder, out, say=lines.append)
     assert lines[0] == "2 of 5 shards were finished before"
@@ -138,7 +138,7 @@ def test_killed_process_goes_on(finished, folder, tmp_path):
 def test_other_arguments_do_not_go_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        _fail_at(patch, run_module, "make_part", 1)
+        _fail_at(patch, run_module, "process_shard", 1)
         with pytest.raises(Killed):
             run(folder, out)
     with pytest.raises(UserError, match=r"other arguments.*\(rules\)"):

@@ -101,13 +101,9 @@ def find_root(
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")
-    lacking = {
-        directory / place: [
-            paths for paths in needed if not first_existing(directory / place, paths)
-        ]
-        for place in below
-    }
-    root = min(lacking, key=lambda place: len(lacking[place]))
+    roots = [directory / start for start in below]
+    lacking = {r: [paths for paths in needed if not first_existing(r, paths)] for r in roots}
+    root = min(roots, key=lambda r: len(lacking[r]))
     if lacking[root]:
         raise UserError(
             f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "

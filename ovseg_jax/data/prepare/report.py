@@ -101,7 +101,7 @@ def _printable(name: str) -> str:
 
 
 class Statistics:
-    """Counts over the records of all parts.
+    """Counts over the records of all shards.
 
     Attributes:
       together: [e, e] records that name both entities; on the diagonal, those that name one.
@@ -117,10 +117,10 @@ class Statistics:
     def add(
         self, sides: np.ndarray, words: np.ndarray, records: np.ndarray, entities: np.ndarray
     ) -> None:
-        """Adds a part; the arrays are those of `shard.Part`."""
+        """Adds a shard; the arrays are those of `shard.ShardOutput`."""
         named = np.zeros((len(sides), len(self.together)), np.float32)
         named[records, entities] = 1
-        # Exact: a part has far fewer than 2^24 records.
+        # Exact: a shard has far fewer than 2^24 records.
         self.together += np.rint(named.T @ named).astype(np.int64)
         self.words += np.bincount(np.minimum(words, _MOST_WORDS), minlength=len(self.words))
         bins = np.searchsorted(_SIDES, sides, side="right") - 1

@@ -1,8 +1,8 @@
 """A preparation from start to end, and its continuation after it was killed.
 
-The work folder OUT/.work holds the plan and every finished part. A run with the same plan skips
-what is finished. Parts and everything made of them are functions of the plan and the input, so the
-result is the same bytes however often the run was killed.
+The work folder OUT/.work holds the plan and the output of every finished shard. A run with the same
+plan skips what is finished. These outputs and everything made of them are functions of the plan and
+the input, so the result is the same bytes however often the run was killed.
 """
 
 import contextlib
@@ -48,12 +48,12 @@ from ovseg_jax.data.prepare.paths import (
 from ovseg_jax.data.prepare.report import Statistics, Tally, make_report, report_counts, summary
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.shard import (
-    PART_LAYOUT,
-    Part,
+    WORK_LAYOUT,
+    ShardOutput,
+    drop_repeated,
     find_repeated,
     judge_all,
-    make_part,
-    make_unique,
+    process_shard,
 )
 from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
 from ovseg_jax.errors import UserError
@@ -98,7 +98,7 @@ def prepare(
         "entities": choice.source,
         "listed": choice.table,
         "rules": dataclasses.asdict(rules),
-        "parts": PART_LAYOUT,
+        "work_layout": WORK_LAYOUT,
     }
     with _work_folder(out, plan) as work:
         nouns = None
@@ -108,8 +108,8 @@ def prepare(
                 say(f"counted the nouns of {done} of {len(shards)} shards")
             nouns = entity_choice.read_nouns(work, len(shards))
         choice = entity_choice.build(choice, nouns, class_names(source))
-        parts = _make_parts(source, shards, choice, rules, work, run_jobs, say)
-        report = _finish(out, work, parts, choice, plan, class_names(source), run_jobs)
+        outputs = _process_shards(source, shards, choice, rules, work, run_jobs, say)
+        report = _finish(out, work, outputs, choice, plan, class_names(source), run_jobs)
     remove_folder(work)
     return report
 
@@ -155,7 +155,7 @@ def _lock(work: AnyPath, out: AnyPath) -> Iterator[None]:
         yield
 
 
-def _make_parts(
+def _process_shards(
     source: PairSource,
     shards: list[InputShard],
     choice: EntityChoice,
@@ -163,47 +163,47 @@ def _make_parts(
     work: AnyPath,
     run_jobs: Jobs,
     say: Callable[[str], None],
-) -> list[Part]:
-    """The parts of all shards, without repeated keys; makes those that do not exist."""
-    missing = [n for n in range(len(shards)) if not Part(work, n).is_done()]
+) -> list[ShardOutput]:
+    """The outputs of all shards, without repeated keys; makes those that do not exist."""
+    missing = [n for n in range(len(shards)) if not ShardOutput(work, n).is_done()]
     if len(missing) < len(shards):
         say(f"{len(shards) - len(missing)} of {len(shards)} shards were finished before")
     jobs = [(source, shards[n], n, work, choice.table, rules) for n in missing]
-    for done, _ in enumerate(run_jobs(make_part, jobs), 1):
-        tally, _ = Part(work, missing[done - 1]).read_done()
+    for done, _ in enumerate(run_jobs(process_shard, jobs), 1):
+        tally, _ = ShardOutput(work, missing[done - 1]).read_done()
         say(f"shard {done} of {len(missing)}: {tally.read} pairs")
     repeated = find_repeated(work, len(shards))
     jobs = [(work, n, positions) for n, positions in enumerate(repeated) if positions]
-    for _ in run_jobs(make_unique, jobs):
+    for _ in run_jobs(drop_repeated, jobs):
         pass
-    return [Part(work, n, unique=bool(positions)) for n, positions in enumerate(repeated)]
+    return [ShardOutput(work, n, unique=bool(positions)) for n, positions in enumerate(repeated)]
 
 
 def _finish(
     out: AnyPath,
     work: AnyPath,
-    parts: list[Part],
+    outputs: list[ShardOutput],
     choice: EntityChoice,
     plan: dict[str, Any],
     names: Sequence[str],
     run_jobs: Jobs,
 ) -> dict[str, Any]:
-    """From finished parts to the finished folder; the manifest comes last."""
+    """From finished shards to the finished folder; the manifest comes last."""
     tally, statistics = Tally(), Statistics(len(choice.table))
     full, infos = [], []
     mentions = [(np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of entities: records, entities
-    for part in parts:
-        sides, words, records, entities = part.read_facts("sides", "words", "records", "entities")
+    for shard in outputs:
+        sides, words, records, entities = shard.read_facts("sides", "words", "records", "entities")
         statistics.add(sides, words, records, entities)
         mentions.append((tally.kept + records, entities.astype(np.int32)))
-        counts, info = part.read_done()
+        counts, info = shard.read_done()
         tally.add(counts)
         if info.count:
-            full.append(part)
+            full.append(shard)
             infos.append(info)
     targets = [f"records-{n:05d}-of-{len(full):05d}.array_record" for n in range(len(full))]
     jobs = [
-        (part.path("array_record"), out / name) for part, name in zip(full, targets, strict=True)
+        (shard.path("array_record"), out / name) for shard, name in zip(full, targets, strict=True)
     ]
     # A move is a copy in a bucket, and costs nothing on a disk.
     for _ in (local_jobs(0) if isinstance(out, Path) else run_jobs)(move_file, jobs):
@@ -227,7 +227,7 @@ def _finish(
         files=files,
         captions=CLASS_NAMES if names else TEXTS,
     )
-    report = make_report(manifest, choice, tally, statistics, plan["rules"], len(parts))
+    report = make_report(manifest, choice, tally, statistics, plan["rules"], len(outputs))
     write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)
     write_whole(out / REPORT_NAMES[1], page(report), work)
     if not manifest.count:
@@ -244,14 +244,14 @@ def move_file(path: AnyPath, target: AnyPath) -> None:
 
 
 def _write_index(
-    out: AnyPath, work: AnyPath, parts: list[Part], records: int
+    out: AnyPath, work: AnyPath, outputs: list[ShardOutput], records: int
 ) -> tuple[FileInfo, str]:
     """Writes the index of keys and captions; returns its description and the keys' digest."""
     path = out / INDEX_NAME
 
     def keys(stream) -> Iterator[str]:
-        for part in parts:
-            with local_copy(part.path("jsonl")) as file, file.open(encoding="ascii") as lines:
+        for shard in outputs:
+            with local_copy(shard.path("jsonl")) as file, file.open(encoding="ascii") as lines:
                 for line in lines:
                     stream.write(line)
                     yield json.loads(line)[0]
