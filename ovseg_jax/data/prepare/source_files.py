@@ -134,13 +134,11 @@ class FileSource:
                 digest = hashlib.blake2b(cell.encode("utf-8", "surrogateescape"), digest_size=8)
                 begins.append(begin)
                 digests.append(int.from_bytes(digest.digest(), "little"))
+        rows = np.frombuffer(begins, np.int64)
         hashes = np.frombuffer(digests, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        rows, hashes = np.frombuffer(begins, np.int64)[order], hashes[order]
-        again = np.zeros(len(hashes), bool)
-        again[1:] = hashes[1:] == hashes[:-1]
-        first = rows[np.maximum.accumulate(np.where(again, 0, np.arange(len(rows))))]
-        repeats = np.stack([first, rows], axis=1)[again]
+        _, firsts, image = np.unique(hashes, return_index=True, return_inverse=True)
+        first = rows[firsts[image]]
+        repeats = np.stack([first, rows], axis=1)[first != rows]
         return starts, repeats[np.lexsort((repeats[:, 1], repeats[:, 0]))]
 
     def _rows(self, start: int, stop: int | None = None) -> Iterator[tuple[int, list[str]]]:
@@ -173,8 +171,8 @@ class FileSource:
         for row, (_, cells) in enumerate(islice(self._data_rows(), _SAMPLE_ROWS)):
             if len(cells) <= self._image:
                 continue
+            cell = cells[self._image].strip()
             for naming in NAMINGS:
-                cell = cells[self._image].strip()
                 fits[naming] += self._try_names(naming, cell, row, _exists) is not None
         best = max(NAMINGS, key=lambda naming: fits[naming])
         if not fits[best]:
