@@ -12,16 +12,16 @@ from typing import Any
 
 from ovseg_jax import flags
 from ovseg_jax.data.prepare.entity_choice import parse_choice
-from ovseg_jax.data.prepare.inputs import PairSource
 from ovseg_jax.data.prepare.jobs import RUNNERS, Jobs, beam_jobs, local_jobs
 from ovseg_jax.data.prepare.paths import parse_path
-from ovseg_jax.data.prepare.report import summary
+from ovseg_jax.data.prepare.raw_pairs import PairSource
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import dry_run, prepare
 from ovseg_jax.data.prepare.source_datasets import ScenePairs, TfdsSource
 from ovseg_jax.data.prepare.source_files import FileSource
 from ovseg_jax.data.prepare.source_folders import FolderSource
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
+from ovseg_jax.data.prepare.tally import summary
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 

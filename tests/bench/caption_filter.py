@@ -25,7 +25,7 @@ from nltk.tokenize import NLTKWordTokenizer
 
 from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare.inputs import RawPair
+from ovseg_jax.data.prepare.raw_pairs import RawPair
 from ovseg_jax.data.prepare.rules import Rules, clean_captions
 from ovseg_jax.data.words import words
 

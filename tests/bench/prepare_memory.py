@@ -19,7 +19,7 @@ import numpy as np
 from caption_corpus import captions
 from PIL import Image
 
-from ovseg_jax.data.prepare.inputs import InputShard, RawPair
+from ovseg_jax.data.prepare.raw_pairs import InputShard, RawPair
 
 ROOT = Path(__file__).parents[2]
 PER_SHARD = 10_000

@@ -8,7 +8,7 @@ import pytest
 from pair_folders import jpeg
 
 from ovseg_jax.data.prepare import source_files
-from ovseg_jax.data.prepare.inputs import BAD_ROW
+from ovseg_jax.data.prepare.raw_pairs import BAD_ROW
 from ovseg_jax.data.prepare.source_files import FileSource
 from ovseg_jax.errors import UserError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ovseg_jax.data.entities import EntitySet, with_names
 from ovseg_jax.data.nouns import NounCounts, choose_entities, noun_finder
-from ovseg_jax.data.prepare.inputs import Damage, InputShard, PairSource, RawPair
 from ovseg_jax.data.prepare.paths import AnyPath, write_whole
+from ovseg_jax.data.prepare.raw_pairs import Damage, InputShard, PairSource, RawPair
 from ovseg_jax.data.prepare.rules import Rules, clean_captions
 from ovseg_jax.data.scenes import scene_entity_table
 from ovseg_jax.errors import UserError

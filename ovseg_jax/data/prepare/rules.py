@@ -12,8 +12,8 @@ from PIL import Image
 
 from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.decoding import MAX_PIXELS, UnreadableImage, decode
-from ovseg_jax.data.prepare import inputs
-from ovseg_jax.data.prepare.inputs import RawPair
+from ovseg_jax.data.prepare import raw_pairs
+from ovseg_jax.data.prepare.raw_pairs import RawPair
 from ovseg_jax.data.records import Record
 from ovseg_jax.errors import UserError
 
@@ -67,7 +67,7 @@ class Verdict:
 
     Attributes:
       record: to keep; None if the pair is dropped.
-      cause: the drop reason (`inputs.DROP_REASONS`); '' if the pair is kept.
+      cause: the drop reason (`raw_pairs.DROP_REASONS`); '' if the pair is kept.
       size: width and height of the image, upright, in pixels.
       remarks: what is unusual about a pair that is kept.
       dropped: the drop reason of each caption that is dropped of a pair that is kept.
@@ -90,10 +90,10 @@ def judge(pair: RawPair, rules: Rules, entities: CaptionFilter) -> Verdict:
         if pair.cause:
             raise _Dropped(pair.cause)
         if not pair.key or any("\ud800" <= sign <= "\udfff" for sign in pair.key):
-            raise _Dropped(inputs.BAD_KEY)  # lone surrogates cannot be stored
+            raise _Dropped(raw_pairs.BAD_KEY)  # lone surrogates cannot be stored
         captions, dropped, remarks = _judge_captions(pair, rules, entities)
         if pair.image is None:
-            raise _Dropped(inputs.NO_IMAGE)
+            raise _Dropped(raw_pairs.NO_IMAGE)
         size, image_remarks = _check_image(pair.image, rules)
     except _Dropped as dropped:
         return Verdict(None, str(dropped))
@@ -113,16 +113,16 @@ def _judge_captions(
             caption, unusual = clean_caption(text, rules)
             named = entities.find(caption)
             if not named and not rules.keep_without_entities:
-                raise _Dropped(inputs.NO_ENTITY)
+                raise _Dropped(raw_pairs.NO_ENTITY)
             if caption in kept:
-                raise _Dropped(inputs.REPEATED)
+                raise _Dropped(raw_pairs.REPEATED)
         except _Dropped as cause:
             dropped.append(str(cause))
             continue
         kept[caption] = named
         remarks += unusual
     if not kept:
-        raise _Dropped(dropped[0] if dropped else inputs.NO_CAPTION)
+        raise _Dropped(dropped[0] if dropped else raw_pairs.NO_CAPTION)
     return kept, tuple(dropped), tuple(remarks)
 
 
@@ -142,7 +142,7 @@ def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]
         caption = text.decode("utf-8") if isinstance(text, bytes) else text
         caption.encode("utf-8")  # a lone surrogate is a byte that was not UTF-8
     except UnicodeError as error:
-        raise _Dropped(inputs.NOT_UTF8) from error
+        raise _Dropped(raw_pairs.NOT_UTF8) from error
     if _ESCAPE.search(caption) and (plain := html.unescape(caption)) != caption:
         caption = plain
         remarks.append(HTML_ESCAPED)
@@ -150,9 +150,9 @@ def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]
         caption = tidy
         remarks.append(SPACES)
     if not caption:
-        raise _Dropped(inputs.EMPTY_CAPTION)
+        raise _Dropped(raw_pairs.EMPTY_CAPTION)
     if len(caption) > rules.max_caption:
-        raise _Dropped(inputs.LONG_CAPTION)
+        raise _Dropped(raw_pairs.LONG_CAPTION)
     _check_script(caption)
     return caption, tuple(remarks)
 
@@ -164,9 +164,9 @@ def _check_script(caption: str) -> None:
         names = [unicodedata.name(sign, "") for sign in caption if sign.isalpha()]
         letters, latin = len(names), sum(name.startswith("LATIN ") for name in names)
     if not letters:
-        raise _Dropped(inputs.NO_LETTERS)
+        raise _Dropped(raw_pairs.NO_LETTERS)
     if 2 * latin <= letters:
-        raise _Dropped(inputs.NON_LATIN)
+        raise _Dropped(raw_pairs.NON_LATIN)
 
 
 def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str, ...]]:
@@ -177,9 +177,9 @@ def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str,
         try:
             image = decode(data, MAX_PIXELS)
         except UnreadableImage as error:
-            raise _Dropped(inputs.UNREADABLE + error.cause) from error
+            raise _Dropped(raw_pairs.UNREADABLE + error.cause) from error
         if min(image.size) < rules.min_side:
-            raise _Dropped(inputs.SMALL_IMAGE)
+            raise _Dropped(raw_pairs.SMALL_IMAGE)
         # The header once more: `decode` returns pixels alone.
         with Image.open(io.BytesIO(data)) as header:
             return image.size, _image_remarks(header)

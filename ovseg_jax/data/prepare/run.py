@@ -30,14 +30,7 @@ from ovseg_jax.data.manifest import (
 )
 from ovseg_jax.data.prepare import entity_choice
 from ovseg_jax.data.prepare.entity_choice import EntityChoice
-from ovseg_jax.data.prepare.inputs import (
-    InputShard,
-    PairSource,
-    class_names,
-    source_fingerprint,
-)
 from ovseg_jax.data.prepare.jobs import Jobs, local_jobs
-from ovseg_jax.data.prepare.page import page
 from ovseg_jax.data.prepare.paths import (
     AnyPath,
     local_copy,
@@ -45,7 +38,13 @@ from ovseg_jax.data.prepare.paths import (
     whole_file,
     write_whole,
 )
-from ovseg_jax.data.prepare.report import Statistics, Tally, make_report, report_counts, summary
+from ovseg_jax.data.prepare.raw_pairs import (
+    InputShard,
+    PairSource,
+    class_names,
+    source_fingerprint,
+)
+from ovseg_jax.data.prepare.report_page import page
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.shard import (
     WORK_LAYOUT,
@@ -55,6 +54,7 @@ from ovseg_jax.data.prepare.shard import (
     judge_all,
     process_shard,
 )
+from ovseg_jax.data.prepare.tally import Statistics, Tally, make_report, report_counts, summary
 from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
 from ovseg_jax.errors import UserError
 
@@ -292,7 +292,7 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
     are not looked for.
 
     Returns:
-      `report.report_counts`, with `entities`: name -> records of the sample that name it, `bytes`
+      `tally.report_counts`, with `entities`: name -> records of the sample that name it, `bytes`
       of the images that are kept, `shards_read` and `input_shards`.
 
     Raises:

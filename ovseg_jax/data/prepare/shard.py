@@ -17,10 +17,10 @@ from array_record.python import array_record_module
 from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file
-from ovseg_jax.data.prepare.inputs import DUPLICATE, Damage, InputShard, PairSource, RawPair
 from ovseg_jax.data.prepare.paths import AnyPath, local_copy, whole_file, write_whole
-from ovseg_jax.data.prepare.report import Tally
+from ovseg_jax.data.prepare.raw_pairs import DUPLICATE, Damage, InputShard, PairSource, RawPair
 from ovseg_jax.data.prepare.rules import Rules, Verdict, judge
+from ovseg_jax.data.prepare.tally import Tally
 from ovseg_jax.data.records import Record, index_line, pack_record, unpack_record
 
 WORK_LAYOUT = 2  # changes when these files do

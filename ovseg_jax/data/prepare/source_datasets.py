@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.prepare.inputs import BAD_ROW, InputShard, RawPair
+from ovseg_jax.data.prepare.raw_pairs import BAD_ROW, InputShard, RawPair
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.errors import UserError
 

@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from jaxtyping import Int64
 
-from ovseg_jax.data.prepare.inputs import BAD_ROW, InputShard, RawPair
 from ovseg_jax.data.prepare.paths import AnyPath, file_size, is_file, network_errors, parse_path
+from ovseg_jax.data.prepare.raw_pairs import BAD_ROW, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
 _PER_SHARD = 10_000

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovseg_jax.data.examples import MOST_NAMES
-from ovseg_jax.data.prepare.inputs import NO_IMAGE_FILE, InputShard, RawPair
 from ovseg_jax.data.prepare.paths import AnyPath, network_errors, parse_path
+from ovseg_jax.data.prepare.raw_pairs import NO_IMAGE_FILE, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
 # A shard ends with the class in which it reaches so many files.

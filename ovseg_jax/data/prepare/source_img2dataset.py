@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ovseg_jax.data.prepare.inputs import LOST, NOT_DOWNLOADED, Damage, InputShard, RawPair
 from ovseg_jax.data.prepare.paths import AnyPath, file_size, is_file, network_errors, parse_path
+from ovseg_jax.data.prepare.raw_pairs import LOST, NOT_DOWNLOADED, Damage, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")

@@ -9,7 +9,7 @@ import numpy as np
 
 from ovseg_jax.data.manifest import Manifest
 from ovseg_jax.data.prepare.entity_choice import EntityChoice
-from ovseg_jax.data.prepare.inputs import DROP_REASONS, DUPLICATE
+from ovseg_jax.data.prepare.raw_pairs import DROP_REASONS, DUPLICATE
 from ovseg_jax.data.prepare.rules import Verdict
 
 # Keys shown for each cause, so that a person can look one up.

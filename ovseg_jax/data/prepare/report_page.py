@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from ovseg_jax.data.prepare.inputs import DROP_REASONS
+from ovseg_jax.data.prepare.raw_pairs import DROP_REASONS
 
 _BARS = 100  # entities shown, and pairs of entities, the most frequent ones
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums}code{color:#555}h2{margin-top:2em}
+td.n{text-align:right;font-variant-numeric:tabular-nums}h2{margin-top:2em}
 .scroll{overflow-x:auto}.bars td{padding:0 .6em 0 0;font-size:12px}
 .bars i{display:block;height:13px;background:#3b6ea5}"""
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """HTML of a report (`report.make_report`)."""
+    """HTML of a report (`tally.make_report`)."""
     title = f"{report['kept']:,} of {report['read']:,} pairs kept"
     entities = dict(sorted(report["entities"].items(), key=lambda item: (-item[1], item[0])))
     sections = {
