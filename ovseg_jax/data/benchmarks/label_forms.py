@@ -59,7 +59,7 @@ def png_files(
     else:
         pattern = f"{'*/' * nested}*{suffix}"
         # COCO's archive also has maps with the numbers that some programs train with.
-        paths = [p for p in sorted(folder.glob(pattern)) if "labelTrainIds" not in p.name]
+        paths = [p for p in sorted(folder.glob(pattern)) if "TrainIds" not in p.name]
         keys = tuple(p.relative_to(folder).as_posix().removesuffix(suffix) for p in paths)
         if not keys:
             raise UserError(f"benchmark {name}: {folder} holds no files {pattern}; unpack it again")

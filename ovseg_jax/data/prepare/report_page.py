@@ -90,7 +90,7 @@ def _words(counts: list[int]) -> dict[str, int]:
 
 
 def _cells(*values: str | int) -> str:
-    """A row of a table; numbers stand to the right."""
+    """A row of a table, with numbers right-aligned."""
     cells = (
         f'<td class="n">{value:,}</td>' if isinstance(value, int) else f"<td>{escape(value)}</td>"
         for value in values
