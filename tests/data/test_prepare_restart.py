@@ -151,7 +151,7 @@ def test_other_arguments_do_not_go_on(folder, tmp_path, monkeypatch):
 def test_counting_nouns_goes_on_too(folder, tmp_path, monkeypatch):
     run(folder, tmp_path / "whole", choice=parse_choice("auto:2"))
     with monkeypatch.context() as patch:
-        _fail_at(patch, entity_choice, "count_shard_nouns", 2)
+        _fail_at(patch, entity_choice, "write_nouns", 2)
         with pytest.raises(Killed):
             run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))
     run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))

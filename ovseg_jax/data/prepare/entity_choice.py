@@ -64,26 +64,18 @@ def count_nouns(pairs: Iterable[RawPair | Damage], rules: Rules) -> NounCounts:
     return counts
 
 
-def nouns_file(work: AnyPath, number: int) -> AnyPath:
-    """The file with the nouns of a shard."""
-    return work / f"nouns-{number:05d}.json"
-
-
-def count_shard_nouns(
-    source: PairSource, shard: InputShard, number: int, work: AnyPath, rules: Rules
-) -> None:
+def write_nouns(source: PairSource, shard: InputShard, path: AnyPath, rules: Rules) -> None:
     """Counts the nouns of one shard's captions into a file, unless it exists."""
-    path = nouns_file(work, number)
     if not path.exists():
         counts = count_nouns(source.read(shard, images=False), rules)
         write_whole(path, json.dumps([counts.uses, counts.evidence]) + "\n")
 
 
-def read_nouns(work: AnyPath, shards: int) -> NounCounts:
-    """The nouns of all shards."""
+def read_nouns(paths: Iterable[AnyPath]) -> NounCounts:
+    """The sum of the counts in several files."""
     total = NounCounts()
-    for number in range(shards):
-        uses, evidence = json.loads(nouns_file(work, number).read_text("utf-8"))
+    for path in paths:
+        uses, evidence = json.loads(path.read_text("utf-8"))
         total.uses.update(uses)
         total.evidence.update(evidence)
     return total

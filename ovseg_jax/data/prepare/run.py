@@ -103,10 +103,11 @@ def prepare(
     with _work_folder(out, plan) as work:
         nouns = None
         if choice.table is None:
-            jobs = [(source, shard, n, work, rules) for n, shard in enumerate(shards)]
-            for done, _ in enumerate(run_jobs(entity_choice.count_shard_nouns, jobs), 1):
+            files = [work / f"nouns-{n:05d}.json" for n in range(len(shards))]
+            jobs = [(source, *job, rules) for job in zip(shards, files, strict=True)]
+            for done, _ in enumerate(run_jobs(entity_choice.write_nouns, jobs), 1):
                 say(f"counted the nouns of {done} of {len(shards)} shards")
-            nouns = entity_choice.read_nouns(work, len(shards))
+            nouns = entity_choice.read_nouns(files)
         choice = entity_choice.build(choice, nouns, class_names(source))
         outputs = _process_shards(source, shards, choice, rules, work, run_jobs, say)
         report = _finish(out, work, outputs, choice, plan, class_names(source), run_jobs)
