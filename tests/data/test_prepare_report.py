@@ -128,9 +128,9 @@ def test_finished_records_are_verified(folder, tmp_path, capsys):
         (["--source=scenes:5", "--out=x", "--runner=FlinkRuner"], "--runner is one of local"),
         (["--source=scenes:5", "--out=hdfs://b/x"], "hdfs://b/x must be a path of this machine"),
         (["--source=scenes:5", "--out=gs://b/x"], "gs://b/x needs gcsfs; install it with"),
+        (["--source=img2dataset:s3://b/x", "--dry-run"], "s3://b/x needs s3fs; install it with"),
         (["--source=scenes:5", "--out=x", "--min_side=0"], "--min_side=0"),
         (["--source=scenes:5", "--out=x", "--entities=y"], "none of: published"),
-        (["--source=zip:5", "--out=x"], "none of: img2dataset"),
         (["--sorce=zip:5", "--out=x"], "did you mean '--source'"),
     ],
 )
