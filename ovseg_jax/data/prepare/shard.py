@@ -26,14 +26,14 @@ from ovseg_jax.data.records import Record, index_line, pack_record, unpack_recor
 WORK_LAYOUT = 2  # changes when these files do
 # One record a group: reading one record never decodes its neighbors.
 _WRITER_OPTIONS = "group_size:1"
-# Arrays of a shard with n records -> shape and type.
-_FACTS = {
-    "digests": ((-1, 2), np.uint64),  # 128 bits of the hash of each key
-    "sides": ((-1,), np.int64),  # length of each image's shorter side, in pixels
-    "words": ((-1,), np.int64),  # number of words of each caption, of all records in order
-    "records": ((-1,), np.int64),  # for each mention of an entity: the record's number in the shard
-    "entities": ((-1,), np.int64),  # and the entity
-}
+# Arrays of a shard with n records.
+_FACTS = (
+    "digests",  # [n, 2] 128 bits of the hash of each key
+    "sides",  # [n] length of each image's shorter side, in pixels
+    "words",  # number of words of each caption, of all records in order
+    "records",  # for each mention of an entity: the record's number in the shard
+    "entities",  # and the entity
+)
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ def _write_output(output: ShardOutput, kept: Iterator[tuple[Record, int]], tally
             facts["entities"].extend(record.entities)
         writer.close()
         info = describe_file(records_file, tally.kept, output.path("array_record").name)
-    facts["digests"] = np.frombuffer(b"".join(facts["digests"]), np.uint64)
+    digests = np.frombuffer(b"".join(facts.pop("digests")), np.uint64).reshape(-1, 2)
+    arrays = {name: np.asarray(values, np.int64) for name, values in facts.items()}
     with whole_file(output.path("npz")) as facts_file:
-        arrays = {k: np.asarray(facts[k], d).reshape(s) for k, (s, d) in _FACTS.items()}
-        np.savez(facts_file, **arrays)
+        np.savez(facts_file, digests=digests, **arrays)
     document = {"tally": tally.to_json(), "records": vars(info)}
     write_whole(output.path("json"), json.dumps(document) + "\n")
 
