@@ -31,7 +31,7 @@ from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.partners import find_pairs
 from ovseg_jax.data.records import ClassCaptions, Record, RecordSource, keys_of
 from ovseg_jax.data.templates import TRAINING
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
@@ -292,7 +292,7 @@ class Examples:
 
     def _encode(self, caption: str, masked: str, prompt: str) -> Example:
         assert self._tokenizer is not None
-        ids, cut = self._tokenizer.encode_and_tell([caption, masked, prompt], self._length)
+        ids, cut = self._tokenizer.encode_with_cuts([caption, masked, prompt], self._length)
         return {
             "caption_ids": ids[0],
             "masked_ids": ids[1],

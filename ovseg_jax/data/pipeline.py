@@ -16,7 +16,7 @@ from ovseg_jax.data.mixture import MixturePairs
 from ovseg_jax.data.pairs import PairIndex
 from ovseg_jax.data.records import RecordSource
 from ovseg_jax.data.templates import TRAINING
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import RestartError
 
 __all__ = [

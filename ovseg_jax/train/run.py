@@ -19,7 +19,7 @@ from ovseg_jax.data.pipeline import Loader, make_loader
 from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.templates import chosen
-from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
+from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups

@@ -8,7 +8,7 @@ from PIL import Image
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import MemorySource, Record
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 
 NAMES = ("dog", "cat", "bus", "tree")
 ENTITIES = EntitySet({name: [name] for name in NAMES})

@@ -17,7 +17,7 @@ from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.sources import make_source, missing_data
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main as prepare
 

@@ -10,7 +10,7 @@ from ovseg_jax.data.examples import Examples
 from ovseg_jax.data.noun_texts import caption_nouns, noun_sentences
 from ovseg_jax.data.nouns import BundledNouns
 from ovseg_jax.data.records import Record
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 
 CAPTION = "A dog and two cats sit on the sofa, a dog sleeps near the window."
 FINDER = BundledNouns()
@@ -81,7 +81,7 @@ class Letters(Tokenizer):
     def __init__(self):
         self.pad_id = 0
 
-    def encode_and_tell(self, texts, length):
+    def encode_with_cuts(self, texts, length):
         ids = np.zeros((len(texts), length), np.int32)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = [ord(letter) for letter in text][:length]

@@ -12,7 +12,7 @@ from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.data.sources import make_source
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.prepare import main
 
 COUNT, PER_SHARD = 26, 7

@@ -9,7 +9,7 @@ from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.pipeline import make_loader
 from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.train.feature_cache import text_store
 
 ENTITIES = EntitySet({"dog": [], "cat": ["kitten"]})
