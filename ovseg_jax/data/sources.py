@@ -6,11 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.captions import CLIP_NAME, expand_templates
 from ovseg_jax.data.entities import EntitySet, joined_tables
-from ovseg_jax.data.mixture import Mixture
+from ovseg_jax.data.order import Mixture
 from ovseg_jax.data.records import ArrayRecordSource, RecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
-from ovseg_jax.data.templates import CLIP_NAME, chosen
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 
@@ -24,7 +24,7 @@ def _scenes(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
 
 def _records(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
     source = ArrayRecordSource(
-        config.records.dir, chosen(config.get("name_templates", (CLIP_NAME,)))
+        config.records.dir, expand_templates(config.get("name_templates", (CLIP_NAME,)))
     )
     return source, EntitySet(source.manifest.entities)
 

@@ -35,7 +35,7 @@ prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(), work
 LOAD = """
 from pathlib import Path
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.tokenizer import Tokenizer
 source = ArrayRecordSource({out!r})

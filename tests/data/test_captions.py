@@ -3,21 +3,30 @@
 import json
 from importlib import resources
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovseg_jax.data.captions import (
+    CLIP,
+    NO_TARGET,
+    TRAINING,
+    Masking,
     distinct_captions,
     distinct_prompts,
+    expand_templates,
+    fill,
     mask_entities,
+    masked_texts,
+    noun_sentences,
     prompt,
     shared_prompt,
-    texts_of,
+    token_targets,
 )
 from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.nouns import BundledNouns, caption_nouns
 from ovseg_jax.data.records import ClassCaptions
-from ovseg_jax.data.templates import CLIP, TRAINING, chosen, fill, join_entities
 from ovseg_jax.errors import UserError
 
 ENTITIES = EntitySet({"dog": ["puppy"], "fire hydrant": [], "fire": [], "mask": [], "bus": []})
@@ -28,12 +37,6 @@ def test_mask_keeps_everything_else():
     expected = 'Two [MASK], a "[MASK]"; the [MASK]\'s [MASK] & a [MASK]!'
     assert mask_entities(caption, ENTITIES) == expected
     assert mask_entities("no entity", ENTITIES) == "no entity"
-    assert mask_entities("a dog", ENTITIES, mask_token="thing") == "a thing"
-
-
-def test_own_mask_token_must_not_be_an_entity():
-    with pytest.raises(UserError, match="names an entity"):
-        mask_entities("a dog", ENTITIES, mask_token="mask")
 
 
 PIECES = st.sampled_from(
@@ -55,7 +58,6 @@ def test_masking_leaves_no_mention_and_touches_nothing_else(caption):
 
 
 def test_prompt_of_several_entities():
-    assert join_entities(["a", "b", "c"]) == "a and b and c"
     assert prompt(["dog", "bus"], "a photo of a {}.") == "a photo of a dog and bus."
     assert prompt([], "a photo of a {}.") == ""
     assert shared_prompt("dog") == "a photo of dog"
@@ -71,27 +73,17 @@ def test_templates_are_many_different_and_fillable():
 
 
 def test_templates_of_a_config():
-    assert chosen(()) == TRAINING
-    assert chosen(["clip"]) == CLIP
-    assert chosen(["{} here", "clip", "a photo of a {}."]) == ("{} here", *CLIP)
+    assert expand_templates(()) == TRAINING
+    assert expand_templates(["clip"]) == CLIP
+    assert expand_templates(["{} here", "clip", "a photo of a {}."]) == ("{} here", *CLIP)
     with pytest.raises(UserError, match="once, where the names go; did you mean 'clip'"):
-        chosen(["clipp"])
+        expand_templates(["clipp"])
 
 
 def test_the_list_of_clip_keeps_its_license():
     text = resources.files("ovseg_jax.data").joinpath("clip_templates.json").read_text()
     notice = " ".join(json.loads(text)["license"])
     assert "Copyright (c) 2021 OpenAI" in notice and "Permission is hereby granted" in notice
-
-
-def test_texts_of_a_caption():
-    texts = texts_of("a bus and two puppies", ENTITIES, ["{}", "a {}."])
-    assert texts == {
-        "caption": "a bus and two puppies",
-        "masked": "a [MASK] and two [MASK]",
-        "prompts": ["dog and bus", "a dog and bus."],
-        "entities": (0, 4),
-    }
 
 
 def test_distinct_captions_are_those_of_each_record():
@@ -106,4 +98,115 @@ def test_distinct_prompts_are_those_of_each_caption():
     sentences, table = distinct_prompts(captions, ENTITIES, TRAINING)
     assert len(set(sentences)) == len(sentences) == 3 * len(TRAINING) + 1
     for caption, row in zip(captions, table, strict=True):
-        assert [sentences[i] for i in row] == texts_of(caption, ENTITIES, TRAINING)["prompts"]
+        names = [ENTITIES.names[identity] for identity in ENTITIES.find(caption)]
+        assert [sentences[i] for i in row] == [prompt(names, template) for template in TRAINING]
+
+
+# ---- what each objective masks
+
+
+MASKABLE = EntitySet({"dog": ["puppy"], "cat": [], "glass": [], "glasses": ["spectacles"]})
+TEMPLATE = "a photo of a {}."
+CAPTION = "Two dogs and a cat, a puppy near the window."
+
+
+def masked(masking, caption=CAPTION, seed=0):
+    rng = np.random.default_rng(seed)
+    return masked_texts(caption, MASKABLE, TEMPLATE, masking, rng, BundledNouns())
+
+
+def test_all_entities():
+    found = masked(Masking.ALL_ENTITIES)
+    assert found.masked == "Two [MASK] and a [MASK], a [MASK] near the window."
+    assert (found.prompt, found.answer) == ("a photo of a dog and cat.", (0, 1))
+    assert found.mentions is None
+
+
+def test_a_single_entity_with_all_its_mentions():
+    seen = {masked(Masking.SINGLE_ENTITY, seed=seed) for seed in range(30)}
+    assert {(one.masked, one.prompt, one.answer) for one in seen} == {
+        ("Two [MASK] and a cat, a [MASK] near the window.", "a photo of a dog.", (0,)),
+        ("Two dogs and a [MASK], a puppy near the window.", "a photo of a cat.", (1,)),
+    }
+
+
+def test_a_single_entity_leaves_forms_of_others():
+    """'glasses' is a plural of 'glass' only where no other entity lists it."""
+    caption = "a glass beside glasses"
+    found = {masked(Masking.SINGLE_ENTITY, caption, seed).masked for seed in range(20)}
+    assert found == {"a [MASK] beside glasses", "a glass beside [MASK]"}
+
+
+def test_all_nouns_whether_entities_or_not():
+    found = masked(Masking.ALL_NOUNS)
+    assert found.masked == "Two [MASK] and a [MASK], a [MASK] near the [MASK]."
+    assert found.prompt == "a photo of a dog and cat and puppy and window."
+    assert found.answer == ("dog", "cat", "puppy", "window")
+
+
+@pytest.mark.parametrize("masking", list(Masking))
+def test_captions_without_entities_or_nouns(masking):
+    found = masked(masking, "and so on")
+    assert (found.masked, found.prompt, found.answer) == ("and so on", "", ())
+
+
+@pytest.mark.parametrize("masking", [Masking.MLM, Masking.MLM_GROUPS])
+def test_mentions_in_their_order(masking):
+    assert masked(masking).mentions == (0, 1, 0)
+    assert masked(masking, "and so on").mentions == ()
+    # The literal token cannot be told from ours.
+    assert masked(masking, "a [MASK] and a dog").mentions is None
+
+
+def test_targets_stand_at_the_mask_tokens():
+    ids = np.array([1, 9, 5, 9, 6, 9, 2, 0], np.int32)
+    assert token_targets(ids, 9, (4, 0, 4)).tolist() == [-1, 4, -1, 0, -1, 4, -1, -1]
+    cut = np.array([1, 9, 5, 9, 2], np.int32)
+    assert token_targets(cut, 9, (4, 0, 4)).tolist() == [-1, 4, -1, 0, -1]
+    for mentions in (None, (4,)):
+        assert (token_targets(ids, 9, mentions) == NO_TARGET).all()
+
+
+def test_what_each_needs():
+    completes = {one for one in Masking if one.completes}
+    assert completes == {Masking.ALL_ENTITIES, Masking.SINGLE_ENTITY, Masking.ALL_NOUNS}
+    assert {one for one in Masking if one.classifies} == {Masking.MLM, Masking.MLM_GROUPS}
+    assert {one for one in Masking if one.needs_decoder} == completes | {Masking.MLM_GROUPS}
+
+
+# ---- sentences of single nouns
+
+SOFA_CAPTION = "A dog and two cats sit on the sofa, a dog sleeps near the window."
+FINDER = BundledNouns()
+NOUN_TEMPLATES = ("a photo of a {}.", "a drawing of the {}.")
+
+
+def draw_nouns(seed, count=3, caption=SOFA_CAPTION):
+    rng = np.random.default_rng(seed)
+    return noun_sentences(caption, count, NOUN_TEMPLATES, rng, FINDER)
+
+
+def test_nouns_once_each_in_their_order():
+    assert caption_nouns(SOFA_CAPTION, FINDER) == ["dog", "cat", "sofa", "window"]
+    assert caption_nouns("", FINDER) == []
+
+
+def test_drawn_without_repetition_and_each_in_a_template():
+    possible = {
+        t.replace("{}", noun)
+        for t in NOUN_TEMPLATES
+        for noun in caption_nouns(SOFA_CAPTION, FINDER)
+    }
+    seen = set()
+    for seed in range(60):
+        sentences = draw_nouns(seed)
+        nouns = [s.rstrip(".").split()[-1] for s in sentences]
+        assert len(sentences) == 3 == len(set(nouns)) and set(sentences) <= possible
+        seen |= set(sentences)
+    assert seen == possible
+    assert draw_nouns(5) == draw_nouns(5)
+
+
+def test_fewer_nouns_than_asked_for():
+    assert len(draw_nouns(0, count=9)) == 4
+    assert draw_nouns(0, caption="and so on") == []

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovseg_jax.data.captions import texts_of
+from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.tokenizer import BERT, CLIP, Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
@@ -158,13 +158,13 @@ def test_files_of_no_family_are_refused(bert, tmp_path):
 
 
 def test_our_own_mask_stays_a_mask(bert):
-    tokenizer, entities = bert, EntitySet({"dog": []})
-    texts = texts_of("a dog [MASK] [SEP]", entities, ["a {}"])
-    assert texts["masked"] == "a [MASK] [ MASK ] [SEP]"
-    ids = tokenizer.encode([texts["masked"]], 16)[0]
-    assert (ids == tokenizer.mask_id).sum() == 1 and (ids == tokenizer.end_id).sum() == 1
-    plain = tokenizer.encode(["a dog [ mask ] [ sep ]"], 16)
-    np.testing.assert_array_equal(tokenizer.encode([texts["caption"]], 16), plain)
+    caption = unmasked("a dog [MASK] [SEP]")
+    masked = mask_entities(caption, EntitySet({"dog": []}))
+    assert masked == "a [MASK] [ MASK ] [SEP]"
+    ids = bert.encode([masked], 16)[0]
+    assert (ids == bert.mask_id).sum() == 1 and (ids == bert.end_id).sum() == 1
+    plain = bert.encode(["a dog [ mask ] [ sep ]"], 16)
+    np.testing.assert_array_equal(bert.encode([caption], 16), plain)
 
 
 # ---- CLIP's byte pairs, against transformers on a small vocabulary

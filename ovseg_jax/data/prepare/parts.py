@@ -13,7 +13,6 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Int64, UInt64
 
-from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file
 from ovseg_jax.data.prepare.places import Place
@@ -123,7 +122,7 @@ def make_part(
     paths = PartPaths(work, number)
     if paths.done.exists():
         paths.done.unlink()
-    entities = CaptionFilter(EntitySet(table))
+    entities = EntitySet(table)
     tally = Tally()
     columns: dict[str, list[Any]] = {name: [] for name in Facts.__annotations__}
     with (

@@ -4,7 +4,6 @@ import dataclasses
 from itertools import islice
 from typing import Any
 
-from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet, with_names
 from ovseg_jax.data.nouns import NounCounts, choose_entities, noun_finder
 from ovseg_jax.data.prepare.entity_choice import EntityChoice
@@ -44,7 +43,6 @@ def dry_run(
     if table is None:
         table = _nouns(source, chosen, choice.top, rules, pairs)
     entities = EntitySet(with_names(table, class_names(source)))
-    matcher = CaptionFilter(entities)
     named = dict.fromkeys(entities.names, 0)
     size = 0
     for shard in chosen:
@@ -52,7 +50,7 @@ def dry_run(
             if isinstance(item, Damage):
                 tally.damaged(shard.name, item.what)
                 continue
-            verdict = judge(item, rules, matcher)
+            verdict = judge(item, rules, entities)
             if verdict.record is None:
                 tally.drop(item.key, verdict.cause)
                 continue
