@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, ImageOps
 
 # Left, top, right, bottom in pixels: integers, or fractions where the image was reduced.
 Box = tuple[int | float, int | float, int | float, int | float]
-# More pixels than this are refused before they are decoded: a small file can hold a huge image.
+# An image with more pixels is refused before it is decoded: a small file can hold a huge image.
 MAX_PIXELS = 2**26
-# What a JPEG decoder can divide both sides by while it decodes, for less than the work.
+# What a JPEG decoder can divide both sides by, which makes decoding faster.
 _REDUCTIONS = (8, 4, 2)
 # Attempts at a crop that fits before the largest centered one is taken.
 _TRIES = 10
@@ -28,16 +28,16 @@ class UnreadableImage(Exception):
         self.cause = cause
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """Decodes an image file to RGB, upright.
 
-    The first frame of an animation is taken, the EXIF rotation is applied, transparent parts
-    become white, 16-bit gray is scaled to 8 bits.
+    Only the first frame of an animation is decoded, the EXIF rotation is applied, transparent
+    areas become white, and 16-bit gray is scaled to 8 bits.
 
     Raises:
       UnreadableImage: with the cause 'empty', 'too large', 'not an image' or 'damaged'.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         return _upright(image)
 
 
@@ -64,7 +64,7 @@ def decode_reduced(
     Raises:
       UnreadableImage: as `decode`.
     """
-    with _opened(data, MAX_PIXELS) as image:
+    with _opened(data) as image:
         width, height = image.size
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         turned = orientation in (5, 6, 7, 8)
@@ -129,7 +129,7 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent parts white, 16-bit gray scaled to 8 bits."""
+    """An image of any mode as RGB: transparent areas white, 16-bit gray scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these modes at 255 instead of scaling them.
         values = np.asarray(image, np.float64)
@@ -144,19 +144,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # In place, since a copy of a large image takes as long as a quarter of its decoding.
+    # In place, because copying a large image takes a quarter as long as decoding it.
     ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise UnreadableImage("empty", "the file has no bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            if width * height > MAX_PIXELS:
                 raise UnreadableImage("too large", f"{width}x{height} pixels")
             yield image
     except UnreadableImage:

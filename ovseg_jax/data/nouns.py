@@ -28,7 +28,7 @@ class NounFinder(Protocol):
     name: str
 
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
-        """(singular form, whether it has a noun's position) for each word that may be a noun."""
+        """(singular, whether it has the position of a noun) for each word that may be a noun."""
         ...
 
 
@@ -120,7 +120,7 @@ class WordNetNouns:
 
 
 def noun_finder() -> NounFinder:
-    """The better of the two whose data are installed. Never downloads anything."""
+    """WordNet's finder if its data are installed, else the bundled one. Downloads nothing."""
     try:
         return WordNetNouns()
     except LookupError:
