@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.templates import chosen
+from ovseg_jax.data.captions import expand_templates
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.readout import check_order
 
@@ -247,7 +247,7 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "threshold": float,
         "min_area": float,
         "assignment_temperature": float,
-        "templates": lambda names: chosen(names) if len(names) else (),
+        "templates": lambda names: expand_templates(names) if len(names) else (),
         "scales": lambda factors: tuple(float(factor) for factor in factors),
         "pamr_dilations": lambda pixels: tuple(int(far) for far in pixels),
         "thresholds": dict,

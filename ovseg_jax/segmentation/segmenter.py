@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ovseg_jax import sharding
 from ovseg_jax.data.entities import unmasked
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.losses.mask_consistency import mask_logits
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit

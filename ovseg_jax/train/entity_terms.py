@@ -1,11 +1,11 @@
-"""The entity term of Eq. 13, in the forms of the paper's Table 4 (see `data.masking.Masking`)."""
+"""The entity term of Eq. 13, in the forms of the paper's Table 4 (see `data.captions.Masking`)."""
 
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.losses.contrastive import false_negative_rate, info_nce, negatives_mask
 from ovseg_jax.losses.objective import masked_token_loss, weighted_mean

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ovseg_jax.data.pipeline import Batch
+from ovseg_jax.data.loader import Batch
 
 
 class TextCuts:

@@ -36,9 +36,9 @@ prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(),
 LOAD = """
 from pathlib import Path
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import ArrayRecordSource
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 source = ArrayRecordSource({out!r})
 spec = {{"text_length": 16, "transform": {{"kind": "crop", "size": 32}}}}
 loader = make_loader(source, EntitySet(source.manifest.entities), Tokenizer({tokens!r}), spec,

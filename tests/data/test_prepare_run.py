@@ -86,7 +86,7 @@ def test_the_entity_index_is_that_of_the_captions(finished):
     source = ArrayRecordSource(finished[0])
     entities = [ENTITIES.find(caption) for (caption,) in source.captions()]
     expected = PairIndex.build(entities)
-    index = source.entity_index()
+    index = PairIndex(*source.entity_index())
     for entity in range(len(ENTITIES)):
         np.testing.assert_array_equal(index.members(entity), expected.members(entity))
     assert len(index.members(3)) == 0
@@ -134,7 +134,10 @@ def test_captions_are_counted(tmp_path, capsys):
     )
     source = ArrayRecordSource(out)
     assert source.captions() == [("a dog", "two dogs here"), ("a cat",)]
-    assert [source.entity_index().members(entity).tolist() for entity in (0, 1)] == [[0], [1]]
+    assert [PairIndex(*source.entity_index()).members(entity).tolist() for entity in (0, 1)] == [
+        [0],
+        [1],
+    ]
 
 
 def test_folders_that_hold_something_else(finished, folder, tmp_path):

@@ -10,8 +10,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from ovseg_jax.data.clip_tokens import END, START
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import CLIP, Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.published import named_protocol
@@ -30,10 +29,10 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     words = ["a", "photo", "of", "dog", "cat", "sky"]
     vocabulary = {word: index for index, word in enumerate(words)}
-    vocabulary |= {START: 97, END: 98}
-    backend = Backend(models.WordLevel(vocabulary, unk_token=END))
+    vocabulary |= {CLIP.start: 97, CLIP.end: 98}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=CLIP.end))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.RobertaProcessing((END, 98), (START, 97))
+    backend.post_processor = processors.RobertaProcessing((CLIP.end, 98), (CLIP.start, 97))
     backend.save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)
 

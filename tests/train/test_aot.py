@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ovseg_jax import platforms, sharding
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.train.aot import chips, devices, measure

@@ -8,7 +8,7 @@ import pytest
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.records import MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.feature_cache import (
     AFTER_TRUNK,

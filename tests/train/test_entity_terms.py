@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from reference.batches import VOCABULARY, B, M, make_batch
 
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.losses.objective import masked_token_loss
 from ovseg_jax.models.build import build_model

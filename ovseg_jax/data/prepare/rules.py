@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.decoding import MAX_PIXELS, UnreadableImage, decode
+from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.prepare import raw_pairs
 from ovseg_jax.data.prepare.raw_pairs import RawPair
 from ovseg_jax.data.records import Record
@@ -84,7 +84,7 @@ class _Dropped(Exception):
     """A pair broke a rule; the argument is the cause."""
 
 
-def judge(pair: RawPair, rules: Rules, entities: CaptionFilter) -> Verdict:
+def judge(pair: RawPair, rules: Rules, entities: EntitySet) -> Verdict:
     """Applies every rule, the cheap ones first; a pair needs one caption that passes."""
     try:
         if pair.cause:
@@ -103,7 +103,7 @@ def judge(pair: RawPair, rules: Rules, entities: CaptionFilter) -> Verdict:
 
 
 def _judge_captions(
-    pair: RawPair, rules: Rules, entities: CaptionFilter
+    pair: RawPair, rules: Rules, entities: EntitySet
 ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
     """(caption -> its entities for those that are kept, causes of the others, remarks)."""
     kept: dict[str, tuple[int, ...]] = {}

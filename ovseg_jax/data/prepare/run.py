@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 import ovseg_jax
-from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import (
     CLASS_NAMES,
@@ -307,12 +306,11 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
         pairs = (p for s in sample for p in islice(source.read(s, images=False), most))
         nouns = entity_choice.count_nouns(pairs, rules)
     entities = EntitySet(entity_choice.build(choice, nouns, class_names(source)).table)
-    matcher = CaptionFilter(entities)
     named = dict.fromkeys(entities.names, 0)
     tally, size = Tally(), 0
     for shard in sample:
         pairs = islice(source.read(shard), most)
-        for verdict in judge_all(pairs, shard.name, rules, matcher, tally):
+        for verdict in judge_all(pairs, shard.name, rules, entities, tally):
             size += len(verdict.record.image)
             for entity in verdict.record.entities:
                 named[entities.names[entity]] += 1

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.manifest import FileInfo, describe_file
 from ovseg_jax.data.prepare.paths import AnyPath, local_copy, whole_file, write_whole
@@ -86,7 +85,7 @@ def process_shard(
       rules: what a pair must pass.
     """
     tally = Tally()
-    entities = CaptionFilter(EntitySet(table))
+    entities = EntitySet(table)
     verdicts = judge_all(source.read(shard), shard.name, rules, entities, tally)
     _write_output(ShardOutput(work, number), ((v.record, min(v.size)) for v in verdicts), tally)
 
@@ -95,7 +94,7 @@ def judge_all(
     items: Iterable[RawPair | Damage],
     shard: str,
     rules: Rules,
-    entities: CaptionFilter,
+    entities: EntitySet,
     tally: Tally,
 ) -> Iterator[Verdict]:
     """The verdicts on the pairs of a shard that are kept; `tally` counts all of them."""

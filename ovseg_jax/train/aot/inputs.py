@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.data.examples import MOST_NAMES
-from ovseg_jax.data.masking import Masking
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.phases import Phase
 
@@ -13,7 +13,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def batch_shapes(config: ConfigDict, phase: Phase, batch_size: int, text_length: int) -> Shapes:
-    """What `data.pipeline.make_loader` gives in a phase, without data.
+    """What `data.loader.make_loader` gives in a phase, without data.
 
     Args:
       batch_size: B. text_length: M.

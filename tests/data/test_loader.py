@@ -5,13 +5,14 @@ import logging
 import numpy as np
 import pytest
 from record_folder import write_records
-from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES, WORDS, assert_same
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, text_ids
 
-from ovseg_jax.data.captions import texts_of
+from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import entity_set_hash
+from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.nouns import caption_nouns
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.pipeline import encode_caption_texts, make_loader
 from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.errors import UserError
@@ -53,8 +54,8 @@ def test_examples_that_lose_words_are_marked(read, source, tokenizer, monkeypatc
             if index == BROKEN:
                 assert not batch["truncated"][at]
                 continue
-            texts = texts_of(source[int(index)].captions[0], ENTITIES, TEMPLATES)
-            long = tokenizer.lengths([texts["caption"], texts["masked"]]).max() > 8
+            (caption,) = source[int(index)].captions
+            long = tokenizer.lengths([caption, mask_entities(caption, ENTITIES)]).max() > 8
             # Every template here is shorter than the caption it is filled from.
             assert batch["truncated"][at] == long
             marked += long
@@ -118,14 +119,17 @@ def test_texts_are_those_of_the_record(read, source, tokenizer):
         for at, index in enumerate(batch["record"]):
             if index == BROKEN:
                 continue
-            ids = encode_caption_texts(source[int(index)].captions[0], ENTITIES, tokenizer, SPEC)
-            np.testing.assert_array_equal(batch["caption_ids"][at], ids["caption_ids"])
-            np.testing.assert_array_equal(batch["masked_ids"][at], ids["masked_ids"])
-            matches = (ids["prompt_ids"] == batch["prompt_ids"][at]).all(1)
+            (caption,) = source[int(index)].captions
+            masked, prompts = text_ids(caption, tokenizer)
+            np.testing.assert_array_equal(
+                batch["caption_ids"][at], tokenizer.encode([caption], 12)[0]
+            )
+            np.testing.assert_array_equal(batch["masked_ids"][at], masked)
+            matches = (prompts == batch["prompt_ids"][at]).all(1)
             assert matches.any()
             if matches.sum() == 1:
                 templates.add(int(matches.argmax()))
-            entities = ENTITIES.find(source[int(index)].captions[0])
+            entities = ENTITIES.find(caption)
             assert batch["entity_weight"][at] == bool(entities)
             assert batch["entity_set"][at] == entity_set_hash(entities)
     assert templates == {0, 1, 2}
@@ -251,3 +255,17 @@ def test_masking_objectives_in_batches(source, tokenizer, masking):
             # Nothing but the entities is masked, so the token that was there is the entity's name.
             assert NAMES[targets[tuple(at)]] == WORDS[batch["caption_ids"][tuple(at)]]
     assert several or masking == "mlm"
+
+
+def test_examples_hold_nouns_or_say_that_they_are_absent(source, tokenizer):
+    spec = {**SPEC, "templates": ("a {}",), "nouns": 4}
+    settings = {"batch_size": 23, "seed": 0, "first_step": 0, "last_step": 1, "with_pairs": False}
+    (batch,) = make_loader(source, ENTITIES, tokenizer, spec, **settings)
+    for index, ids, present in zip(
+        batch["record"], batch["noun_ids"], batch["noun_present"], strict=True
+    ):
+        nouns = [] if index == BROKEN else caption_nouns(source[int(index)].captions[0])
+        expected = [f"a {noun}" for noun in nouns] + [""] * (4 - len(nouns))
+        assert present.tolist() == [True] * len(nouns) + [False] * (4 - len(nouns))
+        assert sorted(map(tuple, ids)) == sorted(map(tuple, tokenizer.encode(expected, 12)))
+    assert batch["noun_present"].any()
