@@ -269,12 +269,14 @@ def image_scores(
             affinity, groups, embedding, text, grid, protocol.grouping, *sharper
         )
         if protocol.border_scale:
-            results += (jnp.reshape(keys[0], (batch_size, *grid, -1)),)
+            results += tuple(keys)
         running.append((batch, results))
 
     def finish() -> Iterator[ImageScores]:
         batch, results = running.popleft()
         results = [np.asarray(result) for result in results]
+        grid = results[0].shape[1:3]
+        results[5:] = [keys.reshape(batch_size, *grid, -1) for keys in results[5:]]
         for row, (_, views, view, number) in enumerate(batch):
             view.parts[number] = tuple(result[row] for result in results)
             if all(one.complete() for one in views):

@@ -150,15 +150,25 @@ class ModelSegmenter:
     def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:
         """Class embeddings: the mean over templates of the prompts' embeddings, unit norm."""
         prompts = [template.format(unmasked(name)) for name in names for template in templates]
-        ids = self._tokenizer.encode(prompts, self._length)
+        ids = self._without_padding(self._tokenizer.encode(prompts, self._length))
         rows = []
         for start in range(0, len(ids), TEXT_BATCH):
             part = ids[start : start + TEXT_BATCH]
             padded = np.zeros((TEXT_BATCH, ids.shape[1]), np.int32)
             padded[: len(part)] = part
             rows.append(np.asarray(self._embed(self.variables, padded))[: len(part)])
-        embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1)
-        return np.asarray(unit(jnp.asarray(embeddings.mean(1))))
+        embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1).mean(1)
+        # In NumPy: JAX would compile each operation by itself.
+        norms = np.linalg.norm(embeddings.astype(np.float32), axis=1, keepdims=True)
+        return embeddings / np.maximum(norms, np.float32(1e-12))
+
+    def _without_padding(self, ids: np.ndarray) -> np.ndarray:
+        """The columns that the longest prompt needs, a power of two so that few shapes compile.
+
+        One column of padding stays, because CLIP's tokenizer pads with the end token.
+        """
+        longest = int((ids != self._model.pad_id).any(axis=0).nonzero()[0].max(initial=0)) + 1
+        return ids[:, : 1 << longest.bit_length()]
 
     def scale(self) -> float:
         """The inverse temperature that the model learned, for a protocol whose scale is None."""
