@@ -14,8 +14,13 @@ import ovseg_jax
 from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS
-from ovseg_jax.segmentation.comparison import (
+from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchmark_of
+from ovseg_jax.segmentation.calibrate import calibrated, tune_split
+from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
+from ovseg_jax.segmentation.extreme_images import write_pictures
+from ovseg_jax.segmentation.protocol import NAMES, Protocol
+from ovseg_jax.segmentation.report import (
     comparison_rows,
     number,
     remarks,
@@ -24,19 +29,8 @@ from ovseg_jax.segmentation.comparison import (
     whole_image_lines,
     whole_image_rows,
 )
-from ovseg_jax.segmentation.evaluate import evaluate
-from ovseg_jax.segmentation.model_eval import evaluate_model
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.published import NAMES
-from ovseg_jax.segmentation.report import (
-    benchmark_of,
-    calibrated,
-    run_benchmarks,
-    tune_split,
-    write_pictures,
-)
+from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.segmentation.whole_images import WHOLE_IMAGES
 from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import evaluation_params
 from ovseg_jax.train.loop import train

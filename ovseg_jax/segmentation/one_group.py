@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.readout import spread
 from ovseg_jax.segmentation.windows import bilinear_taps, bilinear_weights
 from ovseg_jax.shapes import Array, Float, Int
@@ -135,7 +134,7 @@ def label_image(
     size: tuple[int, int],
     threshold: float | None,
     cap: bool,
-    owners: tuple[int, ...] | None = None,
+    classes: Int[np.ndarray, " words"],
     band_floats: int,
 ) -> Int[np.ndarray, "H W"]:
     """The label map of one image: 0 for background and 1 + class, or the class without threshold.
@@ -145,15 +144,9 @@ def label_image(
       window: (height, width) of the windows. corners: their (top, left).
       resized, size: (height, width) of the image as it was segmented, and as it came.
       cap: see `with_background`.
-      owners: the class of each word, -1 for background; by default every word is a class.
+      classes: the class of each word, -1 for background.
       band_floats: scores that exist at one time; more are done in bands of rows.
-
-    Raises:
-      UserError: words for the background, and no threshold.
     """
-    classes = np.arange(p.shape[-1]) if owners is None else np.asarray(owners)
-    if threshold is None and classes.min() < 0:
-        raise UserError("words for the background need a background that they can be painted as")
     tables = jnp.asarray(p) if threshold is None else with_background(p, threshold, cap)
     members = pixel_groups(soft, window)
     columns = _in_bands(members, tables, corners, resized, size, band_floats)

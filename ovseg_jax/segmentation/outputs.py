@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.loaded import Segmentation
-from ovseg_jax.segmentation.palette import write_palette_png
-from ovseg_jax.segmentation.pictures import overlay
+from ovseg_jax.segmentation.api import Segmentation
+from ovseg_jax.segmentation.pictures import overlay, write_palette_png
 
 # What can be asked for, and what it is.
 FORMATS = {

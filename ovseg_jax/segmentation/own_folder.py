@@ -1,4 +1,4 @@
-"""One's own images, masks and list of classes as a benchmark.
+"""Images, masks and a list of classes of your own as a benchmark.
 
     DIR/images/NAME.jpg (or any format)   DIR/masks/NAME.png   DIR/classes.txt
 
@@ -61,7 +61,7 @@ class OwnFolder:
         self._check_masks()
 
     def _check_masks(self) -> None:
-        """Reads every mask, so that a bad one is told now and not after hours."""
+        """Reads every mask, so that a bad mask is reported now and not after hours."""
         wrong, found = [], set()
         for index in range(len(self._pairs)):
             try:

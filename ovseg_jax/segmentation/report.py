@@ -1,236 +1,164 @@
-"""A benchmark run from end to end: calibration, result file, pictures."""
+"""Results as tables and lines of text, also beside published ones of the same protocol."""
 
-import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-from PIL import Image
+from ovseg_jax.segmentation.protocol import published_rows
 
-from ovseg_jax.data.benchmarks.train_splits import TRAIN_OPENERS
-from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import Benchmark, Every, make_benchmark
-from ovseg_jax.segmentation.calibrate import calibrate
-from ovseg_jax.segmentation.chosen import chosen_images, write_sheet
-from ovseg_jax.segmentation.class_words import words_of
-from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark, write_result
-from ovseg_jax.segmentation.html_report import write_report
-from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.official import FOLDERS
-from ovseg_jax.segmentation.parts import gather_counts, this_part
-from ovseg_jax.segmentation.pictures import contact_sheet, scene_panel
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import Segmenter, image_scores, with_scale, without_index
-from ovseg_jax.segmentation.sweep import swept
-
-# Scales of the softmax over classes that calibration tries.
-SCALES = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 45.0)
+Rows = list[tuple[str, ...]]
 
 
-def benchmark_of(name: str, config: ConfigDict, **changes: Any) -> Benchmark:
-    """A benchmark with the fields of ``config.eval.NAME`` (where there are any) and `changes`."""
-    fields: Mapping[str, Any] = config.get(name, {}) or {}
-    return make_benchmark(name, {**dict(fields), **changes})
+def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """One row per benchmark, below a head."""
+    rows: Rows = [
+        ("benchmark", "mIoU, %", "seen", "unseen", "pixel acc.", "mean acc.", "images", "images/s")
+    ]
+    for name, result in results.items():
+        numbers = ("miou", "miou_seen", "miou_unseen", "pixel_accuracy", "mean_accuracy")
+        cells = (number(result.get(key)) for key in numbers)
+        rate = number(result["images_per_second"])
+        rows.append((name, *cells, str(result["images"]), rate))
+    return rows
 
 
-def calibrated(
-    segmenter: Segmenter, tune: Benchmark, protocol: Protocol, batch_size: int
-) -> tuple[Protocol, float]:
-    """The protocol with scales and threshold chosen on a tune split, and the mIoU (percent) there.
+def whole_image_rows(result: Mapping[str, Any]) -> Rows:
+    """One row per measure of a benchmark of whole images, below a head."""
+    measures = [
+        key for key in result if key.startswith(("top", "mean_class", "image_to", "text_to"))
+    ]
+    return [(result["benchmark"], "%"), *((key, number(result[key])) for key in measures)]
 
-    Never pass the split that is reported. A protocol of one group per pixel, or one that refines,
-    keeps its own scale and threshold: it is only measured.
-    """
-    plain = protocol.averaged == "probabilities" and not (protocol.refined or protocol.min_area)
-    if protocol.grouping == "one_group" or not plain:
-        result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
-        return protocol, result["miou"]
-    # Without a threshold no everyday words would compete, as they will once there is one.
-    protocol = protocol.replace(threshold=protocol.threshold or 0.0)
-    owners = words_of(tune, protocol)[0].owners
-    pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
-    cap = protocol.cap_threshold
-    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners, cap=cap)
-    chosen = protocol.replace(
-        scale=best.scale,
-        image_scale=best.image_scale,
-        threshold=best.threshold,
-        competing_words=len(owners),
+
+def whole_image_lines(result: Mapping[str, Any]) -> list[str]:
+    """The settings that define such a result, printed with it."""
+    protocol = result["protocol"]
+    count = len(protocol["templates"])
+    things = "classes" if "classes" in result else "texts"
+    return [
+        f"{result['benchmark']}: {result['images']} images, {result[things]} {things} (hash "
+        f"{protocol['texts_hash']}); {protocol['similarity']} of {protocol['image']}, with the "
+        f"text; {count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}; "
+        f"{number(result['images_per_second'])} images/s"
+    ]
+
+
+def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader must know: other numbers of images, thresholds, Tables 2 and 7."""
+    lines = []
+    for name, result in results.items():
+        expected = result["data"].get("images_expected")
+        if expected and result["images"] != expected:
+            lines.append(
+                f"{name}: {result['images']} images, but the whole set has {expected}: this is not "
+                "its score"
+            )
+        if differs := result["data"].get("differs"):
+            lines.append(f"{name}: {differs}; it is not compared with those")
+        if left_out := result["data"].get("images_without_mask"):
+            lines.append(f"{name}: {left_out} images have no mask and were left out")
+        protocol = result["protocol"]
+        if protocol["notes"] and not protocol["as_named"]:
+            lines.append(
+                f"{name}: settings differ from those of protocol {protocol['name']}, so it is not "
+                "compared with published scores"
+            )
+        if sweep := result.get("threshold_sweep"):
+            threshold, s = result["protocol"]["threshold"], "s" * (sweep["images"] != 1)
+            lines.append(f"{name}: threshold {threshold} by {sweep['images']} training image{s}")
+        if zss := result.get("zss"):
+            score = number(zss["miou"])
+            lines.append(f"{name}: {score} on {', '.join(zss['classes'])} among all (Table 2)")
+        if usage := result.get("group_usage"):
+            lines.append(
+                f"{name}: a window's patches spread over {number(usage['used'])} of "
+                f"{usage['groups']} groups, entropy {usage['entropy']:.2f} of 1"
+            )
+        entities = result.get("entities")
+        if entities and entities["in_paper"]:
+            paper = " + ".join(map(str, entities["in_paper"]))
+            lines.append(
+                f"{name}: {entities['seen']} + {entities['unseen']} classes seen + unseen by our "
+                f"rule, {paper} in the paper (Table 7)"
+            )
+    return lines
+
+
+# What is not among the settings, or in other words.
+_LEFT = (
+    *("name", "templates", "thresholds", "per_benchmark", "words", "notes", "class_names_file"),
+    *("background", "classes", "class_names_hash", "as_named"),
+)
+
+
+def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
+    """The settings that define a result, printed with it; `protocol` is a result's."""
+    lines = [f"protocol {protocol['name']}: {_settings(protocol, protocol)}"]
+    return lines + _templates_and_notes(protocol) + [_words(protocol)]
+
+
+def shared_protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The same for all results of one run: what they share once, then what differs."""
+    protocols = {name: result["protocol"] for name, result in results.items()}
+    first, *others = protocols.values()
+    shared = [key for key in first if all(other.get(key) == first[key] for other in others)]
+    lines = [f"protocol {first['name']}: {_settings(first, shared)}", *_templates_and_notes(first)]
+    for name, protocol in protocols.items():
+        own = _settings(protocol, [key for key in protocol if key not in shared])
+        lines.append(f"{name}: {own}{', ' * bool(own)}{_words(protocol)}")
+    return lines
+
+
+def _settings(protocol: Mapping[str, Any], keys: Collection[str]) -> str:
+    return ", ".join(
+        f"{key} {'none' if value is None else value}"
+        for key, value in protocol.items()
+        if key in keys and key not in _LEFT
     )
-    return chosen, 100.0 * best.miou
 
 
-def run_benchmarks(
-    segmenter: Segmenter,
-    names: tuple[str, ...],
-    config: ConfigDict,
-    protocol: Protocol,
-    results: Path,
-    provenance: Mapping[str, Any],
-    *,
-    sweep: int = 0,
-    pictures: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
-
-    Several processes each take their part of the images, and all have the whole result; the first
-    writes it.
-
-    Args:
-      config: fields of the benchmarks under their names, and `batch_size`.
-      provenance: plain values added to each result: which model this was.
-      sweep: choose the threshold of each benchmark with a background on this many images of its
-        training split; 0 to take the protocol's.
-      pictures: this many best, median and worst images of each benchmark are drawn, in
-        ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
-      progress: called with (benchmark, images done, images of this process).
-
-    Raises:
-      UserError: an unknown benchmark, or missing files, before any is run.
-    """
-    # A name given twice is one benchmark.
-    benchmarks = {name: benchmark_of(name, config) for name in names}
-    if not benchmarks:
-        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
-    tuned = {
-        name: train_split(name, config, sweep)
-        for name, benchmark in benchmarks.items()
-        if sweep and benchmark.has_background
-    }
-    if sweep and not tuned:
-        raise UserError(
-            "--sweep chooses thresholds of the background, and none of the benchmarks "
-            f"({', '.join(benchmarks)}) has one: leave it out"
-        )
-    parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
-    found = {}
-    for name, benchmark in benchmarks.items():
-        chosen, extra = protocol, {}
-        if name in tuned:
-            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
-        count = functools.partial(progress, name) if progress else None
-        if count:
-            count(0, len(benchmark))  # the rate is counted from here
-        result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
-        found[name] = {**result, **extra, **provenance}
-        if parts["part"][0] == 0:
-            write_result(results / f"{name}.json", found[name])
-            if pictures:
-                best = found[name]["image_miou"], pictures, config.batch_size
-                images = chosen_images(segmenter, benchmark, _for(benchmark, chosen), *best)
-                groups = found[name]["group_usage"]["groups"]
-                write_sheet(images, benchmark, results / f"{name}.png", groups)
-                write_report(results / f"{name}.html", found[name], benchmark, images, groups)
-    return found
+def _templates_and_notes(protocol: Mapping[str, Any]) -> list[str]:
+    count = len(protocol["templates"])
+    lines = [f"{count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}"]
+    if notes := protocol["notes"]:
+        parts = (notes[key].rstrip(". ") for key in ("title", "source", "differs"))
+        lines.append(f"{'. '.join(part for part in parts if part)}.")
+    return lines
 
 
-def _for(benchmark: Benchmark, protocol: Protocol) -> Protocol:
-    """The protocol as an evaluation of the benchmark uses it."""
-    own = protocol.for_benchmark(benchmark.name)
-    return own if benchmark.has_background else own.replace(threshold=None)
-
-
-def write_pictures(
-    segmenter: Segmenter,
-    benchmark: Benchmark,
-    protocol: Protocol,
-    directory: Path,
-    *,
-    count: int,
-    group_count: int,
-) -> Path:
-    """One panel per image (image, groups, prediction, truth) and a sheet of all of them.
-
-    Args:
-      protocol: its fields for this benchmark hold here too, as in `evaluate`.
-      count: how many images, from the first on.
-
-    Returns:
-      The path of the sheet, ``DIRECTORY/NAME.png``.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    protocol = with_scale(_for(benchmark, protocol), segmenter)
-    count = min(count, len(benchmark))
-    images = [benchmark[index] for index in range(count)]
-    vocabulary, _ = words_of(benchmark, protocol)
-    text = segmenter.text(list(vocabulary.words), protocol.templates)
-    scored = image_scores(
-        without_index(segmenter.encode),
-        text,
-        (image for image, _ in images),
-        protocol,
-        count,
-        vocabulary.things,
+def _words(protocol: Mapping[str, Any]) -> str:
+    file = protocol["class_names_file"]
+    named = f"{file['file']} ({file['sha256']})" if file else "the benchmark's own"
+    background = " and background" * protocol["background"]
+    return (
+        f"{protocol['classes']} classes{background}, names from {named}, hash "
+        f"{protocol['class_names_hash']}"
     )
-    panels: dict[int, Image.Image] = {}
-    for scores, labels in label_maps(scored, protocol, vocabulary.owners, group=count):
-        image, truth = images[scores.index]
-        panels[scores.index] = scene_panel(
-            image,
-            scores.group_map() % group_count,
-            labels,
-            truth,
-            benchmark.class_names,
-            background=benchmark.has_background,
-            group_count=group_count,
-        )
-    rows = [panels[index] for index in sorted(panels)]
-    for index, panel in enumerate(rows):
-        panel.save(directory / f"{benchmark.name}_{index:03d}.png")
-    sheet = directory / f"{benchmark.name}.png"
-    contact_sheet(rows, columns=2 if len(rows) > 3 else 1).save(sheet)
-    return sheet
 
 
-def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
-    """`config.tune_count` images to calibrate on, none of which is reported.
+def comparison_rows(result: Mapping[str, Any]) -> Rows:
+    """Our score among published ones of its protocol, best last; [] where there are none.
 
-    None where the config does not ask to calibrate, or the benchmark has no such images.
-
-    Raises:
-      UserError: files are missing, or the images would be reported.
+    Nothing is compared where a setting of the protocol was changed, images are missing, or the
+    labels are not those that published scores were computed from.
     """
-    if not config.calibrate:
-        return None
-    if name != "scenes" and (name not in FOLDERS or FOLDERS[name].base not in TRAIN_OPENERS):
-        return None
-    if config.tune_count < 1:
-        raise UserError(f"config.eval.tune_count is {config.tune_count}; it must be at least 1")
-    return train_split(name, config, config.tune_count)
+    protocol, data = result["protocol"], result["data"]
+    whole = data.get("images_expected") == result["images"] and not data.get("differs")
+    rows = published_rows(protocol["name"], result["benchmark"])
+    if not rows or not protocol["as_named"] or not whole or result["miou"] is None:
+        return []
+    name = result["benchmark"]
+    listed = [(row["miou"][name], row["method"], row["backbone"], row["data"]) for row in rows]
+    listed.append((result["miou"], "this model", "", ""))
+    head = (f"{name}, protocol {protocol['name']}", "backbone", "training data", "mIoU, %")
+    return [
+        head,
+        *(
+            (method, backbone, where, number(score))
+            for score, method, backbone, where in sorted(listed, key=lambda row: row[0])
+        ),
+    ]
 
 
-def _refuse_tune(reported: Benchmark) -> None:
-    if getattr(reported, "split", "") == "tune":
-        raise UserError(
-            f"benchmark {reported.name}: its tune split is to be reported, so no scale or "
-            f"threshold can be chosen on it: set config.eval.{reported.name}.split to another one"
-        )
-
-
-def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
-    """`count` images to choose a threshold on, none of which is reported.
-
-    Raises:
-      UserError: the benchmark has no such images.
-    """
-    reported = benchmark_of(name, config)
-    if name == "scenes":
-        _refuse_tune(reported)
-        return benchmark_of(name, config, split="tune", count=count)
-    if name not in FOLDERS:
-        raise UserError(
-            f"benchmark {name} has no training split to choose a threshold on; set "
-            "--config.eval.protocol.threshold, or leave out --sweep"
-        )
-    tune = benchmark_of(name, config, split="train", count=0)
-    if shared := set(tune.keys) & set(reported.keys):
-        raise UserError(
-            f"benchmark {name}: {len(shared)} images are in the lists of both its training and its "
-            f"validation split, {min(shared)} among them: no threshold can be chosen on images "
-            "that are reported"
-        )
-    # Evenly over the split, whose order follows years or scenes.
-    step = max(1, len(tune) // count)
-    return Every(tune, step, min(count, len(tune)))
+def number(value: float | None) -> str:
+    """One digit, or a dash for what is not defined."""
+    return "-" if value is None else f"{value:.1f}"

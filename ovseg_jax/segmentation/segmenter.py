@@ -12,9 +12,9 @@ from ovseg_jax import sharding
 from ovseg_jax.data.entities import unmasked
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.mask_consistency import mask_logits
-from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
+from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.readout import EXACT, unit
 from ovseg_jax.shapes import Array, Float, UInt8
 from ovseg_jax.weights.model_dir import SavedModel
 
@@ -47,8 +47,9 @@ def encode_images(
                 "protocol: affinity 'features' needs patch tokens, but this model's second "
                 "stage has groups alone; use affinity 'binding'"
             )
-        logits = mask_logits(tokens.patches, tokens.groups)
-        soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
+        patches, groups = (x.astype(jnp.float32) for x in (tokens.patches, tokens.groups))
+        logits = jnp.einsum("bld,bkd->blk", patches, groups, precision=EXACT)
+        soft = jax.nn.softmax(logits * patches.shape[-1] ** -0.5, axis=-1)
     else:
         soft = tokens.affinity
     groups = model.apply(variables, tokens.groups, method="project_image")
@@ -66,10 +67,11 @@ def encode_images(
 def embed_prompts(
     model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
 ) -> Array:
-    """Embeddings [B, E] of prompts, as they are averaged over templates; to be jitted.
+    """Embeddings [B, E] of prompts, to be averaged over templates; to be jitted.
 
     Args:
-      ids: int32 [B, M]. average: see `Protocol`.
+      ids: int32 [B, M].
+      average: see `Protocol`.
     """
     text = model.apply(variables, ids, method="text_tokens")
     method = "project_text" if average == "unit" else "embed_text"
@@ -82,14 +84,9 @@ class ModelSegmenter:
     Args:
       model, params: the module and its parameters, placed anywhere.
       tokenizer, text_length: of its text encoder.
-      protocol: its `affinity` is A of Eq. 1 ("binding": the soft map of Eq. 4; "features": the
-        softmax over groups of the encoder's final tokens, I G^T D^-0.5), its `average` what is
-        averaged over templates.
+      protocol: its `affinity`, `average` and `border_scale` decide what is computed.
       batch_stats: running statistics of the model's batch norms, where it has any.
       mesh: where given, batches are split over it.
-
-    Raises:
-      UserError: affinity "features" of a model without final patch tokens.
     """
 
     def __init__(
@@ -104,7 +101,6 @@ class ModelSegmenter:
         mesh: Mesh | None = None,
     ):
         protocol = protocol or Protocol()
-        self._protocol = protocol
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
         everywhere = sharding.replicated(mesh) if mesh is not None else None
@@ -128,7 +124,7 @@ class ModelSegmenter:
     def of_saved(
         cls, saved: SavedModel, protocol: Protocol, mesh: Mesh | None = None
     ) -> "ModelSegmenter":
-        """The segmenter of a model directory, as a protocol asks for it."""
+        """The segmenter of a model directory under a protocol."""
         return cls(
             saved.model,
             saved.params,

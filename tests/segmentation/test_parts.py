@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
 
-from ovseg_jax.segmentation.counts import Counts
 from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.metric import Counts
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "images_per_second")
@@ -24,7 +24,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 from ovseg_jax.segmentation.evaluate import evaluate
-from ovseg_jax.segmentation.parts import gather_counts, this_part
+from ovseg_jax.segmentation.metric import gather_counts, this_part
 from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
 options = {"part": this_part(), "gather": gather_counts, "batch_size": 4}
 print("RESULT" + json.dumps(evaluate(ByColor(4), Blocks(SIZES), PROTOCOL, **options)))

@@ -3,7 +3,12 @@
 import pytest
 
 from ovseg_jax.data.benchmarks import class_table
-from ovseg_jax.segmentation.splits import PAPER_COUNTS, is_seen, unseen_classes, zss_unseen
+from ovseg_jax.segmentation.official_folders import (
+    PAPER_COUNTS,
+    is_seen,
+    unseen_classes,
+    zss_unseen,
+)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,16 @@ import pytest
 from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import readout
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
-from ovseg_jax.segmentation.word_lists import word_list
+from ovseg_jax.segmentation.protocol import CHOICES
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, word_list
 
 
 def test_synonyms_and_background():
     found = Vocabulary.of(["cat|kitten| tabby", "dog"], ["wall", "sky"])
     assert found.classes == ("cat", "dog")
     assert found.words == ("cat", "kitten", "tabby", "dog", "wall", "sky")
-    assert found.owners == (0, 0, 0, 1, BACKGROUND, BACKGROUND)
+    assert found.word_to_class == (0, 0, 0, 1, BACKGROUND, BACKGROUND)
     assert found.lines() == ("cat|kitten|tabby", "dog", "background: wall|sky")
-    more = found.with_background(["Sky", "grass"])
-    assert more.words == (*found.words, "grass") and more.owners == (*found.owners, BACKGROUND)
     assert Vocabulary.of(["cat"]).lines() == ("cat",)
 
 
@@ -42,23 +39,21 @@ def test_bad_lists(entries, background, said):
 def test_five_hundred_classes():
     many = Vocabulary.of([f"class {i}" for i in range(500)])
     p = np.random.default_rng(0).random((2, 3, 500)).astype(np.float32)
-    labels = readout.decide(p, 0.0, many.owners)
+    labels = label_map(p[None], 0.0, (2, 3), word_to_class=many.word_to_class)[0]
     np.testing.assert_array_equal(labels, p.argmax(-1) + 1)
 
 
-@pytest.mark.parametrize("order", readout.ORDERS)
+@pytest.mark.parametrize("order", CHOICES["order"])
 def test_a_class_has_the_probability_of_its_best_word(order):
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.ones(6), (1, 5, 4)).astype(np.float32)
-    owners, threshold = (0, 1, 0, 2, 1, BACKGROUND), 0.35
+    word_to_class, threshold = (0, 1, 0, 2, 1, BACKGROUND), 0.35
     # By the book: the maximum over each class's words, background among them.
     classes = np.stack([p[..., [0, 2]].max(-1), p[..., [1, 4]].max(-1), p[..., 3], p[..., 5]], -1)
     expected = np.where(classes.argmax(-1) == 3, 0, classes.argmax(-1) + 1)
     expected = np.where(classes.max(-1) < threshold, 0, expected)
     assert set(np.unique(expected)) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(label_map(p, threshold, (5, 4), order, owners), expected)
-    with pytest.raises(UserError, match="background"):
-        label_map(p, None, (5, 4), order, owners)
+    np.testing.assert_array_equal(label_map(p, threshold, (5, 4), order, word_to_class), expected)
 
 
 def test_lists_by_name_and_from_a_file(tmp_path):

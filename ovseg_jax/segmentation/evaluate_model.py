@@ -1,7 +1,11 @@
-"""A model directory on benchmarks: what ``main --mode=eval --model=DIR`` does."""
+"""Benchmarks from end to end: result files and pictures, of a run or of a model directory.
+
+``main --mode=eval --model=DIR`` calls `evaluate_model`.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +18,90 @@ from ovseg_jax.segmentation.benchmarks import (
     BENCHMARKS,
     FOLDER_FIELDS,
     ScenesBenchmark,
+    benchmark_of,
     check_name,
 )
-from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
-from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.segmentation.report import run_benchmarks
-from ovseg_jax.segmentation.scores import default_batch
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.segmentation.whole_images import (
+from ovseg_jax.segmentation.calibrate import swept, train_split
+from ovseg_jax.segmentation.evaluate import evaluate, write_result
+from ovseg_jax.segmentation.extreme_images import extreme_images, write_sheet
+from ovseg_jax.segmentation.metric import gather_counts, this_part
+from ovseg_jax.segmentation.page import write_page
+from ovseg_jax.segmentation.protocol import Protocol, named_protocol, saved_protocol
+from ovseg_jax.segmentation.retrieval import (
     WHOLE_IMAGES,
     model_facts,
     whole_image_results,
     whole_image_sets,
 )
+from ovseg_jax.segmentation.scores import Segmenter, default_batch
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
+
+
+def run_benchmarks(
+    segmenter: Segmenter,
+    names: tuple[str, ...],
+    config: ConfigDict,
+    protocol: Protocol,
+    results: Path,
+    provenance: Mapping[str, Any],
+    *,
+    sweep: int = 0,
+    pictures: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
+
+    Each of several processes takes its share of the images. All get the whole result, and the first
+    writes it.
+
+    Args:
+      config: fields of the benchmarks under their names, and `batch_size`.
+      provenance: plain values that say which model this was, added to each result.
+      sweep: choose the threshold of each benchmark with a background on this many images of its
+        training split; 0 to take the protocol's.
+      pictures: how many of the best, median and worst images of each benchmark are drawn, in
+        ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
+      progress: called with (benchmark, images done, images of this process).
+
+    Raises:
+      UserError: an unknown benchmark, or missing files, before any is run.
+    """
+    # A name given twice is one benchmark.
+    benchmarks = {name: benchmark_of(name, config) for name in names}
+    if not benchmarks:
+        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
+    tuned = {
+        name: train_split(name, config, sweep)
+        for name, benchmark in benchmarks.items()
+        if sweep and benchmark.has_background
+    }
+    if sweep and not tuned:
+        raise UserError(
+            "--sweep chooses thresholds of the background, and none of the benchmarks "
+            f"({', '.join(benchmarks)}) has one: leave it out"
+        )
+    parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
+    results_by_name = {}
+    for name, benchmark in benchmarks.items():
+        chosen, extra = protocol, {}
+        if name in tuned:
+            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
+        count = functools.partial(progress, name) if progress else None
+        if count:
+            count(0, len(benchmark))  # the rate is counted from here
+        result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
+        results_by_name[name] = result = {**result, **extra, **provenance}
+        if parts["part"][0] == 0:
+            write_result(results / f"{name}.json", result)
+            if pictures:
+                images = extreme_images(
+                    segmenter, benchmark, chosen, result["image_miou"], pictures, config.batch_size
+                )
+                groups = result["group_usage"]["groups"]
+                write_sheet(images, benchmark, results / f"{name}.png", groups)
+                write_page(results / f"{name}.html", result, benchmark, images, groups)
+    return results_by_name
 
 
 def evaluate_model(
@@ -46,13 +120,12 @@ def evaluate_model(
 
     Args:
       model: model directory.
-      names: of benchmarks, those of `whole_images` among them (every process works on all of
-        those).
+      names: of benchmarks, including those of `retrieval` (every process evaluates all of those).
       data_dir: folder with the official folders (or one of them) of those that have no `dir`.
       protocol_name: a named protocol, in place of the model's own.
       overrides: (key, text) pairs as `flags.parse` gives them. Keys are eval.protocol.FIELD,
         eval.batch_size, and eval.NAME.FIELD of the benchmarks asked for.
-      sweep, pictures, progress: see `report.run_benchmarks`.
+      sweep, pictures, progress: see `run_benchmarks`.
 
     Raises:
       UserError: an override that does not apply, an unknown name, or missing files, before

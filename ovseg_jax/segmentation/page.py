@@ -17,26 +17,27 @@ import numpy as np
 from PIL import Image
 
 from ovseg_jax.segmentation.benchmarks import Benchmark
-from ovseg_jax.segmentation.chosen import Chosen
-from ovseg_jax.segmentation.comparison import protocol_lines
 from ovseg_jax.segmentation.evaluate import replace_file
+from ovseg_jax.segmentation.extreme_images import ExtremeImage
 from ovseg_jax.segmentation.metric import IGNORE
-from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
+from ovseg_jax.segmentation.pictures import BACKGROUND, colors, paint
+from ovseg_jax.segmentation.report import protocol_lines
 
 WIDTH = 224  # pixels: pictures and label maps are reduced to about this side
 
 
-def write_report(
+def write_page(
     path: Path,
     result: Mapping[str, Any],
     benchmark: Benchmark,
-    chosen: Sequence[Chosen],
+    images: Sequence[ExtremeImage],
     groups: int,
 ) -> None:
     """Writes the page.
 
     Args:
-      result: what `evaluate.evaluate` gave. chosen: the images to show.
+      result: what `evaluate.evaluate` gave.
+      images: those to show.
       groups: how many the model has.
     """
     names = ["background"] * benchmark.has_background + list(benchmark.class_names)
@@ -45,15 +46,15 @@ def write_report(
         "names": names,
         "colors": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in table],
         "iou": [result["iou"][name] for name in names],
-        "images": [_entry(one, groups) for one in chosen],
+        "images": [_entry(one, groups) for one in images],
         "ignored": IGNORE,
     }
     measures = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
     facts = [f"{key.replace('_', ' ')} {result[key]} %" for key in measures]
     facts.append(f"{result['images']} images at {result['images_per_second']} a second")
     lines = [" · ".join(facts), *protocol_lines(result["protocol"])]
-    page = (resources.files("ovseg_jax.segmentation") / "report.html").read_text(encoding="utf-8")
-    # "</" must not end the script that the data stand in.
+    page = (resources.files("ovseg_jax.segmentation") / "page.html").read_text(encoding="utf-8")
+    # "</" would end the script that contains the data.
     filled = {
         "TITLE": html.escape(f"{benchmark.name}: mIoU {result['miou']} %"),
         "FACTS": "".join(f"<p>{html.escape(line)}</p>" for line in lines),
@@ -64,7 +65,7 @@ def write_report(
     replace_file(path, page)
 
 
-def _entry(one: Chosen, groups: int) -> dict[str, Any]:
+def _entry(one: ExtremeImage, groups: int) -> dict[str, Any]:
     step = -(-max(one.image.shape[:2]) // WIDTH)
     small = tuple(x[::step, ::step] for x in (one.prediction, one.truth, one.groups % groups))
     height, width = small[0].shape
