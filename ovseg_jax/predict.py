@@ -145,7 +145,7 @@ def _segment(
             bar.update()
     if empty:
         _say(
-            f"nothing was found in {empty} of {done} images. --words=N lets N words compete in all "
+            f"nothing was found in {empty} of {done} images. --words=N lets N words compete in total "
             "(fewer find more), --background=0 or none asks for less certainty or for none",
             sys.stderr,
         )
@@ -161,7 +161,7 @@ def _say(text: str, file: TextIO) -> None:
 
 
 def _background(text: str | None) -> dict[str, Any]:
-    """The arguments of `segment` that a value of --background stands for."""
+    """The arguments of `segment` for a value of --background."""
     if text is None:
         return {"background": True}
     if text.lower() == "none":

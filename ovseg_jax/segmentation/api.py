@@ -107,8 +107,8 @@ class LoadedModel:
           words: words that compete in all; with fewer classes everyday words are added, and what
             they win becomes background. 0: as many as in the model's calibration. Not used where
             words for the background are given.
-          batch_size: windows encoded at once; the encoder is compiled once for each. 0: what suits
-            the devices.
+          batch_size: windows encoded at once; the encoder is compiled for each number. 0 chooses
+            one for the devices.
 
         Returns:
           A result, or a list of results in the order of the images.
@@ -257,7 +257,7 @@ class LoadedModel:
 
 
 def _check_options(background: Any, threshold: Any, words: Any) -> None:
-    """Raises UserError for options of `LoadedModel.segment` that are not what it says."""
+    """Raises UserError for options that `LoadedModel.segment` cannot take."""
     if isinstance(background, str):
         raise UserError(f"background is a list of words: [{background!r}], not one text")
     if not isinstance(background, bool) and (
@@ -275,7 +275,7 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
 
 
-def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Sequence[AnyImage]]:
+def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Iterable[AnyImage]]:
     """(whether several images were given, the images)."""
     many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
     return many, images if many else [images]

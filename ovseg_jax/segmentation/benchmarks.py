@@ -10,6 +10,7 @@ from typing import Any, runtime_checkable
 from typing import Protocol as Interface
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ovseg_jax.data import scenes
 from ovseg_jax.errors import UserError
@@ -94,25 +95,6 @@ class ScenesBenchmark:
         return {"split": self.split, "seed": self.seed, "size": self.size, **statistics}
 
 
-class Every:
-    """Every `step`-th image of a benchmark, `count` in all."""
-
-    def __init__(self, whole: Benchmark, step: int, count: int):
-        self.name, self.class_names = whole.name, whole.class_names
-        self.has_background, self.unseen = whole.has_background, whole.unseen
-        self.official_names = getattr(whole, "official_names", whole.class_names)
-        self._whole, self._step, self._count = whole, step, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._whole[index * self._step]
-
-    def describe(self) -> dict[str, Any]:
-        return {**self._whole.describe(), "every": self._step, "count": self._count}
-
-
 # A new benchmark is a row: its name, and what makes it from the fields of a config.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "scenes": ScenesBenchmark,
@@ -150,7 +132,7 @@ def make_benchmark(name: str, fields: Mapping[str, Any] | None = None) -> Benchm
         raise UserError(f"benchmark {name}: {error}") from error
 
 
-def benchmark_of(name: str, config: Mapping[str, Any], **changes: Any) -> Benchmark:
+def benchmark_of(name: str, config: ConfigDict, **changes: Any) -> Benchmark:
     """A benchmark with the fields of ``config.eval.NAME`` (where there are any) and `changes`."""
     return make_benchmark(name, {**dict(config.get(name) or {}), **changes})
 

@@ -9,6 +9,7 @@ So `calibrate` counts pixels once by (probability bin, best class, truth), and s
 the confusion matrices of all thresholds.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.benchmarks.train_splits import TRAIN_OPENERS
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import Benchmark, Every, benchmark_of, words_of
+from ovseg_jax.segmentation.benchmarks import Benchmark, benchmark_of, words_of
 from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark
 from ovseg_jax.segmentation.labels import (
     WordToClass,
@@ -118,7 +119,7 @@ def calibrate(
         raise UserError("calibration needs at least one image")
     curves = np.array([_miou_of_thresholds(by_bin) for by_bin in counts])
     if np.isnan(curves).all():
-        raise UserError("calibration found no pixel that is not ignored")
+        raise UserError("calibration saw no pixel that is not ignored")
     i, j = np.unravel_index(np.nanargmax(curves), curves.shape)
     return Calibration(*pairs[i], float(thresholds[j]), float(curves[i, j]), curves)
 
@@ -280,5 +281,4 @@ def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
             "that are reported"
         )
     # Evenly over the split, whose order follows years or scenes.
-    step = max(1, len(tune) // count)
-    return Every(tune, step, min(count, len(tune)))
+    return dataclasses.replace(tune, every=max(1, len(tune) // count), count=count)

@@ -193,7 +193,7 @@ def _readable(result: dict[str, Any]) -> str:
     """JSON with one line per field, and one per row of long lists of numbers."""
     text = json.dumps(result, indent=2, allow_nan=False)
     numbers = re.compile(r"\[\s+(-?[\d.e+-]+|null)(,\s+(-?[\d.e+-]+|null))*\s+\]")
-    return numbers.sub(lambda found: re.sub(r"\s+", " ", found[0]), text)
+    return numbers.sub(lambda match: re.sub(r"\s+", " ", match[0]), text)
 
 
 class _Clock:

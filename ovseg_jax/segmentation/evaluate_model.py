@@ -25,8 +25,8 @@ from ovseg_jax.segmentation.calibrate import swept, train_split
 from ovseg_jax.segmentation.evaluate import evaluate, write_result
 from ovseg_jax.segmentation.extreme_images import extreme_images, write_sheet
 from ovseg_jax.segmentation.metric import gather_counts, this_part
-from ovseg_jax.segmentation.page import write_page
 from ovseg_jax.segmentation.protocol import Protocol, named_protocol, saved_protocol
+from ovseg_jax.segmentation.report import write_page
 from ovseg_jax.segmentation.retrieval import (
     WHOLE_IMAGES,
     model_facts,
@@ -168,7 +168,7 @@ def evaluate_model(
     config.eval.batch_size = -(-batch // shards) * shards
     segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
     provenance = model_facts(model, saved.info)
-    found = run_benchmarks(
+    masked_results = run_benchmarks(
         segmenter,
         names,
         config.eval,
@@ -179,7 +179,7 @@ def evaluate_model(
         pictures=pictures,
         progress=progress,
     )
-    return {**found, **whole_image_results(model, unmasked, results)}
+    return {**masked_results, **whole_image_results(model, unmasked, results)}
 
 
 def _refuse_settings(

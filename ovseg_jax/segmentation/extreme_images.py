@@ -26,7 +26,7 @@ class ExtremeImage:
     Attributes:
       index: in the benchmark.
       kind: 'best', 'median' or 'worst'.
-      miou: of this image alone, percent.
+      miou: of this image, percent.
       prediction, truth: labels.
       groups: of each pixel.
       maps: affinity of the first window's patches to the groups with the largest total.
@@ -54,12 +54,12 @@ def extremes(image_miou: Sequence[float | None], count: int) -> list[tuple[int, 
         ("worst", order[max(count, len(order) - count) :]),
         ("median", order[middle : middle + count]),
     )
-    found: dict[int, str] = {}
+    kinds: dict[int, str] = {}
     for kind, indices in spans:
         for index in indices:
-            found.setdefault(index, kind)
+            kinds.setdefault(index, kind)
     rank = {"best": 0, "median": 1, "worst": 2}
-    return sorted(found.items(), key=lambda pair: (rank[pair[1]], -image_miou[pair[0]]))
+    return sorted(kinds.items(), key=lambda pair: (rank[pair[1]], -image_miou[pair[0]]))
 
 
 def extreme_images(
@@ -86,7 +86,7 @@ def extreme_images(
         grid=plain.grid,
         grouping="one_group",
     )
-    text = segmenter.text([benchmark.class_names[0]], plain.templates)
+    text = segmenter.text(list(benchmark.class_names), plain.templates)
     affinities = {
         scores.index: scores.by_window()[0]
         for scores in image_scores(segmenter.encode, text, images, plain, batch_size)

@@ -174,11 +174,11 @@ def _spread_votes(
     count, kinds = len(labels), int(labels.max(initial=0)) + 1
     # A power of two, so that few programs are compiled.
     kinds, cells = 1 << (kinds - 1).bit_length(), _padded(labels, group)
-    found = np.empty((count, len(rows), len(columns)), np.int32)
+    winners = np.empty((count, len(rows), len(columns)), np.int32)
     for where, band in _bands(rows, len(cells) * len(columns) * (kinds + 1)):
         part = _most_votes(cells, band, columns, kinds)
-        found[:, where] = np.asarray(part)[:count, : where.stop - where.start]
-    return found
+        winners[:, where] = np.asarray(part)[:count, : where.stop - where.start]
+    return winners
 
 
 @jax.jit(static_argnames=("kinds",))

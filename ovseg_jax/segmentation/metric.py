@@ -100,7 +100,7 @@ class ConfusionMatrix:
         return float(_ratio(np.trace(self.counts), self.counts.sum()))
 
     def mean_accuracy(self) -> float:
-        """Mean, over the classes in the truth, of the share of their pixels found."""
+        """Mean over the classes in the truth of the share of their pixels that are right."""
         accuracy = _ratio(np.diag(self.counts), self.truth_pixels)
         known = accuracy[~np.isnan(accuracy)]
         return float(known.mean()) if known.size else float("nan")
@@ -142,7 +142,7 @@ class Counts:
         self.clock = (0.0, 0.0)
         # Windows; groups used in them; their entropy in millionths; groups that the model has.
         self._usage = np.zeros(4, np.int64)
-        # For each image 1 + its mIoU in millionths; 0 where it is not done, or has no pixel.
+        # For each image 1 + its mIoU in millionths; 0 where it was not evaluated, or has no pixel.
         self._by_image = np.zeros(total, np.int64)
 
     def add(
@@ -152,10 +152,10 @@ class Counts:
         truth: Integer[np.ndarray, "H W"],
     ) -> None:
         """Counts one image."""
-        alone = ConfusionMatrix.empty(len(self.confusion.counts)).update(labels, truth)
-        self.confusion += alone
-        if not math.isnan(alone.miou()):
-            self._by_image[one.index] = 1 + round(alone.miou() * MICRO)
+        of_image = ConfusionMatrix.empty(len(self.confusion.counts)).update(labels, truth)
+        self.confusion += of_image
+        if not math.isnan(of_image.miou()):
+            self._by_image[one.index] = 1 + round(of_image.miou() * MICRO)
         groups = one.group_cosines.shape[1]
         for window in one.windows_of(one.groups):
             share = np.bincount(window.ravel(), minlength=groups) / window.size
@@ -192,7 +192,7 @@ class Counts:
         }
 
     def image_miou(self) -> list[float | None]:
-        """mIoU of each image alone, percent; None where it has no pixel that counts."""
+        """mIoU of each image, percent; None where it has no pixel that counts."""
         return [percent((x - 1) / MICRO) if x else None for x in self._by_image.tolist()]
 
 

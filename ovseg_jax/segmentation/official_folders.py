@@ -116,6 +116,7 @@ class FolderBenchmark:
         of it, or the folder with those.
       count: only the first images, for a quick look; 0 for all. Report only results of all.
       split: 'validation', or 'train' to choose a threshold on.
+      every: only every so many-th image.
 
     Raises:
       UserError: files are missing (it names them), or a field is wrong.
@@ -125,6 +126,7 @@ class FolderBenchmark:
     dir: str = ""
     count: int = 0
     split: str = "validation"
+    every: int = 1
 
     def __post_init__(self):
         if self.count < 0:
@@ -134,7 +136,7 @@ class FolderBenchmark:
             raise UserError(f"benchmark {self.name}: {self._images.root} holds no images")
         # Labels of another kind show in nearly every file.
         for index in range(0, len(self), -(-len(self) // _LOOKED_AT)):
-            self._images.labels(index)
+            self._images.labels(index * self.every)
 
     @functools.cached_property
     def _images(self) -> LabeledFolder | PreparedSet:
@@ -179,13 +181,15 @@ class FolderBenchmark:
         return self._images.table.background and not FOLDERS[self.name].drop_background
 
     def __len__(self) -> int:
-        return min(self.count, len(self._images)) if self.count else len(self._images)
+        present = -(-len(self._images) // self.every)
+        return min(self.count, present) if self.count else present
 
     def __getitem__(
         self, index: int
     ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        index *= self.every
         where = f"benchmark {self.name}: image {index} of {self._images.root}"
         try:
             image = np.asarray(decode(self._images.image_bytes(index)))
@@ -214,6 +218,7 @@ class FolderBenchmark:
             "differs": self._images.differs,
             "split": self.split,
             "whole": len(self) == len(self._images),
+            "every": self.every,
             "images_expected": folder.images if self.split == "validation" else None,
         }
 

@@ -32,9 +32,9 @@ def overlay(
 ) -> Image.Image:
     """The image with its regions tinted and outlined, and a legend below of the classes in it.
 
-    With `background`, label 0 is left as it is (the legend has it only where there is nothing else)
-    and label i is class i - 1; without, label i is
-    class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
+    With `background`, label 0 is not tinted (the legend has it only where there is nothing else)
+    and label i is class i - 1. Without, label i is class i. Small images are enlarged, and images
+    beyond `LARGEST` pixels reduced.
 
     Args:
       names: also write each class's name on its regions, where they are widest.
@@ -67,8 +67,8 @@ def _tinted(
 def _write_names(
     picture: Image.Image, labels: np.ndarray, class_names: Sequence[str], background: bool
 ) -> None:
-    """Names on their regions, in place, in each connected part at the pixel that is farthest from
-    its edge; parts that a name would hide are left to the legend."""
+    """Writes names on their regions: in each connected part at the pixel farthest from its edge.
+    Parts that a name would hide get none."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
     first = int(background)
     for label in np.unique(labels):
@@ -111,12 +111,40 @@ def scene_panel(
     labels = [("prediction", prediction)] + ([("truth", truth)] if truth is not None else [])
     for name, label in labels:
         shown.append((name, paint(label.astype(np.int64), len(class_names), background=background)))
-    font = ImageFont.load_default(size=FONT)
     tiles = [(name, _enlarged(pixels)) for name, pixels in shown]
-    large, found = (np.asarray(_enlarged(x)) for x in (image, prediction.astype(np.uint8)))
-    named = Image.fromarray(_tinted(large, found.astype(np.int64), len(class_names), background))
-    _write_names(named, found, class_names, background)
+    large, labels_shown = (np.asarray(_enlarged(x)) for x in (image, prediction.astype(np.uint8)))
+    named = Image.fromarray(
+        _tinted(large, labels_shown.astype(np.int64), len(class_names), background)
+    )
+    _write_names(named, labels_shown, class_names, background)
     tiles.append(("overlay", named))
+    sheet = _row(tiles, title)
+    parts = np.concatenate([label.ravel() for _, label in labels])
+    return _with_legend(sheet, _legend(parts, class_names, background))
+
+
+def soft_maps(
+    maps: Float[np.ndarray, "maps h w"], groups: Sequence[int], width: int
+) -> Image.Image:
+    """Affinity maps in a row, each from black (its lowest) to white (its highest).
+
+    Args:
+      groups: which group each map is of. width: of the row, pixels.
+    """
+    side = (width - MARGIN) // max(len(maps), 1) - MARGIN
+    height = max(1, round(side * maps.shape[1] / maps.shape[2]))
+    tiles = []
+    for group, soft in zip(groups, maps, strict=True):
+        spread = max(float(np.ptp(soft)), 1e-9)
+        gray = np.rint(255 * (soft - soft.min()) / spread).astype(np.uint8)
+        tile = Image.fromarray(gray).resize((side, height), Image.Resampling.NEAREST)
+        tiles.append((f"group {group}", tile.convert("RGB")))
+    return _row(tiles)
+
+
+def _row(tiles: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
+    """Framed pictures side by side, a name above each, and a title above all."""
+    font = ImageFont.load_default(size=FONT)
     width = sum(tile.width + MARGIN for _, tile in tiles) + MARGIN
     head = MARGIN + (FONT + 8) * (2 if title else 1)
     sheet = Image.new("RGB", (width, head + tiles[0][1].height + MARGIN), PAPER)
@@ -130,30 +158,6 @@ def scene_panel(
         box = (left - 1, head - 1, left + tile.width, head + tile.height)
         draw.rectangle(box, outline=FRAME)
         left += tile.width + MARGIN
-    parts = np.concatenate([label.ravel() for _, label in labels])
-    return _with_legend(sheet, _legend(parts, class_names, background))
-
-
-def soft_maps(
-    maps: Float[np.ndarray, "maps h w"], groups: Sequence[int], width: int
-) -> Image.Image:
-    """Affinity maps in a row, each from black (its lowest) to white (its highest).
-
-    Args:
-      groups: which group each map is of. width: of the row, pixels.
-    """
-    font = ImageFont.load_default(size=FONT)
-    side = (width - MARGIN) // max(len(maps), 1) - MARGIN
-    height = max(1, round(side * maps.shape[1] / maps.shape[2]))
-    sheet = Image.new("RGB", (width, FONT + 8 + height + MARGIN), PAPER)
-    draw, left = ImageDraw.Draw(sheet), MARGIN
-    for group, soft in zip(groups, maps, strict=True):
-        spread = max(float(np.ptp(soft)), 1e-9)
-        gray = np.rint(255 * (soft - soft.min()) / spread).astype(np.uint8)
-        tile = Image.fromarray(gray).resize((side, height), Image.Resampling.NEAREST)
-        draw.text((left + side // 2, FONT + 2), f"group {group}", INK, font, anchor="ms")
-        sheet.paste(tile.convert("RGB"), (left, FONT + 8))
-        left += side + MARGIN
     return sheet
 
 
@@ -173,7 +177,7 @@ def contact_sheet(rows: Sequence[Image.Image], columns: int = 1) -> Image.Image:
 
 
 def _group_picture(image: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
-    """Groups in color, mixed with the gray image so that one sees what each group covers."""
+    """Groups in color, mixed with the gray image so that what each group covers can be seen."""
     gray = np.repeat(image.mean(-1, keepdims=True), 3, -1)
     color = paint(groups.astype(np.int64), count, background=False)
     return (0.7 * color + 0.3 * gray).astype(np.uint8)
@@ -237,7 +241,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 # ---- colors
 
 BACKGROUND = (0, 0, 0)
-# Okabe and Ito's set, made to be told apart with any kind of color vision, brightest first.
+# Okabe and Ito's set, distinct with any kind of color vision, brightest first.
 FIRST = (
     (230, 159, 0),
     (86, 180, 233),

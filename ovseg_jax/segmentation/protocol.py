@@ -81,7 +81,7 @@ class Protocol:
       averaged: what is averaged over windows and interpolated to pixels: 'probabilities', or
         'cosines', with the softmax over classes taken at each pixel.
       class_names: whose words stand for the classes of a benchmark, see `benchmarks.class_words`.
-      min_area: classes found on less than this share of all foreground pixels are removed, and
+      min_area: classes that win less than this share of all foreground pixels are removed, and
         their pixels go to the best of the other words; 0 for none.
       flip: average with the mirrored image.
       scales: factors on the size of the resized image; probabilities are averaged over them.
@@ -224,7 +224,7 @@ class Protocol:
         return self.threshold * ratio / (1 - self.threshold + self.threshold * ratio)
 
     def for_list_of_classes(self) -> "Protocol":
-        """The protocol for classes that a person lists: `FEWEST_WORDS` compete if it says none."""
+        """The protocol for classes that a person lists: by default `FEWEST_WORDS` compete."""
         return self.replace(competing_words=self.competing_words or FEWEST_WORDS)
 
     def for_benchmark(self, name: str) -> "Protocol":

@@ -115,7 +115,7 @@ class ImageScores:
         """How far each class falls short of the image's best class (cosines, at most 0).
 
         The cosines are those of the whole image, whose embedding is the mean of the embeddings of
-        all its windows in all its views. With margins of each window alone, labels jump where
+        all its windows in all its views. With margins window by window, labels jump where
         windows meet.
         """
         views = (self, *self.more)

@@ -45,7 +45,7 @@ def encode_images(
         if tokens.patches is None:
             raise UserError(
                 "protocol: affinity 'features' needs patch tokens, but this model's second "
-                "stage has groups alone; use affinity 'binding'"
+                "stage has only groups; use affinity 'binding'"
             )
         patches, groups = (x.astype(jnp.float32) for x in (tokens.patches, tokens.groups))
         logits = jnp.einsum("bld,bkd->blk", patches, groups, precision=EXACT)
@@ -159,12 +159,12 @@ class ModelSegmenter:
         return embeddings / np.maximum(norms, np.float32(1e-12))
 
     def _without_padding(self, ids: np.ndarray) -> np.ndarray:
-        """The columns that the longest prompt needs, a power of two so that few shapes compile.
+        """The columns that the longest prompt needs, a multiple of 4 so that few shapes compile.
 
-        One column of padding stays, because CLIP's tokenizer pads with the end token.
+        At least one column of padding stays, because CLIP's tokenizer pads with the end token.
         """
         longest = int((ids != self._model.pad_id).any(axis=0).nonzero()[0].max(initial=0)) + 1
-        return ids[:, : 1 << longest.bit_length()]
+        return ids[:, : 4 * (longest // 4 + 1)]
 
     def scale(self) -> float:
         """The inverse temperature that the model learned, for a protocol whose scale is None."""

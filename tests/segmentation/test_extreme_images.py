@@ -24,8 +24,8 @@ from ovseg_jax.segmentation.extreme_images import (
     write_sheet,
 )
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.page import write_page
 from ovseg_jax.segmentation.pictures import scene_panel, soft_maps
+from ovseg_jax.segmentation.report import write_page
 
 
 class Numbered(Blocks):
