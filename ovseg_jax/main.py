@@ -23,9 +23,9 @@ from ovseg_jax.segmentation.protocol import NAMES, Protocol
 from ovseg_jax.segmentation.report import (
     comparison_rows,
     number,
+    protocol_lines,
     remarks,
     result_rows,
-    shared_protocol_lines,
     whole_image_lines,
     whole_image_rows,
 )
@@ -293,7 +293,7 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     whole = {name: result for name, result in results.items() if "miou" not in result}
     results = {name: result for name, result in results.items() if name not in whole}
     if results:
-        print("\n".join(shared_protocol_lines(results)))
+        print("\n".join(protocol_lines(results)))
         print(f"\n{table(result_rows(results))}\n")
     for result in whole.values():
         print("\n".join(whole_image_lines(result)))

@@ -145,7 +145,7 @@ def _segment(
             bar.update()
     if empty:
         _say(
-            f"nothing was found in {empty} of {done} images. --words=N lets N words compete in total "
+            f"nothing was found in {empty} of {done} images. --words=N lets N words compete "
             "(fewer find more), --background=0 or none asks for less certainty or for none",
             sys.stderr,
         )

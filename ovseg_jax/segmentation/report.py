@@ -109,21 +109,22 @@ _LEFT = (
 )
 
 
-def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
-    """The settings that define a result, printed with it; `protocol` is a result's."""
-    lines = [f"protocol {protocol['name']}: {_settings(protocol, protocol)}"]
-    return lines + _templates_and_notes(protocol) + [_words(protocol)]
-
-
-def shared_protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The same for all results of one run: what they share once, then what differs."""
+def protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings that define the results of a run: what they share, then what differs."""
     protocols = {name: result["protocol"] for name, result in results.items()}
     first, *others = protocols.values()
     shared = [key for key in first if all(other.get(key) == first[key] for other in others)]
-    lines = [f"protocol {first['name']}: {_settings(first, shared)}", *_templates_and_notes(first)]
+    count, sample = len(first["templates"]), first["templates"][0]
+    lines = [
+        f"protocol {first['name']}: {_settings(first, shared)}",
+        f"{count} template{'s' * (count != 1)}, the first {sample!r}",
+    ]
+    if notes := first["notes"]:
+        parts = (notes[key].rstrip(". ") for key in ("title", "source", "differs"))
+        lines.append(f"{'. '.join(part for part in parts if part)}.")
     for name, protocol in protocols.items():
-        own = _settings(protocol, [key for key in protocol if key not in shared])
-        lines.append(f"{name}: {own}{', ' * bool(own)}{_words(protocol)}")
+        differing = _settings(protocol, [key for key in protocol if key not in shared])
+        lines.append(f"{name}: {differing}{', ' * bool(differing)}{_words(protocol)}")
     return lines
 
 
@@ -133,15 +134,6 @@ def _settings(protocol: Mapping[str, Any], keys: Collection[str]) -> str:
         for key, value in protocol.items()
         if key in keys and key not in _LEFT
     )
-
-
-def _templates_and_notes(protocol: Mapping[str, Any]) -> list[str]:
-    count = len(protocol["templates"])
-    lines = [f"{count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}"]
-    if notes := protocol["notes"]:
-        parts = (notes[key].rstrip(". ") for key in ("title", "source", "differs"))
-        lines.append(f"{'. '.join(part for part in parts if part)}.")
-    return lines
 
 
 def _words(protocol: Mapping[str, Any]) -> str:
@@ -214,7 +206,7 @@ def write_page(
     measures = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
     facts = [f"{key.replace('_', ' ')} {result[key]} %" for key in measures]
     facts.append(f"{result['images']} images at {result['images_per_second']} a second")
-    lines = [" · ".join(facts), *protocol_lines(result["protocol"])]
+    lines = [" · ".join(facts), *protocol_lines({benchmark.name: result})]
     page = (resources.files("ovseg_jax.segmentation") / "report.html").read_text(encoding="utf-8")
     # "</" would end the script that contains the data.
     filled = {

@@ -52,7 +52,7 @@ def main(images: int, turns: int) -> None:
     text = rng.normal(size=(CLASSES, config.model.joint_width)).astype(np.float32)
     data = [picture(seed) for seed in range(images)]
 
-    def twice(pixels: np.ndarray, index: np.ndarray) -> tuple:
+    def twice(pixels: np.ndarray) -> tuple:
         affinity, groups, _ = jax.block_until_ready(segmenter.encode(pixels))
         return affinity, groups, jax.block_until_ready(segmenter.encode(pixels))[2]
 

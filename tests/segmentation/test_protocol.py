@@ -21,7 +21,6 @@ from ovseg_jax.segmentation.report import (
     protocol_lines,
     remarks,
     result_rows,
-    shared_protocol_lines,
 )
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 
@@ -141,7 +140,7 @@ def test_what_is_said():
     assert "over 5.2 of 8 groups, entropy 0.62 of 1" in said
     assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
     assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
-    lines = "\n".join(protocol_lines(result["protocol"]))
+    lines = "\n".join(protocol_lines({"voc": result}))
     words = ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}.", "4567")
     for word in (*words, "20 classes and background"):
         assert word in lines
@@ -150,7 +149,7 @@ def test_what_is_said():
 def test_a_run_says_once_what_its_benchmarks_share():
     one, other = a_result(), a_result()
     other["protocol"] = {**other["protocol"], "threshold": None, "background": False}
-    lines = shared_protocol_lines({"voc": one, "voc20": other})
+    lines = protocol_lines({"voc": one, "voc20": other})
     assert "window 448" in lines[0] and "threshold" not in lines[0].replace("cap_threshold", "")
     assert sum("window 448" in line for line in lines) == 1
     assert sum(protocol_notes("released")["title"] in line for line in lines) == 1

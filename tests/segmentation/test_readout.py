@@ -15,7 +15,7 @@ from ovseg_jax.segmentation.benchmarks import ScenesBenchmark
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import CHOICES, Protocol
 from ovseg_jax.segmentation.scores import ImageScores
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition, competitors
+from ovseg_jax.segmentation.vocabulary import Vocabulary, competition
 
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
 ORDERS = CHOICES["order"]
@@ -123,43 +123,6 @@ def test_one_class_does_not_paint_what_a_distractor_matches_better():
     np.testing.assert_array_equal(labels, [[[1, 1]]])
 
 
-def competing(names, words):
-    """The words of a list of classes when so many are asked for."""
-    protocol = Protocol(threshold=0.0, competing_words=words)
-    return competition(Vocabulary.of(names), protocol).words
-
-
-def test_distractors_fill_up_to_the_minimum():
-    words = competing(["zebra"], 20)
-    assert words[0] == "zebra" and len(words) == len(set(words)) == 20
-    assert set(words[1:]) <= set(competitors())
-    many = [f"class {i}" for i in range(30)]
-    assert list(competing(many, 20)) == many
-    assert len(competing(["zebra"], 1000)) == len(competitors()) + 1
-
-
-@pytest.mark.parametrize(
-    "name, absent",
-    [
-        ("dog", "dog"),
-        ("Dogs", "dog"),
-        ("puppy", "dog"),
-        ("animal", "cat"),
-        ("couch", "sofa"),
-        ("tv monitor", "television"),
-        ("potted plant", "tree"),
-        ("fire truck", "truck"),
-        ("children", "person"),
-        ("buses", "bus"),
-        ("motorbike", "motorcycle"),
-    ],
-)
-def test_a_distractor_never_competes_with_its_own_class(name, absent):
-    words = competing([name], 1000)
-    assert absent not in words[1:]
-    assert len(words) > 40
-
-
 @pytest.mark.parametrize("words", [2, 7, 48, 1000])
 def test_the_threshold_follows_longer_lists(words):
     # As the definition has it: the others' exponentials weighted as if there were N - 1 of them.
@@ -233,22 +196,6 @@ def test_the_number_of_words_decides_what_is_background_not_which_word_wins(word
     # Where the threshold was chosen among fewer words, more of a longer list is found.
     assert areas[1] >= areas[2] >= areas[3] >= areas[4] == areas[0]
     assert words == 3 or areas[1] > areas[0]
-
-
-def test_competition():
-    few = Vocabulary.of(["zebra", "lion|big cat"])
-    protocol = Protocol(threshold=0.3, competing_words=9)
-    words = competition(few, protocol)
-    assert len(words.words) == 9 and words.classes == few.classes
-    assert words.word_to_class == (0, 1, 1) + (BACKGROUND,) * 6
-    assert competition(few, protocol.replace(threshold=None)) == few
-    assert competition(few, protocol.replace(competing_words=0)) == few
-    behind = Vocabulary.of(["zebra"], ["sky"])
-    assert competition(behind, protocol) == behind
-    many = Vocabulary.of([f"class {i}" for i in range(1000)])
-    assert competition(many, protocol) == many
-    assert Protocol(threshold=0.3).for_benchmark("folder").competing_words == 20
-    assert Protocol(threshold=0.3).for_benchmark("voc").competing_words == 0
 
 
 def test_the_quickstart_says_how_many_words_its_threshold_was_chosen_among():

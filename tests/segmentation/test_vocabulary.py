@@ -5,8 +5,14 @@ import pytest
 from reference.label_maps import label_map
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.protocol import CHOICES
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, word_list
+from ovseg_jax.segmentation.protocol import CHOICES, Protocol
+from ovseg_jax.segmentation.vocabulary import (
+    BACKGROUND,
+    Vocabulary,
+    competition,
+    competitors,
+    word_list,
+)
 
 
 def test_synonyms_and_background():
@@ -76,3 +82,59 @@ def test_words_for_surroundings():
     vocabulary = Vocabulary.of(["dog", "Dirt Road|street", "rock band", "sea lion"], ["sky", "cat"])
     # By the last noun: a rock band and a sea lion are things.
     assert vocabulary.things == (True, False, False, True, True, False, True)
+
+
+# ---- competitors
+
+
+def competing(names, words):
+    """The words of a list of classes when so many are asked for."""
+    protocol = Protocol(threshold=0.0, competing_words=words)
+    return competition(Vocabulary.of(names), protocol).words
+
+
+def test_distractors_fill_up_to_the_minimum():
+    words = competing(["zebra"], 20)
+    assert words[0] == "zebra" and len(words) == len(set(words)) == 20
+    assert set(words[1:]) <= set(competitors())
+    many = [f"class {i}" for i in range(30)]
+    assert list(competing(many, 20)) == many
+    assert len(competing(["zebra"], 1000)) == len(competitors()) + 1
+
+
+@pytest.mark.parametrize(
+    "name, absent",
+    [
+        ("dog", "dog"),
+        ("Dogs", "dog"),
+        ("puppy", "dog"),
+        ("animal", "cat"),
+        ("couch", "sofa"),
+        ("tv monitor", "television"),
+        ("potted plant", "tree"),
+        ("fire truck", "truck"),
+        ("children", "person"),
+        ("buses", "bus"),
+        ("motorbike", "motorcycle"),
+    ],
+)
+def test_a_distractor_never_competes_with_its_own_class(name, absent):
+    words = competing([name], 1000)
+    assert absent not in words[1:]
+    assert len(words) > 40
+
+
+def test_competition():
+    few = Vocabulary.of(["zebra", "lion|big cat"])
+    protocol = Protocol(threshold=0.3, competing_words=9)
+    words = competition(few, protocol)
+    assert len(words.words) == 9 and words.classes == few.classes
+    assert words.word_to_class == (0, 1, 1) + (BACKGROUND,) * 6
+    assert competition(few, protocol.replace(threshold=None)) == few
+    assert competition(few, protocol.replace(competing_words=0)) == few
+    behind = Vocabulary.of(["zebra"], ["sky"])
+    assert competition(behind, protocol) == behind
+    many = Vocabulary.of([f"class {i}" for i in range(1000)])
+    assert competition(many, protocol) == many
+    assert Protocol(threshold=0.3).for_benchmark("folder").competing_words == 20
+    assert Protocol(threshold=0.3).for_benchmark("voc").competing_words == 0
