@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -154,7 +154,7 @@ def _segment(
     return 1 if failed else 0
 
 
-def _say(text: str, file: TextIO) -> None:
+def _say(text: str, file: Any) -> None:
     """Writes a line above the progress bar, at once even into a pipe."""
     tqdm.write(text, file=file)
     file.flush()
