@@ -7,16 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.inputs import AnyImage, read_image
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
-from ovseg_jax.segmentation.scores import ImageScores, default_batch, image_scores, with_scale
+from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition
 from ovseg_jax.segmentation.windows import resize_image
@@ -77,9 +75,7 @@ class LoadedModel:
         saved = load_model(directory)
         self.info = saved.info
         protocol = Protocol.from_config({**saved_protocol(saved.info).as_dict(), **settings})
-        mesh = sharding.make_mesh(devices=jax.local_devices())
-        self._shards = sharding.batch_shards(mesh)
-        self._segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
+        self._segmenter = ModelSegmenter.of_saved(saved, protocol)
         self.protocol = with_scale(protocol, self._segmenter)
         self._embeddings: dict[tuple[str, ...], np.ndarray] = {}
 
@@ -214,13 +210,11 @@ class LoadedModel:
         return self._segmenter.text(texts, templates)
 
     def _whole_batch(self, batch_size: int) -> int:
-        """`batch_size`, rounded up to a number of windows that all devices share evenly."""
         if not isinstance(batch_size, numbers.Integral) or batch_size < 0:
             raise UserError(
                 f"batch_size is {batch_size!r}; it must be at least 1, or 0 to choose one"
             )
-        batch_size = batch_size or default_batch(self.protocol.window)
-        return -(-batch_size // self._shards) * self._shards
+        return self._segmenter.whole_batch(batch_size)
 
     def _competition(
         self,

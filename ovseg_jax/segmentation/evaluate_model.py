@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from ovseg_jax import flags, sharding
+from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import (
     BENCHMARKS,
@@ -33,7 +32,7 @@ from ovseg_jax.segmentation.retrieval import (
     whole_image_results,
     whole_image_sets,
 )
-from ovseg_jax.segmentation.scores import Segmenter, default_batch
+from ovseg_jax.segmentation.scores import Segmenter
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
 
@@ -138,12 +137,15 @@ def evaluate_model(
         check_name(name, WHOLE_IMAGES)
     unmasked = whole_image_sets(names, data_dir)
     if not masked:
-        _refuse_settings(overrides, protocol_name, sweep, pictures)
+        if overrides or protocol_name or sweep or pictures:
+            raise UserError(
+                "--config.*, --protocol, --sweep and --pictures are about label maps, and "
+                f"{' and '.join(WHOLE_IMAGES)} have none"
+            )
         return whole_image_results(model, unmasked, results)
     names = masked
     saved = load_model(model)
-    protocol = named_protocol(protocol_name) if protocol_name else None
-    protocol = protocol or saved_protocol(saved.info)
+    protocol = named_protocol(protocol_name) if protocol_name else saved_protocol(saved.info)
     fields = {
         **FOLDER_FIELDS,
         "scenes": dataclasses.asdict(ScenesBenchmark()),
@@ -162,11 +164,8 @@ def evaluate_model(
     if config.eval.batch_size < 0:
         raise UserError("config.eval.batch_size must be at least 1, or 0 to choose one")
     protocol = Protocol.from_config(config.eval.protocol.to_dict())
-    mesh = sharding.make_mesh(devices=jax.local_devices())
-    shards = sharding.batch_shards(mesh)
-    batch = config.eval.batch_size or default_batch(protocol.window)
-    config.eval.batch_size = -(-batch // shards) * shards
-    segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
+    config.eval.batch_size = segmenter.whole_batch(config.eval.batch_size)
     provenance = model_facts(model, saved.info)
     masked_results = run_benchmarks(
         segmenter,
@@ -180,16 +179,6 @@ def evaluate_model(
         progress=progress,
     )
     return {**masked_results, **whole_image_results(model, unmasked, results)}
-
-
-def _refuse_settings(
-    overrides: Sequence[tuple[str, str]], protocol: str, sweep: int, pictures: int
-) -> None:
-    if overrides or protocol or sweep or pictures:
-        raise UserError(
-            "--config.*, --protocol, --sweep and --pictures are about label maps, and "
-            f"{' and '.join(WHOLE_IMAGES)} have none"
-        )
 
 
 def _check_applies(key: str, own: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 "its score"
             )
         if differs := result["data"].get("differs"):
-            lines.append(f"{name}: {differs}; it is not compared with those")
+            lines.append(f"{name}: {differs}, so it is not compared with published scores")
         if left_out := result["data"].get("images_without_mask"):
             lines.append(f"{name}: {left_out} images have no mask and were left out")
         protocol = result["protocol"]

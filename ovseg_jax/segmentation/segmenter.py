@@ -15,6 +15,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.readout import EXACT, unit
+from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.shapes import Array, Float, UInt8
 from ovseg_jax.weights.model_dir import SavedModel
 
@@ -101,6 +102,7 @@ class ModelSegmenter:
         mesh: Mesh | None = None,
     ):
         protocol = protocol or Protocol()
+        self._window = protocol.window
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
         everywhere = sharding.replicated(mesh) if mesh is not None else None
@@ -121,10 +123,8 @@ class ModelSegmenter:
         self._embed = jax.jit(embed, out_shardings=everywhere)
 
     @classmethod
-    def of_saved(
-        cls, saved: SavedModel, protocol: Protocol, mesh: Mesh | None = None
-    ) -> "ModelSegmenter":
-        """The segmenter of a model directory under a protocol."""
+    def of_saved(cls, saved: SavedModel, protocol: Protocol) -> "ModelSegmenter":
+        """The segmenter of a model directory under a protocol, on the devices of this process."""
         return cls(
             saved.model,
             saved.params,
@@ -132,8 +132,14 @@ class ModelSegmenter:
             text_length=saved.info["text_length"],
             protocol=protocol,
             batch_stats=saved.batch_stats,
-            mesh=mesh,
+            mesh=sharding.make_mesh(devices=jax.local_devices()),
         )
+
+    def whole_batch(self, batch_size: int) -> int:
+        """`batch_size` windows, or with 0 a number that suits the devices, rounded up to a number
+        that the devices share evenly."""
+        shards = sharding.batch_shards(self._mesh) if self._mesh is not None else 1
+        return -(-(batch_size or default_batch(self._window)) // shards) * shards
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]

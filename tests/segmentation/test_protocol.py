@@ -15,6 +15,7 @@ from ovseg_jax.segmentation.protocol import (
     named_protocol,
     protocol_notes,
     published_rows,
+    saved_protocol,
 )
 from ovseg_jax.segmentation.report import (
     comparison_rows,
@@ -162,3 +163,10 @@ def test_every_published_row_has_a_source():
         for benchmark in FOLDERS:
             for row in published_rows(name, benchmark):
                 assert row["source"] and 0 < row["miou"][benchmark] < 100
+
+
+def test_fields_of_earlier_versions():
+    fields = {**Protocol().as_dict(), "assignment": "soft", "assignment_temperature": 1.0}
+    assert saved_protocol({"protocol": fields, "provenance": {}}) == Protocol()
+    with pytest.raises(UserError, match="unknown assignment"):
+        saved_protocol({"protocol": {**fields, "assignment": "hard"}, "provenance": {}})

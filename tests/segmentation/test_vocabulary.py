@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from reference.label_maps import label_map
 
+from ovseg_jax.data.benchmarks import OPENERS
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.protocol import CHOICES, Protocol
 from ovseg_jax.segmentation.vocabulary import (
     BACKGROUND,
+    LISTS,
     Vocabulary,
     competition,
     competitors,
@@ -63,6 +65,7 @@ def test_a_class_has_the_probability_of_its_best_word(order):
 
 
 def test_lists_by_name_and_from_a_file(tmp_path):
+    assert set(LISTS) == {"coco", *OPENERS}
     assert len(word_list("voc")) == 20 and len(word_list("ade20k")) == 150
     assert word_list("coco") == word_list("coco_object") and len(word_list("coco")) == 80
     path = tmp_path / "words.txt"
