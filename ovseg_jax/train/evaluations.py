@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.report import calibrated, tune_split
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.report import MetricsWriter
 from ovseg_jax.train.run import Run

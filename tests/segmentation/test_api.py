@@ -11,10 +11,11 @@ from PIL import Image
 
 import ovseg_jax
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.api import _check_options
+from ovseg_jax.segmentation.inputs import read_image
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.loaded import _check_options, read_image
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import image_scores, without_index
+from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
 
@@ -34,7 +35,7 @@ def test_labels_and_scores_are_those_of_the_pieces(directory, model):
     # "cat" and "dog" are themselves on the list of everyday words.
     words = ["cat", "dog", "sky", "person", "grass", "wall", "car", "tree", "floor"]
     text = segmenter.text(words, protocol.templates)
-    scored = image_scores(without_index(segmenter.encode), text, [PIXELS], protocol, 1)
+    scored = image_scores(segmenter.encode, text, [PIXELS], protocol, 1)
     ((one, labels),) = label_maps(scored, protocol, (0, 1, *[-1] * 7))
     np.testing.assert_array_equal(found.labels, labels)
     assert found.labels.shape == (40, 56) and found.classes == ("cat", "dog")

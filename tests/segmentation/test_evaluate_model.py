@@ -13,8 +13,8 @@ from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
 from ovseg_jax.main import main
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
+from ovseg_jax.segmentation.evaluate_model import evaluate_model
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.model_eval import evaluate_model
 
 # The tiny model's sizes, for protocols whose own are for real ones.
 SMALL = tuple(

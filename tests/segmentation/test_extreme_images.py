@@ -14,13 +14,18 @@ from data.benchmarks import miniatures as mini
 from PIL import Image
 from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
 
-from ovseg_jax.segmentation import report
-from ovseg_jax.segmentation.chosen import chosen_images, extremes, write_sheet
+from ovseg_jax.segmentation import extreme_images as extreme_images_module
 from ovseg_jax.segmentation.evaluate import evaluate
-from ovseg_jax.segmentation.html_report import write_report
+from ovseg_jax.segmentation.evaluate_model import evaluate_model
+from ovseg_jax.segmentation.extreme_images import (
+    extreme_images,
+    extremes,
+    write_pictures,
+    write_sheet,
+)
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.model_eval import evaluate_model
 from ovseg_jax.segmentation.pictures import scene_panel, soft_maps
+from ovseg_jax.segmentation.report import write_page
 
 
 class Numbered(Blocks):
@@ -34,7 +39,7 @@ def evaluated():
     benchmark, segmenter = Numbered(SIZES), ByColor(4)
     result = evaluate(segmenter, benchmark, PROTOCOL, batch_size=4)
     own = result["image_miou"], 2, 4
-    return benchmark, result, chosen_images(segmenter, benchmark, PROTOCOL, *own)
+    return benchmark, result, extreme_images(segmenter, benchmark, PROTOCOL, *own)
 
 
 def test_extremes():
@@ -47,7 +52,7 @@ def test_extremes():
     assert extremes([None], 2) == []
 
 
-def test_chosen_images_are_those_of_the_evaluation(evaluated):
+def test_extreme_images_are_those_of_the_evaluation(evaluated):
     benchmark, result, chosen = evaluated
     miou = result["image_miou"]
     assert [one.kind for one in chosen] == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
@@ -78,8 +83,8 @@ def test_pictures_show_what_was_evaluated(has_background, tmp_path, monkeypatch)
         drawn.append((prediction, truth))
         return scene_panel(image, groups, prediction, truth, *args, **options)
 
-    monkeypatch.setattr(report, "scene_panel", panel)
-    report.write_pictures(ByColor(2), benchmark, protocol, tmp_path, count=2, group_count=4)
+    monkeypatch.setattr(extreme_images_module, "scene_panel", panel)
+    write_pictures(ByColor(2), benchmark, protocol, tmp_path, count=2, group_count=4)
     for prediction, truth in drawn:
         confusion.update(prediction, truth)
     result = evaluate(ByColor(2), benchmark, protocol, batch_size=2)
@@ -89,7 +94,7 @@ def test_pictures_show_what_was_evaluated(has_background, tmp_path, monkeypatch)
 def test_the_page(evaluated, tmp_path):
     benchmark, result, chosen = evaluated
     path = tmp_path / "new" / "page.html"
-    write_report(path, result, benchmark, chosen, 4)
+    write_page(path, result, benchmark, chosen, 4)
     page = path.read_text()
     assert not re.search(r"https?://(?!www)|src=[\"']?(?!\")", page.split("<script>")[0])
     assert page.count("</script>") == 1 and "@" not in page.split("<script>")[0]
@@ -110,7 +115,7 @@ def test_the_page(evaluated, tmp_path):
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 def test_the_page_in_use(evaluated, tmp_path):
     benchmark, result, chosen = evaluated
-    write_report(tmp_path / "page.html", result, benchmark, chosen, 4)
+    write_page(tmp_path / "page.html", result, benchmark, chosen, 4)
     script = Path(__file__).with_name("fake_dom.js")
     command = ["node", str(script), str(tmp_path / "page.html")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

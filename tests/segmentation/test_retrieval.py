@@ -9,10 +9,14 @@ from PIL import Image
 
 import ovseg_jax
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.comparison import whole_image_lines, whole_image_rows
-from ovseg_jax.segmentation.matching_tasks import classification, ranks_of, retrieval
-from ovseg_jax.segmentation.model_eval import evaluate_model
-from ovseg_jax.segmentation.whole_images import whole_image_sets
+from ovseg_jax.segmentation.evaluate_model import evaluate_model
+from ovseg_jax.segmentation.report import whole_image_lines, whole_image_rows
+from ovseg_jax.segmentation.retrieval import (
+    classification,
+    ranks_of,
+    retrieval,
+    whole_image_sets,
+)
 
 
 def unit(seed, n, e=6):

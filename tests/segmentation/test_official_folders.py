@@ -1,4 +1,4 @@
-"""Official folders as benchmarks: by name, with the fields of a config, through an evaluation."""
+"""Official folders as benchmarks, evaluated; seen and unseen classes by the written rule."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,12 @@ from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, Benchmark, make_benchmark
 from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.official_folders import (
+    PAPER_COUNTS,
+    is_seen,
+    unseen_classes,
+    zss_unseen,
+)
 from ovseg_jax.segmentation.protocol import Protocol
 
 PROTOCOL = Protocol(short_side=6, long_limit=16, window=6, stride=3, threshold=0.1)
@@ -107,3 +113,45 @@ def test_mistakes_are_told(tmp_path):
     (base / "JPEGImages" / "2007_000033.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="cannot identify .*2007_000033.jpg"):
         make_benchmark("voc", {"dir": str(tmp_path)})
+
+
+# ---- seen and unseen classes
+
+
+@pytest.mark.parametrize(
+    ("name", "seen", "unseen"),
+    [("voc", 20, 0), ("coco_object", 64, 16), ("context", 31, 28), ("ade20k", 32, 118)],
+)
+def test_counts_by_the_rule_are_those_that_are_written(name, seen, unseen):
+    """And the reason that is given for each difference from the paper's Table 7."""
+    names = class_table(name).names
+    found = unseen_classes(name, names)
+    assert (len(names) - len(found), len(found)) == (seen, unseen)
+    paper = PAPER_COUNTS[name]
+    if name == "coco_object":
+        assert paper == (seen + 1, unseen)  # with background
+    elif name in ("context", "ade20k"):
+        person = is_seen("person")
+        assert person and paper == (seen - person, unseen + person)
+    else:
+        assert paper == (seen, unseen)
+
+
+def test_names_decide():
+    for name in ("cat", "Cat", "bus ", "diningtable", "dining table", "tvmonitor", "motorbike"):
+        assert is_seen(name), name
+    for name in ("wine glass", "traffic light", "swivel chair", "zebra crossing", "wall", "catt"):
+        assert not is_seen(name), name
+    assert unseen_classes("cityscapes", ("road", "sky")) == ()
+
+
+def test_unseen_classes_of_zero_shot_segmentation():
+    """Sec. 4.2: five of VOC, four of Context."""
+
+    def names(base):
+        table = class_table(base)
+        return {table.names[i] for i in zss_unseen(base, table.names)}
+
+    assert names("voc") == {"pottedplant", "sheep", "sofa", "train", "tvmonitor"}
+    assert names("context") == {"cow", "motorbike", "sofa", "cat"}
+    assert names("ade20k") == set()

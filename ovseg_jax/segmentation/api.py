@@ -1,38 +1,24 @@
-"""A model directory as one object that segments images: what `ovseg_jax.load` gives."""
+"""A model directory as an object that segments images: what `ovseg_jax.load` gives."""
 
 import functools
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps
 
-from ovseg_jax import sharding
-from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.distractors import competition
+from ovseg_jax.segmentation.inputs import AnyImage, read_image
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
-from ovseg_jax.segmentation.scores import (
-    ImageScores,
-    default_batch,
-    image_scores,
-    with_scale,
-    without_index,
-)
+from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition
 from ovseg_jax.segmentation.windows import resize_image
 from ovseg_jax.weights.model_dir import load_model
-
-# The bytes are those of an image file.
-AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
 # Lists of classes whose embeddings are kept.
 REMEMBERED = 16
@@ -40,17 +26,16 @@ REMEMBERED = 16
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was found in one image.
+    """The result for one image.
 
     Attributes:
       labels: at the size of the image: 0 is background, 1 + i the i-th class.
-      classes: their names; the first word of each that was given with synonyms.
+      classes: their names; for a class with synonyms its first word.
       scores: of each class, its highest probability anywhere in the image, 0 to 1. Probabilities
         compare the words that compete, so they depend on the list of classes.
-      competitors: the words beside the classes' own that could win a pixel, which then is
-        background.
+      competitors: words that stand for the background; pixels that they win are background.
       protocol: how the labels were made, with the threshold that was used.
-      parts: what the labels were made of, window by window.
+      parts: the scores that the labels were made from, window by window.
     """
 
     labels: Int[np.ndarray, "H W"]
@@ -68,8 +53,8 @@ class Segmentation:
 
     @property
     def groups(self) -> Int[np.ndarray, "H W"]:
-        """The group of each pixel. Windows are grouped one by one: with K groups, those of window
-        n count from n K, and a pixel in several windows has its group in the first of them."""
+        """The group of each pixel. Each window has its own groups: with K groups, those of window n
+        count from n K, and a pixel in several windows has its group in the first of them."""
         return self.parts.group_map()
 
 
@@ -90,9 +75,7 @@ class LoadedModel:
         saved = load_model(directory)
         self.info = saved.info
         protocol = Protocol.from_config({**saved_protocol(saved.info).as_dict(), **settings})
-        mesh = sharding.make_mesh(devices=jax.local_devices())
-        self._shards = sharding.batch_shards(mesh)
-        self._segmenter = ModelSegmenter.of_saved(saved, protocol, mesh)
+        self._segmenter = ModelSegmenter.of_saved(saved, protocol)
         self.protocol = with_scale(protocol, self._segmenter)
         self._embeddings: dict[tuple[str, ...], np.ndarray] = {}
 
@@ -120,8 +103,8 @@ class LoadedModel:
           words: words that compete in all; with fewer classes everyday words are added, and what
             they win becomes background. 0: as many as in the model's calibration. Not used where
             words for the background are given.
-          batch_size: windows encoded at once; the encoder is compiled once for each. 0: what suits
-            the devices.
+          batch_size: windows encoded at once; the encoder is compiled for each number. 0 chooses
+            one for the devices.
 
         Returns:
           A result, or a list of results in the order of the images.
@@ -129,14 +112,10 @@ class LoadedModel:
         Raises:
           UserError: an image that cannot be read, or a bad list of classes.
         """
-        many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        many, images = _as_list(images)
         options = {"background": background, "threshold": threshold, "words": words}
-        found = dict(
-            self.segment_each(
-                images if many else [images], classes, **options, batch_size=batch_size
-            )
-        )
-        return [found[i] for i in range(len(found))] if many else found[0]
+        results = dict(self.segment_each(images, classes, **options, batch_size=batch_size))
+        return [results[i] for i in range(len(results))] if many else results[0]
 
     def segment_each(
         self,
@@ -156,20 +135,19 @@ class LoadedModel:
         _check_options(background, threshold, words)
         vocabulary, protocol = self._competition(classes, background, threshold, words)
         scored = image_scores(
-            without_index(self._segmenter.encode),
+            self._segmenter.encode,
             self._text(vocabulary.words),
             (read_image(image) for image in images),
             protocol,
             batch_size=self._whole_batch(batch_size),
             things=vocabulary.things,
         )
-        owners = np.array(vocabulary.owners)
-        pairs = zip(vocabulary.words, vocabulary.owners, strict=True)
-        others = tuple(word for word, owner in pairs if owner == BACKGROUND)
-        for one, labels in label_maps(scored, protocol, vocabulary.owners, group=1):
-            p = class_probabilities(one, protocol).reshape(-1, len(owners)).max(axis=0)
+        classes_of_words = np.array(vocabulary.word_to_class)
+        is_class = classes_of_words != BACKGROUND
+        for one, labels in label_maps(scored, protocol, vocabulary.word_to_class, group=1):
+            p = class_probabilities(one, protocol).reshape(-1, len(is_class)).max(axis=0)
             best = np.zeros(len(vocabulary.classes), np.float32)
-            np.maximum.at(best, owners[owners != BACKGROUND], p[owners != BACKGROUND])
+            np.maximum.at(best, classes_of_words[is_class], p[is_class])
             # Without background, labels count the classes from 0.
             shifted = labels if protocol.threshold is not None else labels + 1
             yield (
@@ -178,7 +156,7 @@ class LoadedModel:
                     labels=shifted.astype(np.int32, copy=False),
                     classes=vocabulary.classes,
                     scores=best,
-                    competitors=others,
+                    competitors=vocabulary.background_words,
                     protocol=protocol,
                     parts=one,
                 ),
@@ -198,10 +176,10 @@ class LoadedModel:
         Raises:
           UserError: no image, or one that cannot be read.
         """
-        many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        _, images = _as_list(images)
         side, rows = self.protocol.window, []
         size = self._whole_batch(batch_size)
-        squares = [_middle(read_image(x), side) for x in (images if many else [images])]
+        squares = [_middle(read_image(x), side) for x in images]
         if not squares:
             raise UserError("no images: give at least one")
         for start in range(0, len(squares), size):
@@ -232,13 +210,11 @@ class LoadedModel:
         return self._segmenter.text(texts, templates)
 
     def _whole_batch(self, batch_size: int) -> int:
-        """The least number of windows, from `batch_size` on, that all devices share evenly."""
         if not isinstance(batch_size, numbers.Integral) or batch_size < 0:
             raise UserError(
                 f"batch_size is {batch_size!r}; it must be at least 1, or 0 to choose one"
             )
-        batch_size = batch_size or default_batch(self.protocol.window)
-        return -(-batch_size // self._shards) * self._shards
+        return self._segmenter.whole_batch(batch_size)
 
     def _competition(
         self,
@@ -275,7 +251,7 @@ class LoadedModel:
 
 
 def _check_options(background: Any, threshold: Any, words: Any) -> None:
-    """Raises UserError for options of `LoadedModel.segment` that are not what it says."""
+    """Raises UserError for options that `LoadedModel.segment` cannot take."""
     if isinstance(background, str):
         raise UserError(f"background is a list of words: [{background!r}], not one text")
     if not isinstance(background, bool) and (
@@ -293,56 +269,15 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
 
 
+def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Iterable[AnyImage]]:
+    """(whether several images were given, the images)."""
+    many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+    return many, images if many else [images]
+
+
 def _middle(image: np.ndarray, side: int) -> np.ndarray:
     """The square in the middle of the image, [side, side, 3]."""
     factor = side / min(image.shape[:2])
     h, w = (max(side, round(length * factor)) for length in image.shape[:2])
     top, left = (h - side) // 2, (w - side) // 2
     return resize_image(image, h, w)[top : top + side, left : left + side]
-
-
-def read_image(image: AnyImage) -> np.ndarray:
-    """An image as uint8 [H, W, 3]: upright, transparent parts white.
-
-    Raises:
-      UserError: a file that cannot be read, or an array of another form.
-    """
-    if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    if isinstance(image, str | bytes | os.PathLike):
-        name = "the data" if isinstance(image, bytes) else image
-        try:
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return np.asarray(decode(data))
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}") from None
-        except UnreadableImage as error:
-            raise UserError(f"{name} is no image that can be read: {error}") from None
-    if not hasattr(image, "__array__"):
-        kind = type(image).__name__
-        raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
-    array = np.asarray(image)
-    gray = array.ndim == 2
-    if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):
-        raise UserError(
-            f"an image as an array is uint8 [height, width, 3], 0 to 255, RGB; not {array.dtype} "
-            f"{list(array.shape)}{_advice(array)}"
-        )
-    if 0 in array.shape:
-        raise UserError(f"an image of {array.shape[0]} x {array.shape[1]} pixels is empty")
-    return np.repeat(array[..., None], 3, axis=2) if gray else array
-
-
-def _advice(array: np.ndarray) -> str:
-    """What to do about an array that is no image, where that is plain."""
-    if array.ndim != 3:
-        return ""
-    if array.shape[2] == 4:
-        return (
-            ": drop the fourth channel, or give a PIL image, whose transparent parts become white"
-        )
-    if array.shape[0] == 3 and array.shape[2] != 3:
-        return ": the channels come last, as np.moveaxis(x, 0, -1) brings them"
-    if np.issubdtype(array.dtype, np.floating):
-        return ": for values from 0 to 1, (255 * x).round().astype('uint8')"
-    return ""

@@ -6,23 +6,22 @@ import pytest
 from data.benchmarks import miniatures as mini
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import make_benchmark
-from ovseg_jax.segmentation.class_words import class_words
-from ovseg_jax.segmentation.comparison import (
-    comparison_rows,
-    protocol_lines,
-    remarks,
-    result_rows,
-    shared_protocol_lines,
-)
-from ovseg_jax.segmentation.official import FOLDERS
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.published import (
+from ovseg_jax.segmentation.benchmarks import class_words, make_benchmark
+from ovseg_jax.segmentation.official_folders import FOLDERS
+from ovseg_jax.segmentation.protocol import (
     NAMES,
+    Protocol,
     is_named,
     named_protocol,
     protocol_notes,
     published_rows,
+    saved_protocol,
+)
+from ovseg_jax.segmentation.report import (
+    comparison_rows,
+    protocol_lines,
+    remarks,
+    result_rows,
 )
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 
@@ -67,13 +66,18 @@ def test_words(tmp_path):
     official, same = class_words(voc, "official")
     assert official.words[10] == "diningtable" and same == file and len(file["sha256"]) == 12
     sclip, other = class_words(voc, "sclip")
-    assert sclip.classes[3] == "ship" and sclip.owners.count(14) == 7 and -1 in sclip.owners
+    assert (
+        sclip.classes[3] == "ship"
+        and sclip.word_to_class.count(14) == 7
+        and -1 in sclip.word_to_class
+    )
     assert other["sha256"] != file["sha256"]
     alone, _ = class_words(make_benchmark("voc20", {"dir": str(tmp_path)}), "sclip")
-    assert alone.classes == sclip.classes and -1 not in alone.owners
+    assert alone.classes == sclip.classes and -1 not in alone.word_to_class
     everyday, _ = class_words(voc, "everyday")
     assert (
-        everyday.classes[14] == "person" and everyday.words[everyday.owners.index(14) + 1] == "man"
+        everyday.classes[14] == "person"
+        and everyday.words[everyday.word_to_class.index(14) + 1] == "man"
     )
     alone, _ = class_words(make_benchmark("voc20", {"dir": str(tmp_path)}), "everyday")
     assert alone == everyday
@@ -81,7 +85,7 @@ def test_words(tmp_path):
     few = make_benchmark("voc_zss", {"dir": str(tmp_path)})
     own, file = class_words(few, "sclip")
     assert own.classes == ("pottedplant", "sheep", "sofa", "train", "television monitor")
-    assert own.owners == (0, 1, 2, 3, 4, 4, 4, 4, 4) and file == other
+    assert own.word_to_class == (0, 1, 2, 3, 4, 4, 4, 4, 4) and file == other
     assert class_words(few, "official")[0].words[-1] == "tvmonitor"
     assert class_words(few, "released") == (Vocabulary.of(few.class_names), same)
 
@@ -137,7 +141,7 @@ def test_what_is_said():
     assert "over 5.2 of 8 groups, entropy 0.62 of 1" in said
     assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
     assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
-    lines = "\n".join(protocol_lines(result["protocol"]))
+    lines = "\n".join(protocol_lines({"voc": result}))
     words = ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}.", "4567")
     for word in (*words, "20 classes and background"):
         assert word in lines
@@ -146,7 +150,7 @@ def test_what_is_said():
 def test_a_run_says_once_what_its_benchmarks_share():
     one, other = a_result(), a_result()
     other["protocol"] = {**other["protocol"], "threshold": None, "background": False}
-    lines = shared_protocol_lines({"voc": one, "voc20": other})
+    lines = protocol_lines({"voc": one, "voc20": other})
     assert "window 448" in lines[0] and "threshold" not in lines[0].replace("cap_threshold", "")
     assert sum("window 448" in line for line in lines) == 1
     assert sum(protocol_notes("released")["title"] in line for line in lines) == 1
@@ -159,3 +163,10 @@ def test_every_published_row_has_a_source():
         for benchmark in FOLDERS:
             for row in published_rows(name, benchmark):
                 assert row["source"] and 0 < row["miou"][benchmark] < 100
+
+
+def test_fields_of_earlier_versions():
+    fields = {**Protocol().as_dict(), "assignment": "soft", "assignment_temperature": 1.0}
+    assert saved_protocol({"protocol": fields, "provenance": {}}) == Protocol()
+    with pytest.raises(UserError, match="unknown assignment"):
+        saved_protocol({"protocol": {**fields, "assignment": "hard"}, "provenance": {}})
