@@ -134,6 +134,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "masking": "all_entities",
         "mask_equal_entities": False,
         "mask_equal_captions": False,
+        "negatives_within_set": False,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,

@@ -50,6 +50,7 @@ class Examples:
       `caption_ids`, `masked_ids`, `prompt_ids` int32 [M], or where texts are cached
       `caption_pooled`, `prompt_pooled` [Dt], `masked_tokens` [M, Dt] and `masked_mask` bool [M];
       `weight`, `entity_weight` float32; `entity_set`, `record` int32;
+      `data_set` int32, the number of the data set in a mixture;
       `caption_set` int32 [4], see `caption_set`;
       `truncated` bool, where texts are not cached: whether a text was cut to M tokens;
       with pairs `image2` or `image2_features`, `shared_ids` or `shared_pooled`, `pair_weight`;
@@ -146,7 +147,8 @@ class Examples:
         except _Unusable as error:
             self._note(error)
             example = self._empty()
-        return {**example, "record": np.int32(at)}
+        data_set = self._source.part_of(at)[0] if isinstance(self._source, Mixture) else 0
+        return {**example, "record": np.int32(at), "data_set": np.int32(data_set)}
 
     def _example(self, at: int, record: Record, rng: np.random.Generator) -> Example:
         several = len(record.captions) > 1

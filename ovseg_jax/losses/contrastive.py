@@ -24,7 +24,9 @@ def alike(labels: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
 
 
 def negatives_mask(
-    weight: Float[Array, "B"], *labels: Int[Array, "B ..."] | None
+    weight: Float[Array, "B"],
+    *labels: Int[Array, "B ..."] | None,
+    within: Int[Array, "B"] | None = None,
 ) -> Bool[Array, "B B"]:
     """Which examples are negatives of one another; never an example of itself.
 
@@ -32,12 +34,16 @@ def negatives_mask(
       weight: an example without weight is nobody's negative, and has none.
       labels: examples that are alike in any of them are no negatives either, since the sentence of
         one is a correct answer for the other. None for a label that does not count.
+      within: only examples that are equal in this are negatives. Between data sets that look or
+        sound different, telling the set would be enough to tell the right sentence.
     """
     present = weight > 0
     negative = present[:, None] & present[None] & ~jnp.eye(len(weight), dtype=bool)
     for label in labels:
         if label is not None:
             negative &= ~alike(label)
+    if within is not None:
+        negative &= alike(within)
     return negative
 
 

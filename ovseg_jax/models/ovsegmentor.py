@@ -10,7 +10,7 @@ from flax import struct
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import Dense
-from ovseg_jax.models.projector import ImageHead, Projector
+from ovseg_jax.models.projector import FeatureHead, Projector
 from ovseg_jax.models.text_transformer import CausalTextEncoder, up_to_end
 from ovseg_jax.models.vit import VisualEncoder, VisualTokens, normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, Int
@@ -47,7 +47,8 @@ class OVSegmentor(nn.Module):
       pad_id: token id of padding.
       temperature_init: initial temperature of the contrastive losses.
       image_head, image_head_dropout: hidden width and dropout of a head that embeds the whole image
-        from the trunk's features (`ImageHead`); 0 for none. It needs `keep_class_token`.
+        from the trunk's features (`FeatureHead`); 0 for none. It needs `keep_class_token`. It is
+        compared with sentences through a head of theirs, at a temperature of its own.
       token_classes: classes that a masked token can have (masked language modeling over the
         entities, the paper's Table 4); 0 for no such head.
       token_classes_from: what the head reads, the "decoder"'s output or that of the "text" encoder.
@@ -90,13 +91,11 @@ class OVSegmentor(nn.Module):
         if self.entity_decoder is not None:
             self.completion_projector = projector()
         if self.image_head:
-            self.whole_head = ImageHead(
-                self.joint_width,
-                self.image_head,
-                self.image_head_dropout,
-                self.dtype,
-                self.matmul_dtype,
+            options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+            self.whole_head = FeatureHead(
+                self.joint_width, self.image_head, self.image_head_dropout, **options
             )
+            self.whole_text_head = FeatureHead(self.joint_width, self.image_head, 0.0, **options)
         if self.token_classes:
             self.token_head = Dense(
                 self.token_classes,
@@ -105,7 +104,10 @@ class OVSegmentor(nn.Module):
                 matmul_dtype=self.matmul_dtype,
             )
         start = -math.log(self.temperature_init)
-        self.log_scale = self.param("log_scale", nn.initializers.constant(start), (), jnp.float32)
+        constant = nn.initializers.constant(start)
+        self.log_scale = self.param("log_scale", constant, (), jnp.float32)
+        if self.image_head:
+            self.whole_log_scale = self.param("whole_log_scale", constant, (), jnp.float32)
 
     def trunk(self, image: Array, train: bool = False) -> Float[Array, "B L D0"]:
         """Image features before the groups join.
@@ -163,6 +165,18 @@ class OVSegmentor(nn.Module):
             return unit(self.whole_head(visual.whole, train))
         return self.project_image(jnp.mean(visual.groups, axis=1), train)
 
+    def embed_whole_text(
+        self, pooled: Float[Array, "... Dt"], train: bool = False
+    ) -> Float[Array, "... E"]:
+        """Sentence vectors to be compared with `embed_whole`, unit norm, float32.
+
+        With an image head they are not those of `project_text`: a joint space that serves groups
+        and whole images alike serves either worse.
+        """
+        if self.image_head:
+            return unit(self.whole_text_head(pooled, train))
+        return self.project_text(pooled, train)
+
     def project_text(
         self, pooled: Float[Array, "... Dt"], train: bool = False
     ) -> Float[Array, "... E"]:
@@ -199,6 +213,10 @@ class OVSegmentor(nn.Module):
         """Inverse temperature of both contrastive losses, at most 100."""
         return jnp.minimum(jnp.exp(self.log_scale), 100.0)
 
+    def whole_logit_scale(self) -> Float[Array, ""]:
+        """Inverse temperature of the image head's contrast, at most 100."""
+        return jnp.minimum(jnp.exp(self.whole_log_scale), 100.0)
+
     def __call__(self, image: Array, ids: Int[Array, "B M"], train: bool = False) -> Array:
         """Touches every parameter once; used to initialize them."""
         visual = self.visual_tokens(image, train)
@@ -207,6 +225,8 @@ class OVSegmentor(nn.Module):
         if self.image_head:
             z_image = z_image + self.embed_whole(visual)
         z_text = self.project_text(text.pooled)
+        if self.image_head:
+            z_text = self.whole_logit_scale() * z_text + self.embed_whole_text(text.pooled)
         if self.entity_decoder is not None:
             z_text = z_text + self.complete(text.tokens, text.mask, visual.groups)
         if self.token_classes:

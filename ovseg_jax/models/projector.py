@@ -57,12 +57,12 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape).astype(self.dtype)
 
 
-class ImageHead(nn.Module):
-    """The embedding of a whole image from its trunk's features: two linear maps, a GELU between.
+class FeatureHead(nn.Module):
+    """The embedding of an image's or a sentence's features: two linear maps, a GELU between.
 
-    The image-caption contrast trains it, beside that of the groups, so it need not say where
-    anything is. It reads frozen features, which a small data set soon overfits, hence the dropout:
-    `rate` on the hidden layer, half of it on the input.
+    A contrast of whole images with captions trains it, beside that of the groups, so it need not
+    say where anything is. It reads frozen features, which a small data set soon overfits, hence the
+    dropout: `rate` on the hidden layer, half of it on the input.
     """
 
     features: int

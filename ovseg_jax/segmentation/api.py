@@ -77,7 +77,7 @@ class LoadedModel:
         protocol = Protocol.from_config({**saved_protocol(saved.info).as_dict(), **settings})
         self._segmenter = ModelSegmenter.of_saved(saved, protocol)
         self.protocol = with_scale(protocol, self._segmenter)
-        self._embeddings: dict[tuple[str, ...], np.ndarray] = {}
+        self._embeddings: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def segment(
         self,
@@ -194,6 +194,8 @@ class LoadedModel:
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of class names in the protocol's templates, averaged over them.
 
+        They are to be compared with those of `embed_image`.
+
         Args:
           templates: others, each with {} for the name; ("{}",) for whole sentences.
 
@@ -207,7 +209,7 @@ class LoadedModel:
         templates = () if isinstance(templates, str) else tuple(templates)
         if not templates or any("{}" not in template for template in templates):
             raise UserError("templates need at least one text, each with {} for the name")
-        return self._segmenter.text(texts, templates)
+        return self._segmenter.text(texts, templates)[1]
 
     def _whole_batch(self, batch_size: int) -> int:
         if not isinstance(batch_size, numbers.Integral) or batch_size < 0:
@@ -242,7 +244,7 @@ class LoadedModel:
         # The threshold is that of these words: nothing is left to adapt.
         return vocabulary, self.protocol.replace(threshold=float(limit or 0.0), competing_words=0)
 
-    def _text(self, words: tuple[str, ...]) -> np.ndarray:
+    def _text(self, words: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         if words not in self._embeddings:
             while len(self._embeddings) >= REMEMBERED:
                 self._embeddings.pop(next(iter(self._embeddings)))

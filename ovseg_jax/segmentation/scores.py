@@ -35,7 +35,8 @@ class Segmenter(Protocol):
         of the patches [B,L,D] where the protocol has a `border_scale`."""
 
     def text(self, names: list[str], templates: tuple[str, ...]) -> Any:
-        """[C,E] embeddings of class words, averaged over the templates, unit norm."""
+        """Two times [C,E]: embeddings of class words, averaged over the templates, unit norm; to
+        compare groups with, and whole images."""
 
 
 def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.Protocol:
@@ -182,7 +183,7 @@ def image_scores(
 
     Args:
       encode: see `Segmenter.encode`.
-      text: [C,E] class embeddings.
+      text: class embeddings, two times [C,E], see `Segmenter.text`.
       images: uint8 [H,W,3] of any sizes, read when they are needed.
       batch_size: windows in a batch; every batch is filled to it.
       things: for each word whether it names a thing, not surroundings; by default all do. The
@@ -196,7 +197,7 @@ def image_scores(
         pixels = np.pad(pixels, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
         affinity, groups, embedding, *keys = encode(pixels)
         grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
-        results = _window_scores(affinity, groups, embedding, text, grid, protocol.grouping)
+        results = _window_scores(affinity, groups, embedding, *text, grid, protocol.grouping)
         if protocol.border_scale:
             results += tuple(keys)
         running.append((batch, results))
@@ -310,12 +311,12 @@ _foreground = jax.jit(readout.foreground_log, static_argnames="scale")
 
 
 @jax.jit(static_argnames=("grid", "grouping"))
-def _window_scores(affinity, groups, embedding, text, grid, grouping):
+def _window_scores(affinity, groups, embedding, text, image_text, grid, grouping):
     affinity, embedding = jnp.asarray(affinity), readout.unit(embedding)
     nearest = jnp.argmax(affinity, -1).reshape(-1, *grid).astype(jnp.int32)
     if grouping == "one_group":
         cells = affinity.astype(jnp.float32).reshape(-1, *grid, affinity.shape[-1])
     else:
         cells = readout.class_scores(affinity, groups, text, grid)
-    whole = readout.cosines(embedding[:, None], text)[:, 0]
+    whole = readout.cosines(embedding[:, None], image_text)[:, 0]
     return cells, nearest, embedding, readout.cosines(groups, text), whole

@@ -67,16 +67,22 @@ def encode_images(
 
 def embed_prompts(
     model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
-) -> Array:
+) -> tuple[Array, ...]:
     """Embeddings [B, E] of prompts, to be averaged over templates; to be jitted.
 
     Args:
       ids: int32 [B, M].
       average: see `Protocol`.
+
+    Returns:
+      The embeddings to compare groups with; with an image head also those for whole images.
     """
     text = model.apply(variables, ids, method="text_tokens")
     method = "project_text" if average == "unit" else "embed_text"
-    return model.apply(variables, text.pooled, method=method)
+    embedded = model.apply(variables, text.pooled, method=method)
+    if not model.image_head:
+        return (embedded,)
+    return embedded, model.apply(variables, text.pooled, method="embed_whole_text")
 
 
 class ModelSegmenter:
@@ -115,7 +121,7 @@ class ModelSegmenter:
             keys = protocol.border_scale > 0
             return encode_images(model, variables, images, protocol.affinity, keys)
 
-        def embed(variables: Any, ids: Array) -> Array:
+        def embed(variables: Any, ids: Array) -> tuple[Array, ...]:
             return embed_prompts(model, variables, ids, protocol.average)
 
         self._model = model
@@ -149,8 +155,14 @@ class ModelSegmenter:
         trunk features [B, L, D0] may stand in for the images."""
         return self._encode(self.variables, self._place(images))
 
-    def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:
-        """Class embeddings: the mean over templates of the prompts' embeddings, unit norm."""
+    def text(
+        self, names: Sequence[str], templates: Sequence[str]
+    ) -> tuple[Float[np.ndarray, "C E"], Float[np.ndarray, "C E"]]:
+        """Class embeddings to compare groups with, and whole images: unit norm.
+
+        Each is the mean over templates of the prompts' embeddings. Without an image head both are
+        the same.
+        """
         prompts = [template.format(unmasked(name)) for name in names for template in templates]
         ids = self._without_padding(self._tokenizer.encode(prompts, self._length))
         rows = []
@@ -158,11 +170,16 @@ class ModelSegmenter:
             part = ids[start : start + TEXT_BATCH]
             padded = np.zeros((TEXT_BATCH, ids.shape[1]), np.int32)
             padded[: len(part)] = part
-            rows.append(np.asarray(self._embed(self.variables, padded))[: len(part)])
-        embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1).mean(1)
+            embedded = self._embed(self.variables, padded)
+            rows.append([np.asarray(x)[: len(part)] for x in embedded])
+        means = [
+            np.concatenate(x).reshape(len(names), len(templates), -1).mean(1)
+            for x in zip(*rows, strict=True)
+        ]
         # In NumPy: JAX would compile each operation by itself.
-        norms = np.linalg.norm(embeddings.astype(np.float32), axis=1, keepdims=True)
-        return embeddings / np.maximum(norms, np.float32(1e-12))
+        norms = [np.linalg.norm(x.astype(np.float32), axis=1, keepdims=True) for x in means]
+        units = [x / np.maximum(n, np.float32(1e-12)) for x, n in zip(means, norms, strict=True)]
+        return units[0], units[-1]
 
     def _without_padding(self, ids: np.ndarray) -> np.ndarray:
         """The columns that the longest prompt needs, a multiple of 4 so that few shapes compile.

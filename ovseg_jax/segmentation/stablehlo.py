@@ -35,7 +35,10 @@ PARTS = {
         *("image_encoder/", "image_projector/", f"{STATISTICS}/image_projector/", "whole_head/"),
         "log_scale",
     ),
-    "text": ("text_encoder/", "text_projector/", f"{STATISTICS}/text_projector/", "log_scale"),
+    "text": (
+        *("text_encoder/", "text_projector/", f"{STATISTICS}/text_projector/"),
+        *("whole_text_head/", "log_scale"),
+    ),
 }
 
 _README = """# A segmentation model as StableHLO
@@ -56,12 +59,13 @@ Needs jax, numpy and flatbuffers, nothing else.
 
     # Images are uint8 [batch, {size}, {size}, 3], token ids int32 [prompts, {length}].
     assignment, groups, embedding{keys} = program("image")(images)
-    classes = program("text")(ids)
+    classes{image_classes} = program("text")(ids)
 
 A patch's cosine with a class is the sum over groups of assignment times the cosine of group and
-class. Class embeddings of several prompts are averaged, then divided by their norm. The keys of the
-patches, where there are any, are what the protocol's border_scale compares. Token ids come from the
-tokenizer of the model directory, padded to {length} with {pad}.
+class. The embedding of the image is compared with the image_classes where there are any, else with
+the classes. Class embeddings of several prompts are averaged, then divided by their norm. The keys
+of the patches, where there are any, are what the protocol's border_scale compares. Token ids come
+from the tokenizer of the model directory, padded to {length} with {pad}.
 """
 
 
@@ -102,7 +106,7 @@ def write_programs(
     def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, ...]:
         return encode_images(saved.model, _variables(weights), images, protocol.affinity, keys)
 
-    def text(weights: Mapping[str, Array], ids: Array) -> Array:
+    def text(weights: Mapping[str, Array], ids: Array) -> tuple[Array, ...]:
         return embed_prompts(saved.model, _variables(weights), ids, protocol.average)
 
     programs = {
@@ -111,7 +115,7 @@ def write_programs(
     }
     results = {
         "image": ("assignment", "groups", "embedding", *(["keys"] if keys else [])),
-        "text": ("embedding",),
+        "text": ("embedding", *(["image_embedding"] if saved.model.image_head else [])),
     }
     signature: dict[str, Any] = {"platforms": PLATFORMS, "protocol": protocol.as_dict()}
     written: dict[str, bytes] = {}
@@ -145,7 +149,11 @@ def write_programs(
             json.dumps(signature, indent=2) + "\n", encoding="utf-8"
         )
         readme = _README.format(
-            size=image_size, length=length, pad=pad, keys=", keys" if keys else ""
+            size=image_size,
+            length=length,
+            pad=pad,
+            keys=", keys" if keys else "",
+            image_classes=", image_classes" if saved.model.image_head else "",
         )
         (directory / "README.md").write_text(readme, encoding="utf-8")
     except OSError as error:

@@ -10,7 +10,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.losses.contrastive import false_negative_rate, info_nce, negatives_mask
 from ovseg_jax.losses.objective import masked_token_loss, weighted_mean
 from ovseg_jax.models.ovsegmentor import unit
-from ovseg_jax.shapes import Array, Float
+from ovseg_jax.shapes import Array, Float, Int
 from ovseg_jax.train.batches import Batch, Rows
 from ovseg_jax.train.calls import Calls
 from ovseg_jax.train.texts import Sentences, embed_sentences
@@ -89,6 +89,11 @@ def completion_rows(
     }
 
 
+def within_set(batch: Batch, config: ConfigDict) -> Int[Array, "B"] | None:
+    """The data set of each example where negatives come from the same one, else None."""
+    return batch["data_set"] if config.get("negatives_within_set", False) else None
+
+
 def completion_term(
     rows: Rows, scale: Float[Array, ""], batch: Batch, config: ConfigDict
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -104,6 +109,7 @@ def completion_term(
         weight,
         sets if config.mask_equal_entities else None,
         batch["caption_set"] if config.get("mask_equal_captions", False) else None,
+        within=within_set(batch, config),
     )
     values, _ = info_nce(rows["completed"], rows["prompt"], scale, negatives)
     rate = false_negative_rate(weight, sets)

@@ -25,6 +25,7 @@ from ovseg_jax.train.entity_terms import (
     masking_of,
     token_rows,
     token_term,
+    within_set,
 )
 from ovseg_jax.train.mask_terms import (
     FIRST,
@@ -135,6 +136,7 @@ def example_rows(
     rows["image"] = unit(embedded)
     if model.image_head:
         rows["whole"] = call("embed_whole", tokens[FIRST], True, rngs=rngs)
+        rows["whole_text"] = call("embed_whole_text", texts["caption"].pooled, True)
     rows["group_shares"] = jnp.mean(first.tokens.affinity, axis=1)
     if masking is not None and masking.classifies:
         rows |= token_rows(call, texts, first.tokens.groups, batch)
@@ -174,7 +176,7 @@ def joint_loss(
     scale = Calls(model, params, {})("logit_scale")
     masking, weight = _masking(config), batch["weight"]
     equal = batch["caption_set"] if config.get("mask_equal_captions", False) else None
-    negatives = negatives_mask(weight, equal)
+    negatives = negatives_mask(weight, equal, within=within_set(batch, config))
     values, hits = info_nce(rows["image"], rows["text"], scale, negatives)
     contrastive = weighted_mean(values, weight)
     metrics = {
@@ -199,7 +201,8 @@ def joint_loss(
         mask, extra = mask_term(rows, scale, batch, config)
         metrics |= extra
     if "whole" in rows:
-        values, hits = info_nce(rows["whole"], rows["text"], scale, negatives)
+        whole_scale = Calls(model, params, {})("whole_logit_scale")
+        values, hits = info_nce(rows["whole"], rows["whole_text"], whole_scale, negatives)
         metrics["whole_contrastive"] = weighted_mean(values, weight)
         metrics["whole_to_text"] = weighted_mean(hits.astype(jnp.float32), weight)
     weights = {"entity_weight": config.entity_weight, "mask_weight": mask_weight}

@@ -72,7 +72,7 @@ def test_it_segments(saved):
     protocol = with_scale(protocol, segmenter)
     np.testing.assert_allclose(protocol.scale, np.exp(1.3), rtol=1e-5)
     text = segmenter.text(["dog", "cat", "sky"], ("a photo of a {}", "{}"))
-    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(text[0], axis=1), 1, rtol=1e-5)
     ids = model.tokenizer.encode(["a photo of a dog", "dog"], 12)
     assert ids[0].tolist()[:7] == [97, 0, 1, 2, 0, 3, 98] and (ids[1][2:] == 98).all()
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -100,7 +100,7 @@ def test_prompts_are_averaged_before_or_after_their_norm(saved):
     assert np.abs(expected["raw"] - expected["unit"]).max() > 1e-3
     for average, embeddings in expected.items():
         segmenter = ModelSegmenter.of_saved(model, protocol.replace(average=average))
-        np.testing.assert_allclose(segmenter.text(names, templates), embeddings, atol=1e-5)
+        np.testing.assert_allclose(segmenter.text(names, templates)[0], embeddings, atol=1e-5)
 
 
 def test_no_affinity_of_final_tokens_where_there_are_none(saved):

@@ -126,7 +126,7 @@ def test_embeddings(directory, model):
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(model.embed_image(square)[0], found[0], rtol=1e-5, atol=1e-6)
     text = model.embed_text(["cat", "dog"])
-    np.testing.assert_allclose(text, segmenter.text(["cat", "dog"], model.protocol.templates))
+    np.testing.assert_allclose(text, segmenter.text(["cat", "dog"], model.protocol.templates)[1])
     other = model.embed_text(["cat"], ["a {}", "{}"])
     assert other.shape == (1, 8) and not np.allclose(other[0], text[0])
 

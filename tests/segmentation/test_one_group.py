@@ -148,7 +148,7 @@ class Random:
         return soft, groups.astype(np.float32), groups.mean(1).astype(np.float32)
 
     def text(self, names, templates):
-        return self.class_text[: len(names)]
+        return (self.class_text[: len(names)],) * 2
 
     def scale(self):
         return 12.0

@@ -25,7 +25,7 @@ def batch_shapes(config: ConfigDict, phase: Phase, batch_size: int, text_length:
     pairs = phase.mask_weight > 0
     weights = ("weight", "entity_weight") + (("pair_weight",) if pairs else ())
     batch = {name: array((), np.float32) for name in weights}
-    batch |= {name: array((), np.int32) for name in ("entity_set", "record")}
+    batch |= {name: array((), np.int32) for name in ("entity_set", "record", "data_set")}
     batch["caption_set"] = array((MOST_NAMES,), np.int32)
     size, data = phase.transform["size"], config.data
     for name in ("image", "image2")[: 1 + pairs]:
