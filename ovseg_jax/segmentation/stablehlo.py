@@ -106,8 +106,9 @@ def write_programs(
     def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, ...]:
         return encode_images(saved.model, _variables(weights), images, protocol.affinity, keys)
 
-    def text(weights: Mapping[str, Array], ids: Array) -> tuple[Array, ...]:
-        return embed_prompts(saved.model, _variables(weights), ids, protocol.average)
+    def text(weights: Mapping[str, Array], ids: Array) -> Array | tuple[Array, ...]:
+        embedded = embed_prompts(saved.model, _variables(weights), ids, protocol.average)
+        return embedded if len(embedded) > 1 else embedded[0]
 
     programs = {
         "image": (image, (image_size, image_size, 3), jnp.uint8),
