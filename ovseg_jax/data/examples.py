@@ -28,7 +28,7 @@ from ovseg_jax.data.captions import (
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.order import example_rng, record_at
+from ovseg_jax.data.order import Mixture, example_rng, record_at
 from ovseg_jax.data.pairs import Pairs, find_pairs
 from ovseg_jax.data.records import ClassCaptions, Record, RecordSource, keys_of
 from ovseg_jax.data.tokenizer import Tokenizer
