@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/photos.py has no variant {variant!r}")
     config = load_config(Path(__file__).with_name("quickstart.py"))
     with config.unlocked():
-        config.model.image_head = 288
+        config.model.image_head = 352
         config.model.image_head_dropout = 0.4
     config.model.image.update(width=256, heads=4, num_groups=8)
     with config.model.image.unlocked():

@@ -34,8 +34,7 @@ class VisualTokens:
       assigned: the map that patches were averaged with, see `Binding`.
       query, key: [B, K, D] and [B, L, D], the two sides of Eq. 4's product; None after several
         bindings, where affinity and assigned are the products of their maps.
-      whole: [B, 2 D0], the trunk's class token beside the mean of its patches; None where the trunk
-        keeps no class token.
+      whole: [B, D0], the trunk's class token; None where the trunk keeps none.
     """
 
     groups: Float[Array, "B K D"]
@@ -283,7 +282,7 @@ class VisualEncoder(nn.Module):
         """
         x, whole = features.astype(self.dtype), None
         if self.keep_class_token:
-            whole = jnp.concatenate([x[:, 0], jnp.mean(x[:, 1:], axis=1)], axis=-1)
+            whole = x[:, 0]
             x = x[:, 1:]
         if x.shape[-1] != self.width:
             x = self.neck(x)

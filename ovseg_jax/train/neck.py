@@ -64,9 +64,8 @@ def standardized_neck(
     params = {**params, "image_encoder": dict(params["image_encoder"])}
     if model.image_head:
         patches = features[:, 1:]
-        whole = np.concatenate([features[:, 0], patches.mean(1)], axis=-1)
         head = params["whole_head"]
-        params["whole_head"] = {**head, "fc": _folded(head["fc"], whole)}
+        params["whole_head"] = {**head, "fc": _folded(head["fc"], features[:, 0])}
     neck = params["image_encoder"]["neck"]
     params["image_encoder"]["neck"] = _folded(neck, patches.reshape(-1, patches.shape[-1]))
     return params

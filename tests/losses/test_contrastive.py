@@ -100,6 +100,14 @@ def test_what_is_alike_in_any_label_is_no_negative():
     np.testing.assert_allclose(false_negative_rate(weight, names), rate, rtol=1e-6)
 
 
+def test_negatives_within_a_data_set():
+    sets = np.array([0, 1, 0, 1, 1, 2], np.int32)
+    found = negatives_mask(jnp.ones(B), within=jnp.asarray(sets))
+    np.testing.assert_array_equal(found, (sets[:, None] == sets) & ~np.eye(B, dtype=bool))
+    values, _ = info_nce(unit_rows(0), unit_rows(1), jnp.float32(9.0), found)
+    np.testing.assert_allclose(values[5], 0, atol=1e-6)  # nobody else is of its set
+
+
 def test_matched_pairs_at_a_high_temperature_cost_nothing_and_stay_finite():
     z = jnp.eye(B)
     loss, grad = jax.value_and_grad(

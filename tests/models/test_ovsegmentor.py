@@ -91,10 +91,21 @@ def test_several_layers_of_the_trunk_and_its_class_token(tiny_config):
     np.testing.assert_allclose(both[..., :8].mean(-1), 0, atol=1e-5)  # through the trunk's norm
     visual = model.apply({"params": params}, both, method="visual_tokens")
     assert visual.affinity.shape == (2, 16, 4)
-    np.testing.assert_allclose(visual.whole[:, :16], both[:, 0], rtol=1e-6)
-    np.testing.assert_allclose(visual.whole[:, 16:], both[:, 1:].mean(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(visual.whole, both[:, 0], rtol=1e-6)
     embedded = model.apply({"params": params}, visual, method="embed_whole")
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=-1), 1, rtol=1e-5)
+    pooled = jnp.ones((2, tiny_config.model.text.width)) * jnp.asarray([[1.0], [-2.0]])
+    for head, method in (
+        ("whole_text_head", "embed_whole_text"),
+        ("text_projector", "project_text"),
+    ):
+        other = {**params, head: jax.tree.map(lambda x: x + 1.0, params[head])}
+        both = [
+            model.apply({"params": p}, pooled, method="embed_whole_text") for p in (params, other)
+        ]
+        np.testing.assert_allclose(np.linalg.norm(both[0], axis=-1), 1, rtol=1e-5)
+        # Sentences for whole images have a head of their own.
+        assert np.allclose(*both) == (method == "project_text")
 
 
 def test_joint_space_and_temperature(tiny_model, tiny_params):
