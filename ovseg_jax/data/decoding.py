@@ -28,7 +28,7 @@ class UnreadableImage(Exception):
         self.cause = cause
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image file to RGB, upright.
 
     Only the first frame of an animation is decoded, the EXIF rotation is applied, transparent
@@ -37,7 +37,7 @@ def decode(data: bytes) -> Image.Image:
     Raises:
       UnreadableImage: with the cause 'empty', 'too large', 'not an image' or 'damaged'.
     """
-    with _opened(data) as image:
+    with _opened(data, max_pixels) as image:
         return _upright(image)
 
 
@@ -64,7 +64,7 @@ def decode_reduced(
     Raises:
       UnreadableImage: as `decode`.
     """
-    with _opened(data) as image:
+    with _opened(data, MAX_PIXELS) as image:
         width, height = image.size
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         turned = orientation in (5, 6, 7, 8)
@@ -150,13 +150,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if not data:
         raise UnreadableImage("empty", "the file has no bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > max_pixels:
                 raise UnreadableImage("too large", f"{width}x{height} pixels")
             yield image
     except UnreadableImage:

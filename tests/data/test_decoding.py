@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovseg_jax.data import decoding
 from ovseg_jax.data.decoding import (
     UnreadableImage,
     crop_box,
@@ -108,12 +107,10 @@ def test_bad_files_have_a_cause(data, cause):
     assert caught.value.cause == cause
 
 
-def test_pixel_limit(monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 240)
-    assert decode(PNG).size == (20, 12)
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 239)
+def test_pixel_limit_is_a_parameter():
     with pytest.raises(UnreadableImage, match="20x12"):
-        decode(PNG)
+        decode(PNG, max_pixels=239)
+    assert decode(PNG, max_pixels=240).size == (20, 12)
 
 
 @settings(deadline=None)

@@ -1,12 +1,15 @@
-"""Feature stores appear complete or not at all."""
+"""Feature stores appear complete or not at all; batches of cached features are those meant."""
 
 import json
 import pickle
 
 import numpy as np
 import pytest
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES, prompts_of
 
 from ovseg_jax.data.feature_store import FeatureStore
+from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.records import MemorySource
 from ovseg_jax.errors import UserError
 
 LAYOUT = {"image": ((3, 2, 4, 5), "float16"), "masked_mask": ((3, 7), np.bool_)}
@@ -98,3 +101,131 @@ def test_pickle_carries_the_path_not_the_data(tmp_path):
     data = pickle.dumps(store)
     assert len(data) < 5000
     assert pickle.loads(data)["image"].shape == (100, 1000)
+
+
+# ---- batches
+
+
+def test_partner_shares_the_entity_and_is_another(source, tokenizer, tmp_path):
+    """Cached features that hold the record number show who the partner is."""
+    store = FeatureStore.create(tmp_path / "s", "k", {"image": ((23, 1, 1, 1), "float16")})
+    store["image"][:, 0, 0, 0] = np.arange(23)
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 12, "with_pairs": True}
+    loader = make_loader(source, ENTITIES, tokenizer, SPEC, **settings, image_store=store.commit())
+    pairs = 0
+    for batch in loader:
+        for at, index in enumerate(batch["record"]):
+            mine = set(ENTITIES.find(source[int(index)].captions[0]))
+            assert batch["image_features"][at].item() == index
+            if not batch["pair_weight"][at]:
+                # No entity, or the only record with its one.
+                assert index % 7 == 0 or index == 5
+                continue
+            partner = int(batch["image2_features"][at].item())
+            theirs = set(ENTITIES.find(source[partner].captions[0]))
+            shared = batch["shared_ids"][at]
+            names = {tokenizer.encode([f"a photo of {NAMES[e]}"], 12).tobytes(): e for e in mine}
+            assert partner != index
+            assert names[shared.tobytes()] in theirs & mine
+            pairs += 1
+    assert pairs > 50
+
+
+@pytest.fixture
+def stores(source, tmp_path):
+    """Features that say what they are made of: the record, the view, the template."""
+    count, length, width = len(source), 4, 2
+    images = FeatureStore.create(
+        tmp_path / "images",
+        "k",
+        {"image": ((count, 3, 5, width), "float16"), "valid": ((count,), "int32")},
+    )
+    images["image"][:] = (np.arange(count)[:, None] * 10 + np.arange(3))[..., None, None]
+    images["valid"][:] = np.arange(count) != BROKEN
+    texts = FeatureStore.create(
+        tmp_path / "texts",
+        "k",
+        {
+            "caption_starts": ((count + 1,), "int64"),
+            "caption_rows": ((count,), "int32"),
+            "masked_rows": ((count,), "int32"),
+            "prompt_rows": ((count, len(TEMPLATES)), "int32"),
+            "caption_pooled": ((count, width), "float16"),
+            "masked_tokens": ((count, length, width), "float16"),
+            "masked_mask": ((count, length), "bool"),
+            "prompt_pooled": ((len(TEMPLATES), width), "float16"),
+            "shared_pooled": ((len(NAMES), width), "float16"),
+        },
+    )
+    texts["caption_pooled"][:] = np.arange(count)[:, None]
+    texts["masked_mask"][:, :2] = True
+    texts["caption_starts"][:] = np.arange(count + 1)
+    texts["caption_rows"][:] = texts["masked_rows"][:] = np.arange(count)
+    texts["prompt_rows"][:] = np.arange(len(TEMPLATES))
+    texts["prompt_pooled"][:] = np.arange(len(TEMPLATES))[:, None]
+    texts["shared_pooled"][:] = np.arange(len(NAMES))[:, None] + 1
+    return {"image_store": images.commit(), "text_store": texts.commit()}
+
+
+def test_cached_features_take_the_place_of_images_and_ids(read, stores):
+    batch = read(last_step=1, **stores)[0]
+    assert {name: array.shape[1:] for name, array in batch.items() if array.ndim > 1} == {
+        "image_features": (5, 2),
+        "image2_features": (5, 2),
+        "caption_set": (4,),
+        "caption_pooled": (2,),
+        "masked_tokens": (4, 2),
+        "masked_mask": (4,),
+        "prompt_pooled": (2,),
+        "shared_pooled": (2,),
+    }
+    assert type(batch["image_features"]) is np.ndarray
+    good = batch["weight"] > 0
+    np.testing.assert_array_equal(batch["caption_pooled"][good, 0], batch["record"][good])
+    np.testing.assert_array_equal(batch["image_features"][good, 0, 0] // 10, batch["record"][good])
+    assert batch["masked_mask"].any(1).all(), "attention over no token at all would be 0/0"
+
+
+def test_cached_and_fresh_texts_use_the_same_template_and_partner(read, stores, tokenizer, source):
+    for fresh, cached in zip(read(), read(**stores), strict=True):
+        sets = ("entity_set", "caption_set")
+        for name in ("record", "weight", "entity_weight", "pair_weight", *sets):
+            np.testing.assert_array_equal(fresh[name], cached[name], err_msg=name)
+        for at, index in enumerate(fresh["record"]):
+            if index == BROKEN:
+                continue
+            template = TEMPLATES[int(cached["prompt_pooled"][at, 0])]
+            (text,) = prompts_of(source[int(index)].captions[0], [template])
+            np.testing.assert_array_equal(fresh["prompt_ids"][at], tokenizer.encode([text], 12)[0])
+            shared = int(cached["shared_pooled"][at, 0])
+            text = f"a photo of {NAMES[shared - 1]}" if shared else ""
+            np.testing.assert_array_equal(fresh["shared_ids"][at], tokenizer.encode([text], 12)[0])
+
+
+def test_every_stored_view_is_drawn(read, stores):
+    views = set()
+    for batch in read(last_step=20, **stores):
+        views |= set((batch["image_features"][batch["weight"] > 0, 0, 0] % 10).astype(int))
+    assert views == {0, 1, 2}
+
+
+class _NoImages(MemorySource):
+    def __getitem__(self, index):
+        raise AssertionError("cached features make reading a record pointless")
+
+
+def test_no_record_is_read_when_images_are_cached(source, stores):
+    blind = _NoImages([source[index] for index in range(23)])
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": True}
+    loader = make_loader(blind, ENTITIES, None, {"templates": TEMPLATES}, **settings, **stores)
+    assert len(list(loader)) == 3
+    assert set(loader.failures) <= {f"key-{BROKEN}"}
+
+
+def test_store_of_another_data_set_is_a_user_error(source, stores):
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": True}
+    with pytest.raises(UserError, match="prompt_rows has 3 templates, the data set has 25"):
+        make_loader(source, ENTITIES, None, {}, **settings, **stores)
+    shorter = MemorySource([source[0]])
+    with pytest.raises(UserError, match="image has 23 records, the data set has 1"):
+        make_loader(shorter, ENTITIES, None, {"templates": TEMPLATES}, **settings, **stores)
