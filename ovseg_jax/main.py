@@ -14,6 +14,7 @@ import ovseg_jax
 from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.progress import Progress, duration, table
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS
 from ovseg_jax.segmentation.comparison import (
     comparison_rows,
@@ -41,7 +42,7 @@ from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import evaluation_params
 from ovseg_jax.train.loop import train
 from ovseg_jax.train.profiling import step_range
-from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
+from ovseg_jax.train.report import MetricsWriter
 from ovseg_jax.train.run import Run, config_hash, make_run
 from ovseg_jax.train.stacks import print_stacks_on_signal
 from ovseg_jax.train.starts import restored

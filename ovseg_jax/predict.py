@@ -16,6 +16,7 @@ import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.progress import Progress
 from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
 from ovseg_jax.segmentation.outputs import (
     FORMATS,
@@ -26,7 +27,6 @@ from ovseg_jax.segmentation.outputs import (
 )
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.segmentation.word_lists import word_list
-from ovseg_jax.train.report import Progress
 
 ABOUT = (
     """Segment images into classes that you name.

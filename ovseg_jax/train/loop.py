@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
+from ovseg_jax.progress import Progress
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.evaluations import check_eval_config, evaluate_and_keep_best
@@ -20,7 +21,7 @@ from ovseg_jax.train.meter import Meter, peak_flops
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.profiling import Profiler
 from ovseg_jax.train.program import Program
-from ovseg_jax.train.report import MetricsWriter, Progress, train_line, trim_metrics
+from ovseg_jax.train.report import MetricsWriter, train_line, trim_metrics
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.run_files import write_run_files
 from ovseg_jax.train.starts import enter, position_of, start

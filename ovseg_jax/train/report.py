@@ -1,15 +1,18 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard files, a progress line."""
+"""What a run says while it works: metrics.jsonl, TensorBoard files, its progress line."""
 
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
 from ovseg_jax.errors import UserError
+from ovseg_jax.progress import duration
 
 # TensorBoard's files are forced to the disk that often; on buckets that takes a moment.
 FLUSH_SECONDS = 60.0
@@ -31,9 +34,6 @@ class MetricsWriter:
         self._flushed = time.monotonic()
         if workdir is None:
             return
-        # Here, since `predict` needs nothing of this module but its progress line.
-        from tensorboardX.event_file_writer import EventsWriter
-
         try:
             folder = workdir / "tensorboard"
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,6 @@ class MetricsWriter:
             raise UserError(f"{self._file.name} cannot be written: {error.strerror}") from None
 
     def _event(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
@@ -111,64 +109,6 @@ def _trim(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-class Progress:
-    """A line that is rewritten on a terminal, and repeated now and then in a file.
-
-    Args:
-      quiet: say nothing (processes other than the first).
-      every: seconds between lines where the output is no terminal.
-    """
-
-    def __init__(self, quiet: bool = False, every: float = 15.0):
-        self._quiet, self._every = quiet, every
-        self._terminal = sys.stderr.isatty()
-        self._open = False
-        self._last = float("-inf")
-        self._started: dict[str, float] = {}
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if not self._quiet:
-            self._end_line()
-            print(text, file=sys.stderr, flush=True)
-
-    def update(self, text: str, *, final: bool = False) -> None:
-        """The line that is replaced by the next one."""
-        now = time.monotonic()
-        if self._quiet or (not self._terminal and not final and now - self._last < self._every):
-            return
-        self._last = now
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-            self._open = True
-            if final:
-                self._end_line()
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def count(self, label: str, done: int, total: int) -> None:
-        """Progress of a job with a known end: share, rate, time left."""
-        rated = label in self._started and done > 0
-        start = self._started.setdefault(label, time.monotonic())
-        spent = max(time.monotonic() - start, 1e-6)
-        left = spent / max(done, 1) * (total - done)
-        rate = f"{done / spent:.{0 if done > 10 * spent else 2}f}/s"
-        speed = f" ({rate}, {duration(left)} left)" if rated else ""
-        self.update(f"{label}: {done}/{total}{speed}", final=done == total)
-
-    def _end_line(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
-
-
-def duration(seconds: float) -> str:
-    """1:05 for 65 seconds, 1:00:05 for an hour more."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def train_line(
     name: str, step: int, last: int, metrics: Mapping[str, float], batch_size: int
 ) -> str:
@@ -181,16 +121,3 @@ def train_line(
         left = (last - step) * batch_size / rate
         parts += [f"{rate:.0f} images/s", f"{duration(left)} left"]
     return "  ".join(parts)
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Columns aligned, the first row a head with a rule below."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

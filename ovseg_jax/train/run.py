@@ -23,6 +23,7 @@ from ovseg_jax.data.tokens import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
+from ovseg_jax.progress import Progress, table
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
@@ -40,7 +41,6 @@ from ovseg_jax.train.phases import (
     weak_phases,
 )
 from ovseg_jax.train.program import Program, boxed_params
-from ovseg_jax.train.report import Progress, table
 from ovseg_jax.train.terms import check_contrast_config
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
 from ovseg_jax.weights.locate import find_weights

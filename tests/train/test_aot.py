@@ -12,12 +12,12 @@ from ovseg_jax import platforms, sharding
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
+from ovseg_jax.progress import Progress
 from ovseg_jax.train.aot import chips, devices, measure
 from ovseg_jax.train.aot.collectives import collectives_of, totals
 from ovseg_jax.train.aot.inputs import batch_shapes
 from ovseg_jax.train.flops import matmul_flops
 from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.report import Progress
 from ovseg_jax.train.run import make_run
 from ovseg_jax.train.text_cuts import TextCuts
 

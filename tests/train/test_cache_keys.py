@@ -10,6 +10,7 @@ from ovseg_jax.data.records import MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.tokens import Tokenizer
 from ovseg_jax.models.build import build_model
+from ovseg_jax.progress import Progress
 from ovseg_jax.train.feature_cache import (
     AFTER_TRUNK,
     cache_key,
@@ -17,7 +18,6 @@ from ovseg_jax.train.feature_cache import (
     settings_of,
     text_store,
 )
-from ovseg_jax.train.report import Progress
 
 
 def keys(config):

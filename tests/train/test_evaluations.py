@@ -8,9 +8,9 @@ import runs
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
+from ovseg_jax.progress import Progress
 from ovseg_jax.train import evaluations
 from ovseg_jax.train.loop import train
-from ovseg_jax.train.report import Progress
 
 EVERY = 2
 # By step. Phase 1 has four steps.

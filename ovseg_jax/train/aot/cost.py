@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ovseg_jax.progress import table
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.measure import Measured, peak_seconds
 from ovseg_jax.train.aot.tables import digits
-from ovseg_jax.train.report import table
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.progress import table
 from ovseg_jax.train.aot.chips import Machine
 from ovseg_jax.train.aot.collectives import totals
 from ovseg_jax.train.aot.measure import Measured, abstract_mesh, peak_seconds
-from ovseg_jax.train.report import table
 
 # Chips along data, fsdp and tensor.
 Mesh = tuple[int, int, int]
