@@ -14,10 +14,11 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.chips import peak_flops
 from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.evaluations import check_eval_config, evaluate_and_keep_best
 from ovseg_jax.train.flops import matmul_flops, without_repetition
-from ovseg_jax.train.meter import Meter, peak_flops
+from ovseg_jax.train.meter import Meter
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.profiling import Profiler
 from ovseg_jax.train.program import Program

@@ -7,29 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ovseg_jax.train.aot.chips import CHIPS
+from ovseg_jax.train.chips import peak_flops
 
 PERCENTILES = (50, 90, 99)
-
-# Of which chip a device is, by a part of the name that JAX gives it; the first that fits.
-KINDS = (
-    ("PCIe", None),  # slower than the modules of the table
-    ("TPU v6 lite", "v6e"),
-    ("TPU v6e", "v6e"),
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5e", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v4", "v4"),
-    ("A100", "a100"),
-    ("H100", "h100"),
-    ("H200", "h200"),
-)
-
-
-def peak_flops(kind: str) -> float | None:
-    """FLOP/s of a device by the name that JAX gives it; None where no table has it (CPUs)."""
-    chip = next((chip for name, chip in KINDS if name in kind), None)
-    return None if chip is None else CHIPS[chip].peak
 
 
 def memory_in_use() -> dict[str, float]:

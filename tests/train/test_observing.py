@@ -19,11 +19,12 @@ from ovseg_jax import sharding
 from ovseg_jax.errors import RestartError, UserError
 from ovseg_jax.flags import Flag, load_config, parse
 from ovseg_jax.models.build import build_model
+from ovseg_jax.train.chips import peak_flops
 from ovseg_jax.train.claim import claimed
 from ovseg_jax.train.config_changes import changed_fields, plain
 from ovseg_jax.train.evaluations import images_to_choose_on
 from ovseg_jax.train.loop import _Training, check_best_starts, check_loop_config, step_flops
-from ovseg_jax.train.meter import Meter, memory_in_use, peak_flops
+from ovseg_jax.train.meter import Meter, memory_in_use
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.profiling import step_range
 from ovseg_jax.train.program import Program, boxed_params
