@@ -134,7 +134,6 @@ def get_config(variant: str = "") -> ConfigDict:
         "masking": "all_entities",
         "mask_equal_entities": False,
         "mask_equal_captions": False,
-        "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,
@@ -185,7 +184,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "frozen": (TRUNK, TEXT),
         },
     )
-    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
+    config.accumulation = {"micro_batches": 1}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": ("scenes",),

@@ -139,7 +139,6 @@ def get_config(variant: str = "") -> ConfigDict:
         "masking": "all_entities",
         "mask_equal_entities": False,
         "mask_equal_captions": False,
-        "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,
@@ -182,7 +181,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {"name": "align", "epochs": 30, "batch_size": 2048, "mask_weight": 0.0},
         {"name": "align + mask", "epochs": 10, "batch_size": 2048, "mask_weight": 0.1},
     )
-    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
+    config.accumulation = {"micro_batches": 1}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": (),

@@ -38,16 +38,13 @@ from ovseg_jax.segmentation.report import (
 )
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.whole_images import WHOLE_IMAGES
-from ovseg_jax.train.config_changes import changed_fields, plain
-from ovseg_jax.train.evaluations import evaluation_params
-from ovseg_jax.train.loop import train
-from ovseg_jax.train.profiling import step_range
-from ovseg_jax.train.report import MetricsWriter
+from ovseg_jax.train.loop import evaluation_params, train
+from ovseg_jax.train.metrics import MetricsWriter, step_range
+from ovseg_jax.train.resume import restored
 from ovseg_jax.train.run import Run, config_hash, make_run
-from ovseg_jax.train.stacks import print_stacks_on_signal
-from ovseg_jax.train.starts import restored
+from ovseg_jax.train.signals import Interrupted, print_stacks_on_signal
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.stopping import Interrupted
+from ovseg_jax.train.workdir import changed_fields, plain
 from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.model_dir import save_model
 

@@ -125,7 +125,6 @@ def make_tiny_config() -> ConfigDict:
         "entity_weight": 1.0,
         "masking": "all_entities",
         "mask_equal_entities": False,
-        "contrast_chunk": 0,
         "noun_weight": 0.0,
         "cross_image": "masks",
         "group_ratio": 0.5,
@@ -140,7 +139,7 @@ def make_tiny_config() -> ConfigDict:
         "frozen_text_dropout": False,
         "matching": "host",
     }
-    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
+    config.accumulation = {"micro_batches": 1}
     config.optimizer = {
         "b1": 0.9,
         "b2": 0.999,

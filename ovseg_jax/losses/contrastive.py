@@ -1,11 +1,15 @@
 """Symmetric InfoNCE over the global batch (Eq. 7 and 9), with one or several texts per image."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
-from ovseg_jax.losses.rows import WHOLE, Split, over_rows
 from ovseg_jax.shapes import Array, Bool, Float, Int
+from ovseg_jax.sharding import BATCH_AXES, AnyMesh
 
 
 @struct.dataclass
@@ -69,12 +73,45 @@ def _points(
     )
 
 
+def map_rows(
+    one: Callable[[Any, Any, Any], Any],
+    rows: Any,
+    columns: Any,
+    mesh: AnyMesh | None,
+    shared: Any = (),
+) -> Any:
+    """`one(row, columns, shared)` for every row.
+
+    Args:
+      one: maps a row (the leaves of `rows` without their first axis) and all columns to arrays.
+      rows, columns: trees of arrays whose first axis is that of the examples.
+      mesh: rows stay on their devices, and columns (which are embeddings) are gathered on each, so
+        that no device holds the square of logits. None computes everything in one place.
+      shared: a tree of arrays that every row needs whole.
+
+    Returns:
+      What `one` gives, with the rows as first axis.
+    """
+    every_row = jax.vmap(one, in_axes=(0, None, None))
+    if mesh is None or mesh.size == 1:
+        return every_row(rows, columns, shared)
+
+    def on_device(rows: Any, columns: Any, shared: Any) -> Any:
+        whole = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH_AXES, tiled=True), columns)
+        return every_row(rows, whole, shared)
+
+    by_row = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(by_row, by_row, PartitionSpec()), out_specs=by_row
+    )(rows, columns, shared)
+
+
 def log_sums(
     queries: Float[Array, "B T E"],
     keys: Float[Array, "B U E"],
     scale: Float[Array, ""],
     among: Candidates,
-    split: Split = WHOLE,
+    mesh: AnyMesh | None = None,
     keys_there: Bool[Array, "B U"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """For each query, the logarithm of InfoNCE's denominator; and its greatest negative logit.
@@ -85,7 +122,7 @@ def log_sums(
     Args:
       queries, keys: unit-norm embeddings, several of each example.
       scale: inverse temperature.
-      split: how the rows are worked on.
+      mesh: see `map_rows`.
       keys_there: False takes a key out for every query.
     """
 
@@ -101,8 +138,8 @@ def log_sums(
         rival = jnp.max(jnp.where(negative, jax.lax.stop_gradient(logits), lowest))
         return jax.nn.logsumexp(jnp.where(keep, logits, lowest)), rival
 
-    found = over_rows(
-        one, _points(queries, among), _points(keys, among, keys_there), split, shared=scale
+    found = map_rows(
+        one, _points(queries, among), _points(keys, among, keys_there), mesh, shared=scale
     )
     return jax.tree.map(lambda x: x.reshape(queries.shape[:2]), found)
 
@@ -112,7 +149,7 @@ def info_nce(
     b: Float[Array, "B E"],
     scale: Float[Array, ""],
     among: Candidates,
-    split: Split = WHOLE,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
     """Eq. 7 (or 9), one value per pair: the mean of both directions' cross entropy.
 
@@ -123,14 +160,14 @@ def info_nce(
       a, b: unit-norm embeddings; row i of one belongs to row i of the other.
       scale: inverse temperature.
       among: the negatives; the positive always counts.
-      split: how the rows are worked on.
+      mesh: see `map_rows`.
 
     Returns:
       ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, where rows without any candidate
       but themselves give 0; and whether b_i is nearer to a_i than any negative is.
     """
-    rows, rivals = log_sums(a[:, None], b[:, None], scale, among, split)
-    columns, _ = log_sums(b[:, None], a[:, None], scale, among, split)
+    rows, rivals = log_sums(a[:, None], b[:, None], scale, among, mesh)
+    columns, _ = log_sums(b[:, None], a[:, None], scale, among, mesh)
     positive = scale * jnp.sum(a * b, axis=-1)
     return 0.5 * (rows[:, 0] + columns[:, 0]) - positive, positive > rivals[:, 0]
 
@@ -141,7 +178,7 @@ def multi_label_info_nce(
     scale: Float[Array, ""],
     among: Candidates,
     present: Bool[Array, "B T"],
-    split: Split = WHOLE,
+    mesh: AnyMesh | None = None,
 ) -> Float[Array, "B"]:
     """InfoNCE where each image has several texts (GroupViT, Xu et al., 2022, Sec. 3.2).
 
@@ -155,13 +192,13 @@ def multi_label_info_nce(
       scale: inverse temperature.
       among: as in `info_nce`, between examples.
       present: texts that are there; the others are neither positives nor negatives.
-      split: how the rows are worked on.
+      mesh: see `map_rows`.
 
     Returns:
       One value per image, float32; 0 where it has no text.
     """
-    rows, _ = log_sums(a[:, None], b, scale, among, split, keys_there=present)
-    columns, _ = log_sums(b, a[:, None], scale, among, split)
+    rows, _ = log_sums(a[:, None], b, scale, among, mesh, keys_there=present)
+    columns, _ = log_sums(b, a[:, None], scale, among, mesh)
     positive = scale * jnp.sum(a[:, None] * b, axis=-1)
     both = jnp.where(present, 0.5 * (rows + columns) - positive, 0.0)
     count = jnp.sum(present.astype(jnp.float32), axis=1)
@@ -169,7 +206,7 @@ def multi_label_info_nce(
 
 
 def false_negative_rate(
-    weight: Float[Array, "B"], label: Int[Array, "B ..."], split: Split = WHOLE
+    weight: Float[Array, "B"], label: Int[Array, "B ..."], mesh: AnyMesh | None = None
 ) -> Float[Array, ""]:
     """Share of negatives that are alike in a label (among present examples)."""
     present = weight > 0
@@ -178,7 +215,7 @@ def false_negative_rate(
         del shared
         return jnp.sum((columns[0] & _alike(row[1], columns[1])).astype(jnp.float32))
 
-    like = over_rows(one, (present, label), (present, label), split)
+    like = map_rows(one, (present, label), (present, label), mesh)
     count = jnp.sum(present.astype(jnp.float32))
     equal = jnp.sum(jnp.where(present, like - 1.0, 0.0))
     return equal / jnp.maximum(count * (count - 1.0), 1.0)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ovseg_jax.losses.contrastive import Candidates, log_sums
-from ovseg_jax.losses.rows import WHOLE, Split
 from ovseg_jax.shapes import Array, Float
+from ovseg_jax.sharding import AnyMesh
 
 
 def group_set_nce(
@@ -19,7 +19,7 @@ def group_set_nce(
     other: Float[Array, "B S E"],
     scale: Float[Array, ""],
     among: Candidates,
-    split: Split = WHOLE,
+    mesh: AnyMesh | None = None,
 ) -> Float[Array, "B"]:
     """InfoNCE between the groups of one image and the set of its partner, one value per pair.
 
@@ -28,12 +28,12 @@ def group_set_nce(
         nothing flows back into them.
       scale: inverse temperature.
       among: pairs whose groups are negatives of one another; a pair's own always count.
-      split: how the rows are worked on.
+      mesh: see `contrastive.map_rows`.
 
     Returns:
       The mean over a pair's own groups of minus the log probability of the partner's set, float32.
     """
     other = jax.lax.stop_gradient(other)
-    everything, _ = log_sums(own, other, scale, among, split)
+    everything, _ = log_sums(own, other, scale, among, mesh)
     cosines = jnp.einsum("bse,bte->bst", own, other, precision="highest")
     return jnp.mean(everything - jax.nn.logsumexp(scale * cosines, axis=-1), axis=1)

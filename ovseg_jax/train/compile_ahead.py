@@ -16,15 +16,11 @@ from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.sharding import AnyMesh
-from ovseg_jax.train.accumulate import check_accumulation
+from ovseg_jax.train.checks import check_losses, check_phases
 from ovseg_jax.train.chips import Machine
-from ovseg_jax.train.flops import matmul_flops, without_repetition
-from ovseg_jax.train.mask_terms import check_mask_config, check_matching
-from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import Phase, check_batch_sizes, make_phases
-from ovseg_jax.train.program import Program, boxed_params
-from ovseg_jax.train.state_shapes import abstract_state
-from ovseg_jax.train.terms import check_contrast_config
+from ovseg_jax.train.metrics import matmul_flops, without_repetition
+from ovseg_jax.train.phases import Phase, make_phases
+from ovseg_jax.train.step import Program
 
 # Stands in for the length of the training set: epochs become steps of the schedule, which change
 # nothing in the program but a number.
@@ -110,24 +106,21 @@ def measured(
     mesh = flat if devices is None else sharding.make_mesh(**config.mesh, devices=devices)
     program = program_of(config, mesh)
     phase = program.phases[phase_index]
-    check_batch_sizes([phase], flat)
     batch = batch_shapes(config, phase, phase.batch_size, text_length)
-    state, shardings = program.state_layout(phase)
-    arguments = sum(
-        _bytes_on_one(leaf, place)
-        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
-    ) + sum(_bytes_on_one(leaf, sharding.batch_sharding(mesh)) for leaf in batch.values())
+    state, split = program.abstract_state(phase), sharding.batch_sharding(mesh)
+    arguments = sum(_bytes_on_one(leaf, leaf.sharding) for leaf in jax.tree.leaves(state))
+    arguments += sum(_bytes_on_one(leaf, split) for leaf in batch.values())
     temporaries = total = fits = collectives = None
     with platforms.traced_for(machine.chip.platform):
         flops, model_flops = (
-            matmul_flops(flat_program.step(phase), flat_program.state_layout(phase)[0], batch)
+            matmul_flops(flat_program.step(phase), flat_program.abstract_state(phase), batch)
             for flat_program in (
                 program_of(config, flat),
                 program_of(without_repetition(config), flat),
             )
         )
         if devices is not None:
-            lowered = program.compiled_step(phase).lower(abstract_state(state, shardings), batch)
+            lowered = program.compiled_step(phase).lower(state, batch)
             arguments, temporaries, total, collectives = compiled(lowered, arguments)
             fits = collectives is not None and total <= machine.chip.memory
     return Measured(
@@ -150,16 +143,10 @@ def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
     Raises:
       UserError: the config is wrong.
     """
-    check_contrast_config(config.loss)
-    check_mask_config(config.loss)
-    check_noun_config(config)
-    model = build_model(config.model)
-    shardings = sharding.parameter_shardings(boxed_params(model), mesh)
+    check_losses(config)
     phases = make_phases(config, RECORDS)
-    check_accumulation(config, phases, mesh)
-    if any(phase.mask_weight > 0 for phase in phases):
-        check_matching(config)
-    return Program(config, mesh, model, phases, shardings)
+    check_phases(config, phases, mesh)
+    return Program(config, mesh, build_model(config.model), phases)
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:

@@ -19,7 +19,6 @@ from ovseg_jax.losses.contrastive import (
     multi_label_info_nce,
 )
 from ovseg_jax.losses.objective import divided_sum, total_loss, weighted_mean
-from ovseg_jax.losses.rows import Split
 
 RELEASED = Path(__file__).parents[1] / "released"
 
@@ -166,9 +165,8 @@ def test_false_negatives():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("chunk", [0, 3, 64])
-def test_rows_on_many_devices_and_in_chunks_are_the_plain_loss(devices, chunk):
-    """Also where chunks do not divide a device's rows; gradients and false negatives too."""
+def test_rows_on_many_devices_are_the_plain_loss(devices):
+    """Gradients and false negatives too."""
     count = 40
     rng = np.random.default_rng(11)
     a, b = (rng.normal(size=(2, count, 16)) / 4).astype(np.float32)
@@ -176,17 +174,17 @@ def test_rows_on_many_devices_and_in_chunks_are_the_plain_loss(devices, chunk):
     among = Candidates(among.present, (*among.labels, named(13, count)[0]))
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
 
-    def loss(a, b, scale, split):
-        values, hits = info_nce(a, b, scale, among, split)
+    def loss(a, b, scale, mesh):
+        values, hits = info_nce(a, b, scale, among, mesh)
         texts = jnp.stack([b, jnp.roll(b, 1, axis=0)], axis=1)
-        several = multi_label_info_nce(a, texts, scale, among, jnp.ones((count, 2), bool), split)
-        rate = false_negative_rate(among.present.astype(jnp.float32), among.labels[1], split)
+        several = multi_label_info_nce(a, texts, scale, among, jnp.ones((count, 2), bool), mesh)
+        rate = false_negative_rate(among.present.astype(jnp.float32), among.labels[1], mesh)
         total = jnp.mean(values * jnp.arange(count).astype(jnp.float32)) + jnp.mean(several)
         return total, (hits, rate)
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
-    want, gradient = run(a, b, jnp.float32(9.0), Split())
-    found, others = run(a, b, jnp.float32(9.0), Split(mesh, chunk))
+    want, gradient = run(a, b, jnp.float32(9.0), None)
+    found, others = run(a, b, jnp.float32(9.0), mesh)
     np.testing.assert_array_equal(found[1][0], want[1][0])
     np.testing.assert_allclose([found[0], found[1][1]], [want[0], want[1][1]], rtol=1e-5)
     assert want[1][1] > 0.1
@@ -194,21 +192,17 @@ def test_rows_on_many_devices_and_in_chunks_are_the_plain_loss(devices, chunk):
         np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-5 * np.abs(x).max())
 
 
-@pytest.mark.parametrize(("split_rows", "square"), [(False, True), (True, False)])
-def test_no_device_holds_the_square(split_rows, square):
+def test_no_device_holds_the_square():
     """Read from the compiled program, forward and backward."""
     count, mesh = 256, sharding.make_mesh()
-    split = Split(mesh, 8) if split_rows else Split()
 
     def loss(a, b):
-        return jnp.mean(info_nce(a, b, jnp.float32(9.0), everyone(count), split)[0])
+        return jnp.mean(info_nce(a, b, jnp.float32(9.0), everyone(count), mesh)[0])
 
     a = jax.ShapeDtypeStruct((count, 8), np.float32, sharding=sharding.batch_sharding(mesh))
     text = jax.jit(jax.grad(loss, (0, 1))).lower(a, a).compile().as_text()
     sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)}
-    # A device has 32 rows of 256, of which 8 are worked on together.
-    largest = max(sizes)
-    assert (largest >= count * count // 8) == square and (largest <= 8 * count) == split_rows
+    assert max(sizes) <= count * count // 8  # a device has 32 rows of 256
 
 
 def test_a_weightless_example_changes_nothing_whatever_it_holds():

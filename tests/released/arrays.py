@@ -156,7 +156,6 @@ class ReleasedSet:
                 "entity_weight": self.weights_of_losses()[0],
                 "masking": "all_entities",
                 "mask_equal_entities": False,
-                "contrast_chunk": 0,
                 "cross_image": "masks",
                 "group_ratio": 0.5,
                 "mask_threshold": options.get("cross_threshold", 0.6),
@@ -191,6 +190,6 @@ class ReleasedSet:
                 "seed": 0,
                 "loss": self.loss_config(False),
                 "optimizer": optimizer,
-                "accumulation": {"micro_batches": 1, "contrast": "batch"},
+                "accumulation": {"micro_batches": 1},
             }
         )

@@ -24,10 +24,10 @@ from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import chips, compile_ahead
 from ovseg_jax.train.compile_ahead import Collective, Measured, batch_shapes, collectives_of
-from ovseg_jax.train.flops import matmul_flops
+from ovseg_jax.train.loop import TextCuts
+from ovseg_jax.train.metrics import matmul_flops
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.run import make_run
-from ovseg_jax.train.text_cuts import TextCuts
 
 ROOT = Path(__file__).parents[2]
 
