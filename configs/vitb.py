@@ -56,7 +56,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "gumbel_temperature": 1.0,
             "drop_path": 0.0,
             "remat": "full",
-            "unroll": 1,
         },
         "text_form": "bert",
         "text": {
@@ -69,7 +68,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "dropout": 0.1,
             "eps": 1e-12,
             "remat": "full",
-            "unroll": 1,
         },
         "decoder": {
             "width": 768,

@@ -48,7 +48,7 @@ settings.load_profile("tests")
 
 def make_tiny_config() -> ConfigDict:
     """Model, losses and optimizer as small as they can be with every part present."""
-    precision = {"remat": "none", "unroll": 1}
+    precision = {"remat": "none"}
     config = ConfigDict()
     config.seed = 0
     config.model = {

@@ -51,7 +51,6 @@ AFTER_TRUNK = (
     "gumbel_temperature",
     "drop_path",
     "remat",
-    "unroll",
 )
 
 IMAGE_BATCH = 32
@@ -209,7 +208,7 @@ def text_store(
         length=length,
         pool=model.text_pool,
         pad_id=model.pad_id,
-        encoder=settings_of(model.text_encoder, ("dropout", "remat", "unroll")),
+        encoder=settings_of(model.text_encoder, ("dropout", "remat")),
     )
     place = directory / f"texts-{key}"
     if (found := FeatureStore.open(place, key)) is not None:

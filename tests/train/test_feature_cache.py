@@ -52,7 +52,7 @@ def keys(config):
         ("image.eps", 1e-5, (True, False)),
         ("image.position_resize", "bicubic_antialias", (True, False)),
         ("image.num_groups", 5, (False, False)),
-        ("image.unroll", 2, (False, False)),
+        ("image.remat", "full", (False, False)),
         ("text.heads", 3, (False, True)),
         ("matmul_dtype", "bfloat16", (True, True)),
     ],
