@@ -13,11 +13,14 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.run import Run
 from ovseg_jax.train.state import (
     TrainState,
+    abstract_params,
     abstract_state,
     new_state,
     next_phase_state,
@@ -208,8 +211,10 @@ def read_run(workdir: Path, step: str) -> SavedRun:
 
 def saved_state(config: ConfigDict, frozen: tuple[str, ...]) -> TrainState:
     """Shapes and dtypes of a run's state, for one device of this process."""
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    return abstract_state(build_model(config.model), config.optimizer, frozen, mesh)
+    model, mesh = build_model(config.model), sharding.make_mesh(devices=jax.local_devices()[:1])
+    params = abstract_params(model, mesh)
+    tx = make_optimizer(config.optimizer, *groups.split(params, frozen))
+    return abstract_state(model, params, tx, frozen, mesh)
 
 
 def _config_of(workdir: Path) -> ConfigDict:

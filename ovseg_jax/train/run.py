@@ -37,7 +37,6 @@ from ovseg_jax.train.checks import (
 )
 from ovseg_jax.train.init_neck import standardized_neck
 from ovseg_jax.train.phases import Phase, make_phases, weak_phases
-from ovseg_jax.train.state import abstract_params
 from ovseg_jax.train.step import Program
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
 
@@ -62,7 +61,7 @@ class Run(Program):
         Args:
           announce: say which parameters start from what.
         """
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh))
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
         make = jax.jit(lambda key: nn.unbox(init_params(self.model, key)), out_shardings=places)
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
         shapes = {path: leaf.shape for path, leaf in flat.items()}

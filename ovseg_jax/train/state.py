@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
-from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
@@ -77,16 +75,18 @@ def abstract_params(model: OVSegmentor, mesh: AnyMesh) -> dict[str, Any]:
 
 
 def abstract_state(
-    model: OVSegmentor, optimizer: ConfigDict, frozen: tuple[str, ...], mesh: AnyMesh
+    model: OVSegmentor,
+    params: dict[str, Any],
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    mesh: AnyMesh,
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state.
 
     Args:
-      optimizer: the run's ``config.optimizer``.
-      frozen: patterns of the parameters that do not train in the phase of the state.
+      params: see `abstract_params`.
+      tx, frozen: of the phase that the state belongs to.
     """
-    params = abstract_params(model, mesh)
-    tx = make_optimizer(optimizer, *groups.split(params, frozen))
     state = jax.eval_shape(lambda p: new_state(p, tx, frozen, init_statistics(model)), params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     return _with_shardings(state, state_shardings(state, shardings, mesh))

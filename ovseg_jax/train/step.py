@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +90,8 @@ def train_step(
         return joint_loss(scale, outputs, batch, config.loss, **both)
 
     count = config.accumulation.micro_batches
-    with sharding.activations_on(mesh):
+    # The layers pin their activations to the mesh of the trace (`sharding.rows_split`).
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else nullcontext():
         if count == 1:
             (loss, (metrics, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
                 trainable
@@ -148,16 +150,22 @@ class Program:
         """Steps of the whole run."""
         return self.phases[-1].last
 
+    @functools.cached_property
+    def abstract_params(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of all parameters."""
+        return abstract_params(self.model, self.mesh)
+
     def optimizer(self, phase: Phase) -> optax.GradientTransformationExtraArgs:
         """The optax chain of a phase."""
-        trainable, held = groups.split(abstract_params(self.model, self.mesh), phase.frozen)
+        trainable, held = groups.split(self.abstract_params, phase.frozen)
         return make_optimizer(self.config.optimizer, trainable, held)
 
     def abstract_state(self, phase: Phase) -> TrainState:
         """Shapes, dtypes and shardings of a phase's state; made once, as tracing takes a second."""
         if phase.index not in self._states:
+            tx = self.optimizer(phase)
             self._states[phase.index] = abstract_state(
-                self.model, self.config.optimizer, phase.frozen, self.mesh
+                self.model, self.abstract_params, tx, phase.frozen, self.mesh
             )
         return self._states[phase.index]
 
