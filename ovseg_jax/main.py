@@ -264,8 +264,10 @@ def _refuse_other_training(config: ConfigDict, workdir: Path) -> None:
     changes = [
         line
         for line in changed_fields(trained, plain(config))
-        # Fields that this version has added said nothing when the run was trained.
-        if not line.startswith("config.eval") and ": absent -> " not in line
+        # Fields that only one version of this program has.
+        if not line.startswith("config.eval")
+        and ": absent -> " not in line
+        and (line.startswith("config.phases") or not line.endswith(" -> absent"))
     ]
     if changes:
         raise UserError(

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from ovseg_jax import processes
@@ -74,6 +72,7 @@ class Checkpoints:
     def __init__(self, directory: Path, *, read_only: bool = False):
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self.directory = directory.absolute()
+        self._steps_folder = self.directory / "latest"
         self._saving = 0
         self._policy = _LatestAndBest()
         if read_only:
@@ -91,7 +90,7 @@ class Checkpoints:
         }
         try:
             self._manager = ocp.CheckpointManager(
-                self.directory / "latest", options=options, item_handlers=handlers
+                self._steps_folder, options=options, item_handlers=handlers
             )
         except OSError as error:
             raise UserError(f"{directory} cannot be written: {error}") from None
@@ -102,7 +101,7 @@ class Checkpoints:
             self._best = None
 
     def _folder(self, step: int) -> Path:
-        return self.directory / "latest" / str(step)
+        return self._steps_folder / str(step)
 
     # ---- saving
 
@@ -120,7 +119,7 @@ class Checkpoints:
             return
         # Only one save is under way, so that a crash loses no more than that one.
         self.wait()
-        folder, needed = self.directory / "latest", sum(x.nbytes for x in jax.tree.leaves(state))
+        folder, needed = self._steps_folder, sum(x.nbytes for x in jax.tree.leaves(state))
         try:
             free = shutil.disk_usage(folder).free
         except OSError as error:  # the folder has been taken away
@@ -143,7 +142,7 @@ class Checkpoints:
         """
         if not processes.is_first():
             return
-        folder = self.directory / "latest" / f"{self._saving}{_IN_PROGRESS}"
+        folder = self._steps_folder / f"{self._saving}{_IN_PROGRESS}"
         sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for item in folder.iterdir()
@@ -307,7 +306,7 @@ class Checkpoints:
                     restored = self.restore(abstract(position), step), position
                 except Damaged as error:
                     why = str(error)
-            if not any_process(bool(why)):
+            if not processes.any_process(bool(why)):
                 return restored
             target = self._set_aside(step)
             say(
@@ -328,7 +327,7 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             self._folder(step).rename(target)
-        any_process(False)  # no process looks again before it is moved
+        processes.any_process(False)  # no process looks again before it is moved
         self._manager.reload()
         return target
 
@@ -356,13 +355,6 @@ def _name(path: tuple[Any, ...]) -> str:
     return "/".join(
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
     )
-
-
-def any_process(value: bool) -> bool:
-    """Whether `value` holds in any process of the job. Every process asks."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

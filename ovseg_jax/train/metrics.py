@@ -279,27 +279,23 @@ def trim_metrics(path: Path, step: int) -> None:
     Raises:
       UserError: the file cannot be read or written.
     """
+    kept = []
     try:
-        _trim(path, step)
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+                evaluation = any(name.startswith("eval/") for name in values)
+                if values["step"] < step or (values["step"] == step and not evaluation):
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the line that was being written when the run was killed
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from None
-
-
-def _trim(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-            evaluation = any(name.startswith("eval/") for name in values)
-            if values["step"] < step or (values["step"] == step and not evaluation):
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # the line that was being written when the run was killed
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def train_line(

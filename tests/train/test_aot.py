@@ -25,7 +25,6 @@ from ovseg_jax.progress import Progress
 from ovseg_jax.train import chips, compile_ahead
 from ovseg_jax.train.compile_ahead import Collective, Measured, batch_shapes, collectives_of
 from ovseg_jax.train.loop import TextCuts
-from ovseg_jax.train.metrics import matmul_flops
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.run import make_run
 
@@ -86,32 +85,6 @@ def test_links_of_a_chain_are_one_collective():
 
 
 # ---- operations
-
-
-def test_operations_of_matrix_products():
-    a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
-    product = 2 * 2 * 3 * 4 * 5
-    assert matmul_flops(lambda a, b: a @ b, a, b) == product
-
-    def looped(a, b):
-        def body(carry, _):
-            return carry + jnp.sum(a @ b), None
-
-        return jax.lax.scan(body, jnp.float32(0), None, length=7)[0]
-
-    assert matmul_flops(looped, a, b) == 7 * product
-    # The gradient with respect to both operands is two more products of the same size.
-    loss = lambda a, b: jnp.sum(jnp.sin(a @ b))  # noqa: E731
-    assert matmul_flops(jax.grad(loss, (0, 1)), a, b) == 3 * product
-    again = jax.checkpoint(loss)
-    assert matmul_flops(jax.grad(again, (0, 1)), a, b) == 4 * product
-    mesh = sharding.make_mesh()
-    everywhere = jax.shard_map(
-        lambda a, b: a @ b, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
-    )
-    assert matmul_flops(everywhere, a, b) == 8 * product
-    either = lambda a, b: jax.lax.cond(a[0, 0, 0] > 0, jnp.matmul, lambda a, b: 0 * (a @ b), a, b)  # noqa: E731
-    assert matmul_flops(either, a, b) == product
 
 
 def test_operations_of_a_vision_transformer_are_those_of_its_formula():

@@ -5,9 +5,11 @@ import time
 from contextlib import closing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from jax.sharding import PartitionSpec
 from reference.batches import make_batch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -17,7 +19,7 @@ from ovseg_jax.flags import Flag, load_config, parse
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.chips import peak_flops
 from ovseg_jax.train.loop import step_flops
-from ovseg_jax.train.metrics import Meter, MetricsWriter, memory_in_use, step_range
+from ovseg_jax.train.metrics import Meter, MetricsWriter, matmul_flops, memory_in_use, step_range
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.step import Program
 
@@ -87,6 +89,32 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
     assert memory_in_use() == {}  # CPUs tell none
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(3, 9), Device(5, 7)])
     assert memory_in_use() == {"memory_bytes": 5 * GIB, "memory_peak_bytes": 9 * GIB}
+
+
+def test_operations_of_matrix_products():
+    a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    product = 2 * 2 * 3 * 4 * 5
+    assert matmul_flops(lambda a, b: a @ b, a, b) == product
+
+    def looped(a, b):
+        def body(carry, _):
+            return carry + jnp.sum(a @ b), None
+
+        return jax.lax.scan(body, jnp.float32(0), None, length=7)[0]
+
+    assert matmul_flops(looped, a, b) == 7 * product
+    # The gradient with respect to both operands is two more products of the same size.
+    loss = lambda a, b: jnp.sum(jnp.sin(a @ b))  # noqa: E731
+    assert matmul_flops(jax.grad(loss, (0, 1)), a, b) == 3 * product
+    again = jax.checkpoint(loss)
+    assert matmul_flops(jax.grad(again, (0, 1)), a, b) == 4 * product
+    mesh = sharding.make_mesh()
+    everywhere = jax.shard_map(
+        lambda a, b: a @ b, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+    )
+    assert matmul_flops(everywhere, a, b) == 8 * product
+    either = lambda a, b: jax.lax.cond(a[0, 0, 0] > 0, jnp.matmul, lambda a, b: 0 * (a @ b), a, b)  # noqa: E731
+    assert matmul_flops(either, a, b) == product
 
 
 def test_flops_count_what_the_model_needs_and_nothing_twice(tmp_path, monkeypatch):
