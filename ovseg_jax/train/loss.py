@@ -75,53 +75,6 @@ class Outputs:
     pair: PairOutputs | None = None
 
 
-def loss_terms(
-    model: OVSegmentor,
-    params: Params,
-    teacher: Params | None,
-    batch: Batch,
-    config: ConfigDict,
-    *,
-    mask_weight: float,
-    text_dropout: bool,
-    rngs: Mapping[str, Array],
-    mesh: AnyMesh | None,
-    statistics: Params | None = None,
-    noise: Mapping[str, Any] | None = None,
-) -> tuple[Float[Array, ""], tuple[dict[str, Array], Params]]:
-    """Eq. 13 on one batch.
-
-    Args:
-      params: the online model's. teacher: its visual encoder's EMA, needed where mask_weight > 0.
-      batch: device arrays, see `ovseg_jax.data.pipeline`.
-      config: the run's ``config.loss``.
-      mask_weight: lambda of Eq. 13. At 0 the second image is not read and no teacher runs.
-      text_dropout: dropout on in the text encoder.
-      statistics: running statistics of the model's batch norms; None where it has none.
-      noise: Gumbel noise in place of draws, for comparison with other code: "online" and "teacher"
-        map the images 0 and 1 of a pair to [B, L, K].
-
-    Returns:
-      The total loss; the metrics (scalars) and the running statistics after the step.
-    """
-    outputs, statistics = per_example_outputs(
-        model,
-        params,
-        teacher,
-        batch,
-        config,
-        mask_weight=mask_weight,
-        text_dropout=text_dropout,
-        rngs=rngs,
-        mesh=mesh,
-        statistics=statistics,
-        noise=noise,
-    )
-    scale = model.apply({"params": params}, method="logit_scale")
-    loss, metrics = joint_loss(scale, outputs, batch, config, mask_weight=mask_weight, mesh=mesh)
-    return loss, (metrics, statistics)
-
-
 def per_example_outputs(
     model: OVSegmentor,
     params: Params,
@@ -141,7 +94,14 @@ def per_example_outputs(
     Apart from batch norms, no example's outputs depend on the others.
 
     Args:
-      See `loss_terms`.
+      params: the online model's. teacher: its visual encoder's EMA, needed where mask_weight > 0.
+      batch: device arrays, see `ovseg_jax.data.pipeline`.
+      config: the run's ``config.loss``.
+      mask_weight: lambda of Eq. 13. At 0 the second image is not read and no teacher runs.
+      text_dropout: dropout on in the text encoder.
+      statistics: running statistics of the model's batch norms; None or {} where it has none.
+      noise: Gumbel noise in place of draws, for comparison with other code: "online" and "teacher"
+        map the images 0 and 1 of a pair to [B, L, K].
 
     Returns:
       The outputs, and the running statistics after the step, which depend on the order of the
@@ -228,7 +188,7 @@ def joint_loss(
 
     Args:
       scale: inverse temperature.
-      The others: see `loss_terms`.
+      The others: see `per_example_outputs`.
 
     Returns:
       The total loss and the metrics (scalars).

@@ -95,7 +95,7 @@ def teacher_views(
       params: the online model's; its projector serves the teacher too.
       teacher: the visual encoder's moving average.
       images: both images of the pair.
-      noise: see `loss.loss_terms`.
+      noise: see `loss.per_example_outputs`.
     """
     seen = (SECOND,) if config.mask_directions == "one" else (SECOND, FIRST)
     params = jax.lax.stop_gradient({**params, "image_encoder": teacher})

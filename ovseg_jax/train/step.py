@@ -19,7 +19,7 @@ from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.accumulate import exact_gradient
 from ovseg_jax.train.apply import Batch, Params
 from ovseg_jax.train.erasing import erased_batch
-from ovseg_jax.train.loss import Outputs, joint_loss, loss_terms, per_example_outputs
+from ovseg_jax.train.loss import Outputs, joint_loss, per_example_outputs
 from ovseg_jax.train.phases import Phase, rate_at
 from ovseg_jax.train.state import TrainState, abstract_params, abstract_state, teacher_of
 
@@ -62,7 +62,7 @@ def train_step(
       rate: learning rate as a function of the step. config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
       erase: random erasing of the images, see `erasing.erased_batch`; None for none.
-      noise: see `loss_terms`; not with accumulation.
+      noise: see `per_example_outputs`; not with accumulation.
     """
     trainable, held = groups.split(state.params, frozen)
     rngs = step_rngs(config.seed, state.step)
@@ -70,36 +70,49 @@ def train_step(
         batch = erased_batch(batch, erase, _step_key(config.seed, ERASING, state.step))
     teacher = teacher_of(state, frozen) if mask_weight > 0 else None
     text_dropout = "text_encoder" in trainable or config.loss.frozen_text_dropout
-    both = {"mask_weight": mask_weight, "mesh": mesh}
 
-    def loss_of(trainable: Params) -> tuple[jax.Array, tuple[Metrics, Params]]:
-        params = groups.join(held, trainable)
-        options = {"text_dropout": text_dropout, "noise": noise, "statistics": state.batch_stats}
-        return loss_terms(model, params, teacher, batch, config.loss, rngs=rngs, **both, **options)
-
-    def outputs_of(trainable: Params, micro_batch: Batch, number: jax.Array) -> Outputs:
-        params = groups.join(held, trainable)
-        keys = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
-        options = {"text_dropout": text_dropout, "rngs": keys, **both}
-        return per_example_outputs(model, params, teacher, micro_batch, config.loss, **options)[0]
+    def outputs_of(
+        trainable: Params, batch: Batch, rngs: Mapping[str, jax.Array]
+    ) -> tuple[Outputs, Params]:
+        return per_example_outputs(
+            model,
+            groups.join(held, trainable),
+            teacher,
+            batch,
+            config.loss,
+            mask_weight=mask_weight,
+            text_dropout=text_dropout,
+            rngs=rngs,
+            mesh=mesh,
+            statistics=state.batch_stats,
+            noise=noise,
+        )
 
     def loss_of_outputs(
         trainable: Params, outputs: Outputs, batch: Batch
     ) -> tuple[jax.Array, Metrics]:
         scale = model.apply({"params": groups.join(held, trainable)}, method="logit_scale")
-        return joint_loss(scale, outputs, batch, config.loss, **both)
+        return joint_loss(scale, outputs, batch, config.loss, mask_weight=mask_weight, mesh=mesh)
+
+    def loss_of_batch(trainable: Params) -> tuple[jax.Array, tuple[Metrics, Params]]:
+        outputs, statistics = outputs_of(trainable, batch, rngs)
+        loss, metrics = loss_of_outputs(trainable, outputs, batch)
+        return loss, (metrics, statistics)
+
+    def outputs_of_part(trainable: Params, micro_batch: Batch, number: jax.Array) -> Outputs:
+        keys = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+        return outputs_of(trainable, micro_batch, keys)[0]
 
     count = config.accumulation.micro_batches
     # The layers pin their activations to the mesh of the trace (`sharding.rows_split`).
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else nullcontext():
         if count == 1:
-            (loss, (metrics, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-                trainable
-            )
+            differentiate = jax.value_and_grad(loss_of_batch, has_aux=True)
+            (loss, (metrics, batch_stats)), grads = differentiate(trainable)
         else:
             batch_stats = state.batch_stats  # a model with batch norms is refused
             loss, metrics, grads = exact_gradient(
-                outputs_of, loss_of_outputs, trainable, batch, count, mesh
+                outputs_of_part, loss_of_outputs, trainable, batch, count, mesh
             )
 
     # The norm is not finite where any gradient is not (or where their squares overflow). Testing

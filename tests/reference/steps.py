@@ -10,7 +10,7 @@ import numpy as np
 from ovseg_jax import sharding
 from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
-from ovseg_jax.train.loss import loss_terms
+from ovseg_jax.train.loss import joint_loss, per_example_outputs
 from ovseg_jax.train.state import state_shardings
 from ovseg_jax.train.step import compile_step, step_rngs, train_step
 from reference.batches import adam_of, make_batch
@@ -58,6 +58,20 @@ def steps_on(mesh, boxed, start, step):
     return Steps(mesh, shardings, start, compile_step(step, shardings, mesh))
 
 
+def loss_terms(model, params, teacher, batch, config, *, mask_weight, mesh=None, **options):
+    """Eq. 13 on one batch, as a step computes it: (loss, (metrics, running statistics)).
+
+    Args:
+      See `per_example_outputs`.
+    """
+    outputs, statistics = per_example_outputs(
+        model, params, teacher, batch, config, mask_weight=mask_weight, mesh=mesh, **options
+    )
+    scale = model.apply({"params": params}, method="logit_scale")
+    loss, metrics = joint_loss(scale, outputs, batch, config, mask_weight=mask_weight, mesh=mesh)
+    return loss, (metrics, statistics)
+
+
 def make_terms(model, config, mask_weight=0.0):
     """(params, teacher, batch) -> loss and metrics as a step computes them, without dropout.
 
@@ -75,7 +89,6 @@ def make_terms(model, config, mask_weight=0.0):
             mask_weight=mask_weight,
             text_dropout=False,
             rngs=step_rngs(0, 0),
-            mesh=None,
         )
         return loss, metrics
 

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from reference.steps import loss_terms
 
 from ovseg_jax.optim.ema_teacher import replace_teacher
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.apply import apply
-from ovseg_jax.train.loss import loss_terms
 from ovseg_jax.train.mask_terms import teacher_views, view
 from ovseg_jax.train.state import new_state, teacher_of
 from ovseg_jax.train.step import step_rngs, train_step
