@@ -61,7 +61,7 @@ def exact_gradient(
     outputs back.
 
     Args:
-      outputs_of: runs the model; its draws depend on the micro-batch's number alone.
+      outputs_of: runs the model; its draws depend only on the micro-batch's number.
       joint_loss: compares the outputs of all examples.
       count: of micro-batches.
     """

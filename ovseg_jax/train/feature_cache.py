@@ -114,8 +114,8 @@ def image_store(
         trunk=settings_of(model.image_encoder, AFTER_TRUNK),
     )
     place = directory / f"images-{key}"
-    if (found := FeatureStore.open(place, key)) is not None:
-        return found
+    if (store := FeatureStore.open(place, key)) is not None:
+        return store
     trunk = jax.jit(
         lambda params, images: model.apply({"params": params}, images, method="trunk").astype(
             jnp.float16
@@ -211,8 +211,8 @@ def text_store(
         encoder=settings_of(model.text_encoder, ("dropout", "remat")),
     )
     place = directory / f"texts-{key}"
-    if (found := FeatureStore.open(place, key)) is not None:
-        return found
+    if (store := FeatureStore.open(place, key)) is not None:
+        return store
     masked = [texts_of(caption, entity_set, ())["masked"] for caption in captions]
     hidden = list(dict.fromkeys(masked))
     prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)

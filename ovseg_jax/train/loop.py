@@ -46,7 +46,7 @@ def train(
     progress: Progress,
     profile: tuple[int, int] | None = None,
 ) -> tuple[Run, TrainState]:
-    """Trains from where the work directory stands (its latest checkpoint, else the beginning).
+    """Trains from the latest checkpoint in the work directory, or from the beginning.
 
     Args:
       profile: steps to trace, see `metrics.Profiler`.
@@ -74,7 +74,7 @@ def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Ru
         params = run.initial_params()
         run.fill_caches(params)
         state, first = start(run, checkpoints, params)
-        del params  # the state has its own; these would stay on the devices to the end
+        del params  # the state holds copies; these would stay on the devices to the end
         write_run_files(config, workdir)
         _check_profile(profile, int(state.step), run.total)
         with (

@@ -125,19 +125,19 @@ def per_example_outputs(
     visual = model.apply(variables, merged, True, given, method="visual_tokens", rngs=rngs)
     tokens = dict(zip(seen, sharding.keep_split(unmerge(visual, len(seen)), mesh), strict=True))
 
-    found: dict[str, Any] = {}
+    optional: dict[str, Any] = {}
     if nouns:
         # One call of the projector: where it has a batch norm, they share its statistics.
         parts = [texts[name].pooled for name in ("caption", *nouns)]
         embedded, statistics = call(statistics, "embed_text", merge(*parts), True)
         text, *of_nouns = unmerge(unit(embedded), len(parts))
-        found["nouns"] = jnp.stack(of_nouns, axis=1)
+        optional["nouns"] = jnp.stack(of_nouns, axis=1)
     else:
         embedded, statistics = embed(statistics, texts["caption"])
         text = unit(embedded)
     image, first, statistics = view(model, params, statistics, tokens[FIRST])
     if model.image_head:
-        found["whole"] = model.apply(
+        optional["whole"] = model.apply(
             variables, tokens[FIRST], True, method="embed_whole", rngs=rngs
         )
     groups = first.tokens.groups
@@ -145,8 +145,8 @@ def per_example_outputs(
         masked = texts["masked"]
         statistics = see_sentences(model, params, statistics, masked)
         prompt, statistics = embed(statistics, texts["prompt"])
-        found["prompt"] = unit(prompt)
-        found["completed"], statistics = call(
+        optional["prompt"] = unit(prompt)
+        optional["completed"], statistics = call(
             statistics, "complete", masked.tokens, masked.mask, groups, True
         )
     elif masking is not None and masking.classifies:
@@ -156,9 +156,9 @@ def per_example_outputs(
         )
         hidden = targets >= 0
         hits = (logits.argmax(axis=-1) == targets) & hidden
-        found["token_loss"] = masked_token_loss(logits, targets)
-        found["tokens"] = hidden.sum(axis=1).astype(jnp.float32)
-        found["token_hits"] = hits.sum(axis=1).astype(jnp.float32)
+        optional["token_loss"] = masked_token_loss(logits, targets)
+        optional["tokens"] = hidden.sum(axis=1).astype(jnp.float32)
+        optional["token_hits"] = hits.sum(axis=1).astype(jnp.float32)
     if with_mask:
         drawn, statistics = teacher_views(
             model, params, statistics, teacher, images, config, rngs=rngs, noise=noise, mesh=mesh
@@ -170,9 +170,9 @@ def per_example_outputs(
             # The released training embeds the shared sentences once for each direction.
             statistics = see_sentences(model, params, statistics, texts["shared"])
         grid = grid_of(model, images[SECOND], first.tokens.affinity.shape[1])
-        found["pair"] = pair_outputs(online, drawn, shared, config, grid=grid, mesh=mesh)
+        optional["pair"] = pair_outputs(online, drawn, shared, config, grid=grid, mesh=mesh)
     shares = jnp.mean(first.tokens.affinity, axis=1)
-    return Outputs(unit(image), text, shares, **found), statistics
+    return Outputs(unit(image), text, shares, **optional), statistics
 
 
 def joint_loss(

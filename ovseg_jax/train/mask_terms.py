@@ -49,13 +49,13 @@ class PairOutputs:
 
     Attributes:
       loss, target_fraction: of masks, [B].
-      own_groups, other_groups: of groups, for each of the n directions, [B, n, S, E].
+      groups, partner_groups: unit norm, for each of the n directions, [B, n, S, E].
     """
 
     loss: Float[Array, "B"] | None = None
     target_fraction: Float[Array, "B"] | None = None
-    own_groups: Float[Array, "B n S E"] | None = None
-    other_groups: Float[Array, "B n S E"] | None = None
+    groups: Float[Array, "B n S E"] | None = None
+    partner_groups: Float[Array, "B n S E"] | None = None
 
 
 def online_images(config: ConfigDict) -> tuple[int, ...]:
@@ -150,13 +150,13 @@ def pair_outputs(
     # A direction goes from an image by the online model to its partner by the teacher.
     directions = [(online[i], teacher[1 - i]) for i in online_images(config)]
     scores = [
-        jnp.einsum("bke,be->bk", jax.lax.stop_gradient(own.embedded), entity)
-        for own, _ in directions
+        jnp.einsum("bke,be->bk", jax.lax.stop_gradient(image.embedded), entity)
+        for image, _ in directions
     ]
     values, extra = group_mask_loss(
-        merge(*(own.tokens.query for own, _ in directions)),
-        merge(*(other.tokens.query for _, other in directions)),
-        merge(*(other.tokens.key for _, other in directions)),
+        merge(*(image.tokens.query for image, _ in directions)),
+        merge(*(partner.tokens.query for _, partner in directions)),
+        merge(*(partner.tokens.key for _, partner in directions)),
         merge(*scores),
         grid=grid,
         size=(config.mask_size, config.mask_size),
@@ -186,9 +186,10 @@ def mask_term(
     """
     weight = batch["weight"] * batch["pair_weight"]
     if config.cross_image == "groups":
-        own, other, among = outputs.own_groups, outputs.other_groups, candidates(weight)
+        groups, partners, among = outputs.groups, outputs.partner_groups, candidates(weight)
         values = [
-            group_set_nce(own[:, i], other[:, i], scale, among, mesh) for i in range(own.shape[1])
+            group_set_nce(groups[:, i], partners[:, i], scale, among, mesh)
+            for i in range(groups.shape[1])
         ]
         loss = weighted_mean(jnp.mean(jnp.stack(values), axis=0), weight)
         return loss, {"mask": loss}
@@ -214,8 +215,8 @@ def _groups_of_entity(
 
     directions = online_images(config)
     return PairOutputs(
-        own_groups=jnp.stack([nearest(online[i]) for i in directions], axis=1),
-        other_groups=jnp.stack([nearest(teacher[1 - i]) for i in directions], axis=1),
+        groups=jnp.stack([nearest(online[i]) for i in directions], axis=1),
+        partner_groups=jnp.stack([nearest(teacher[1 - i]) for i in directions], axis=1),
     )
 
 

@@ -30,7 +30,7 @@ FLUSH_SECONDS = 60.0
 
 def memory_in_use() -> dict[str, float]:
     """Bytes in use and at the peak so far on this process's fullest device; {} on CPUs."""
-    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    stats = [each for device in jax.local_devices() if (each := device.memory_stats())]
     names = {"memory_bytes": "bytes_in_use", "memory_peak_bytes": "peak_bytes_in_use"}
     return {
         name: float(max(each[key] for each in stats))
@@ -168,10 +168,10 @@ def without_repetition(config: ConfigDict) -> ConfigDict:
 
 def step_range(text: str) -> tuple[int, int]:
     """'100:105' -> (100, 105), the steps from the first to before the last; a flag type."""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
         raise ValueError(text)
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 class Profiler:

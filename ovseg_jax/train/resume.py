@@ -33,7 +33,7 @@ from ovseg_jax.weights.initialize import init_statistics
 def position_of(run: Run, phase: Phase, step: int) -> dict[str, Any]:
     """The record that is saved with a state: everything that decides what comes after it.
 
-    The data of a step and its random numbers are functions of the seed and the step alone, so these
+    The data of a step and its random numbers depend only on the seed and the step, so these
     are the position in the data and the state of the random numbers.
     """
     return {
@@ -156,7 +156,7 @@ def _listed(head: str, changes: list[str]) -> str:
     return "\n  ".join([f"\n{head}" if head[0].isupper() else head, *changes]) if changes else ""
 
 
-# ---- saved runs, read from their work directory alone: without data, without weights
+# ---- saved runs, read from their work directory, without data or weights
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:
     """The teacher's visual encoder, complete: frozen parameters come from the online model."""
     _, held = groups.split(state.params, frozen)
-    own = find_teacher(state.opt_state)["image_encoder"]
-    return groups.join(held.get("image_encoder", {}), own)
+    average = find_teacher(state.opt_state)["image_encoder"]
+    return groups.join(held.get("image_encoder", {}), average)
 
 
 def next_phase_state(

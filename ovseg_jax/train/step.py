@@ -24,7 +24,7 @@ from ovseg_jax.train.phases import Phase, rate_at
 from ovseg_jax.train.state import TrainState, abstract_params, abstract_state, teacher_of
 
 RNG_NAMES = ("gumbel", "dropout")
-ERASING = len(RNG_NAMES)  # a stream of its own, which the model does not draw from
+ERASING = len(RNG_NAMES)  # number of the stream for erasing, which the model does not draw from
 
 Metrics = dict[str, jax.Array]
 

@@ -65,7 +65,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def write_run_files(config: ConfigDict, workdir: Path) -> None:
-    """Writes ``config.json`` and ``versions.json``, in the first process alone.
+    """Writes ``config.json`` and ``versions.json``, only in the first process.
 
     Raises:
       UserError: the directory cannot be written.
