@@ -1,155 +1,76 @@
-"""Symmetric InfoNCE over the global batch (Eq. 7 and 9), with one or several texts per image."""
+"""Symmetric InfoNCE over the global batch (Eq. 7 and 9), with one or several texts per image.
 
-from collections.abc import Callable
-from typing import Any
+Everything is written on the global batch of B examples. Where the batch is split over devices, the
+compiler gathers the embeddings and leaves the rows of the B x B logits where their examples are.
+"""
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jax.sharding import PartitionSpec
 
 from ovseg_jax.shapes import Array, Bool, Float, Int
-from ovseg_jax.sharding import BATCH_AXES, AnyMesh
 
 
-@struct.dataclass
-class Candidates:
-    """Which examples may serve as negatives of one another.
-
-    Attributes:
-      present: False takes an example out: it is no one's negative, and has none.
-      labels: examples that are alike in any of them (`_alike`) are not negatives of one another
-        either: the sentence of one is a correct answer for the other.
-    """
-
-    present: Bool[Array, "B"]
-    labels: tuple[Int[Array, "B ..."], ...] = ()
-
-
-def candidates(weight: Float[Array, "B"], *labels: Int[Array, "B ..."] | None) -> Candidates:
-    """The candidates of a batch: examples with weight; what is alike in a label is no negative.
+def alike(labels: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
+    """Whether two examples have the same label.
 
     Args:
-      labels: those that count; None for one that does not.
-    """
-    return Candidates(weight > 0, tuple(label for label in labels if label is not None))
-
-
-def _alike(row: Int[Array, "..."], labels: Int[Array, "B ..."]) -> Bool[Array, "B"]:
-    """Which labels equal that of a row; of several names, whether either's first is in the other.
-
-    Symmetric, as the first is the name in the sentence of its example.
+      labels: [B]; or [B, N] names, of which the first is in the example's sentence. Then two
+        examples are alike if either's first name is among the names of the other.
     """
     if labels.ndim == 1:
-        return labels == row
-    return jnp.any(labels == row[0], axis=1) | jnp.any(labels[:, :1] == row[None], axis=1)
+        return labels[:, None] == labels[None]
+    first_among = jnp.any(labels[:, None, :1] == labels[None], axis=-1)
+    return first_among | first_among.T
 
 
-@struct.dataclass
-class _Points:
-    # Embeddings, one or several of each example, whose number is `owner`. `there` is False at those
-    # that only fill up.
-    vectors: Float[Array, "*points E"]
-    owner: Int[Array, "*points"]
-    present: Bool[Array, "*points"]
-    labels: tuple[Int[Array, "..."], ...]
-    there: Bool[Array, "*points"]
-
-
-def _points(
-    vectors: Float[Array, "B T E"], among: Candidates, there: Bool[Array, "B T"] | None = None
-) -> _Points:
-    count, each = vectors.shape[:2]
-
-    def repeated(x: Array) -> Array:
-        return jnp.repeat(x, each, axis=0, total_repeat_length=count * each)
-
-    return _Points(
-        vectors.reshape(count * each, -1).astype(jnp.float32),
-        repeated(jnp.arange(count)),
-        repeated(among.present),
-        tuple(map(repeated, among.labels)),
-        jnp.ones(count * each, bool) if there is None else there.reshape(-1),
-    )
-
-
-def map_rows(
-    one: Callable[[Any, Any, Any], Any],
-    rows: Any,
-    columns: Any,
-    mesh: AnyMesh | None,
-    shared: Any = (),
-) -> Any:
-    """`one(row, columns, shared)` for every row.
+def negatives_mask(
+    weight: Float[Array, "B"], *labels: Int[Array, "B ..."] | None
+) -> Bool[Array, "B B"]:
+    """Which examples are negatives of one another; never an example of itself.
 
     Args:
-      one: maps a row (the leaves of `rows` without their first axis) and all columns to arrays.
-      rows, columns: trees of arrays whose first axis is that of the examples.
-      mesh: rows stay on their devices, and columns (which are embeddings) are gathered on each, so
-        that no device holds the square of logits. None computes everything in one place.
-      shared: a tree of arrays that every row needs whole.
-
-    Returns:
-      What `one` gives, with the rows as first axis.
+      weight: an example without weight is nobody's negative, and has none.
+      labels: examples that are alike in any of them are no negatives either, since the sentence of
+        one is a correct answer for the other. None for a label that does not count.
     """
-    every_row = jax.vmap(one, in_axes=(0, None, None))
-    if mesh is None or mesh.size == 1:
-        return every_row(rows, columns, shared)
-
-    def on_device(rows: Any, columns: Any, shared: Any) -> Any:
-        whole = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH_AXES, tiled=True), columns)
-        return every_row(rows, whole, shared)
-
-    by_row = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(by_row, by_row, PartitionSpec()), out_specs=by_row
-    )(rows, columns, shared)
+    present = weight > 0
+    negative = present[:, None] & present[None] & ~jnp.eye(len(weight), dtype=bool)
+    for label in labels:
+        if label is not None:
+            negative &= ~alike(label)
+    return negative
 
 
-def log_sums(
-    queries: Float[Array, "B T E"],
-    keys: Float[Array, "B U E"],
-    scale: Float[Array, ""],
-    among: Candidates,
-    mesh: AnyMesh | None = None,
-    keys_there: Bool[Array, "B U"] | None = None,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """For each query, the logarithm of InfoNCE's denominator; and its greatest negative logit.
+def _cosines(a: Float[Array, "B T E"], b: Float[Array, "B U E"]) -> Float[Array, "B T B U"]:
+    # In full precision: at a scale of 100, bfloat16 products would move logits by 0.3.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum("ite,jue->itju", a, b, precision="highest")
 
-    The keys of the query's own example always count; those of others where both examples are
-    candidates.
+
+def _log_sums(
+    logits: Float[Array, "B T B U"],
+    negatives: Bool[Array, "B B"],
+    present: Bool[Array, "B U"] | None = None,
+) -> Float[Array, "B T"]:
+    """The logarithm of InfoNCE's denominator of each query [i, t] over all keys [j, u].
+
+    The keys of the query's own example always count.
 
     Args:
-      queries, keys: unit-norm embeddings, several of each example.
-      scale: inverse temperature.
-      mesh: see `map_rows`.
-      keys_there: False takes a key out for every query.
+      present: False takes a key out for every query.
     """
-
-    def one(query: _Points, keys: _Points, scale: Array) -> tuple[Array, Array]:
-        # In full precision: at a scale of 100, bfloat16 products would move logits by 0.3.
-        cosine = jnp.einsum("e,je->j", query.vectors, keys.vectors, precision="highest")
-        negative = query.present & keys.present & (query.owner != keys.owner)
-        for own, labels in zip(query.labels, keys.labels, strict=True):
-            negative &= ~_alike(own, labels)
-        negative &= keys.there
-        logits, lowest = scale * cosine, jnp.finfo(jnp.float32).min
-        keep = negative | ((query.owner == keys.owner) & keys.there)
-        rival = jnp.max(jnp.where(negative, jax.lax.stop_gradient(logits), lowest))
-        return jax.nn.logsumexp(jnp.where(keep, logits, lowest)), rival
-
-    found = map_rows(
-        one, _points(queries, among), _points(keys, among, keys_there), mesh, shared=scale
-    )
-    return jax.tree.map(lambda x: x.reshape(queries.shape[:2]), found)
+    keep = (negatives | jnp.eye(len(negatives), dtype=bool))[:, None, :, None]
+    if present is not None:
+        keep &= present[None, None]
+    logits = jnp.where(keep, logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.logsumexp(logits, axis=(2, 3))
 
 
 def info_nce(
     a: Float[Array, "B E"],
     b: Float[Array, "B E"],
     scale: Float[Array, ""],
-    among: Candidates,
-    mesh: AnyMesh | None = None,
+    negatives: Bool[Array, "B B"],
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
     """Eq. 7 (or 9), one value per pair: the mean of both directions' cross entropy.
 
@@ -159,26 +80,26 @@ def info_nce(
     Args:
       a, b: unit-norm embeddings; row i of one belongs to row i of the other.
       scale: inverse temperature.
-      among: the negatives; the positive always counts.
-      mesh: see `map_rows`.
+      negatives: symmetric, see `negatives_mask`; the positive always counts.
 
     Returns:
-      ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, where rows without any candidate
-      but themselves give 0; and whether b_i is nearer to a_i than any negative is.
+      ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, which is 0 for an example without
+      negatives; and whether b_i is nearer to a_i than any negative is.
     """
-    rows, rivals = log_sums(a[:, None], b[:, None], scale, among, mesh)
-    columns, _ = log_sums(b[:, None], a[:, None], scale, among, mesh)
+    logits = scale * _cosines(a[:, None], b[:, None])[:, 0, :, 0]
+    rows = _log_sums(logits[:, None, :, None], negatives)[:, 0]
+    columns = _log_sums(logits.T[:, None, :, None], negatives)[:, 0]
     positive = scale * jnp.sum(a * b, axis=-1)
-    return 0.5 * (rows[:, 0] + columns[:, 0]) - positive, positive > rivals[:, 0]
+    rival = jnp.max(jnp.where(negatives, logits, jnp.finfo(jnp.float32).min), axis=1)
+    return 0.5 * (rows + columns) - positive, positive > jax.lax.stop_gradient(rival)
 
 
 def multi_label_info_nce(
     a: Float[Array, "B E"],
     b: Float[Array, "B T E"],
     scale: Float[Array, ""],
-    among: Candidates,
+    negatives: Bool[Array, "B B"],
     present: Bool[Array, "B T"],
-    mesh: AnyMesh | None = None,
 ) -> Float[Array, "B"]:
     """InfoNCE where each image has several texts (GroupViT, Xu et al., 2022, Sec. 3.2).
 
@@ -190,32 +111,51 @@ def multi_label_info_nce(
     Args:
       a, b: unit-norm embeddings of images and of their texts.
       scale: inverse temperature.
-      among: as in `info_nce`, between examples.
-      present: texts that are there; the others are neither positives nor negatives.
-      mesh: see `map_rows`.
+      negatives: as in `info_nce`, between examples.
+      present: texts that exist; the others are neither positives nor negatives.
 
     Returns:
       One value per image, float32; 0 where it has no text.
     """
-    rows, _ = log_sums(a[:, None], b, scale, among, mesh, keys_there=present)
-    columns, _ = log_sums(b, a[:, None], scale, among, mesh)
+    logits = scale * _cosines(a[:, None], b)
+    rows = _log_sums(logits, negatives, present)
+    columns = _log_sums(logits.transpose(2, 3, 0, 1), negatives)
     positive = scale * jnp.sum(a[:, None] * b, axis=-1)
     both = jnp.where(present, 0.5 * (rows + columns) - positive, 0.0)
     count = jnp.sum(present.astype(jnp.float32), axis=1)
     return jnp.sum(both, axis=1) / jnp.maximum(count, 1.0)
 
 
-def false_negative_rate(
-    weight: Float[Array, "B"], label: Int[Array, "B ..."], mesh: AnyMesh | None = None
-) -> Float[Array, ""]:
-    """Share of negatives that are alike in a label (among present examples)."""
-    present = weight > 0
+def group_set_nce(
+    own: Float[Array, "B S E"],
+    other: Float[Array, "B S E"],
+    scale: Float[Array, ""],
+    negatives: Bool[Array, "B B"],
+) -> Float[Array, "B"]:
+    """Cross-image group consistency: the alternative to mask consistency in the paper's Table 6.
 
-    def one(row: tuple, columns: tuple, shared: tuple) -> Array:
-        del shared
-        return jnp.sum((columns[0] & _alike(row[1], columns[1])).astype(jnp.float32))
+    The groups that stand for the shared entity in either image are pulled together as two sets, and
+    away from those of the other pairs in the batch. The paper gives no formula. Here a group's
+    positives are all groups of the partner's set, and the probability of a set is the sum of its
+    groups', so that a group needs to find its like in the set, not to equal all of it.
 
-    like = map_rows(one, (present, label), (present, label), mesh)
-    count = jnp.sum(present.astype(jnp.float32))
-    equal = jnp.sum(jnp.where(present, like - 1.0, 0.0))
-    return equal / jnp.maximum(count * (count - 1.0), 1.0)
+    Args:
+      own: unit-norm groups of the online model. other: those of the partner, by the teacher;
+        nothing flows back into them.
+      scale: inverse temperature.
+      negatives: pairs whose groups are negatives of one another; a pair's own always count.
+
+    Returns:
+      The mean over a pair's own groups of minus the log probability of the partner's set, float32.
+    """
+    other = jax.lax.stop_gradient(other)
+    everything = _log_sums(scale * _cosines(own, other), negatives)
+    cosines = jnp.einsum("bse,bte->bst", own, other, precision="highest")
+    return jnp.mean(everything - jax.nn.logsumexp(scale * cosines, axis=-1), axis=1)
+
+
+def false_negative_rate(weight: Float[Array, "B"], label: Int[Array, "B ..."]) -> Float[Array, ""]:
+    """Share of the pairs of different present examples that are alike in a label."""
+    pairs = negatives_mask(weight)
+    equal = jnp.sum((pairs & alike(label)).astype(jnp.float32))
+    return equal / jnp.maximum(jnp.sum(pairs.astype(jnp.float32)), 1.0)

@@ -1,8 +1,9 @@
-"""Weighted means of the loss terms and their sum (Eq. 13)."""
+"""Weighted means of the loss terms, their sum (Eq. 13), and the cross entropy of masked tokens."""
 
+import jax
 import jax.numpy as jnp
 
-from ovseg_jax.shapes import Array, Float
+from ovseg_jax.shapes import Array, Float, Int
 
 
 def weighted_mean(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, ""]:
@@ -44,3 +45,21 @@ def total_loss(
     if mask is not None:
         total = total + mask_weight * mask
     return total
+
+
+def masked_token_loss(
+    logits: Float[Array, "B M C"], targets: Int[Array, "B M"]
+) -> Float[Array, "B"]:
+    """Masked language modeling over the entity set (Table 4, rows "MLM"): cross entropy.
+
+    Args:
+      targets: the class of each masked token, negative at all others.
+
+    Returns:
+      The mean over an example's masked tokens, float32; 0 where nothing is masked.
+    """
+    present = targets >= 0
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    count = jnp.sum(present.astype(jnp.float32), axis=1)
+    return -jnp.sum(jnp.where(present, chosen, 0.0), axis=1) / jnp.maximum(count, 1.0)

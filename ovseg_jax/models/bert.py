@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ovseg_jax.models.layers import TRUNCATED_NORMAL, layer_norm, logical
-from ovseg_jax.models.stack import PostNormLayer, scanned
+from ovseg_jax.models.transformer import PostNormLayer, scanned
 from ovseg_jax.shapes import Array, Bool, Float, Int
 
 

@@ -1,4 +1,9 @@
-"""Slot-attention binding: each patch is claimed by a group (Sec. 3.1.1, Eq. 3-6)."""
+"""Binding: each patch is claimed by a group.
+
+`SlotBinding` is the paper's (Sec. 3.1.1, Eq. 3-6). It reads its queries off the group tokens.
+`GroupingBlock` is GroupViT's (Xu et al., 2022), which the released model uses: it first mixes N
+group tokens down to K and lets them look at the patches. `GroupingStage` groups segments again.
+"""
 
 from typing import Any
 
@@ -7,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from ovseg_jax.models.layers import Dense, contract, layer_norm
+from ovseg_jax.models.layers import Dense, FeedForward, contract, gelu, layer_norm, logical
+from ovseg_jax.models.transformer import CrossAttentionBlock, PreNormStack
 from ovseg_jax.shapes import Array, Float
 
 # A group whose patches weigh less than this in total counts as empty.
@@ -128,3 +134,154 @@ class SlotBinding(nn.Module):
         update = weighted_mean(assigned, value, self.matmul_dtype).astype(self.dtype)
         bound = groups + Dense(width, ("heads", "embed"), name="out", **options)(update)
         return Binding(bound, affinity, assigned, query, key)
+
+
+class TokenMixing(nn.Module):
+    """A feed-forward over the token axis: N tokens in, `tokens` out, every channel alike.
+
+    Attributes:
+      tokens: number of tokens that come out.
+      hidden: width between the two maps.
+    """
+
+    tokens: int
+    hidden: int
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B K D"]:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        x = x.transpose(0, 2, 1)
+        x = gelu(Dense(self.hidden, (None, "mlp"), name="fc1", **options)(x))
+        x = Dense(self.tokens, ("mlp", None), name="fc2", **options)(x)
+        return x.transpose(0, 2, 1)
+
+
+class GroupingBlock(nn.Module):
+    """Binds image tokens to K groups made of N learnable tokens.
+
+    The tokens are mixed down to K, look at the image tokens in a cross-attention block, and are
+    then assigned to (Eq. 3-5, with a single head); the bound groups pass a feed-forward. A stage of
+    its own: widths are those of its inputs.
+
+    Attributes:
+      num_groups: K.
+      heads: of the cross-attention; the assignment always has one.
+      mlp_ratio: of the two feed-forwards.
+      mixing_ratio: width of the token mixing over the tokens' own.
+      assignment, scale, gumbel_temperature: see `SlotBinding`.
+      count_offset: added to each group's number of tokens in Eq. 5. At 1 a group of n tokens gets
+        the weight n / (n + 1) in total.
+    """
+
+    num_groups: int
+    heads: int
+    mlp_ratio: float
+    eps: float
+    assignment: str
+    gumbel_temperature: float
+    scale: float | None
+    dtype: Any
+    matmul_dtype: Any
+    mixing_ratio: float = 0.5
+    count_offset: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "B N D"],
+        patches: Float[Array, "B L D"],
+        train: bool,
+        noise: Float[Array, "B L K"] | None = None,
+    ) -> Binding:
+        """Both inputs come straight from the last layer of the stage.
+
+        Args:
+          tokens: the learnable group tokens after that layer.
+          patches: what is grouped: image tokens, or an earlier stage's groups.
+          train: Gumbel noise on (where the assignment is hard).
+          noise: the noise, instead of a draw of the "gumbel" stream. Only read in training.
+        """
+        width = tokens.shape[-1]
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+
+        def norm(name: str, x: Array) -> Array:
+            return layer_norm(name, self.eps, self.dtype)(x)
+
+        tokens = norm("token_norm", tokens)
+        patches = norm("patch_norm", patches)
+        hidden = int(width * self.mixing_ratio)
+        mixed = TokenMixing(self.num_groups, hidden, name="mixing", **options)(tokens)
+        mixed = norm("mixed_norm", mixed)
+        mixed = CrossAttentionBlock(self.heads, self.mlp_ratio, self.eps, name="cross", **options)(
+            mixed, patches
+        )
+        query = Dense(width, ("embed", "heads"), name="query", **options)(mixed)
+        key = Dense(width, ("embed", "heads"), name="key", **options)(patches)
+        value = Dense(width, ("embed", "heads"), name="value", **options)(patches)
+        scale = width**-0.5 if self.scale is None else self.scale
+        logits = contract("bld,bkd->blk", key, query * scale, self.matmul_dtype)
+        affinity = jax.nn.softmax(logits, axis=-1)
+        if train and self.assignment == "hard" and noise is None:
+            noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
+        assigned = assigned_map(
+            logits, self.assignment, noise if train else None, self.gumbel_temperature
+        )
+        update = weighted_mean(assigned, value, self.matmul_dtype, self.count_offset)
+        update = update.astype(self.dtype)
+        bound = mixed + Dense(width, ("heads", "embed"), name="out", **options)(update)
+        fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **options)(
+            norm("mlp_norm", bound)
+        )
+        return Binding(bound + fed, affinity, assigned, query, key)
+
+
+class GroupingStage(nn.Module):
+    """Layers over the segments of the stage before and new group tokens, then a grouping block.
+
+    The new tokens start from what the earlier stage's tokens became: their own learned part (zero
+    at first) plus a token mixing of those.
+
+    Attributes:
+      tokens: number of new group tokens. num_groups: of segments that come out.
+      layers: the stage's Transformer layers.
+      block: its grouping block.
+    """
+
+    tokens: int
+    layers: PreNormStack
+    block: GroupingBlock
+    eps: float
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        segments: Float[Array, "B segments D"],
+        earlier: Float[Array, "B earlier D"],
+        train: bool,
+    ) -> tuple[Binding, Float[Array, "B tokens D"]]:
+        """Args:
+          segments: groups that the stage before gave.
+          earlier: that stage's group tokens after its layers, before its grouping block.
+          train: stochastic depth and Gumbel noise on.
+
+        Returns:
+          The binding of segments to groups, and this stage's tokens before it.
+        """
+        count, width = segments.shape[1:]
+        learned = self.param(
+            "group_token",
+            logical(nn.initializers.zeros, None, "embed"),
+            (self.tokens, width),
+            jnp.float32,
+        )
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        normed = layer_norm("projector_norm", self.eps, self.dtype)(earlier)
+        carried = TokenMixing(self.tokens, width // 2, name="projector", **options)(normed)
+        tokens = learned[None].astype(self.dtype) + carried
+        x = self.layers(jnp.concatenate([segments, tokens], axis=1), train)
+        tokens = x[:, count:]
+        return self.block(tokens, x[:, :count], train), tokens

@@ -10,8 +10,8 @@ from ovseg_jax.models.layers import FEED_FORWARD_ACTIVATIONS
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.positions import RESIZING
 from ovseg_jax.models.projector import ACTIVATIONS
-from ovseg_jax.models.stack import REMAT_POLICIES
 from ovseg_jax.models.text_transformer import CausalTextEncoder
+from ovseg_jax.models.transformer import REMAT_POLICIES
 from ovseg_jax.models.vit import VisualEncoder
 
 CHOICES = {

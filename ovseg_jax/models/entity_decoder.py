@@ -5,9 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ovseg_jax.models.cross_attention import CrossAttentionBlock
 from ovseg_jax.models.layers import Dense, FeedForward, MultiHeadAttention, layer_norm
-from ovseg_jax.models.stack import PreNormLayer
+from ovseg_jax.models.transformer import CrossAttentionBlock, PreNormLayer
 from ovseg_jax.shapes import Array, Bool, Float
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from ovseg_jax import platforms
-from ovseg_jax.models.rotary import Rotary
+from ovseg_jax.models.positions import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 from ovseg_jax.sharding import rows_split
 

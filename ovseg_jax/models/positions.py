@@ -1,13 +1,15 @@
-"""Position embeddings learned on one patch grid, used on any other.
+"""Positions of patches: embeddings learned on one grid and used on any other, and rotary ones.
 
-The scale is the ratio of the two grids, as in transformers. The first releases of DINO and DINOv2
-added 0.1 to the target before they took the ratio, which moves every sample by a little.
+The scale of a resized grid is the ratio of the two grids, as in transformers. The first releases of
+DINO and DINOv2 added 0.1 to the target before they took the ratio, which moves every sample by a
+little.
 """
+
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.models.layers import contract
 from ovseg_jax.shapes import Array, Float
 
 # Keys' cubic kernel with the constant that DINO, DINOv2 and the ViT family were resized with, and
@@ -71,6 +73,48 @@ def resize_grid(
     down, across = (
         jnp.asarray(cubic_weights(*pair, antialias)) for pair in zip(source, target, strict=True)
     )
-    rows = contract("th,hwd->twd", down, grid, jnp.float32)
-    both = contract("sw,twd->tsd", across, rows, jnp.float32)
+    rows = jnp.einsum("th,hwd->twd", down, grid)
+    both = jnp.einsum("sw,twd->tsd", across, rows)
     return both.reshape(target[0] * target[1], -1)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al., 2021) in the form of DINOv3 (Simeoni et al., 2025).
+
+    They have no parameters: queries and keys are turned by angles that depend on where their patch
+    lies relative to the sides of the image, so that any grid will do. Tokens that are no patches
+    are not turned.
+
+    Attributes:
+      rows, columns: of the patch grid; its patches come last in the sequence, row-major.
+      prefix: tokens before the patches (class token, registers).
+      theta: bounds the wavelengths: from 1 (half a side of the image) to nearly theta.
+    """
+
+    rows: int
+    columns: int
+    prefix: int
+    theta: float
+
+    def angles(self, width: int) -> Float[np.ndarray, "T half"]:
+        """Angles of every token, radians, for heads of `width` channels; 0 for the prefix.
+
+        Patch centers run from -1 to 1 along each side. The first quarter of the channels goes by
+        the row, the second by the column, each with wavelengths growing
+        geometrically.
+        """
+        wave = self.theta ** (np.arange(width // 4) * 4 / width)
+        sides = [(np.arange(n) + 0.5) / n * 2 - 1 for n in (self.rows, self.columns)]
+        places = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2)
+        turned = (2 * np.pi * places[..., None] / wave).reshape(len(places), -1)
+        still = np.zeros((self.prefix, turned.shape[1]))
+        return np.concatenate([still, turned])
+
+    def __call__(self, x: Float[Array, "B N T d"]) -> Float[Array, "B N T d"]:
+        """Turns channel pairs (i, i + d/2) of queries or keys; d must be a multiple of 4."""
+        angles = self.angles(x.shape[-1])
+        cosine, sine = (jnp.asarray(f(angles), jnp.float32)[None, None] for f in (np.cos, np.sin))
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = [first * cosine - second * sine, second * cosine + first * sine]
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)

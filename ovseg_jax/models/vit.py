@@ -13,13 +13,10 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from ovseg_jax.models.binding import SlotBinding
-from ovseg_jax.models.grouping_block import GroupingBlock
-from ovseg_jax.models.grouping_stage import GroupingStage
+from ovseg_jax.models.binding import GroupingBlock, GroupingStage, SlotBinding
 from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, contract, layer_norm, logical
-from ovseg_jax.models.positions import RESIZING, resize_grid
-from ovseg_jax.models.rotary import Rotary
-from ovseg_jax.models.stack import PreNormStack
+from ovseg_jax.models.positions import RESIZING, Rotary, resize_grid
+from ovseg_jax.models.transformer import PreNormStack
 from ovseg_jax.shapes import Array, Float, UInt8
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.group_masks import COSTS
 from ovseg_jax.losses.mask_consistency import subgroup_count
 from ovseg_jax.losses.matching import BACKENDS, ENUMERATE_LIMIT
+from ovseg_jax.losses.released_mask_consistency import COSTS
 from ovseg_jax.segmentation.benchmarks import Benchmark
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.report import tune_split

@@ -14,13 +14,12 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.data.masking import Masking
 from ovseg_jax.losses.contrastive import (
-    candidates,
     false_negative_rate,
     info_nce,
     multi_label_info_nce,
+    negatives_mask,
 )
-from ovseg_jax.losses.masked_tokens import masked_token_loss
-from ovseg_jax.losses.objective import total_loss, weighted_mean
+from ovseg_jax.losses.objective import masked_token_loss, total_loss, weighted_mean
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
@@ -182,7 +181,6 @@ def joint_loss(
     config: ConfigDict,
     *,
     mask_weight: float,
-    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 13 from the outputs of all examples.
 
@@ -195,8 +193,8 @@ def joint_loss(
     """
     masking, weight = masking_of(config), batch["weight"]
     equal = batch["caption_set"] if config.get("mask_equal_captions", False) else None
-    among = candidates(weight, equal)
-    values, hits = info_nce(outputs.image, outputs.text, scale, among, mesh)
+    negatives = negatives_mask(weight, equal)
+    values, hits = info_nce(outputs.image, outputs.text, scale, negatives)
     contrastive = weighted_mean(values, weight)
     metrics = {
         "contrastive": contrastive,
@@ -205,27 +203,27 @@ def joint_loss(
         "group_usage": usage_entropy(outputs.group_shares, weight),
     }
     if equal is not None:
-        metrics["equal_captions"] = false_negative_rate(weight, equal, mesh)
+        metrics["equal_captions"] = false_negative_rate(weight, equal)
     entity = mask = None
     if masking is Masking.MULTI_LABEL:
-        metrics["entity"] = entity = noun_term(outputs, scale, batch, mesh)
+        metrics["entity"] = entity = noun_term(outputs, scale, batch)
     elif masking is not None:
         if masking.classifies:
             entity, extra = token_term(outputs, batch)
         else:
-            entity, extra = completion_term(outputs, scale, batch, config, mesh)
+            entity, extra = completion_term(outputs, scale, batch, config)
         metrics |= {"entity": entity, **extra}
     if mask_weight > 0:
-        mask, extra = mask_term(outputs.pair, scale, batch, config, mesh)
+        mask, extra = mask_term(outputs.pair, scale, batch, config)
         metrics |= extra
     weights = {"entity_weight": config.entity_weight, "mask_weight": mask_weight}
     loss = total_loss(contrastive, entity, mask, **weights)
     if outputs.nouns is not None and masking is not Masking.MULTI_LABEL:
-        metrics["nouns"] = noun_term(outputs, scale, batch, mesh)
+        metrics["nouns"] = noun_term(outputs, scale, batch)
         loss = loss + config.noun_weight * metrics["nouns"]
     if outputs.whole is not None:
         # The image head is not in Eq. 13: what it learns is used beside the groups.
-        values, hits = info_nce(outputs.whole, outputs.text, scale, among, mesh)
+        values, hits = info_nce(outputs.whole, outputs.text, scale, negatives)
         metrics["whole_contrastive"] = weighted_mean(values, weight)
         metrics["whole_to_text"] = weighted_mean(hits.astype(jnp.float32), weight)
         loss = loss + metrics["whole_contrastive"]
@@ -240,7 +238,6 @@ def completion_term(
     scale: Float[Array, ""],
     batch: Batch,
     config: ConfigDict,
-    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Eq. 9, and the share of negatives that name the same entities.
 
@@ -249,13 +246,13 @@ def completion_term(
         another (`mask_equal_entities`), nor the answers of equal captions (`mask_equal_captions`).
     """
     weight, sets = batch["weight"] * batch["entity_weight"], batch["entity_set"]
-    among = candidates(
+    negatives = negatives_mask(
         weight,
         sets if config.mask_equal_entities else None,
         batch["caption_set"] if config.get("mask_equal_captions", False) else None,
     )
-    values, _ = info_nce(outputs.completed, outputs.prompt, scale, among, mesh)
-    rate = false_negative_rate(weight, sets, mesh)
+    values, _ = info_nce(outputs.completed, outputs.prompt, scale, negatives)
+    rate = false_negative_rate(weight, sets)
     return weighted_mean(values, weight), {"entity_false_negatives": rate}
 
 
@@ -268,14 +265,12 @@ def token_term(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], dict[s
     return weighted_mean(outputs.token_loss, weight), {"token_accuracy": accuracy}
 
 
-def noun_term(
-    outputs: Outputs, scale: Float[Array, ""], batch: Batch, mesh: AnyMesh | None
-) -> Float[Array, ""]:
+def noun_term(outputs: Outputs, scale: Float[Array, ""], batch: Batch) -> Float[Array, ""]:
     """An image against sampled nouns of its caption (GroupViT): a mean over captions with nouns."""
     present = batch["noun_present"]
     weight = batch["weight"] * jnp.any(present, axis=1).astype(jnp.float32)
-    among = candidates(batch["weight"])
-    values = multi_label_info_nce(outputs.image, outputs.nouns, scale, among, present, mesh)
+    negatives = negatives_mask(batch["weight"])
+    values = multi_label_info_nce(outputs.image, outputs.nouns, scale, negatives, present)
     return weighted_mean(values, weight)
 
 

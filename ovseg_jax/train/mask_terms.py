@@ -10,9 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.contrastive import candidates
-from ovseg_jax.losses.group_consistency import group_set_nce
-from ovseg_jax.losses.group_masks import group_mask_loss
+from ovseg_jax.losses.contrastive import group_set_nce, negatives_mask
 from ovseg_jax.losses.mask_consistency import (
     Regions,
     consistency_loss,
@@ -20,6 +18,7 @@ from ovseg_jax.losses.mask_consistency import (
     subgroup_count,
 )
 from ovseg_jax.losses.objective import divided_sum, weighted_mean
+from ovseg_jax.losses.released_mask_consistency import group_mask_loss
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.models.vit import VisualTokens
 from ovseg_jax.shapes import Array, Float
@@ -129,9 +128,10 @@ def pair_outputs(
       entity: sentences that name the shared entity in the joint space, not normalized; no gradient
         flows into them.
       config: the run's ``config.loss``. `cross_image`: "masks", or "groups" (Table 6, see
-        `group_consistency`), for which only `group_ratio` and `mask_directions` count.
+        `contrastive.group_set_nce`), for which only `group_ratio` and `mask_directions` count.
         `mask_maps`: "final_tokens" (the paper's, see `mask_consistency`) or "binding" (the released
-        model's, see `group_masks`, with `detached_ratio`, `mask_size` in pixels and `mask_cost`).
+        model's, see `released_mask_consistency`, with `detached_ratio`, `mask_size` in pixels and
+        `mask_cost`).
       grid: (rows, columns) of an image's patches.
     """
     entity = jax.lax.stop_gradient(entity)
@@ -175,7 +175,6 @@ def mask_term(
     scale: Float[Array, ""],
     batch: Batch,
     config: ConfigDict,
-    mesh: AnyMesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The loss of a batch of pairs and its metrics, from what `pair_outputs` gave.
 
@@ -186,9 +185,9 @@ def mask_term(
     """
     weight = batch["weight"] * batch["pair_weight"]
     if config.cross_image == "groups":
-        groups, partners, among = outputs.groups, outputs.partner_groups, candidates(weight)
+        groups, partners, negatives = outputs.groups, outputs.partner_groups, negatives_mask(weight)
         values = [
-            group_set_nce(groups[:, i], partners[:, i], scale, among, mesh)
+            group_set_nce(groups[:, i], partners[:, i], scale, negatives)
             for i in range(groups.shape[1])
         ]
         loss = weighted_mean(jnp.mean(jnp.stack(values), axis=0), weight)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.data.augment import complete_transform
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.optim.schedule import learning_rate
+from ovseg_jax.optim.optimizer import learning_rate
 from ovseg_jax.shapes import Array
 
 # A phase with a smaller share of the summed learning rate is warned of.

@@ -92,7 +92,7 @@ def train_step(
         trainable: Params, outputs: Outputs, batch: Batch
     ) -> tuple[jax.Array, Metrics]:
         scale = model.apply({"params": groups.join(held, trainable)}, method="logit_scale")
-        return joint_loss(scale, outputs, batch, config.loss, mask_weight=mask_weight, mesh=mesh)
+        return joint_loss(scale, outputs, batch, config.loss, mask_weight=mask_weight)
 
     def loss_of_batch(trainable: Params) -> tuple[jax.Array, tuple[Metrics, Params]]:
         outputs, statistics = outputs_of(trainable, batch, rngs)

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.losses.contrastive import Candidates
-from ovseg_jax.losses.group_consistency import group_set_nce
+from ovseg_jax.losses.contrastive import group_set_nce, negatives_mask
 
 B, S, E = 5, 3, 8
 RNG = np.random.default_rng(0)
@@ -18,7 +17,7 @@ def unit(x):
 
 OWN, OTHER = (unit(RNG.normal(size=(B, S, E))) for _ in range(2))
 PRESENT, LABEL = np.array([1, 1, 0, 1, 1], bool), np.array([0, 1, 2, 0, 3], np.int32)
-AMONG = Candidates(jnp.asarray(PRESENT), (jnp.asarray(LABEL),))
+NEGATIVES = negatives_mask(jnp.asarray(PRESENT, jnp.float32), jnp.asarray(LABEL))
 KEEP = PRESENT[:, None] & PRESENT[None] & (LABEL[:, None] != LABEL[None])
 
 
@@ -35,32 +34,30 @@ def plain(own, other, keep):
 
 
 def test_equals_the_sum_written_out():
-    found = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, AMONG)
+    found = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, NEGATIVES)
     np.testing.assert_allclose(found, plain(OWN.astype(float), OTHER.astype(float), KEEP), 1e-5)
 
 
 def test_the_order_within_a_set_is_none():
     turned = OTHER[:, ::-1]
     one, two = (
-        group_set_nce(jnp.asarray(OWN), jnp.asarray(x), SCALE, AMONG) for x in (OTHER, turned)
+        group_set_nce(jnp.asarray(OWN), jnp.asarray(x), SCALE, NEGATIVES) for x in (OTHER, turned)
     )
     np.testing.assert_allclose(one, two, rtol=1e-6)
 
 
 def test_gradients_go_to_the_online_groups_alone():
     def total(own, other):
-        return group_set_nce(own, other, SCALE, Candidates(jnp.ones(B, bool))).sum()
+        return group_set_nce(own, other, SCALE, negatives_mask(jnp.ones(B))).sum()
 
     own, other = jax.grad(total, argnums=(0, 1))(jnp.asarray(OWN), jnp.asarray(OTHER))
     assert np.abs(own).min() > 0 and not np.abs(other).any()
 
 
 def test_sets_that_agree_cost_less_and_alone_nothing():
-    everyone = Candidates(jnp.ones(B, bool))
+    everyone = negatives_mask(jnp.ones(B))
     same = group_set_nce(jnp.asarray(OTHER), jnp.asarray(OTHER), SCALE, everyone)
     apart = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, everyone)
     assert same.mean() < apart.mean()
-    alone = group_set_nce(
-        jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, Candidates(jnp.zeros(B, bool))
-    )
+    alone = group_set_nce(jnp.asarray(OWN), jnp.asarray(OTHER), SCALE, negatives_mask(jnp.zeros(B)))
     np.testing.assert_allclose(alone, 0.0, atol=1e-5)

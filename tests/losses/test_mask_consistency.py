@@ -9,8 +9,8 @@ import pytest
 from reference import losses as reference
 
 from ovseg_jax.losses import mask_consistency as losses
-from ovseg_jax.losses.group_masks import group_mask_loss
 from ovseg_jax.losses.mask_consistency import Regions
+from ovseg_jax.losses.released_mask_consistency import group_mask_loss
 
 B, L, K, D, E = 4, 10, 6, 8, 5
 

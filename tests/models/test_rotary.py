@@ -7,8 +7,7 @@ import pytest
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.positions import cubic_weights, resize_grid
-from ovseg_jax.models.rotary import Rotary
+from ovseg_jax.models.positions import Rotary, cubic_weights, resize_grid
 from ovseg_jax.optim.groups import nest
 from ovseg_jax.weights.initialize import variable_shapes
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from reference.optimizer import rate_at
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.optim.schedule import learning_rate, warmup_cosine
+from ovseg_jax.optim.optimizer import learning_rate, warmup_cosine
 
 PLAIN = {"start": None, "cosine_from": "warmup_end", "delay": 0}
 

@@ -68,7 +68,7 @@ def loss_terms(model, params, teacher, batch, config, *, mask_weight, mesh=None,
         model, params, teacher, batch, config, mask_weight=mask_weight, mesh=mesh, **options
     )
     scale = model.apply({"params": params}, method="logit_scale")
-    loss, metrics = joint_loss(scale, outputs, batch, config, mask_weight=mask_weight, mesh=mesh)
+    loss, metrics = joint_loss(scale, outputs, batch, config, mask_weight=mask_weight)
     return loss, (metrics, statistics)
 
 

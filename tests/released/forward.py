@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.losses.contrastive import Candidates, info_nce
+from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.positions import resize_grid
-from ovseg_jax.models.stack import PostNormLayer, PreNormLayer
+from ovseg_jax.models.transformer import PostNormLayer, PreNormLayer
 from released.arrays import relative
 
 FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}
@@ -165,7 +165,7 @@ def rest_values(case, params):
 
 def contrastive(a, b, scale):
     """The mean of `info_nce`."""
-    return jnp.mean(info_nce(unit(a), unit(b), scale, Candidates(jnp.ones(len(a), bool)))[0])
+    return jnp.mean(info_nce(unit(a), unit(b), scale, negatives_mask(jnp.ones(len(a))))[0])
 
 
 def position_errors(case, recorded):

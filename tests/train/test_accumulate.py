@@ -9,7 +9,7 @@ from reference.batches import adam_of, make_batch
 from reference.steps import assert_same, make_step, steps_on, take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.losses.contrastive import Candidates, info_nce
+from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
@@ -37,8 +37,8 @@ def toy_rows(params, part, number):
 
 
 def toy_loss(params, rows, batch):
-    among = Candidates(batch["weight"] > 0)
-    values, hits = info_nce(rows["a"], rows["b"], jnp.exp(params["scale"]), among)
+    negatives = negatives_mask(batch["weight"])
+    values, hits = info_nce(rows["a"], rows["b"], jnp.exp(params["scale"]), negatives)
     loss = jnp.sum(values * batch["weight"]) / jnp.sum(batch["weight"])
     return loss, {"loss": loss, "hits": jnp.mean(hits.astype(jnp.float32))}
 

@@ -1,4 +1,4 @@
-"""Stacks of identical layers, compiled once and scanned.
+"""Transformer layers, the cross-attention block, and stacks of identical layers that are scanned.
 
 A stack's parameters have a leading "layers" axis. One layer is traced and compiled, whatever the
 depth.
@@ -19,7 +19,7 @@ from ovseg_jax.models.layers import (
     MultiHeadAttention,
     layer_norm,
 )
-from ovseg_jax.models.rotary import Rotary
+from ovseg_jax.models.positions import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 
 # What the backward pass finds of each layer; the rest it makes again. "none": everything. "dots":
@@ -174,3 +174,34 @@ class PreNormStack(nn.Module):
         )
         x, kept = layers(x, jnp.asarray(self.drop_rates, jnp.float32))
         return kept[np.array(self.outputs) - 1] if self.outputs else x
+
+
+class CrossAttentionBlock(nn.Module):
+    """`q += MHA(q, x); q += FFN(LN(q)); q = LN(q)`, as in GroupViT (Xu et al., 2022).
+
+    Queries and context come in normalized: the block has no LayerNorm in front of its attention.
+
+    Attributes:
+      heads: must divide the width of the queries.
+      mlp_ratio: width of the feed-forward over that of the queries.
+    """
+
+    heads: int
+    mlp_ratio: float
+    eps: float
+    dtype: Any
+    matmul_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: Float[Array, "B Q D"],
+        context: Float[Array, "B T Dc"],
+    ) -> Float[Array, "B Q D"]:
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        attention = MultiHeadAttention(self.heads, name="attention", **options)
+        x = queries + attention(queries, context)
+        hidden = round(queries.shape[-1] * self.mlp_ratio)
+        normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
+        x = x + FeedForward(hidden, name="mlp", **options)(normed)
+        return layer_norm("norm", self.eps, self.dtype)(x)

@@ -9,7 +9,7 @@ import pytest
 from reference import group_masks as reference
 
 from ovseg_jax import sharding
-from ovseg_jax.losses import group_masks as losses
+from ovseg_jax.losses import released_mask_consistency as losses
 from ovseg_jax.losses.mask_consistency import mask_logits
 from ovseg_jax.losses.matching import match
 from ovseg_jax.losses.objective import divided_sum
