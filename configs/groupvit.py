@@ -20,7 +20,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ovseg_jax.flags import load_config
-from ovseg_jax.segmentation.published import named_protocol
+from ovseg_jax.segmentation.protocol import named_protocol
 
 VARIANTS = ("", "own_text", "smoke")
 

@@ -217,8 +217,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "averaged": "probabilities",
             "class_names": "released",
             "min_area": 0.0,
-            "assignment": "soft",
-            "assignment_temperature": 1.0,
             "flip": False,
             "scales": (1.0,),
             "pamr_steps": 0,

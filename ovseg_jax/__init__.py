@@ -25,7 +25,7 @@ def load(model_dir: Any, **settings: Any) -> Any:
         ``scales=(0.75, 1.0, 1.25)`` or ``pamr_steps=10``; see `segmentation.protocol.Protocol`.
 
     Returns:
-      A `segmentation.loaded.LoadedModel`; its method `segment(images, classes)` is all that most
+      A `segmentation.api.LoadedModel`; its method `segment(images, classes)` is all that most
       uses need.
 
     Raises:
@@ -33,6 +33,6 @@ def load(model_dir: Any, **settings: Any) -> Any:
         published weights that it refers to are not installed.
     """
     # Here, so that importing the package alone stays light.
-    from ovseg_jax.segmentation.loaded import LoadedModel
+    from ovseg_jax.segmentation.api import LoadedModel
 
     return LoadedModel(model_dir, **settings)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 # Programs that compile faster than this are not worth a file.
-WORTH_KEEPING = 0.1
+WORTH_KEEPING = 0.02
 
 
 def enable_compilation_cache() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.published import named_protocol
+from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights.conversion import (
     TOKENIZERS,
     Settings,

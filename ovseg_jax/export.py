@@ -13,7 +13,7 @@ import jax
 
 import ovseg_jax
 from ovseg_jax import flags
-from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import flatten, nest

@@ -15,29 +15,23 @@ from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.progress import Progress, duration, table
-from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS
-from ovseg_jax.segmentation.comparison import (
+from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchmark_of
+from ovseg_jax.segmentation.calibrate import calibrated, tune_split
+from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
+from ovseg_jax.segmentation.extreme_images import write_pictures
+from ovseg_jax.segmentation.protocol import NAMES, Protocol
+from ovseg_jax.segmentation.report import (
     comparison_rows,
     number,
+    protocol_lines,
     remarks,
     result_rows,
-    shared_protocol_lines,
     whole_image_lines,
     whole_image_rows,
 )
-from ovseg_jax.segmentation.evaluate import evaluate
-from ovseg_jax.segmentation.model_eval import evaluate_model
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.published import NAMES
-from ovseg_jax.segmentation.report import (
-    benchmark_of,
-    calibrated,
-    run_benchmarks,
-    tune_split,
-    write_pictures,
-)
+from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.segmentation.whole_images import WHOLE_IMAGES
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range
 from ovseg_jax.train.resume import restored
@@ -299,7 +293,7 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     whole = {name: result for name, result in results.items() if "miou" not in result}
     results = {name: result for name, result in results.items() if name not in whole}
     if results:
-        print("\n".join(shared_protocol_lines(results)))
+        print("\n".join(protocol_lines(results)))
         print(f"\n{table(result_rows(results))}\n")
     for result in whole.values():
         print("\n".join(whole_image_lines(result)))

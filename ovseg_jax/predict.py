@@ -11,12 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
-from ovseg_jax.progress import Progress
 from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
 from ovseg_jax.segmentation.outputs import (
     FORMATS,
@@ -25,8 +25,7 @@ from ovseg_jax.segmentation.outputs import (
     summary,
     write_results,
 )
-from ovseg_jax.segmentation.vocabulary import Vocabulary
-from ovseg_jax.segmentation.word_lists import word_list
+from ovseg_jax.segmentation.vocabulary import Vocabulary, word_list
 
 ABOUT = (
     """Segment images into classes that you name.
@@ -38,9 +37,9 @@ Formats: """
     + "\n         ".join(FORMATS.values())
     + """
 
-With few classes, everyday words are added to the competition, so that one class alone does not
-take every pixel; what they win becomes background. An image that fails is reported and the others
-are done; the exit code is then 1.
+With few classes, everyday words compete too, so that a single class does not take every pixel; what
+they win becomes background. An image that fails is reported and the others are still done; the exit
+code is then 1.
 """
 )
 
@@ -50,7 +49,7 @@ FLAGS = (
         "images",
         flags.comma_list,
         required=True,
-        help="files, folders, globs, videos, or - for a list of them on stdin; comma-separated",
+        help="files, folders, globs, videos, or - to read a list from stdin; comma-separated",
     ),
     flags.Flag(
         "classes", flags.comma_list, help="class names, comma-separated; synonyms as cat|kitten"
@@ -59,21 +58,18 @@ FLAGS = (
     flags.Flag(
         "background",
         help="a threshold from 0 to 1, 'none' for no background, or words that stand for it; "
-        "default the model's threshold",
+        "by default the model's threshold",
     ),
     flags.Flag("out", default="predictions", help="folder for the results"),
     flags.Flag(
         "formats", flags.comma_list, default=["png", "overlay", "json"], help="what to write"
     ),
-    flags.Flag("words", int, default=0, help="words that compete in all; 0: as in calibration"),
-    flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0: what suits"),
-    flags.Flag("every", int, default=1, help="of videos: each so many-th frame"),
-    flags.Flag("urls", bool, default=False, help="let addresses among --images be downloaded"),
+    flags.Flag("words", int, default=0, help="total of competing words; 0: as in calibration"),
+    flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0 to choose"),
+    flags.Flag("every", int, default=1, help="take every N-th frame of videos"),
     flags.Flag("flip", bool, default=False, help="average with the mirrored image"),
     flags.Flag("scales", flags.comma_list, help="average over sizes, such as 0.75,1,1.25"),
     flags.Flag("pamr", int, default=0, help="rounds of refinement by the image's colors"),
-    flags.Flag("assignment", choices=("soft", "hard"), help="of patches to groups"),
-    flags.Flag("temperature", float, help="of the soft assignment"),
 )
 
 
@@ -90,8 +86,8 @@ def main(argv: list[str]) -> int:
     for name in ("words", "batch_size"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1, or 0 to choose")
-    sources = find_pictures(args.images, sys.stdin, urls=args.urls, every=args.every)
-    result_names(sources)  # says now if two would write the same
+    sources = find_pictures(args.images, sys.stdin, every=args.every)
+    result_names(sources)  # raises now, not later, if two would write the same files
     enable_compilation_cache()
     model = ovseg_jax.load(args.model, **_settings(args))
     out = Path(args.out)
@@ -110,16 +106,18 @@ def _segment(
     args: SimpleNamespace,
     out: Path,
 ) -> int:
-    """Does every image that can be done; 1 if any failed."""
-    progress, failed, done, empty = Progress(), 0, 0, 0
-    places = itertools.count()  # as `segment_each` counts: images that failed are not among them
+    """Segments every image that can be read; 1 if any failed."""
+    failed, done, empty = 0, 0, 0
+    order = itertools.count()  # `segment_each` counts only the images that it gets
     waiting: dict[int, tuple[Picture, np.ndarray]] = {}
     written: dict[str, str] = {}
+    bar = tqdm(total=len(sources), unit=" images", disable=None)
 
     def fail(reason: str) -> None:
         nonlocal failed
         failed += 1
-        progress.say(f"error: {reason}")
+        _say(f"error: {reason}", sys.stderr)
+        bar.update()
 
     def readable() -> Iterator[np.ndarray]:
         for picture in pictures(sources, args.every):
@@ -132,30 +130,38 @@ def _segment(
                 fail(str(error))
                 continue
             written[picture.name] = picture.source
-            waiting[next(places)] = (picture, image)
+            waiting[next(order)] = (picture, image)
             yield image
 
-    progress.count("images", 0, len(sources))  # the rate is counted from here
-    for index, found in model.segment_each(
-        readable(), classes, **background, words=args.words, batch_size=args.batch_size
-    ):
-        picture, image = waiting.pop(index)
-        files = write_results(out, picture.name, image, found, args.formats)
-        done, empty = done + 1, empty + (not found.labels.any())
-        print(f"{picture.source}: {summary(found)} -> {shown_file(files)}", flush=True)
-        progress.count("images", done + failed, max(len(sources), done + failed))
+    with bar:
+        for index, result in model.segment_each(
+            readable(), classes, **background, words=args.words, batch_size=args.batch_size
+        ):
+            picture, image = waiting.pop(index)
+            files = write_results(out, picture.name, image, result, args.formats)
+            done, empty = done + 1, empty + (not result.labels.any())
+            _say(f"{picture.source}: {summary(result)} -> {shown_file(files)}", sys.stdout)
+            bar.total = max(bar.total, done + failed)  # a video is one source of many images
+            bar.update()
     if empty:
-        progress.say(
-            f"nothing was found in {empty} of {done} images. --words=N lets N words compete in all "
-            "(fewer find more), --background=0 or none asks for less certainty or for none"
+        _say(
+            f"nothing was found in {empty} of {done} images. --words=N lets N words compete "
+            "(fewer find more), --background=0 or none asks for less certainty or for none",
+            sys.stderr,
         )
     if failed:
-        progress.say(f"{failed} of {done + failed} images failed")
+        _say(f"{failed} of {done + failed} images failed", sys.stderr)
     return 1 if failed else 0
 
 
+def _say(text: str, file: Any) -> None:
+    """Writes a line above the progress bar, at once even into a pipe."""
+    tqdm.write(text, file=file)
+    file.flush()
+
+
 def _background(text: str | None) -> dict[str, Any]:
-    """The arguments of `segment` that a value of --background stands for."""
+    """The arguments of `segment` for a value of --background."""
     if text is None:
         return {"background": True}
     if text.lower() == "none":
@@ -184,10 +190,6 @@ def _settings(args: SimpleNamespace) -> dict[str, Any]:
             raise UserError(f"--scales={','.join(args.scales)} are not numbers") from None
     if args.pamr:
         settings["pamr_steps"] = args.pamr
-    if args.assignment:
-        settings["assignment"] = args.assignment
-    if args.temperature is not None:
-        settings["assignment_temperature"] = args.temperature
     return settings
 
 

@@ -6,18 +6,22 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from ovseg_jax import flags
-from ovseg_jax.data.prepare.beam_pool import RUNNERS, Beam
 from ovseg_jax.data.prepare.entity_choice import parse_choice
-from ovseg_jax.data.prepare.places import place
-from ovseg_jax.data.prepare.report import summary
+from ovseg_jax.data.prepare.jobs import RUNNERS, Jobs, beam_jobs, local_jobs
+from ovseg_jax.data.prepare.paths import parse_path
+from ovseg_jax.data.prepare.raw_pairs import PairSource
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.run import prepare
-from ovseg_jax.data.prepare.sample import dry_run
-from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.data.prepare.run import dry_run, prepare
+from ovseg_jax.data.prepare.source_datasets import ScenePairs, TfdsSource
+from ovseg_jax.data.prepare.source_files import FileSource
+from ovseg_jax.data.prepare.source_folders import FolderSource
+from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
+from ovseg_jax.data.prepare.tally import summary
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 
@@ -80,6 +84,16 @@ FLAGS = (
     ),
 )
 _SHOWN = 20
+# KIND of --source -> what opens the text behind the colon. Add a source here.
+SOURCES: dict[str, Callable[..., PairSource]] = {
+    "img2dataset": Img2DatasetSource,
+    "files": FileSource,
+    "folders": FolderSource,
+    "tfds": TfdsSource,
+    "scenes": ScenePairs,
+}
+# Flag -> the kind of source that takes it, as an argument of the same name.
+_SOURCE_FLAGS = {"images": "files", "hypernyms": "folders"}
 
 
 def main(argv: list[str]) -> int:
@@ -92,38 +106,60 @@ def main(argv: list[str]) -> int:
     rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
     if not args.out and not args.dry_run:
         raise UserError("missing --out (or --dry-run, which writes nothing)")
-    beam = _beam(args)
+    run_jobs = _jobs(args)
     choice = parse_choice(args.entities)
     source = open_source(args.source, args.images, args.hypernyms)
     if args.dry_run:
         print(_sample_text(dry_run(source, choice, rules)))
         return 0
-    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    out = place(args.out)
-    report = prepare(source, out, choice, rules, workers=workers, beam=beam, say=_say)
+    out = parse_path(args.out)
+    report = prepare(source, out, choice, rules, run_jobs=run_jobs, say=_say)
     print(summary(report))
     print(f"records: {args.out}, report: {out / 'report.html'}")
     return 0
 
 
-def _beam(args: SimpleNamespace) -> Beam | None:
-    """The Beam runner that the flags ask for."""
+def open_source(text: str, images: str | None = None, hypernyms: bool = False) -> PairSource:
+    """The source that 'KIND:WHERE' names.
+
+    Args:
+      text: what --source says.
+      images: the folder of image files, for 'files'.
+      hypernyms: add wider words to class names, for 'folders'.
+
+    Raises:
+      UserError: an unknown kind, or what the source itself refuses.
+    """
+    kind, colon, where = text.partition(":")
+    if kind not in SOURCES or not colon or not where:
+        forms = "img2dataset:DIR, files:FILE.tsv, folders:DIR, tfds:NAME, scenes:N"
+        raise UserError(f"--source={text} is none of: {forms}")
+    options = {"images": images, "hypernyms": hypernyms}
+    given = {flag: value for flag, value in options.items() if value}
+    for flag in given:
+        if _SOURCE_FLAGS[flag] != kind:
+            raise UserError(f"--{flag} goes with --source={_SOURCE_FLAGS[flag]}:, not with {kind}")
+    return SOURCES[kind](where, **given)
+
+
+def _jobs(args: SimpleNamespace) -> Jobs:
+    """Where the flags let the work be done."""
     if args.runner == "local":
         if args.beam_options:
             raise UserError(
                 f"--beam_options goes with --runner={'|'.join(RUNNERS)}, not with local"
             )
-        return None
+        return local_jobs((os.cpu_count() or 1) if args.workers is None else args.workers)
     if args.workers is not None:
         raise UserError("--workers is for --runner=local; a Beam runner has --beam_options")
     if args.runner == "DataflowRunner":
-        # Its machines see no disk of this one.
+        # Its machines see no disk of this machine.
         for flag, where in (("source", args.source), ("out", args.out or "")):
             if "gs://" not in where:
                 raise UserError(
                     f"--runner=DataflowRunner needs --{flag} in a bucket, gs://...; it is {where!r}"
                 )
-    return Beam(args.runner, tuple(shlex.split(args.beam_options)))
+    return beam_jobs(args.runner, shlex.split(args.beam_options))
 
 
 def _verify(directory: str, argv: list[str]) -> int:
@@ -143,20 +179,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _sample_text(found: dict[str, Any]) -> str:
+def _sample_text(sample: dict[str, Any]) -> str:
     """The result of a dry run for a terminal."""
-    named = sorted(found["entities"].items(), key=lambda item: (-item[1], item[0]))
+    named = sorted(sample["entities"].items(), key=lambda item: (-item[1], item[0]))
     entities = ", ".join(f"{name} {count}" for name, count in named[:_SHOWN] if count)
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    share = found["kept"] / found["read"]
+    share = sample["kept"] / sample["read"]
     return "\n".join(
         [
-            f"dry run: {found['read']} pairs of {found['shards_read']} of {found['input_shards']} "
-            "shards; nothing is written",
-            summary(found),
+            f"dry run: {sample['read']} pairs of {sample['shards_read']} of "
+            f"{sample['input_shards']} shards; nothing is written",
+            summary(sample),
             f"entities named: {entities or 'none'}{more}",
             f"of a million pairs about {share * 1e6:,.0f} would be kept, "
-            f"{found['bytes'] / found['read'] / 1e3:,.1f} GB of images; duplicates come off that",
+            f"{sample['bytes'] / sample['read'] / 1e3:,.1f} GB of images; duplicates come off that",
         ]
     )
 

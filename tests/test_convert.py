@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.published import named_protocol
+from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.model_dir import load_model, save_model
 from ovseg_jax.weights.pth import write_torch

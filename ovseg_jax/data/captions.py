@@ -1,84 +1,213 @@
-"""What the text encoder reads of one caption: itself, its masked form, prompts (Sec. 3.1.2)."""
+"""What the text encoder reads of a caption: itself, its masked form, prompts (Sec. 3.1.2).
+
+Prompt templates in the style of CLIP are sentences with a place for entity names. All are of the
+list that OpenAI published with CLIP (https://github.com/openai/CLIP), which is in
+clip_templates.json with its license.
+"""
 
 import itertools
+import json
 from collections.abc import Collection, Iterable, Sequence
-from typing import TypedDict
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, Integer
 
-from ovseg_jax.data.entities import MASK_TOKEN, EntitySet, unmasked
-from ovseg_jax.data.templates import SHARED, fill
+from ovseg_jax.data.entities import MASK_TOKEN, EntitySet
+from ovseg_jax.data.nouns import NounFinder, caption_nouns
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
+
+_LISTED = json.loads(resources.files("ovseg_jax.data").joinpath("clip_templates.json").read_text())
+# The name of the whole list in a config.
+CLIP_NAME = "clip"
+CLIP: tuple[str, ...] = tuple(_LISTED["templates"])
+# The default for training, the shorter ones that suit any entity. One of them is drawn for each
+# example and becomes the target of the entity loss (Eq. 9).
+TRAINING: tuple[str, ...] = tuple(_LISTED["training"])
+# The target of a masked token that is no entity.
+NO_TARGET = -1
 
 
-def mask_entities(
-    caption: str,
-    entity_set: EntitySet,
-    mask_token: str = MASK_TOKEN,
-    only: Collection[int] | None = None,
-) -> str:
-    """The caption with every entity mention replaced by the mask token.
+def expand_templates(names: Sequence[str]) -> tuple[str, ...]:
+    """The templates that a config lists, each once; "clip" means all of CLIP's, () the default.
 
-    Mentions are cut out by position: punctuation and the words around stay as they are. No
-    surface form is found in the result.
+    Raises:
+      UserError: a template has no place for names.
+    """
+    groups = [CLIP if name == CLIP_NAME else (name,) for name in names]
+    templates = tuple(dict.fromkeys(itertools.chain.from_iterable(groups)))
+    for template in templates:
+        fill(template, ("dog",))
+    return templates or TRAINING
+
+
+def fill(template: str, names: Sequence[str]) -> str:
+    """Puts 'a and b and c' into a template.
+
+    Raises:
+      UserError: the template has not exactly one {}.
+    """
+    if template.count("{}") != 1:
+        raise UserError(
+            f"the template {template!r} must have {{}} once, where the names go"
+            + nearest(template, [CLIP_NAME])
+        )
+    return template.replace("{}", " and ".join(names))
+
+
+def prompt(entities: Sequence[str], template: str) -> str:
+    """The template with the entities in it; the empty sentence where there is no entity."""
+    return fill(template, entities) if entities else ""
+
+
+def shared_prompt(name: str) -> str:
+    """The sentence for an entity that two images share (Sec. 3.2.3): 'a photo of dog'."""
+    return fill("a photo of {}", [name])
+
+
+def mask_entities(caption: str, entity_set: EntitySet, only: Collection[int] | None = None) -> str:
+    """The caption with the mask token in place of every mention of an entity.
+
+    The text around the mentions does not change. The result names no entity.
 
     Args:
       only: the entities (ids) to mask; all by default.
-
-    Raises:
-      UserError: a mask token of the caller's own names an entity.
     """
-    if mask_token != MASK_TOKEN and entity_set.find(mask_token):
-        raise UserError(f"the mask token {mask_token!r} names an entity; choose another")
-    # More than one round where cutting a word out sets another one free for the tokenizer.
+    # Several rounds, because the words on both sides of a mask may become another mention.
     while spans := [
         (start, end)
         for start, end, identity in entity_set.spans(caption)
         if only is None or identity in only
     ]:
         for start, end in reversed(spans):
-            caption = caption[:start] + mask_token + caption[end:]
+            caption = caption[:start] + MASK_TOKEN + caption[end:]
     return caption
 
 
-def prompt(entities: Sequence[str], template: str) -> str:
-    """The template with 'a and b and c' in it; the empty sentence when there is no entity."""
-    return fill(template, entities) if entities else ""
+class Masking(StrEnum):
+    """The objective for an image's groups besides the caption's (Sec. 4.3, Table 4).
 
-
-def shared_prompt(name: str) -> str:
-    """The sentence for an entity that two images share: 'a photo of dog'."""
-    return fill(SHARED, [name])
-
-
-class Texts(TypedDict):
-    """The sentences of one caption.
-
-    Keys:
-      caption: as found.
-      masked: with every entity mention masked.
-      prompts: one for each template; empty sentences when the caption names no entity.
-      entities: sorted entity ids.
+    ALL_ENTITIES: every entity is masked; the groups complete the caption to a sentence that names
+      them all (Eq. 8, 9).
+    SINGLE_ENTITY: the same with one entity of the caption, drawn anew each time.
+    ALL_NOUNS: the same with every noun, whether it is an entity or not.
+    MULTI_LABEL: nothing is masked; sentences of single nouns are further positives of the image
+      (GroupViT, Xu et al., 2022).
+    MLM_GROUPS: masked language modeling. Every entity is masked, and each masked token attends to
+      the groups and is classified as an entity.
+    MLM: the same from the text encoder's output alone, without the groups.
     """
 
-    caption: str
+    ALL_ENTITIES = "all_entities"
+    SINGLE_ENTITY = "single_entity"
+    ALL_NOUNS = "all_nouns"
+    MULTI_LABEL = "multi_label"
+    MLM_GROUPS = "mlm_groups"
+    MLM = "mlm"
+
+    @property
+    def completes(self) -> bool:
+        """Whether the decoder completes a masked caption to a prompt."""
+        return self in (Masking.ALL_ENTITIES, Masking.SINGLE_ENTITY, Masking.ALL_NOUNS)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether masked tokens are classified."""
+        return self in (Masking.MLM_GROUPS, Masking.MLM)
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether the decoder reads the groups."""
+        return self.completes or self is Masking.MLM_GROUPS
+
+
+@dataclass(frozen=True)
+class MaskedTexts:
+    """A caption, masked.
+
+    Attributes:
+      masked: the caption with mask tokens in it.
+      prompt: the sentence that names what was masked, empty where nothing was.
+      answer: what was masked, entity ids or nouns: equal answers are no negatives.
+      mentions: entity ids in the order of the mask tokens; None where they are not needed, or
+        unknown because the caption has mask tokens of its own.
+    """
+
     masked: str
-    prompts: list[str]
-    entities: tuple[int, ...]
+    prompt: str
+    answer: tuple[int | str, ...]
+    mentions: tuple[int, ...] | None = None
 
 
-def texts_of(caption: str, entity_set: EntitySet, templates: Sequence[str]) -> Texts:
-    """All sentences of a caption. Names stand in a prompt in the order of ids."""
-    caption = unmasked(caption)
-    entities = entity_set.find(caption)
-    names = [entity_set.names[identity] for identity in entities]
-    return Texts(
-        caption=caption,
-        masked=mask_entities(caption, entity_set) if entities else caption,
-        prompts=[prompt(names, template) for template in templates],
-        entities=entities,
+def masked_texts(
+    caption: str,
+    entity_set: EntitySet,
+    template: str,
+    masking: Masking,
+    rng: np.random.Generator,
+    finder: NounFinder | None = None,
+) -> MaskedTexts:
+    """Masks a caption.
+
+    Args:
+      template: of the prompt, in which names have the order of ids.
+      rng: used only for SINGLE_ENTITY.
+      finder: of nouns; `nouns.noun_finder()` by default.
+    """
+    if masking is Masking.ALL_NOUNS:
+        # A table of the nouns, so that every mention and plural is masked.
+        entity_set = EntitySet({noun: [] for noun in caption_nouns(caption, finder)})
+    named, only = entity_set.find(caption), None
+    if masking is Masking.SINGLE_ENTITY and named:
+        named = only = (named[int(rng.integers(len(named)))],)
+    names = [entity_set.names[identity] for identity in named]
+    masked = mask_entities(caption, entity_set, only) if named else caption
+    mentions = None
+    if masking.classifies:
+        mentions = tuple(identity for _, _, identity in entity_set.spans(caption))
+        # The counts differ if the caption has the literal token, or masking made another mention.
+        mentions = mentions if masked.count(MASK_TOKEN) == len(mentions) else None
+    return MaskedTexts(
+        masked=masked,
+        prompt=prompt(names, template),
+        answer=tuple(names) if masking is Masking.ALL_NOUNS else named,
+        mentions=mentions,
     )
+
+
+def token_targets(
+    ids: Integer[np.ndarray, "M"], mask_id: int, mentions: Sequence[int] | None
+) -> Int32[np.ndarray, "M"]:
+    """The entity of each mask token, `NO_TARGET` elsewhere.
+
+    Args:
+      ids: tokens of the masked caption; if it was cut, its last mentions are missing.
+      mentions: from `MaskedTexts`.
+    """
+    targets = np.full(ids.shape, NO_TARGET, np.int32)
+    at = np.flatnonzero(ids == mask_id)
+    if mentions is not None and len(at) <= len(mentions):
+        targets[at] = np.asarray(mentions, np.int32)[: len(at)]
+    return targets
+
+
+def noun_sentences(
+    caption: str,
+    count: int,
+    templates: Sequence[str],
+    rng: np.random.Generator,
+    finder: NounFinder | None = None,
+) -> list[str]:
+    """Up to `count` different nouns of a caption, drawn at random, each in a random template.
+
+    They are further positives of the image (GroupViT, Xu et al., 2022, Sec. 3.2).
+    """
+    nouns = caption_nouns(caption, finder)
+    drawn = rng.permutation(len(nouns))[:count]
+    return [fill(templates[int(rng.integers(len(templates)))], [nouns[i]]) for i in drawn]
 
 
 def distinct_captions(
@@ -91,10 +220,10 @@ def distinct_captions(
 
     Returns:
       (captions, starts, rows): record r has `captions[i]` for i in
-      `rows[starts[r] : starts[r + 1]]`, in its own order.
+      `rows[starts[r] : starts[r + 1]]`, in the order of its captions.
     """
     numbers: dict[str, int] = {}
-    # Photographs of one class have the same captions, many hundreds of them.
+    # Photographs of a class share hundreds of captions.
     known: dict[Sequence[str], list[int]] = {}
     rows = []
     for captions in records:
@@ -111,8 +240,7 @@ def distinct_prompts(
 ) -> tuple[list[str], Int32[np.ndarray, "records templates"]]:
     """The different prompts of many captions, and which of them each caption uses.
 
-    Many captions name the same entities, so encoding the distinct sentences costs far less than
-    encoding all of them.
+    Many captions name the same entities, so there are far fewer different prompts to encode.
     """
     rows: dict[str, int] = {}
     table = np.zeros((len(captions), len(templates)), np.int32)

@@ -1,18 +1,23 @@
-"""From the bytes of an image file to upright RGB. Bad files raise one exception with a cause."""
+"""From the bytes of an image file to upright RGB, and random resized crops of it.
+
+Files that cannot be decoded raise one exception, with a cause.
+"""
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ovseg_jax.data.crop import Box
-
-# More pixels than this are refused before they are decoded: a small file can hold a huge image.
+# Left, top, right, bottom in pixels: integers, or fractions where the image was reduced.
+Box = tuple[int | float, int | float, int | float, int | float]
+# An image with more pixels is refused before it is decoded: a small file can hold a huge image.
 MAX_PIXELS = 2**26
-# What a JPEG decoder can divide both sides by while it decodes, for less than the work.
+# What a JPEG decoder can divide both sides by, which makes decoding faster.
 _REDUCTIONS = (8, 4, 2)
+# Attempts at a crop that fits before the largest centered one is taken.
+_TRIES = 10
 
 
 class UnreadableImage(Exception):
@@ -23,16 +28,16 @@ class UnreadableImage(Exception):
         self.cause = cause
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """Decodes an image file to RGB, upright.
 
-    The first frame of an animation is taken, the EXIF rotation is applied, transparent parts
-    become white, 16-bit gray is scaled to 8 bits.
+    Only the first frame of an animation is decoded, the EXIF rotation is applied, transparent
+    areas become white, and 16-bit gray is scaled to 8 bits.
 
     Raises:
       UnreadableImage: with the cause 'empty', 'too large', 'not an image' or 'damaged'.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         return _upright(image)
 
 
@@ -40,29 +45,26 @@ def decode_reduced(
     data: bytes,
     choose: Callable[[tuple[int, int]], Box],
     size: int,
-    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Image.Image, Box]:
-    """Decodes a JPEG at 1/2, 1/4 or 1/8 of its size where a part of it is going to be shrunk.
+    """Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the crop of it will be shrunk that much.
 
-    The reduced image averages pixels in the decoder's 8 x 8 blocks, so what is made of it differs
-    slightly from what the whole image gives: on average by 0.3 to 0.8 of 256 levels for photographs
-    of 1000 pixels (24 crops each to 224), by up to 3.7 where the part is hardly twice its new size,
-    which leaves sharp edges sharper; a test holds made-up pictures to less than 2. Other formats,
-    and rotated files, are decoded whole.
+    The decoder averages pixels within its 8 x 8 blocks, so the result differs a little from that of
+    the whole image: by 0.3 to 0.8 of 256 levels on average for photographs of 1000 pixels (24 crops
+    each to 224), and by up to 3.7 where the crop is hardly twice its new size. Files of other
+    formats, and rotated ones, are decoded whole.
 
     Args:
-      choose: (width, height) of the upright image -> the part (left, top, right, bottom) in pixels
-        that will be resized.
-      size: the side, in pixels, of what that part will be resized to; the reduced part is never
-        smaller.
+      choose: maps (width, height) of the upright image to the crop (left, top, right, bottom) in
+        pixels.
+      size: the side to which the crop will be resized; the reduced crop is never smaller.
 
     Returns:
-      The image, and the part in its pixels.
+      The image, and the crop in its pixels.
 
     Raises:
       UnreadableImage: as `decode`.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         width, height = image.size
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         turned = orientation in (5, 6, 7, 8)
@@ -72,15 +74,62 @@ def decode_reduced(
             factor = next((f for f in _REDUCTIONS if shortest >= f * size), 1)
             reduced = image.draft(None, (width // factor, height // factor))
             if factor > 1 and reduced is not None:
-                # The decoder may choose another factor, and tells the exact size.
+                # The decoder may choose another factor; it returns the exact size.
                 shrink = reduced[1][2] / width
                 left, top, right, bottom = (side * shrink for side in box)
                 box = (left, top, right, bottom)
         return _upright(image), box
 
 
+def crop_box(
+    image_size: tuple[int, int],
+    rng: np.random.Generator,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> Box:
+    """A random crop (left, top, right, bottom) of an image, in integer pixels.
+
+    Drawn as timm's random resized crop (Szegedy et al., 2015). If no drawn crop fits into the
+    image, it is the largest centered crop with an allowed ratio.
+
+    Args:
+      image_size: (width, height).
+      scale: the least and greatest area of the crop, as a fraction of the image.
+      ratio: the least and greatest width / height, drawn uniformly in the logarithm.
+    """
+    width, height = image_size
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(scale[0], scale[1])
+        aspect = float(np.exp(rng.uniform(low, high)))
+        across = max(1, round(float(np.sqrt(area * aspect))))
+        down = max(1, round(float(np.sqrt(area / aspect))))
+        if across <= width and down <= height:
+            left = int(rng.integers(0, width - across, endpoint=True))
+            top = int(rng.integers(0, height - down, endpoint=True))
+            return (left, top, left + across, top + down)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    across = max(1, min(width, round(height * aspect)))
+    down = max(1, min(height, round(width / aspect)))
+    left, top = (width - across) // 2, (height - down) // 2
+    return (left, top, left + across, top + down)
+
+
+def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """The crop of the image at size x size pixels, bilinear with antialiasing.
+
+    A crop in integer pixels is cut out first, so that no pixel outside of it counts.
+    """
+    whole = tuple(int(side) for side in box)
+    if whole == tuple(box):
+        return image.crop(whole).resize((size, size), Image.Resampling.BILINEAR)
+    right, bottom = min(box[2], image.width), min(box[3], image.height)
+    inside = (box[0], box[1], right, bottom)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=inside)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent parts white, 16-bit gray scaled to 8 bits."""
+    """An image of any mode as RGB: transparent areas white, 16-bit gray scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these modes at 255 instead of scaling them.
         values = np.asarray(image, np.float64)
@@ -95,19 +144,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # In place, since a copy of a large image takes as long as a quarter of its decoding.
+    # In place, because copying a large image takes a quarter as long as decoding it.
     ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise UnreadableImage("empty", "the file has no bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            if width * height > MAX_PIXELS:
                 raise UnreadableImage("too large", f"{width}x{height} pixels")
             yield image
     except UnreadableImage:

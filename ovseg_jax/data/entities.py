@@ -1,7 +1,7 @@
 """Entities: which of a fixed set of visual nouns a caption names, and where (Sec. 3.1.2).
 
-An entity has a name and surface forms: the words a caption may use for it. Plurals of the forms
-are found without being listed. Ids are positions in the table.
+An entity has a name and surface forms, the words that a caption may use for it. Plurals of the
+forms need not be listed. Ids are positions in the table.
 """
 
 import json
@@ -10,17 +10,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.plurals import plurals
-from ovseg_jax.data.words import word_at, word_spans, words
+from ovseg_jax.data.words import EDGE, MASK_TOKEN, plurals, word_spans, words
 from ovseg_jax.errors import UserError
 
-MASK_TOKEN = "[MASK]"
 FORMAT = "ovseg_jax entities"
 VERSION = 1
 
 
 def unmasked(text: str) -> str:
-    """The text with every mask token that its author typed taken apart: it masks nothing.
+    """The text with blanks inside every mask token that its author typed, so that it masks nothing.
 
     The tokenizer makes the same pieces of "[ MASK ]" as of the letters of "[MASK]".
     """
@@ -28,11 +26,11 @@ def unmasked(text: str) -> str:
 
 
 class EntitySet:
-    """A table of entities with a fast matcher.
+    """A table of entities, which finds them in captions.
 
     Args:
-      table: entity name -> surface forms; the name counts as a form of its own. The order of the
-        table gives the ids.
+      table: entity name -> surface forms; the name is a form too. The order of the table gives the
+        ids.
 
     Raises:
       UserError: a form is empty, or is listed under two entities.
@@ -48,19 +46,19 @@ class EntitySet:
             for form in (name, *forms):
                 self._add_form(name, form, identity)
         self.names: tuple[str, ...] = tuple(self.table)
-        listed = dict(self._ids)
-        for tokens, identity in listed.items():
+        for tokens, identity in list(self._ids.items()):
             for plural in plurals(tokens[-1]):
                 # A listed form always wins over a plural made by rule ("glasses", not "glass").
                 self._ids.setdefault((*tokens[:-1], plural), identity)
-        # First word -> how many words the longest form that begins with it has.
+        # First word -> the number of words of the longest form that begins with it.
         self._longest: dict[str, int] = {}
         for tokens in self._ids:
             self._longest[tokens[0]] = max(self._longest.get(tokens[0], 0), len(tokens))
+        self._first_words = frozenset(self._longest)
 
     def _add_form(self, name: str, form: str, identity: int) -> None:
-        tokens = tuple(words(form))
-        if not tokens or not all(tokens):
+        tokens = _form_words(form)
+        if not tokens:
             raise UserError(f"entity {name!r} has the form {form!r}, in which no word can be found")
         other = self._ids.setdefault(tokens, identity)
         if other != identity:
@@ -79,51 +77,38 @@ class EntitySet:
     def spans(self, caption: str) -> list[tuple[int, int, int]]:
         """(start, end, entity id) of every mention, in order, without overlaps.
 
-        Upper and lower case are the same; of two forms that begin at one word the longer is taken.
-        The mask token itself is never a mention, even if "mask" is an entity.
+        Case does not matter; of two forms that begin at the same word the longer is a mention. The
+        mask token itself is never a mention, even if "mask" is an entity.
         """
         positions = word_spans(caption)
-        tokens = [word_at(caption, position) for position in positions]
-        for start in _literal_positions(caption, MASK_TOKEN):
-            for at, (left, _) in enumerate(positions):
-                if start <= left < start + len(MASK_TOKEN):
-                    tokens[at] = ""  # no form begins with it
         return [
             (positions[first][0], positions[last][1], identity)
-            for first, last, identity in self._mentions(tokens)
+            for first, last, identity in self._mentions(words(caption))
         ]
-
-    def _mentions(self, tokens: Sequence[str]) -> list[tuple[int, int, int]]:
-        """(first word, last word, entity id) of every mention among the words of a caption."""
-        found = []
-        at = 0
-        while at < len(tokens):
-            taken = 1
-            longest = self._longest.get(tokens[at], 0)
-            for length in range(min(longest, len(tokens) - at), 0, -1):
-                identity = self._ids.get(tuple(tokens[at : at + length]))
-                if identity is not None:
-                    found.append((at, at + length - 1, identity))
-                    taken = length
-                    break
-            at += taken
-        return found
 
     def find(self, caption: str) -> tuple[int, ...]:
         """Sorted ids of the entities that the caption names, each once."""
-        return tuple(sorted({identity for _, _, identity in self.spans(caption)}))
-
-    def among(self, tokens: Sequence[str]) -> tuple[int, ...]:
-        """`find` for a caption that is words already (`words.words`); knows no mask token."""
+        tokens = words(caption)
+        # Most alt texts of the web name no entity.
+        if self._first_words.isdisjoint(tokens):
+            return ()
         return tuple(sorted({identity for _, _, identity in self._mentions(tokens)}))
 
-    def first_words(self) -> frozenset[str]:
-        """The words that a form, listed or a plural, can begin with."""
-        return frozenset(self._longest)
-
-    def vocabulary(self) -> frozenset[str]:
-        """Every word of every form, plurals too."""
-        return frozenset(word for tokens in self._ids for word in tokens)
+    def _mentions(self, tokens: Sequence[str]) -> list[tuple[int, int, int]]:
+        """(first word, last word, entity id) of every mention among the words of a caption."""
+        mentions = []
+        at = 0
+        while at < len(tokens):
+            longest = min(self._longest.get(tokens[at], 0), len(tokens) - at)
+            for length in range(longest, 0, -1):
+                identity = self._ids.get(tuple(tokens[at : at + length]))
+                if identity is not None:
+                    mentions.append((at, at + length - 1, identity))
+                    at += length
+                    break
+            else:
+                at += 1
+        return mentions
 
     def to_json(
         self, path: str | Path, *, source: str = "", counts: Mapping[str, int] | None = None
@@ -132,7 +117,7 @@ class EntitySet:
 
         Args:
           source: where the entities come from.
-          counts: entity name -> how often it was found; for the reader alone.
+          counts: entity name -> the number of captions that name it; only for the reader.
         """
         document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": source}
         if counts is not None:
@@ -166,11 +151,11 @@ class EntitySet:
 
 
 def joined_tables(tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
-    """One table of the entities of several; the first one itself where all are equal.
+    """One table of the entities of several; the first table where all are equal.
 
-    Entities of one name become one, and so does an entity whose name is a form of an entity before
-    it ("puppy", after "dog" with the form "puppy"). A form belongs to the first entity that lists
-    it.
+    Entities of the same name are joined. An entity whose name is a form of an earlier entity
+    ("puppy", after "dog" with the form "puppy") joins that entity. A form belongs to the first
+    entity that lists it.
     """
     first = tables[0]
     if all(list(table.items()) == list(first.items()) for table in tables):
@@ -189,15 +174,15 @@ def joined_tables(tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, li
 
 
 def with_names(table: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, list[str]]:
-    """The table with further entities: the names that no entity of it has as a form, or a plural.
+    """The table with further entities: those names that are no form, or plural, of its entities.
 
-    Names without a letter, or in which no word is found, are passed over.
+    Names without a letter or without a word are left out.
     """
     known = EntitySet(table)
     new = [
         name
         for name in names
-        if any(map(str.isalpha, name)) and all(words(name)) and not known.is_form(name)
+        if any(map(str.isalpha, name)) and _form_words(name) and not known.is_form(name)
     ]
     return joined_tables([table, {name: [] for name in new}]) if new else joined_tables([table])
 
@@ -224,10 +209,8 @@ def _table_of(document: Any, path: str | Path) -> dict[str, list[str]]:
     return table
 
 
-def _literal_positions(text: str, literal: str) -> list[int]:
-    positions = []
-    at = text.find(literal)
-    while at >= 0:
-        positions.append(at)
-        at = text.find(literal, at + len(literal))
-    return positions
+def _form_words(form: str) -> tuple[str, ...]:
+    """The words of a surface form; () if it has a mark in place of a word."""
+    tokens = tuple(words(form))
+    are_words = all(token.strip(EDGE) and token != MASK_TOKEN.lower() for token in tokens)
+    return tokens if are_words else ()

@@ -1,8 +1,7 @@
 """Features computed once and read many times: memory-mapped arrays with the key of their maker.
 
-A store is a folder with one .npy file an array and `meta.json`. It appears under its name only
-when it is complete, and is taken for another's when the key (a hash of weights and transform)
-differs.
+A store is a folder with an .npy file for each array and `meta.json`. It gets its name only when it
+is complete. Another key (a hash of weights and transform) means that it is another store.
 """
 
 import json
@@ -27,10 +26,10 @@ class FeatureStore:
     Arrays of an image store: `image` [N, V, L, D], and where records could not be read `valid`
     [N] (0 for those). Arrays of a text store, in which every text is held once: `caption_pooled`
     [C, Dt], `masked_tokens` [K, M, Dt], `masked_mask` [K, M], `prompt_pooled` [P, Dt],
-    `shared_pooled` [entities, Dt]; and rows into them: caption i of record r has the row
+    `shared_pooled` [entities, Dt]; and rows of them: caption i of record r has the row
     c = `caption_rows[caption_starts[r] + i]` of the captions, `masked_rows[c]` of the masked ones
-    and `prompt_rows[c, t]` of the prompts. N records, V views, L patches, T templates, M text
-    tokens; C different captions, K masked captions and P prompts.
+    and `prompt_rows[c, t]` of the prompts. There are N records, V views, L patches, T templates, M
+    text tokens, C different captions, K masked captions and P prompts.
     """
 
     def __init__(self, directory: Path, key: str, layout: Layout, target: Path | None = None):
@@ -44,10 +43,10 @@ class FeatureStore:
 
     @classmethod
     def create(cls, directory: str | Path, key: str, arrays: Layout) -> "FeatureStore":
-        """Begins a store beside `directory`; `commit` moves it there.
+        """Begins a store of zeros beside `directory`; `commit` moves it there.
 
         Args:
-          arrays: name -> (shape, dtype). Every array begins as zeros.
+          arrays: name -> (shape, dtype).
         """
         target = Path(directory)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ class FeatureStore:
 
     @classmethod
     def open(cls, directory: str | Path, key: str) -> "FeatureStore | None":
-        """The store in `directory`, or None if it is absent, incomplete, damaged or another's."""
+        """The store in `directory`; None if it is absent, incomplete, damaged or of another key."""
         directory = Path(directory)
         try:
             meta = json.loads((directory / _META).read_text())
@@ -89,7 +88,7 @@ class FeatureStore:
         """The array, mapped into memory.
 
         Raises:
-          UserError: the store has no such array, or the file was damaged since it was opened.
+          UserError: the store has no such array, or its file was damaged after it was opened.
         """
         if name not in self._layout:
             raise UserError(
@@ -111,13 +110,13 @@ class FeatureStore:
         shape, kind = self._layout[name]
         if array.shape != shape or array.dtype != kind:
             raise ValueError(f"array {name} is {array.dtype}{array.shape}, not {kind}{shape}")
-        # A plain view of the map: the same pages, without np.memmap's cost for every slice.
+        # A plain view of the same pages: np.memmap costs more for every slice.
         self._arrays[name] = array.view(np.ndarray)
 
     def commit(self) -> "FeatureStore":
-        """Completes the store: writes the arrays out, then puts the folder in place.
+        """Writes the arrays out and moves the folder to its name, over a store that is there.
 
-        A store already there is replaced. Returns the store, opened read-only.
+        Returns the store, opened read-only.
 
         Raises:
           UserError: the store was opened, not created.
@@ -137,5 +136,5 @@ class FeatureStore:
         return FeatureStore(self._target, self.key, self._layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as a copy of its data; workers map the files themselves.
+        # Without the memory maps, which would be pickled as copies of their data.
         return {**self.__dict__, "_arrays": {}}

@@ -41,8 +41,8 @@ class Manifest:
       keys_sha256: digest of the key list (`records.key_digest`).
       tool: program and version that wrote the folder.
       files: further files: the entity -> records index, where there is one.
-      captions: "texts" as they are, or "class_names" that training puts into templates.
-      version: of the layout. Version 2 is still read: it has one caption for a record.
+      captions: "texts", or "class_names" that training puts into templates.
+      version: of the layout. Version 2, with one caption for each record, is still read.
     """
 
     count: int
@@ -62,12 +62,12 @@ class Manifest:
         return (*self.shards, self.index, *self.files)
 
     def digest(self) -> str:
-        """SHA-256 of the manifest itself, which is stored in it: a hand-edited one shows."""
+        """SHA-256 of the manifest; it is stored in the file, so that an edited one is noticed."""
         text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def fields(self) -> dict[str, Any]:
-        """What is stored, but for the version, which stands before it."""
+        """What is stored after the version."""
         fields = asdict(self)
         if fields.pop("version") == 2:
             del fields["captions"]
@@ -75,7 +75,7 @@ class Manifest:
 
 
 def describe_file(path: Path, count: int, name: str | None = None) -> FileInfo:
-    """Measures a finished file, which is called `name` where it goes to another place."""
+    """Measures a finished file, which will have the name `name`."""
     return FileInfo(name or path.name, count, path.stat().st_size, file_digest(path))
 
 
@@ -86,7 +86,7 @@ def file_digest(path: Path) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What the manifest's file holds."""
+    """The content of the manifest's file."""
     document = {"format": FORMAT, "version": manifest.version}
     document |= {"manifest_sha256": manifest.digest(), **manifest.fields()}
     return json.dumps(document, indent=1, ensure_ascii=True) + "\n"

@@ -1,23 +1,21 @@
-"""Which words of a caption are nouns for things one can see, and an entity set made of them.
+"""Which words of a caption are nouns for visible things, and an entity set made of them.
 
-Two ways. With NLTK's WordNet and tagger data installed, the tagger finds nouns and WordNet says
-whether a noun's first sense is a physical thing. Without, bundled word lists and the position of
-a word decide: a noun follows a determiner, a number or a preposition (adjectives may stand
-between) and is not itself followed by another open-class word.
+Where NLTK's WordNet and tagger data are installed, the tagger finds nouns, and WordNet says whether
+a noun's first sense is a physical thing. Elsewhere bundled word lists and the position of a word
+decide: a noun follows a determiner, a number or a preposition, with adjectives between them or not,
+and no other open-class word follows it.
 """
 
 import functools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Protocol, runtime_checkable
 
-from ovseg_jax.data.plurals import singular
-from ovseg_jax.data.words import words
+from ovseg_jax.data.words import singular, word_list, words
 from ovseg_jax.errors import UserError
 
-# A word is taken for a noun when this share of its uses stands where nouns stand.
+# A word is a noun if at least this share of its uses is in the position of a noun.
 _LEAST_EVIDENCE = 0.2
 _PARTICIPLE_ENDINGS = ("ing", "ed", "ly", "ful", "ous", "less", "est")
 _SHORTEST = 3
@@ -30,16 +28,8 @@ class NounFinder(Protocol):
     name: str
 
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
-        """(singular form, stands like a noun) for each word that may be a noun."""
+        """(singular, whether it has the position of a noun) for each word that may be a noun."""
         ...
-
-
-@functools.cache
-def word_list(name: str) -> frozenset[str]:
-    """The words of a bundled list; lines that begin with # are comments."""
-    text = resources.files("ovseg_jax.data").joinpath(f"wordlists/{name}.txt").read_text("utf-8")
-    lines = (line for line in text.splitlines() if not line.startswith("#"))
-    return frozenset(word for line in lines for word in line.split())
 
 
 class BundledNouns:
@@ -56,12 +46,12 @@ class BundledNouns:
         self._known = self._function | self._adjectives | self._verbs
 
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
-        found = []
+        nouns = []
         for at, token in enumerate(tokens):
             lemma = singular(token)
             if self._may_be_noun(token, lemma):
-                found.append((lemma, self._opens(tokens, at) and self._closes(tokens, at)))
-        return found
+                nouns.append((lemma, self._opens(tokens, at) and self._closes(tokens, at)))
+        return nouns
 
     def _may_be_noun(self, token: str, lemma: str) -> bool:
         if len(lemma) < _SHORTEST or not lemma.replace("-", "").isalpha():
@@ -79,7 +69,7 @@ class BundledNouns:
         left = at - 1
         while left >= 0 and tokens[left] in self._adjectives:
             left -= 1
-        # "white dogs" and "dogs": a caption may begin with the bare noun.
+        # A caption may begin with the bare noun: "white dogs", "dogs".
         return left < 0 or tokens[left] in self._determiners or not tokens[left].isalnum()
 
     def _closes(self, tokens: Sequence[str], at: int) -> bool:
@@ -113,13 +103,13 @@ class WordNetNouns:
         self._physical: dict[str, bool] = {}
 
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
-        found = []
-        for token, tag in self._nltk.pos_tag([token for token in tokens if token]):
+        nouns = []
+        for token, tag in self._nltk.pos_tag(list(tokens)):
             if tag in ("NN", "NNS") and token.replace("-", "").isalpha():
                 lemma = self._wordnet.morphy(token, "n") or singular(token)
                 if len(lemma) >= _SHORTEST and self._is_physical(lemma):
-                    found.append((lemma, True))
-        return found
+                    nouns.append((lemma, True))
+        return nouns
 
     def _is_physical(self, lemma: str) -> bool:
         if lemma not in self._physical:
@@ -130,20 +120,36 @@ class WordNetNouns:
 
 
 def noun_finder() -> NounFinder:
-    """The better of the two ways whose data are installed. Never downloads anything."""
+    """WordNet's finder if its data are installed, else the bundled one. Downloads nothing."""
     try:
         return WordNetNouns()
     except LookupError:
         return BundledNouns()
 
 
+@functools.cache
+def _finder() -> NounFinder:
+    # WordNet takes a while to load.
+    return noun_finder()
+
+
+def caption_nouns(caption: str, finder: NounFinder | None = None) -> list[str]:
+    """The different nouns of a caption in the singular, in the order of the caption.
+
+    Args:
+      finder: `noun_finder()` by default.
+    """
+    nouns = (finder or _finder()).nouns(words(caption))
+    return list(dict.fromkeys(lemma for lemma, stands_like_noun in nouns if stands_like_noun))
+
+
 @dataclass
 class NounCounts:
-    """Nouns of captions; those of several sets of captions add up.
+    """How often captions use each noun.
 
     Attributes:
       uses: noun, in the singular -> mentions.
-      evidence: noun -> mentions that stand where nouns stand.
+      evidence: noun -> mentions in the position of a noun.
     """
 
     uses: Counter[str] = field(default_factory=Counter)

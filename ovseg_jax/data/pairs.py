@@ -1,11 +1,26 @@
 """The second image of a pair: another record that names one of the same entities (Sec. 3.2.3)."""
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
 
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.records import ArrayRecordSource, RecordSource
 from ovseg_jax.errors import UserError
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """Draws partners of records."""
+
+    def partner(
+        self, rng: np.random.Generator, record: int, entities: Sequence[int]
+    ) -> tuple[int | None, int | None]:
+        """Draws (partner record, shared entity), or (None, None); see `PairIndex.partner`."""
+        ...
 
 
 class PairIndex:
@@ -31,21 +46,16 @@ class PairIndex:
         Raises:
           UserError: an entity id is negative.
         """
-        entities, records = [], []
-        for record, ids in enumerate(entity_lists):
-            # An id counts once, however often the caption names the entity.
-            unique = np.unique(np.fromiter(ids, np.int64))
+        # An id counts once, however often the captions name the entity.
+        ids = [np.unique(np.fromiter(listed, np.int64)) for listed in entity_lists]
+        for record, unique in enumerate(ids):
             if unique.size and unique[0] < 0:
                 raise UserError(f"record {record} has the entity id {unique[0]}; ids begin at 0")
-            entities.append(unique)
-            records.append(np.full(unique.size, record, np.int64))
-        entity = np.concatenate(entities) if entities else np.zeros(0, np.int64)
-        record_ids = np.concatenate(records) if records else np.zeros(0, np.int64)
+        entity = np.concatenate([np.zeros(0, np.int64), *ids])
+        records = np.repeat(np.arange(len(ids)), np.array([unique.size for unique in ids], int))
+        starts = np.concatenate([[0], np.cumsum(np.bincount(entity, minlength=1))])
         # A stable sort keeps records ascending within an entity.
-        order = np.argsort(entity, kind="stable")
-        counts = np.bincount(entity, minlength=1)
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-        return cls(starts, record_ids[order])
+        return cls(starts.astype(np.int64), records[np.argsort(entity, kind="stable")])
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -61,20 +71,51 @@ class PairIndex:
     ) -> tuple[int | None, int | None]:
         """Draws (partner record, shared entity), or (None, None) when there is no other record.
 
-        The entity is uniform over those of `entities` that another record names too, then the
-        partner is uniform over the other records with it. Never the record itself. Draws two
-        numbers when there is a partner, none otherwise.
+        The entity is uniform over those of `entities` that another record names too, and the
+        partner is uniform over the other records with it. Draws two numbers when there is a
+        partner, none otherwise.
         """
         choices = []
         for entity in entities:
             members = self.members(entity)
             at = int(np.searchsorted(members, record))
-            own = at < members.size and members[at] == record
-            if members.size > own:
-                choices.append((entity, members, at if own else members.size))
+            is_member = at < members.size and members[at] == record
+            if members.size > is_member:
+                choices.append((entity, members, at if is_member else members.size))
         if not choices:
             return None, None
         entity, members, at = choices[int(rng.integers(len(choices)))]
-        # `at` is where the record itself stands (the end if it does not): draw among the others.
+        # `at` is the position of the record itself, or the end: draw among the others.
         drawn = int(rng.integers(members.size - (at < members.size)))
         return int(members[drawn + (drawn >= at)]), int(entity)
+
+
+def find_pairs(source: RecordSource, entity_set: EntitySet) -> Pairs:
+    """The partners in a source, from the index that `ovseg_jax.prepare` stored, or a new one.
+
+    A record is listed under the entities of any of its captions.
+    """
+    finds_its_own = getattr(source, "find_pairs", None)
+    if callable(finds_its_own):
+        return finds_its_own(entity_set)
+    stored = stored_pairs(source, entity_set)
+    if stored is not None:
+        return stored
+
+    # Photographs of a class share hundreds of captions.
+    @functools.lru_cache(maxsize=100_000)
+    def named(captions: Sequence[str]) -> set[int]:
+        return {entity for text in captions for entity in entity_set.find(text)}
+
+    return PairIndex.build(map(named, source.captions()))
+
+
+def stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:
+    """The index on disk, if there is one and it is of these entities."""
+    if not isinstance(source, ArrayRecordSource):
+        return None
+    # Ids are positions: the order of the table counts.
+    if list(source.manifest.entities.items()) != list(entity_set.table.items()):
+        return None
+    arrays = source.entity_index()
+    return None if arrays is None else PairIndex(*arrays)

@@ -1,11 +1,10 @@
-"""What one training example is on disk and in memory, and where records come from.
+"""Records, each an image with its captions, and the sources that they come from.
 
-A *record source* is anything with the members of `RecordSource`. On disk, a folder of records
-holds ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`; one
-that `ovseg_jax.prepare` wrote also an entity -> records index.
-One stored record is the msgpack array `[2, key, [captions], image, [entity ids]]`: a layout
-version, strings, bytes, and integers. Nothing in a folder is a pickle. Layout 1, with a single
-caption in place of the list, is still read.
+A *record source* is anything with the members of `RecordSource`. A folder of records on disk has
+ArrayRecord shards, an index of keys and captions (`index.jsonl`) and `manifest.json`; a folder that
+`ovseg_jax.prepare` wrote also has an entity -> records index. A stored record is the msgpack array
+`[2, key, [captions], image, [entity ids]]`: a layout version, strings, bytes, and integers. Nothing
+in a folder is a pickle. Layout 1, with a single caption in place of the list, is still read.
 """
 
 import hashlib
@@ -20,29 +19,28 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_data_source
 
+from ovseg_jax.data.captions import CLIP, fill
 from ovseg_jax.data.manifest import CLASS_NAMES, read_manifest, verify_files
-from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.templates import CLIP, fill
 from ovseg_jax.errors import UserError
 
 RECORD_LAYOUT = 2
 INDEX_NAME = "index.jsonl"
-# Starts and records of a `PairIndex`.
+# Starts and records of a `pairs.PairIndex`.
 ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its captions, of which each epoch of training draws one.
+    """An image with its captions, of which each epoch of training draws one.
 
     Attributes:
-      image: the encoded image (PNG, JPEG, ...), exactly as it was found.
+      image: the encoded image (PNG, JPEG, ...), byte for byte the original file.
       captions: the texts that came with the image, at least one: a tuple, or `ClassCaptions`.
       key: a name that is unique within its data set.
       entities: sorted ids of the entities that any of the captions names.
 
     Raises:
-      ValueError: there is no caption, or a string in place of several.
+      ValueError: there is no caption, or a string in place of a tuple.
     """
 
     image: bytes
@@ -57,10 +55,7 @@ class Record:
 
 @dataclass(frozen=True)
 class ClassCaptions(Sequence[str]):
-    """The captions of a photograph in a class-named folder: each name in each template.
-
-    Any of them is right for any photograph of the class.
-    """
+    """The captions of a photograph in a folder named after a class: each name in each template."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -80,8 +75,9 @@ class ClassCaptions(Sequence[str]):
 class RecordSource(Protocol):
     """Random access to the records of one data set.
 
-    A source may also have `keys() -> list[str]`. Then everything that needs no image (the text
-    caches, cached image features) is read without touching one.
+    A source may also have `keys() -> list[str]`, so that a reader who needs no images (the text
+    caches, cached image features) reads none; `caption_sample` (see `sample_captions`); and
+    `find_pairs(entity_set)`, if it has another way to find partners than `pairs.find_pairs`.
     """
 
     name: str
@@ -91,7 +87,7 @@ class RecordSource(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def captions(self) -> list[Sequence[str]]:
-        """The captions of every record; cheaper than reading the records where it can be."""
+        """The captions of every record, if possible without reading the records."""
         ...
 
     def fingerprint(self) -> str:
@@ -108,7 +104,7 @@ def keys_of(source: RecordSource) -> list[str]:
 
 
 def sample_captions(source: RecordSource, most: int) -> list[str]:
-    """Up to about `most` captions, evenly spread over the records, one of a record."""
+    """Up to about `most` captions of records that are evenly spread, one from each record."""
     sample = getattr(source, "caption_sample", None)
     if callable(sample):
         return sample(most)
@@ -117,12 +113,12 @@ def sample_captions(source: RecordSource, most: int) -> list[str]:
 
 
 def _one_of_each(records: Iterable[Sequence[str]]) -> list[str]:
-    # The first of one record, the second of the next, and so on.
+    # The first caption of the first record, the second of the second, and so on.
     return [captions[number % len(captions)] for number, captions in enumerate(records)]
 
 
 def key_digest(keys: Iterable[str]) -> str:
-    """SHA-256 of a list of keys, in order; lengths are hashed too, so that no two lists collide."""
+    """SHA-256 of a list of keys in order, and of their lengths: no two lists are hashed alike."""
     digest = hashlib.sha256()
     for key in keys:
         _add(digest, key.encode())
@@ -196,10 +192,10 @@ class MemorySource:
 
 
 class ArrayRecordSource:
-    """A folder of records, read at random access. Can be pickled; files open on first use.
+    """A folder of records at random access. Can be pickled; it opens the files on first use.
 
     Args:
-      name_templates: what becomes of class names where the folder has these for captions.
+      name_templates: for class names, in a folder that has these in place of captions.
 
     Raises:
       UserError: the manifest or a shard is missing, cut short or changed (see `read_manifest`).
@@ -210,7 +206,7 @@ class ArrayRecordSource:
         self.manifest = read_manifest(self.directory)
         self.name = self.manifest.source
         self._templates = tuple(name_templates)
-        # Names -> their captions: one object for all photographs of a class.
+        # Names -> their captions, the same object for all photographs of a class.
         self._of_class: dict[tuple[str, ...], ClassCaptions] = {}
         self._reader: Any = None
 
@@ -244,7 +240,7 @@ class ArrayRecordSource:
 
     def _data(self) -> array_record_data_source.ArrayRecordDataSource:
         if self._reader is None:
-            # The counts are in the manifest, so no shard is opened before it is needed.
+            # With the counts from the manifest, the reader opens no shard before it is needed.
             self._reader = array_record_data_source.ArrayRecordDataSource(
                 [f"{self.directory / s.file}[0:{s.count}]" for s in self.manifest.shards]
             )
@@ -261,14 +257,11 @@ class ArrayRecordSource:
         """
         verify_files(self.directory, self.manifest)
 
-    def entity_index(self) -> PairIndex | None:
-        """Entity -> records, on disk, for the entities of the manifest; None if not stored."""
+    def entity_index(self) -> tuple[np.ndarray, ...] | None:
+        """The arrays of a `pairs.PairIndex` of the manifest's entities; None if not stored."""
         if not self.manifest.files:
             return None
-        starts, records = (
-            np.load(self.directory / name, mmap_mode="r") for name in ENTITY_INDEX_NAMES
-        )
-        return PairIndex(starts, records)
+        return tuple(np.load(self.directory / name, mmap_mode="r") for name in ENTITY_INDEX_NAMES)
 
     def keys(self) -> list[str]:
         return [key for key, _ in self._index()]
@@ -277,7 +270,7 @@ class ArrayRecordSource:
         return [captions for _, captions in self._index()]
 
     def caption_sample(self, most: int) -> list[str]:
-        """Up to about `most` captions, evenly spread; unlike `captions()`, the rest is not kept."""
+        """See `sample_captions`; keeps only the sample in memory."""
         step = max(1, len(self) // most)
         every = itertools.islice(self._index(), 0, None, step)
         return _one_of_each(captions for _, captions in every)
@@ -309,8 +302,8 @@ class ArrayRecordSource:
             ) from error
 
     def fingerprint(self) -> str:
-        # Without the templates: the caches of images do not depend on them, and those of texts
-        # have the captions themselves in their key.
+        # Without the templates: caches of images do not depend on them, and caches of texts have
+        # the captions in their key.
         return self.manifest.digest()[:16]
 
 

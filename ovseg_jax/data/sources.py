@@ -6,11 +6,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ovseg_jax.data.captions import CLIP_NAME, expand_templates
 from ovseg_jax.data.entities import EntitySet, joined_tables
-from ovseg_jax.data.mixture import Mixture
+from ovseg_jax.data.manifest import MANIFEST_NAME
+from ovseg_jax.data.order import Mixture
 from ovseg_jax.data.records import ArrayRecordSource, RecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
-from ovseg_jax.data.templates import CLIP_NAME, chosen
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 
@@ -23,9 +24,8 @@ def _scenes(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
 
 
 def _records(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
-    source = ArrayRecordSource(
-        config.records.dir, chosen(config.get("name_templates", (CLIP_NAME,)))
-    )
+    templates = expand_templates(config.get("name_templates", (CLIP_NAME,)))
+    source = ArrayRecordSource(config.records.dir, templates)
     return source, EntitySet(source.manifest.entities)
 
 
@@ -35,30 +35,32 @@ def _mixture(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
             "config.data.source is 'mixture', but config.data.mixture is empty; list the data sets "
             "with their weights: ({'weight': 0.7, 'records': {'dir': 'data/a'}}, ...)"
         )
-    fields = [_part_config(config, number) for number in range(len(config.mixture))]
-    found = [SOURCES[part.source](part) for part in fields]
-    stored = [own for part, (_, own) in zip(fields, found, strict=True) if _on_disk(part)]
-    tables = [own.table for own in stored or [found[0][1]]]
-    sources = [source for source, _ in found]
-    mixture = Mixture(sources, [fields["weight"] for fields in config.mixture])
-    return mixture, EntitySet(joined_tables(tables))
+    configs = _mixed_configs(config)
+    sources, entity_sets = zip(*(SOURCES[mixed.source](mixed) for mixed in configs), strict=True)
+    stored = [
+        entities.table
+        for mixed, entities in zip(configs, entity_sets, strict=True)
+        if mixed.source == "records"
+    ]
+    mixture = Mixture(sources, [listed["weight"] for listed in config.mixture])
+    return mixture, EntitySet(joined_tables(stored or [entity_sets[0].table]))
 
 
-def _part_config(config: ConfigDict, number: int) -> ConfigDict:
-    """The ``config.data`` of one data set of a mixture: its own fields over the common ones."""
-    where = f"config.data.mixture[{number}]"
+def _mixed_configs(config: ConfigDict) -> list[ConfigDict]:
+    """The ``config.data`` of each data set of a mixture: its fields over the common ones."""
     kinds = [kind for kind in SOURCES if kind != "mixture"]
-    fields = _fields(config.mixture[number], ["weight", *kinds], where)
-    named = [kind for kind in kinds if kind in fields]
-    if "weight" not in fields or len(named) != 1:
-        raise UserError(f"{where} needs a weight and one of {', '.join(kinds)}")
-    kind = named[0]
-    common = config[kind].to_dict()
-    own = _fields(fields[kind], list(common), f"{where}.{kind}")
-    part = {"source": kind, kind: {**common, **own}}
-    if "name_templates" in config:
-        part["name_templates"] = config.name_templates
-    return ConfigDict(part)
+    configs = []
+    for number, listed in enumerate(config.mixture):
+        where = f"config.data.mixture[{number}]"
+        fields = _fields(listed, ["weight", *kinds], where)
+        named = [kind for kind in kinds if kind in fields]
+        if "weight" not in fields or len(named) != 1:
+            raise UserError(f"{where} needs a weight and one of {', '.join(kinds)}")
+        (kind,) = named
+        common = config[kind].to_dict()
+        common |= _fields(fields[kind], list(common), f"{where}.{kind}")
+        configs.append(ConfigDict({**config.to_dict(), "source": kind, kind: common}))
+    return configs
 
 
 def _fields(value: Any, known: list[str], where: str) -> dict[str, Any]:
@@ -68,10 +70,6 @@ def _fields(value: Any, known: list[str], where: str) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"{where}.{key} is no field{nearest(key, known)}")
     return dict(value)
-
-
-def _on_disk(config: ConfigDict) -> bool:
-    return config.source == "records"
 
 
 SOURCES: dict[str, Callable[[ConfigDict], tuple[RecordSource, EntitySet]]] = {
@@ -84,12 +82,12 @@ SOURCES: dict[str, Callable[[ConfigDict], tuple[RecordSource, EntitySet]]] = {
 def make_source(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
     """The records and entities that `config` (a run's ``config.data``) names.
 
-    A mixture has the entities of all its stored records (`entities.joined_tables`); scenes in it
-    are matched against these. Ids are found anew in the captions, and an entity -> records index on
-    disk serves only where its folder has this very table.
+    A mixture has the entities of all its stored records (`entities.joined_tables`), which also
+    serve its scenes. An entity -> records index on disk is used only if its folder has this very
+    table.
 
     Raises:
-      UserError: an unknown source, or what the source itself refuses.
+      UserError: the source is unknown, or refuses its settings.
     """
     if config.source not in SOURCES:
         raise UserError(f"config.data.source is {config.source!r}; there are: {', '.join(SOURCES)}")
@@ -97,16 +95,16 @@ def make_source(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
 
 
 def missing_data(config: ConfigDict) -> list[str]:
-    """What the source needs and does not find, one line each with what to do; empty if nothing."""
-    parts = [("config.data.records.dir", config)]
+    """What the source needs and lacks, one line each with what to do; empty if nothing."""
+    configs = {"config.data.records.dir": config}
     if config.source == "mixture":
-        parts = [
-            (f"config.data.mixture[{number}].records.dir", _part_config(config, number))
-            for number in range(len(config.mixture))
-        ]
+        configs = {
+            f"config.data.mixture[{number}].records.dir": mixed
+            for number, mixed in enumerate(_mixed_configs(config))
+        }
     return [
-        f"training records: {where} = {part.records.dir!r} has no manifest.json; write them with "
+        f"training records: {where} = {data.records.dir!r} has no {MANIFEST_NAME}; write them with "
         "python -m ovseg_jax.prepare, or point it at a folder that has been prepared"
-        for where, part in parts
-        if _on_disk(part) and not (Path(part.records.dir) / "manifest.json").is_file()
+        for where, data in configs.items()
+        if data.source == "records" and not (Path(data.records.dir) / MANIFEST_NAME).is_file()
     ]

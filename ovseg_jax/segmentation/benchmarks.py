@@ -1,29 +1,35 @@
-"""Labeled images to segment: what a benchmark is, and the table of those that exist."""
+"""Labeled images to segment: what a benchmark is, the table of those that exist, their words."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from importlib import resources
+from typing import Any, runtime_checkable
+from typing import Protocol as Interface
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ovseg_jax.data import scenes
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.segmentation.official import FOLDERS, FolderBenchmark, UnseenAlone
+from ovseg_jax.segmentation.official_folders import FOLDERS, ZSS, FolderBenchmark, UnseenAlone
 from ovseg_jax.segmentation.own_folder import OwnFolder
-from ovseg_jax.segmentation.splits import ZSS
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.vocabulary import Vocabulary, competition
 from ovseg_jax.shapes import UInt8
 
 
 @runtime_checkable
-class Benchmark(Protocol):
+class Benchmark(Interface):
     """A list of images with true labels.
 
     Attributes:
-      name: as it is written on the command line and in results.
-      class_names: the C words to segment; background is not one of them.
-      has_background: with it labels are 0 (background) and 1 + class; without, the class. 255 is
+      name: the name on the command line and in results.
+      class_names: the C words to segment, background excluded.
+      has_background: if true, labels are 0 (background) and 1 + class, otherwise the class. 255 is
         ignored either way.
       unseen: classes (indices) that training captions never name; empty where that is unknown.
     """
@@ -39,7 +45,7 @@ class Benchmark(Protocol):
         """(image uint8 [H,W,3], labels uint8 [H,W])."""
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that tell which images these are, and how hard; stored with the result."""
+        """Plain values that say which images these are, and how hard; stored with the result."""
 
 
 @dataclass(frozen=True)
@@ -82,45 +88,21 @@ class ScenesBenchmark:
         scene = scenes.scene_at(self.seed, self.split, index, self.size)
         return scene.image, scene.labels
 
+    @functools.cache  # noqa: B019 (a frozen dataclass: equal benchmarks share an entry)
     def describe(self) -> dict[str, Any]:
-        statistics = _scene_statistics(self.split, self.count, self.seed, self.size)
+        # The first 200 scenes give the statistics to a percent, and drawing takes time.
+        statistics = scenes.describe(self.split, min(self.count, 200), self.seed, self.size)
         return {"split": self.split, "seed": self.seed, "size": self.size, **statistics}
 
 
-@functools.cache
-def _scene_statistics(split: str, count: int, seed: int, size: int) -> dict[str, float]:
-    # The first 200 scenes tell it to a percent, and drawing takes time.
-    return scenes.describe(split, min(count, 200), seed, size)
-
-
-class Every:
-    """Every `step`-th image of a benchmark, `count` in all."""
-
-    def __init__(self, whole: Benchmark, step: int, count: int):
-        self.name, self.class_names = whole.name, whole.class_names
-        self.has_background, self.unseen = whole.has_background, whole.unseen
-        self.official_names = getattr(whole, "official_names", whole.class_names)
-        self._whole, self._step, self._count = whole, step, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._whole[index * self._step]
-
-    def describe(self) -> dict[str, Any]:
-        """As the whole, with the choice of images."""
-        return {**self._whole.describe(), "every": self._step, "count": self._count}
-
-
-# A new benchmark is one more row: its name, and what makes it from the fields of a config.
+# A new benchmark is a row: its name, and what makes it from the fields of a config.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "scenes": ScenesBenchmark,
     **{name: functools.partial(FolderBenchmark, name) for name in FOLDERS},
     **{f"{name}_zss": functools.partial(UnseenAlone, f"{name}_zss") for name in ZSS},
     "folder": OwnFolder,
 }
-# The fields of `config.eval.NAME` for each of them that is a folder.
+# The fields of `config.eval.NAME` for each benchmark that is a folder.
 FOLDER_FIELDS = {name: {"dir": "", "count": 0} for name in BENCHMARKS if name != "scenes"}
 
 
@@ -137,14 +119,81 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
         )
 
 
-def make_benchmark(name: str, config: Mapping[str, Any] | None = None) -> Benchmark:
-    """The benchmark called `name`, made from the fields in `config`.
+def make_benchmark(name: str, fields: Mapping[str, Any] | None = None) -> Benchmark:
+    """The benchmark called `name`, made from its fields.
 
     Raises:
       UserError: a name or a field that does not exist, or what the benchmark itself refuses.
     """
     check_name(name)
     try:
-        return BENCHMARKS[name](**{key: config[key] for key in config or {}})
+        return BENCHMARKS[name](**dict(fields or {}))
     except TypeError as error:
         raise UserError(f"benchmark {name}: {error}") from error
+
+
+def benchmark_of(name: str, config: ConfigDict, **changes: Any) -> Benchmark:
+    """A benchmark with the fields of ``config.eval.NAME`` (where there are any) and `changes`."""
+    return make_benchmark(name, {**dict(config.get(name) or {}), **changes})
+
+
+# ---- words of the classes
+
+# Word lists with synonyms, by the protocol's `class_names`.
+_LISTS = {"sclip": "protocols/sclip_words.json", "everyday": "protocols/everyday_words.json"}
+
+
+def words_of(benchmark: Benchmark, protocol: Protocol) -> tuple[Vocabulary, dict[str, str]]:
+    """The words that compete on a benchmark, and the file of its classes' words with its digest.
+
+    Args:
+      protocol: for this benchmark. Its `class_names` choose the classes' words, and its
+        `competing_words` how many everyday words are added, see `vocabulary.competition`.
+
+    Raises:
+      UserError: there are no such words for this benchmark.
+    """
+    vocabulary, file = class_words(benchmark, protocol.class_names)
+    return competition(vocabulary, protocol), file
+
+
+def class_words(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str, str]]:
+    """The words of a benchmark's classes, and their file with its digest.
+
+    Args:
+      which: 'released' (the words of the released model where they differ from the official
+        names), 'official' names, 'sclip' (with synonyms, and words for the background), or
+        'everyday' (the names with synonyms of ours; VOC and COCO Object only). Sets that are not
+        published have only one list. A benchmark of some classes of another one has their words,
+        and none for the background.
+
+    Raises:
+      UserError: there are no such words for this benchmark.
+    """
+    if isinstance(benchmark, UnseenAlone):
+        vocabulary, file = class_words(benchmark.whole, which)
+        lines = vocabulary.lines()
+        return Vocabulary.of([lines[i] for i in benchmark.whole.zss]), file
+    if benchmark.name not in FOLDERS:
+        entries = getattr(benchmark, "entries", benchmark.class_names)
+        return Vocabulary.of(entries), getattr(benchmark, "class_file", {})
+    if which in _LISTS:
+        content, file = _json_file("ovseg_jax.segmentation", _LISTS[which])
+        if benchmark.name not in content["benchmarks"]:
+            raise UserError(
+                f"protocol: class_names={which!r} has no words for benchmark {benchmark.name}"
+            )
+        words = content["benchmarks"][benchmark.name]
+        return Vocabulary.of(words["classes"], words["background"]), file
+    table = f"tables/{FOLDERS[benchmark.name].base}.json"
+    _, file = _json_file("ovseg_jax.data.benchmarks", table)
+    names = benchmark.class_names if which == "released" else benchmark.official_names
+    return Vocabulary.of(names), file
+
+
+@functools.cache
+def _json_file(package: str, file: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A data file of the package: its content, and its name with the start of its SHA-256."""
+    content = (resources.files(package) / file).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return json.loads(content), {"file": file, "sha256": digest}

@@ -13,22 +13,11 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import Benchmark
-from ovseg_jax.segmentation.class_words import words_of
-from ovseg_jax.segmentation.counts import Counts, percent
+from ovseg_jax.segmentation.benchmarks import Benchmark, words_of
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.parts import Gather
-from ovseg_jax.segmentation.protocol import Protocol, names_hash
-from ovseg_jax.segmentation.published import is_named, protocol_notes
-from ovseg_jax.segmentation.scores import (
-    Encode,
-    ImageScores,
-    Segmenter,
-    image_scores,
-    with_scale,
-    without_index,
-)
+from ovseg_jax.segmentation.metric import ConfusionMatrix, Counts, Gather, percent
+from ovseg_jax.segmentation.protocol import Protocol, is_named, names_hash, protocol_notes
+from ovseg_jax.segmentation.scores import ImageScores, Segmenter, score_images, with_scale
 from ovseg_jax.shapes import UInt8
 
 
@@ -38,20 +27,17 @@ def scored_benchmark(
     protocol: Protocol,
     *,
     batch_size: int = 32,
-    encode: Encode | None = None,
     part: tuple[int, int] = (0, 1),
     on_read: Callable[[], None] | None = None,
 ) -> Iterator[tuple[ImageScores, UInt8[np.ndarray, "H W"]]]:
     """Scores of the words and true labels of each image: what `calibrate` takes.
 
     Args:
-      encode: instead of `segmenter.encode`, see `scores.Encode`.
-      part: (p, n) for every n-th image from image p on. The scores' index is the image's number in
-        the whole benchmark all the same.
-      on_read: called with each image that is read; several are in work at one time.
+      part: (p, n) for every n-th image from image p on. The scores' index is still the image's
+        number in the whole benchmark.
+      on_read: called with each image that is read; several images are processed at a time.
     """
     vocabulary, _ = words_of(benchmark, protocol)
-    text = segmenter.text(list(vocabulary.words), protocol.templates)
     numbers, truths = range(part[0], len(benchmark), part[1]), {}
 
     def images():
@@ -61,11 +47,16 @@ def scored_benchmark(
                 on_read()
             yield image
 
-    encode = encode or without_index(segmenter.encode)
-    things = vocabulary.things
-    for scores in image_scores(encode, text, images(), protocol, batch_size, things):
+    for scores in score_images(segmenter, vocabulary, images(), protocol, batch_size):
         truth = truths.pop(scores.index)
         yield dataclasses.replace(scores, index=numbers[scores.index]), truth
+
+
+def protocol_of(benchmark: Benchmark, protocol: Protocol, segmenter: Segmenter) -> Protocol:
+    """The protocol with the benchmark's fields, and with the scale that the model learned if it
+    has none."""
+    protocol = with_scale(protocol.for_benchmark(benchmark.name), segmenter)
+    return protocol if benchmark.has_background else protocol.replace(threshold=None)
 
 
 def evaluate(
@@ -74,7 +65,6 @@ def evaluate(
     protocol: Protocol,
     *,
     batch_size: int = 32,
-    encode: Encode | None = None,
     progress: Callable[[int, int], None] | None = None,
     part: tuple[int, int] = (0, 1),
     gather: Gather | None = None,
@@ -83,20 +73,17 @@ def evaluate(
 
     Args:
       batch_size: windows in one call of the encoder.
-      encode: instead of `segmenter.encode`, see `scores.Encode`.
       progress: called with (images done, images in all).
-      part: (p, n), the share of the images that this process works on, see `scored_benchmark`.
-      gather: what puts the counts of all parts together, `parts.gather_counts`. The result is then
+      part: (p, n), the share of the images that this process evaluates, see `scored_benchmark`.
+      gather: collects the counts of all parts, such as `metric.gather_counts`. The result is then
         that of the whole benchmark, whatever the number of parts.
 
     Raises:
       UserError: a benchmark with background and a protocol without a threshold.
     """
     open_scale = protocol.scale is None
-    protocol = with_scale(protocol.for_benchmark(benchmark.name), segmenter)
-    if not benchmark.has_background:
-        protocol = protocol.replace(threshold=None)
-    elif protocol.threshold is None:
+    protocol = protocol_of(benchmark, protocol, segmenter)
+    if benchmark.has_background and protocol.threshold is None:
         raise UserError(
             f"benchmark {benchmark.name} has a background but the protocol has no threshold: "
             "set one, or find it on a tune split"
@@ -104,26 +91,21 @@ def evaluate(
     vocabulary, names_file = words_of(benchmark, protocol)
     counts = Counts(len(vocabulary.classes) + benchmark.has_background, len(benchmark))
     truths, clock, done = {}, _Clock(), 0
-    own = len(range(part[0], len(benchmark), part[1]))
+    total = len(range(part[0], len(benchmark), part[1]))
 
     def scores():
-        options = {
-            "batch_size": batch_size,
-            "encode": encode,
-            "part": part,
-            "on_read": clock.begin,
-        }
+        options = {"batch_size": batch_size, "part": part, "on_read": clock.begin}
         for one, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
             truths[one.index] = truth
             yield one
 
-    for one, labels in label_maps(scores(), protocol, vocabulary.owners, group=batch_size):
+    for one, labels in label_maps(scores(), protocol, vocabulary.word_to_class, group=batch_size):
         counts.add(one, labels, truths.pop(one.index))
         done += 1
-        if done % batch_size == 0 or done == own:
+        if done % batch_size == 0 or done == total:
             clock.tick(done)
             if progress:
-                progress(done, own)
+                progress(done, total)
     counts.images, counts.clock = done, (clock.seconds(), clock.rate())
     if gather is not None:
         counts = counts.joined(gather)
@@ -156,14 +138,15 @@ def summary(confusion: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
 
     `miou` is over all labels, background included; `miou_seen` and `miou_unseen` (Table 7) are over
     the classes that training captions name or never name, without background; `zss` (Table 2) over
-    the classes that zero-shot segmentation leaves out, all classes being candidates.
+    the classes that zero-shot segmentation leaves out, with all classes competing.
     `all_background_miou` is what labeling everything background would get on the same images.
     """
     first = int(benchmark.has_background)
     names = ["background"] * first + list(benchmark.class_names)
     unseen = {first + i for i in benchmark.unseen}
     seen = [i for i in range(first, len(names)) if i not in unseen]
-    known = getattr(benchmark, "entities_known", bool(unseen))
+    paper_counts = getattr(benchmark, "paper_counts", None)
+    known = bool(unseen) or paper_counts is not None
     result = {
         "miou": confusion.miou(),
         "miou_seen": confusion.miou(seen) if known else math.nan,
@@ -176,8 +159,7 @@ def summary(confusion: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
         result["all_background_miou"] = confusion.all_background().miou()
     result = {name: percent(value) for name, value in result.items()}
     if known:
-        counts = getattr(benchmark, "paper_counts", None)
-        result["entities"] = {"seen": len(seen), "unseen": len(unseen), "in_paper": counts}
+        result["entities"] = {"seen": len(seen), "unseen": len(unseen), "in_paper": paper_counts}
     if zss := getattr(benchmark, "zss", ()):
         result["zss"] = {
             "classes": [benchmark.class_names[i] for i in zss],
@@ -193,7 +175,7 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a text file, at once as seen from outside.
+    """Writes a text file atomically.
 
     Raises:
       UserError: it cannot be written.
@@ -208,18 +190,18 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _readable(result: dict[str, Any]) -> str:
-    """JSON with one line a field, and one a row of long lists of numbers."""
+    """JSON with one line per field, and one per row of long lists of numbers."""
     text = json.dumps(result, indent=2, allow_nan=False)
     numbers = re.compile(r"\[\s+(-?[\d.e+-]+|null)(,\s+(-?[\d.e+-]+|null))*\s+\]")
-    return numbers.sub(lambda found: re.sub(r"\s+", " ", found[0]), text)
+    return numbers.sub(lambda match: re.sub(r"\s+", " ", match[0]), text)
 
 
 class _Clock:
     """Seconds of an evaluation, and its images a second without the wait for compilation.
 
     The first batch waits for compilation, so the rate is counted from its end on. Images that were
-    already being worked on by then are left out, as their share of the time is: with few images
-    none is left, and the rate is that of everything.
+    already in work then are left out, like the time spent on them. With few images none is left,
+    and the rate is that of everything.
     """
 
     def __init__(self):
@@ -227,7 +209,7 @@ class _Clock:
         self.begun = 0
         # (images done, images begun, time) at the end of the first and of the last batch.
         self.first: tuple[int, int, float] | None = None
-        self.last: tuple[int, int, float] | None = None
+        self.last = (0, 0, self.start)
 
     def begin(self) -> None:
         self.begun += 1
@@ -237,12 +219,9 @@ class _Clock:
         self.first = self.first or self.last
 
     def seconds(self) -> float:
-        return (self.last[2] if self.last else time.perf_counter()) - self.start
+        return self.last[2] - self.start
 
     def rate(self) -> float:
-        if self.first is None or self.last is None:
-            return 0.0
-        rest = self.last[0] - self.first[1]
-        if rest > 0:
-            return rest / max(self.last[2] - self.first[2], 1e-9)
+        if self.first and self.last[0] > self.first[1]:
+            return (self.last[0] - self.first[1]) / max(self.last[2] - self.first[2], 1e-9)
         return self.last[0] / max(self.seconds(), 1e-9)

@@ -1,34 +1,85 @@
-"""What ``predict`` may be given: files, folders, globs, lists on stdin, videos, and addresses."""
+"""Images that people give: arrays, files, folders, globs, lists on stdin, animations, videos."""
 
+import collections
 import glob
-import re
-import urllib.error
-import urllib.request
+import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 
+from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.loaded import read_image
+
+# The bytes are those of an image file.
+AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 ANIMATED = (".gif",)
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
-# Of one download: bytes, and seconds without an answer.
-MOST_BYTES, PATIENCE = 64 << 20, 30
+
+
+def read_image(image: AnyImage) -> np.ndarray:
+    """An image as uint8 [H, W, 3]: upright, transparent parts white.
+
+    Raises:
+      UserError: a file that cannot be read, or an array of another form.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+    if isinstance(image, str | bytes | os.PathLike):
+        name = "the data" if isinstance(image, bytes) else image
+        try:
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return np.asarray(decode(data))
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {error.strerror}") from None
+        except UnreadableImage as error:
+            raise UserError(f"{name} is no image that can be read: {error}") from None
+    if not hasattr(image, "__array__"):
+        kind = type(image).__name__
+        raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
+    array = np.asarray(image)
+    gray = array.ndim == 2
+    if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):
+        raise UserError(
+            f"an image as an array is uint8 [height, width, 3], 0 to 255, RGB; not {array.dtype} "
+            f"{list(array.shape)}{_advice(array)}"
+        )
+    if 0 in array.shape:
+        raise UserError(f"an image of {array.shape[0]} x {array.shape[1]} pixels is empty")
+    return np.repeat(array[..., None], 3, axis=2) if gray else array
+
+
+def _advice(array: np.ndarray) -> str:
+    """How to make an image of an array, where that is plain."""
+    if array.ndim != 3:
+        return ""
+    if array.shape[2] == 4:
+        return (
+            ": drop the fourth channel, or give a PIL image, whose transparent parts become white"
+        )
+    if array.shape[0] == 3 and array.shape[2] != 3:
+        return ": the channels come last, as np.moveaxis(x, 0, -1) brings them"
+    if np.issubdtype(array.dtype, np.floating):
+        return ": for values from 0 to 1, (255 * x).round().astype('uint8')"
+    return ""
+
+
+# ---- the command line
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image to come.
+    """An image that has not been read yet.
 
     Attributes:
-      source: where it is from, for messages. name: of its results, without suffix.
+      source: where it is from, for messages.
+      name: of its results, without suffix.
       read: gives it as uint8 [H, W, 3], or raises UserError.
     """
 
@@ -37,14 +88,12 @@ class Picture:
     read: Callable[[], np.ndarray]
 
 
-def find_pictures(
-    given: Sequence[str], stdin: Iterable[str], *, urls: bool = False, every: int = 1
-) -> list[str]:
-    """The sources that the arguments stand for, in their order.
+def find_pictures(given: Sequence[str], stdin: Iterable[str], every: int = 1) -> list[str]:
+    """The files that the arguments name, in their order.
 
     Args:
       given: files, folders (their images and videos, not those of folders below), globs ("**"
-        goes down), "-" for the lines of `stdin`, and with `urls` addresses.
+        goes down), and "-" for the lines of `stdin`.
       every: see `pictures`; checked here, before any model is read.
 
     Raises:
@@ -52,31 +101,22 @@ def find_pictures(
     """
     if every < 1:
         raise UserError("--every is a number of frames, at least 1")
-    given = [
-        entry
-        for argument in given
-        for entry in ([line.strip() for line in stdin] if argument == "-" else [argument])
-        if entry
-    ]
-    found: list[str] = []
-    for entry in given:
-        found += _expanded(entry, urls)
-    if not found:
+    entries: list[str] = []
+    for argument in given:
+        entries += (line.strip() for line in stdin) if argument == "-" else [argument]
+    files = [file for entry in entries if entry for file in _expanded(entry)]
+    if not files:
         raise UserError("--images is empty: name at least one file")
-    return list(dict.fromkeys(found))  # what is named twice is done once
+    return list(dict.fromkeys(files))  # what is named twice is done once
 
 
-def _expanded(entry: str, urls: bool) -> list[str]:
-    if _ADDRESS.match(entry):
-        if not urls:
-            raise UserError(f"{entry} is an address: give --urls to let it be downloaded")
-        return [entry]
+def _expanded(entry: str) -> list[str]:
     path = Path(entry)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES + ANIMATED + VIDEOS)
-        if not found:
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES + ANIMATED + VIDEOS)
+        if not files:
             raise UserError(f"folder {entry} holds no image (of {', '.join(IMAGES)}) or video")
-        return [str(p) for p in found]
+        return [str(p) for p in files]
     if path.exists():
         return [entry]
     if any(sign in entry for sign in "*?["):
@@ -88,7 +128,7 @@ def _expanded(entry: str, urls: bool) -> list[str]:
 
 
 def result_names(sources: Sequence[str]) -> dict[str, str]:
-    """What the results of each source are called: its name without suffix, and for those that share
+    """What the results of each source are called: its name without suffix, and where several share
     it also as many folders above (and then the suffix) as tell them apart.
 
     ``a/x.jpg, b/x.jpg, b/y.jpg, b/y.png`` give ``a_x, b_x, b_y_jpg, b_y_png``.
@@ -96,53 +136,47 @@ def result_names(sources: Sequence[str]) -> dict[str, str]:
     Raises:
       UserError: that does not tell two of them apart.
     """
-    parts = {source: _parts(source) for source in sources}
-    depths = dict.fromkeys(sources, 0)
-    most = max((len(each) for each in parts.values()), default=0)
-
-    def name(source: str) -> str:
-        *folders, stem, suffix = parts[source]
-        depth = depths[source]
-        last = [suffix] if suffix and depth > len(folders) else []
-        return "_".join([*folders[max(len(folders) - depth, 0) :], stem, *last])
-
-    for _ in range(most + 1):
-        shared: dict[str, list[str]] = {}
-        for source in sources:
-            shared.setdefault(name(source), []).append(source)
-        clashes = [same for same in shared.values() if len(same) > 1]
-        if not clashes:
-            return {source: name(source) for source in sources}
-        for source in (source for same in clashes for source in same):
-            depths[source] += 1
-    one, other, *_ = clashes[0]
-    raise UserError(
-        f"{one} and {other} would both write {name(one)!r}: rename one, or use two calls with "
-        "another --out"
-    )
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for depth in itertools.count():
+        longer = {source: _longer_name(source, depth) for source in sources}
+        counts = collections.Counter(longer.values())
+        for source, name in longer.items():
+            alone = counts[name] == 1 and name not in taken
+            if source not in names and (alone or name == _longer_name(source, depth + 1)):
+                names[source] = name
+                taken.add(name)
+        if len(names) == len(longer):
+            break
+    writer: dict[str, str] = {}
+    for source, name in names.items():
+        if writer.setdefault(name, source) != source:
+            raise UserError(
+                f"{writer[name]} and {source} would both write {name!r}: rename one, or use two "
+                "calls with another --out"
+            )
+    return {source: names[source] for source in sources}
 
 
-def _parts(source: str) -> list[str]:
-    """Folders, the name without suffix, and the suffix without its dot."""
-    if _ADDRESS.match(source):
-        source = re.sub(r"[?#].*", "", _ADDRESS.sub("", source)).rstrip("/")
+def _longer_name(source: str, depth: int) -> str:
+    """The name with `depth` folders above it; where there are fewer, also with its suffix."""
     path = Path(source)
     folders = [part for part in path.parent.parts if part not in (path.anchor, ".", "..")]
-    return [*folders, path.stem or "image", path.suffix[1:]]
+    suffix = [path.suffix[1:]] if path.suffix and depth > len(folders) else []
+    return "_".join([*folders[max(len(folders) - depth, 0) :], path.stem or "image", *suffix])
 
 
 def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
     """Each image, and of videos and animations each `every`-th frame from the first on.
 
-    A source that cannot be read comes as one picture whose `read` raises.
+    A source that cannot be read gives a picture whose `read` raises.
     """
-    names = result_names(sources)
-    for source, name in names.items():
+    for source, name in result_names(sources).items():
         suffix = Path(source).suffix.lower()
-        if _ADDRESS.match(source):
-            yield Picture(source, name, lambda source=source: _downloaded(source))
-        elif suffix in (*ANIMATED, *VIDEOS):
-            yield from _frames(source, name, every, _animation if suffix in ANIMATED else _video)
+        if suffix in ANIMATED:
+            yield from _frames(source, name, every, _animation)
+        elif suffix in VIDEOS:
+            yield from _frames(source, name, every, _video)
         else:
             yield Picture(source, name, lambda source=source: read_image(source))
 
@@ -150,25 +184,19 @@ def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
 def _frames(
     source: str, name: str, every: int, decode: Callable[[str], Iterator[np.ndarray]]
 ) -> Iterator[Picture]:
-    frames, number = decode(source), 0
-    while True:
-        try:
-            frame = next(frames)
-        except StopIteration:
-            return
-        except UserError as error:
-            problem = error  # `error` itself is gone after this block
+    number = -1
+    try:
+        for number, frame in enumerate(decode(source)):
+            if number % every == 0:
+                where = f"{source}, frame {number}"
+                yield Picture(where, f"{name}_{number:06d}", lambda frame=frame: frame)
+    except UserError as error:
+        problem = error  # `error` itself is gone after this block
 
-            def fail(problem: UserError = problem) -> np.ndarray:
-                raise problem
+        def fail() -> np.ndarray:
+            raise problem
 
-            yield Picture(source, f"{name}_{number:06d}", fail)
-            return
-        if number % every == 0:
-            yield Picture(
-                f"{source}, frame {number}", f"{name}_{number:06d}", lambda frame=frame: frame
-            )
-        number += 1
+        yield Picture(source, f"{name}_{number + 1:06d}", fail)
 
 
 def _animation(source: str) -> Iterator[np.ndarray]:
@@ -181,7 +209,10 @@ def _animation(source: str) -> Iterator[np.ndarray]:
 
 
 def _video(source: str) -> Iterator[np.ndarray]:
-    av = _video_library()
+    try:
+        import av
+    except ImportError:
+        raise UserError("reading videos needs PyAV: pip install 'ovseg_jax[video]'") from None
     try:
         with av.open(source) as container:
             for frame in container.decode(video=0):
@@ -190,23 +221,3 @@ def _video(source: str) -> Iterator[np.ndarray]:
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
     except (OSError, ValueError, IndexError) as error:  # PyAV's errors are kinds of these
         raise UserError(f"{source} cannot be read as a video ({error})") from None
-
-
-def _video_library() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise UserError("reading videos needs PyAV: pip install 'ovseg_jax[video]'") from None
-    return av
-
-
-def _downloaded(source: str) -> np.ndarray:
-    request = urllib.request.Request(source, headers={"User-Agent": "ovseg_jax"})
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            data = answer.read(MOST_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be downloaded ({error})") from None
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{source} is larger than {MOST_BYTES >> 20} MiB and was not read")
-    return read_image(data)

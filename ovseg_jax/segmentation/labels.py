@@ -1,180 +1,218 @@
 """Label maps at the size of the images, from the scores of their windows."""
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import one_group, readout, windows
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.shapes import Float
 
-# Floats of class probability per pixel that exist at one time; more pixels are done in bands.
+# Class probabilities that exist at once, in floats; larger images are labeled in bands of rows.
 BAND_FLOATS = 32 << 20
-Owners = tuple[int, ...] | None
+WordToClass = tuple[int, ...] | None
+T = TypeVar("T")
 
 
 def label_maps(
     scores: Iterable[ImageScores],
     protocol: Protocol,
-    owners: Owners = None,
+    word_to_class: WordToClass = None,
     group: int = 16,
 ) -> Iterator[tuple[ImageScores, Integer[np.ndarray, "H W"]]]:
     """Each image's scores with its labels at its original size.
 
     Labels are 0 for background and 1 + class, or the class itself where `protocol.threshold` is
-    None (see `readout.decide`).
+    None.
 
     Args:
-      owners: the class of each word that was scored, -1 for background; by default every word is a
-        class.
+      word_to_class: the class of each word that was scored, -1 for background; by default every
+        word is a class.
       group: consecutive images of equal size that are labeled in one call.
+
+    Raises:
+      UserError: words for the background, and no threshold.
     """
-    same: list[ImageScores] = []
-    for one in scores:
-        if same and (len(same) == group or one.shapes != same[0].shapes or protocol.refined):
-            yield from zip(same, _labels_of(same, protocol, owners, group), strict=True)
-            same = []
-        same.append(one)
-    if same:
-        yield from zip(same, _labels_of(same, protocol, owners, group), strict=True)
+    for same in runs_of_equal_shape(scores, 1 if protocol.refined else group):
+        yield from zip(same, _labels_of(same, protocol, word_to_class, group), strict=True)
+
+
+def runs_of_equal_shape(
+    items: Iterable[T], most: int, scores_of: Callable[[T], ImageScores] = lambda one: one
+) -> Iterator[list[T]]:
+    """Consecutive items whose scores have equal shapes, at most `most` in a list."""
+    for _, run in itertools.groupby(items, lambda item: scores_of(item).shapes):
+        while same := list(itertools.islice(run, most)):
+            yield same
 
 
 def _labels_of(
-    same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int
+    same: Sequence[ImageScores], protocol: Protocol, word_to_class: WordToClass, group: int
 ) -> Integer[np.ndarray, "B H W"]:
     words = same[0].group_cosines.shape[-1]
-    protocol = protocol.replace(threshold=protocol.threshold_for(words))
+    threshold = protocol.threshold_for(words)
+    classes = np.arange(words) if word_to_class is None else np.asarray(word_to_class)
+    if threshold is None and classes.min() < 0:
+        raise UserError("words for the background need a background that they can be painted as")
     if protocol.grouping == "one_group":
-        return np.stack([_one_group_labels(one, protocol, owners) for one in same])
-    label = _prepared(same, protocol, owners, group)
-    if not protocol.min_area:
-        return label(protocol.threshold, None)
-    # The rule counts pixels of the best class, before the threshold.
-    everywhere = label(None if protocol.threshold is None else 0.0, None)
-    kept = [_large_words(labels, protocol, owners, words) for labels in everywhere]
-    return label(protocol.threshold, np.stack(kept))
+        return np.stack([_one_group_labels(one, protocol, threshold, classes) for one in same])
+    highest, best = best_words(same, protocol, group)
+    if protocol.min_area:
+        # The rule counts the pixels of the best class, whatever the threshold.
+        kept = [_large_words(words, classes, protocol.min_area) for words in best]
+        highest, best = best_words(same, protocol, group, np.stack(kept))
+    if threshold is not None and protocol.cap_threshold:
+        threshold = np.minimum(np.float32(threshold), highest.max(axis=(1, 2), keepdims=True))
+    labels = readout.decide(highest, best, threshold, classes)
+    if protocol.order == "argmax_first":
+        labels = _spread_votes(labels, *same[0].weights(nearest=True), group)
+    return labels
 
 
 def _large_words(
-    labels: Integer[np.ndarray, "H W"], protocol: Protocol, owners: Owners, words: int
+    best: Integer[np.ndarray, "H W"], classes: Integer[np.ndarray, " words"], min_area: float
 ) -> Float[np.ndarray, " words"]:
-    """1 for each word of a class that is found on enough pixels, and of the background."""
-    classes = np.arange(words) if owners is None else np.asarray(owners)
-    first = int(protocol.threshold is not None)
-    areas = np.bincount(labels.ravel(), minlength=classes.max() + 1 + first)[first:]
-    large = areas > protocol.min_area * areas.sum()
+    """1 for each word of a class that wins enough pixels, and of the background."""
+    won = classes[best]
+    areas = np.bincount(won[won >= 0], minlength=classes.max() + 1)
+    large = areas > min_area * areas.sum()
     return np.where(classes < 0, True, large[classes]).astype(np.float32)
 
 
-def _prepared(same: Sequence[ImageScores], protocol: Protocol, owners: Owners, group: int) -> Any:
-    """(threshold, kept words [B, W] or None) -> labels [B, H, W], in bands of rows."""
+def best_words(
+    same: Sequence[ImageScores],
+    protocol: Protocol,
+    group: int,
+    kept: Float[np.ndarray, "B words"] | None = None,
+) -> tuple[Float[np.ndarray, "B H W"], Integer[np.ndarray, "B H W"]]:
+    """The highest probability at each pixel, and the word that has it.
+
+    With the order 'argmax_first' positions are cells instead of pixels.
+
+    Args:
+      same: images of equal shapes, a single one where the protocol refines.
+      group: where there are several images, they are padded to this many, so that the program is
+        compiled once.
+      kept: 1 for words that may win, 0 for others; by default all may.
+    """
+    count = len(same)
+    late = protocol.averaged == "cosines"
     if protocol.refined:
-        maps, margins, foreground = _refined(same[0], protocol)
-        height, width = same[0].size
-        rows = windows.bilinear_weights(height, maps.shape[1])
-        columns = windows.bilinear_weights(width, maps.shape[2])
+        maps = _refined(same[0], protocol)[None]
+        sides = zip(same[0].size, maps.shape[1:3], strict=True)
+        rows, columns = (windows.bilinear_weights(pixels, cells) for pixels, cells in sides)
     else:
         maps = np.stack([one.cells for one in same])
         margins = np.stack([one.image_margins() for one in same])
         foreground = np.stack([one.foreground_or_zero() for one in same])
-        rows, columns = same[0].weights(nearest=protocol.order == "argmax_first")
-    count = len(same)
-    padding = ((0, group - count if count > 1 else 0), (0, 0), (0, 0), (0, 0))
-    if count > 1:  # one shape for any number of images, so nothing is compiled again
-        maps, margins, foreground = (np.pad(x, padding) for x in (maps, margins, foreground))
-    height, floats = len(rows), maps.shape[0] * len(columns) * (maps.shape[-1] + 1)
-    band = -(-height // -(-height * floats // BAND_FLOATS))
-    rows = np.pad(rows, ((0, band * -(-height // band) - height), (0, 0)))
-    bands = [rows[start : start + band] for start in range(0, height, band)]
-    options = {
-        "scale": protocol.scale,
-        "image_scale": protocol.image_scale,
-        "order": protocol.order,
-        "averaged": "done" if protocol.refined and not _late(protocol) else protocol.averaged,
-    }
-    band_of = functools.partial(_label_band, owners=owners, **options)
-    best_of = functools.partial(_highest, **options)
-
-    def label(threshold: float | None, kept: Any) -> Integer[np.ndarray, "B H W"]:
-        if kept is not None:
-            kept = np.pad(kept, padding[:2])
-        if threshold is not None and protocol.cap_threshold:
-            highest = [best_of(maps, margins, foreground, part, columns, kept) for part in bands]
-            # A little lower: two programs may round one probability in two ways.
-            highest = np.max(highest, axis=0) * np.float32(1 - 1e-6)
-            threshold = np.minimum(highest, np.float32(threshold))
-        labels = np.empty((count, height, len(columns)), np.int32)
-        for start, part in zip(range(0, height, band), bands, strict=True):
-            part = band_of(maps, margins, foreground, part, columns, threshold, kept)
-            labels[:, start : start + band] = np.asarray(part)[:count, : height - start]
-        return labels
-
-    return label
+        maps, margins, foreground = (_padded(x, group) for x in (maps, margins, foreground))
+        if not late:
+            maps = _cell_probabilities(
+                maps, margins, foreground, protocol.scale, protocol.image_scale
+            )
+        rows, columns = same[0].weights()
+    kept = None if kept is None else _padded(kept, group)
+    if protocol.order == "argmax_first":
+        highest, best = (np.asarray(x) for x in _best(maps, None, None, kept, protocol.scale, late))
+        return highest[:count], best[:count]
+    highest = np.empty((count, len(rows), len(columns)), np.float32)
+    best = np.empty(highest.shape, np.int32)
+    for where, band in _bands(rows, maps.shape[0] * len(columns) * (maps.shape[-1] + 1)):
+        results = _best(maps, band, columns, kept, protocol.scale, late)
+        for whole, result in zip((highest, best), results, strict=True):
+            whole[:, where] = np.asarray(result)[:count, : where.stop - where.start]
+    return highest, best
 
 
-def _base(one: ImageScores, protocol: Protocol) -> tuple[int, int]:
-    """(height, width) at which the image was segmented, before any other scales."""
-    return windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
+def _padded(x: Any, group: int) -> Any:
+    """The array with zeros for the images that are missing, where there are several."""
+    missing = group - len(x) if len(x) > 1 else 0
+    return np.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
 
 
-def _held_of(one: ImageScores, margins: np.ndarray, protocol: Protocol) -> Any:
-    foreground = one.foreground_or_zero()
-    return _held(one.cells, margins, foreground, protocol.scale, protocol.image_scale)
+def _bands(
+    rows: Float[np.ndarray, "H h"], floats_of_a_row: int
+) -> Iterator[tuple[slice, Float[np.ndarray, "band h"]]]:
+    """Bands of rows of equal height, the last padded with zeros, and which rows they are."""
+    height = len(rows)
+    band = -(-height // -(-height * floats_of_a_row // BAND_FLOATS))
+    for start in range(0, height, band):
+        part = rows[start : start + band]
+        yield slice(start, start + len(part)), np.pad(part, ((0, band - len(part)), (0, 0)))
+
+
+@jax.jit(static_argnames=("late",))
+def _best(maps, rows, columns, kept, scale, late):
+    """`late`: the maps are cosines, and the softmax over classes comes last."""
+    p = jnp.asarray(maps) if rows is None else readout.spread(maps, rows, columns)
+    p = readout.probabilities(p, scale) if late else p
+    p = p if kept is None else p * jnp.asarray(kept)[:, None, None]
+    return jnp.max(p, axis=-1), jnp.argmax(p, axis=-1).astype(jnp.int32)
 
 
 @jax.jit
-def _held(cells, margins, foreground, scale, image_scale):
+def _cell_probabilities(cells, margins, foreground, scale, image_scale):
     p = readout.probabilities(cells, scale)
-    return readout.held_to_image(p, margins, image_scale, foreground)
+    return readout.downweight_by_image_score(p, margins, image_scale, foreground)
 
 
-def _late(protocol: Protocol) -> bool:
-    """Whether the softmax over classes comes last."""
-    return protocol.averaged == "cosines"
+def _spread_votes(
+    labels: Integer[np.ndarray, "B h w"],
+    rows: Float[np.ndarray, "H h"],
+    columns: Float[np.ndarray, "W w"],
+    group: int,
+) -> Integer[np.ndarray, "B H W"]:
+    """The label that most of the cells over a pixel have; each window has one cell there."""
+    count, kinds = len(labels), int(labels.max(initial=0)) + 1
+    # A power of two, so that few programs are compiled.
+    kinds, cells = 1 << (kinds - 1).bit_length(), _padded(labels, group)
+    winners = np.empty((count, len(rows), len(columns)), np.int32)
+    for where, band in _bands(rows, len(cells) * len(columns) * (kinds + 1)):
+        part = _most_votes(cells, band, columns, kinds)
+        winners[:, where] = np.asarray(part)[:count, : where.stop - where.start]
+    return winners
 
 
-def _refined(one: ImageScores, protocol: Protocol) -> tuple[Any, Any, Any]:
-    """Scores [1, h, w, W] at the protocol's size: the mean over the image's views, then refined by
-    its colors. Also zeros for the margins and the foreground: they are in the scores."""
-    total, base, margins = None, _base(one, protocol), one.image_margins()
+@jax.jit(static_argnames=("kinds",))
+def _most_votes(labels, rows, columns, kinds):
+    votes = jax.nn.one_hot(labels, kinds, dtype=jnp.float32)
+    return jnp.argmax(readout.spread(votes, rows, columns), axis=-1).astype(jnp.int32)
+
+
+def _refined(one: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
+    """Scores at the protocol's size: the mean over the image's views, refined by its colors."""
+    base = windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
+    total, margins = 0.0, one.image_margins()
     for view in (one, *one.more):
-        rows, columns = view.weights(base)
-        part = _view_map(
-            view.cells,
-            margins,
-            view.foreground_or_zero(),
-            rows,
-            columns,
-            protocol.scale,
-            protocol.image_scale,
-            late=_late(protocol),
-        )
-        total = part if total is None else total + part
+        maps = view.cells
+        if protocol.averaged == "probabilities":
+            maps = _cell_probabilities(
+                maps, margins, view.foreground_or_zero(), protocol.scale, protocol.image_scale
+            )
+        total = total + _spread(maps[None], *view.weights(base))[0]
     maps = total / np.float32(len(one.more) + 1)
     if protocol.pamr_steps:
         dilations = tuple(protocol.pamr_dilations)
         maps = pamr(maps, one.image, steps=protocol.pamr_steps, dilations=dilations)
-    zero = np.zeros((1, 1, 1, 1), np.float32)
-    return maps[None], zero, zero
+    return maps
 
 
-@jax.jit(static_argnames=("late",))
-def _view_map(cells, margins, foreground, rows, columns, scale, image_scale, late):
-    maps = jnp.asarray(cells)
-    if not late:
-        maps = _held(maps, margins, foreground, scale, image_scale)
-    return readout.spread(maps[None], rows, columns)[0]
+_spread = jax.jit(readout.spread)
 
 
 def _one_group_labels(
-    one: ImageScores, protocol: Protocol, owners: Owners
+    one: ImageScores,
+    protocol: Protocol,
+    threshold: float | None,
+    classes: Integer[np.ndarray, " words"],
 ) -> Integer[np.ndarray, "H W"]:
     side, stride = protocol.window, protocol.stride
     return one_group.label_image(
@@ -184,9 +222,9 @@ def _one_group_labels(
         corners=tuple(windows.window_grid(*one.resized, side, stride)),
         resized=one.resized,
         size=one.size,
-        threshold=protocol.threshold,
+        threshold=threshold,
         cap=protocol.cap_threshold,
-        owners=owners,
+        classes=classes,
         band_floats=BAND_FLOATS,
     )
 
@@ -198,54 +236,11 @@ def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarra
         cosines = one.group_cosines, one.image_cosines
         p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
     else:
-        p = _held_of(one, one.image_margins(), protocol)
+        # With the batch axis of `best_words`, so that both use the same compiled program.
+        arrays = (one.cells, one.image_margins(), one.foreground_or_zero())
+        arrays = (array[None] for array in arrays)
+        p = _cell_probabilities(*arrays, protocol.scale, protocol.image_scale)[0]
     return np.asarray(p)
 
 
 _group_probabilities = jax.jit(one_group.group_probabilities, static_argnames="image_classes")
-
-
-@jax.jit(static_argnames=("order", "owners", "averaged"))
-def _label_band(
-    maps,
-    margins,
-    foreground,
-    rows,
-    columns,
-    threshold,
-    kept,
-    scale,
-    image_scale,
-    order,
-    owners,
-    averaged,
-):
-    p = _band_scores(maps, margins, foreground, scale, image_scale, averaged)
-    if order == "argmax_first":
-        p = readout.before_spread(p, threshold, order, owners)
-    p = _finished(readout.spread(p, rows, columns), kept, scale, averaged)
-    return readout.after_spread(p, threshold, order, owners)
-
-
-@jax.jit(static_argnames=("order", "averaged"))
-def _highest(maps, margins, foreground, rows, columns, kept, scale, image_scale, order, averaged):
-    """The highest probability [B, 1, 1] of what a threshold is compared with: the pixels of a band,
-    or with 'argmax_first' all cells."""
-    p = _band_scores(maps, margins, foreground, scale, image_scale, averaged)
-    if order == "upsample_first":
-        p = _finished(readout.spread(p, rows, columns), kept, scale, averaged)
-    return jnp.max(p, axis=(1, 2, 3))[:, None, None]
-
-
-def _band_scores(maps, margins, foreground, scale, image_scale, averaged):
-    """What is carried from cells to pixels: probabilities, or cosines where the softmax is last."""
-    if averaged == "probabilities":
-        return _held(maps, margins, foreground, scale, image_scale)
-    return jnp.asarray(maps)
-
-
-def _finished(p, kept, scale, averaged):
-    """Probabilities of pixels, those of words that are not `kept` 0."""
-    if averaged == "cosines":
-        p = readout.probabilities(p, scale)
-    return p if kept is None else p * jnp.asarray(kept)[:, None, None]

@@ -1,16 +1,25 @@
-"""Mean intersection over union, from a confusion matrix that adds up over images and processes.
+"""What an evaluation counts, as integers that add up over images and processes, and mean IoU.
 
-Intersection and union are summed over the whole data set before they are divided; a class whose
+Intersection and union are summed over the whole data set before they are divided. A class whose
 union is empty (neither drawn nor predicted anywhere) is left out of the mean.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Integer
+from jax.experimental import multihost_utils
+from jaxtyping import Int64, Integer
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.shapes import Float
+
+# Counts of one process -> counts of all, one row each.
+Gather = Callable[[Int64[np.ndarray, " counts"]], Int64[np.ndarray, "processes counts"]]
+MICRO = 10**6
 
 IGNORE = 255  # pixels of the truth that count for nothing
 
@@ -91,7 +100,7 @@ class ConfusionMatrix:
         return float(_ratio(np.trace(self.counts), self.counts.sum()))
 
     def mean_accuracy(self) -> float:
-        """Mean, over the classes in the truth, of the share of their pixels found."""
+        """Mean over the classes in the truth of the share of their pixels that are right."""
         accuracy = _ratio(np.diag(self.counts), self.truth_pixels)
         known = accuracy[~np.isnan(accuracy)]
         return float(known.mean()) if known.size else float("nan")
@@ -112,3 +121,101 @@ class ConfusionMatrix:
 def _ratio(above, below) -> Float[np.ndarray, "..."]:
     above, below = np.broadcast_arrays(np.float64(above), np.float64(below))
     return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+
+
+class Counts:
+    """Counts over the images that were evaluated.
+
+    Attributes:
+      confusion: pixels [truth, prediction].
+      images: how many.
+      clock: (seconds, images a second); over several processes the longest, and the sum.
+
+    Args:
+      labels: number of labels, background included.
+      total: images of the whole benchmark.
+    """
+
+    def __init__(self, labels: int, total: int):
+        self.confusion = ConfusionMatrix.empty(labels)
+        self.images = 0
+        self.clock = (0.0, 0.0)
+        # Windows; groups used in them; their entropy in millionths; groups that the model has.
+        self._usage = np.zeros(4, np.int64)
+        # For each image 1 + its mIoU in millionths; 0 where it was not evaluated, or has no pixel.
+        self._by_image = np.zeros(total, np.int64)
+
+    def add(
+        self,
+        one: ImageScores,
+        labels: Integer[np.ndarray, "H W"],
+        truth: Integer[np.ndarray, "H W"],
+    ) -> None:
+        """Counts one image."""
+        of_image = ConfusionMatrix.empty(len(self.confusion.counts)).update(labels, truth)
+        self.confusion += of_image
+        if not math.isnan(of_image.miou()):
+            self._by_image[one.index] = 1 + round(of_image.miou() * MICRO)
+        groups = one.group_cosines.shape[1]
+        for window in one.windows_of(one.groups):
+            share = np.bincount(window.ravel(), minlength=groups) / window.size
+            used = share[share > 0]
+            # A single group has no entropy to be compared with.
+            entropy = -np.sum(used * np.log(used)) / math.log(max(groups, 2))
+            self._usage[:3] += (1, len(used), round(entropy * MICRO))
+        self._usage[3] = groups
+
+    def joined(self, gather: Gather) -> "Counts":
+        """The counts of all processes."""
+        labels, total = len(self.confusion.counts), len(self._by_image)
+        times = np.array([round(x * MICRO) for x in self.clock], np.int64)
+        packed = [self.confusion.counts.ravel(), np.array([self.images], np.int64)]
+        rows = gather(np.concatenate([*packed, times, self._usage, self._by_image]))
+        whole = Counts(labels, total)
+        ends = np.cumsum([labels**2, 1, 2, 4])
+        counts, images, times, usage, by_image = np.split(rows, ends, axis=1)
+        whole.confusion = ConfusionMatrix(counts.sum(0).reshape(labels, labels))
+        whole.images = int(images.sum())
+        whole.clock = (times[:, 0].max() / MICRO, times[:, 1].sum() / MICRO)
+        whole._usage = np.append(usage[:, :3].sum(0), usage[:, 3].max())
+        whole._by_image = by_image.sum(0)
+        return whole
+
+    def group_usage(self) -> dict[str, Any]:
+        """How many groups a window's patches spread over, and how evenly (0 one, 1 all alike)."""
+        windows, used, entropy, groups = (int(x) for x in self._usage)
+        return {
+            "groups": groups,
+            "used": round(used / max(windows, 1), 3),
+            "entropy": round(entropy / MICRO / max(windows, 1), 4),
+            "windows": windows,
+        }
+
+    def image_miou(self) -> list[float | None]:
+        """mIoU of each image, percent; None where it has no pixel that counts."""
+        return [percent((x - 1) / MICRO) if x else None for x in self._by_image.tolist()]
+
+
+def percent(value: float) -> float | None:
+    """A share as percent with four digits; None for NaN."""
+    return None if math.isnan(value) else round(100 * float(value), 4)
+
+
+# ---- several processes
+
+
+def this_part() -> tuple[int, int]:
+    """(number of this process, number of processes); a process takes every images-th image."""
+    return jax.process_index(), jax.process_count()
+
+
+def gather_counts(counts: Int64[np.ndarray, " counts"]) -> Int64[np.ndarray, "processes counts"]:
+    """The counts of every process, on every process.
+
+    Pixels of a whole data set need 64 bits, which JAX arrays do not have by default, so their bytes
+    travel.
+    """
+    if jax.process_count() == 1:
+        return counts[None]
+    rows = multihost_utils.process_allgather(counts.view(np.uint8))
+    return np.ascontiguousarray(rows).view(np.int64)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.readout import spread
 from ovseg_jax.segmentation.windows import bilinear_taps, bilinear_weights
 from ovseg_jax.shapes import Array, Float, Int
@@ -34,7 +33,7 @@ def group_probabilities(
       groups, image: cosines of the groups and of the whole window with the classes.
       scale: factor on the cosines.
       image_classes: how many classes the second softmax is over (all, where there are fewer); 0
-        for the first softmax alone.
+        for only the first softmax.
     """
     logits = jnp.asarray(groups) * jnp.asarray(scale, jnp.float32)
     first = jax.nn.softmax(logits, axis=-1)
@@ -78,8 +77,8 @@ def canvas(
     corners: tuple[tuple[int, int], ...],
     width: int,
 ) -> Float[Array, "H width N"]:
-    """Mean over windows of the scores on some rows of the image as it was segmented; the arguments
-    are those of `label_band`."""
+    """Mean over windows of the scores on some rows of the segmented image; for the arguments see
+    `_label_band`."""
     (height, across), row = members.shape[1:], jnp.asarray(row)
     total = jnp.zeros((row.shape[0], width, tables.shape[-1]), jnp.float32)
     cover = jnp.zeros((row.shape[0], width, 1), jnp.float32)
@@ -93,7 +92,8 @@ def canvas(
     return total / cover
 
 
-def label_band(
+@functools.partial(jax.jit, static_argnames=("corners", "width"))
+def _label_band(
     members: Int[AnyArray, "windows h w"],
     tables: Float[AnyArray, "windows K N"],
     row: Int[AnyArray, " R"],
@@ -105,11 +105,12 @@ def label_band(
     """Labels of some rows of the original image: the column of the table that wins each pixel.
 
     Args:
-      members: group of each pixel of each window. tables: what a group's pixels score.
-      row: which rows of the segmented image those are made of.
+      members: group of each pixel of each window.
+      tables: scores of the pixels of each group.
+      row: the rows of the segmented image that they are interpolated from.
       rows, columns: taps from the segmented to the original image, see `windows.bilinear_taps`;
-        those of rows are places in `row`.
-      corners: (top, left) of each window in the image as it was segmented.
+        those of rows are positions in `row`.
+      corners: (top, left) of each window in the segmented image.
       width: of that image.
     """
     low, high, part = (jnp.asarray(x) for x in rows)
@@ -122,9 +123,6 @@ def label_band(
     return jnp.argmax(mixed, axis=-1).astype(jnp.int32)
 
 
-_label_band = functools.partial(jax.jit, static_argnames=("corners", "width"))(label_band)
-
-
 def label_image(
     soft: Float[np.ndarray, "windows h w K"],
     p: Float[AnyArray, "windows K C"],
@@ -135,43 +133,24 @@ def label_image(
     size: tuple[int, int],
     threshold: float | None,
     cap: bool,
-    owners: tuple[int, ...] | None = None,
+    classes: Int[np.ndarray, " words"],
     band_floats: int,
 ) -> Int[np.ndarray, "H W"]:
-    """The label map of one image: 0 for background and 1 + class, or the class without threshold.
+    """The label map of an image: 0 for background and 1 + class, or the class without threshold.
 
     Args:
-      soft: affinity of each window's patches to the groups. p: see `group_probabilities`.
-      window: (height, width) of the windows. corners: their (top, left).
-      resized, size: (height, width) of the image as it was segmented, and as it came.
+      soft: affinity of each window's patches to the groups.
+      p: see `group_probabilities`.
+      window: (height, width) of the windows.
+      corners: (top, left) of each window.
+      resized, size: (height, width) of the image that was segmented, and of the original.
       cap: see `with_background`.
-      owners: the class of each word, -1 for background; by default every word is a class.
-      band_floats: scores that exist at one time; more are done in bands of rows.
-
-    Raises:
-      UserError: words for the background, and no threshold.
+      classes: the class of each word, -1 for background.
+      band_floats: scores that exist at once; larger images are labeled in bands of rows.
     """
-    classes = np.arange(p.shape[-1]) if owners is None else np.asarray(owners)
-    if threshold is None and classes.min() < 0:
-        raise UserError("words for the background need a background that they can be painted as")
     tables = jnp.asarray(p) if threshold is None else with_background(p, threshold, cap)
     members = pixel_groups(soft, window)
-    columns = _in_bands(members, tables, corners, resized, size, band_floats)
-    # The winning column of the table: the background, if there is one, then the words.
-    table = classes if threshold is None else np.concatenate([[0], classes + 1])
-    return table.astype(np.int32)[columns]
-
-
-def _in_bands(
-    members: Int[AnyArray, "windows h w"],
-    tables: Float[AnyArray, "windows K N"],
-    corners: tuple[tuple[int, int], ...],
-    resized: tuple[int, int],
-    size: tuple[int, int],
-    band_floats: int,
-) -> Int[np.ndarray, "H W"]:
-    """The winning column of the tables at each pixel of the original image."""
-    down, columns = (bilinear_taps(n, m) for n, m in zip(size, resized, strict=True))
+    down, across = (bilinear_taps(n, m) for n, m in zip(size, resized, strict=True))
     # Rows of the canvas, twice, and of the result exist together.
     band = max(1, min(size[0], band_floats // (3 * max(size[1], resized[1]) * tables.shape[-1])))
     bands = [tuple(x[start : start + band] for x in down) for start in range(0, size[0], band)]
@@ -179,16 +158,18 @@ def _in_bands(
     # Rows that two rows of the original image share are made once.
     made = [np.unique(np.concatenate([low, high])) for low, high, _ in bands]
     most = max(len(row) for row in made)
-    parts = []
+    columns = []
     for row, (low, high, part) in zip(made, bands, strict=True):
-        found = _label_band(
+        winners = _label_band(
             members,
             tables,
             np.pad(row, (0, most - len(row)), mode="edge"),
             (np.searchsorted(row, low), np.searchsorted(row, high), part),
-            columns,
+            across,
             corners=corners,
             width=resized[1],
         )
-        parts.append(np.asarray(found))
-    return np.concatenate(parts)[: size[0]]
+        columns.append(np.asarray(winners))
+    # The winning column of the table: the background, if there is one, then the words.
+    labels = classes if threshold is None else np.concatenate([[0], classes + 1])
+    return labels.astype(np.int32)[np.concatenate(columns)[: size[0]]]

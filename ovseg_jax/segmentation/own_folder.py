@@ -1,4 +1,4 @@
-"""One's own images, masks and list of classes as a benchmark.
+"""Images, masks and a list of classes of your own as a benchmark.
 
     DIR/images/NAME.jpg (or any format)   DIR/masks/NAME.png   DIR/classes.txt
 
@@ -61,11 +61,11 @@ class OwnFolder:
         self._check_masks()
 
     def _check_masks(self) -> None:
-        """Reads every mask, so that a bad one is told now and not after hours."""
-        wrong, found = [], set()
+        """Reads every mask, so that a bad mask is reported now and not after hours."""
+        wrong, present = [], set()
         for index in range(len(self._pairs)):
             try:
-                found |= set(np.unique(self._labels(index)).tolist())
+                present |= set(np.unique(self._labels(index)).tolist())
             except UserError as error:
                 wrong.append(str(error))
         if wrong:
@@ -74,13 +74,13 @@ class OwnFolder:
                 f"benchmark folder: {len(wrong)} of {len(self._pairs)} masks cannot be used: "
                 f"{'; '.join(wrong[:_NAMED])}{more}"
             )
-        if self.has_background and not found - {0, IGNORE}:
+        if self.has_background and not present - {0, IGNORE}:
             hint = ""
-            if IGNORE in found:
+            if IGNORE in present:
                 hint = f"; {IGNORE} is ignored: write a class as the number of its line, 1 and up"
             raise UserError(
                 f"benchmark folder: no mask in {Path(self.dir) / MASKS} has a pixel of any class, "
-                f"only {' and '.join(map(str, sorted(found)))}{hint}"
+                f"only {' and '.join(map(str, sorted(present)))}{hint}"
             )
 
     @functools.cached_property

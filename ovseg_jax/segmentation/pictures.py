@@ -1,13 +1,16 @@
-"""Pictures for people: overlays with a legend, and image, groups, prediction and truth in a row."""
+"""Pictures: overlays with a legend, panels of image, groups, prediction and truth, and colors."""
 
+import functools
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from ovseg_jax.segmentation.palette import BACKGROUND, colors, paint
+from ovseg_jax.errors import UserError
 from ovseg_jax.shapes import Float, UInt8
 
 LARGEST = 2048  # pixels: the longest side of a picture
@@ -29,9 +32,9 @@ def overlay(
 ) -> Image.Image:
     """The image with its regions tinted and outlined, and a legend below of the classes in it.
 
-    With `background`, label 0 is left as it is (the legend has it only where there is nothing else)
-    and label i is class i - 1; without, label i is
-    class i. Small images are enlarged, and images beyond `LARGEST` pixels reduced.
+    With `background`, label 0 is not tinted (the legend has it only where there is nothing else)
+    and label i is class i - 1. Without, label i is class i. Small images are enlarged, and images
+    beyond `LARGEST` pixels reduced.
 
     Args:
       names: also write each class's name on its regions, where they are widest.
@@ -64,8 +67,8 @@ def _tinted(
 def _write_names(
     picture: Image.Image, labels: np.ndarray, class_names: Sequence[str], background: bool
 ) -> None:
-    """Names on their regions, in place, in each connected part at the pixel that is farthest from
-    its edge; parts that a name would hide are left to the legend."""
+    """Writes names on their regions: in each connected part at the pixel farthest from its edge.
+    Parts that a name would hide get none."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
     first = int(background)
     for label in np.unique(labels):
@@ -108,12 +111,40 @@ def scene_panel(
     labels = [("prediction", prediction)] + ([("truth", truth)] if truth is not None else [])
     for name, label in labels:
         shown.append((name, paint(label.astype(np.int64), len(class_names), background=background)))
-    font = ImageFont.load_default(size=FONT)
     tiles = [(name, _enlarged(pixels)) for name, pixels in shown]
-    large, found = (np.asarray(_enlarged(x)) for x in (image, prediction.astype(np.uint8)))
-    named = Image.fromarray(_tinted(large, found.astype(np.int64), len(class_names), background))
-    _write_names(named, found, class_names, background)
+    large, labels_shown = (np.asarray(_enlarged(x)) for x in (image, prediction.astype(np.uint8)))
+    named = Image.fromarray(
+        _tinted(large, labels_shown.astype(np.int64), len(class_names), background)
+    )
+    _write_names(named, labels_shown, class_names, background)
     tiles.append(("overlay", named))
+    sheet = _row(tiles, title)
+    parts = np.concatenate([label.ravel() for _, label in labels])
+    return _with_legend(sheet, _legend(parts, class_names, background))
+
+
+def soft_maps(
+    maps: Float[np.ndarray, "maps h w"], groups: Sequence[int], width: int
+) -> Image.Image:
+    """Affinity maps in a row, each from black (its lowest) to white (its highest).
+
+    Args:
+      groups: which group each map is of. width: of the row, pixels.
+    """
+    side = (width - MARGIN) // max(len(maps), 1) - MARGIN
+    height = max(1, round(side * maps.shape[1] / maps.shape[2]))
+    tiles = []
+    for group, soft in zip(groups, maps, strict=True):
+        spread = max(float(np.ptp(soft)), 1e-9)
+        gray = np.rint(255 * (soft - soft.min()) / spread).astype(np.uint8)
+        tile = Image.fromarray(gray).resize((side, height), Image.Resampling.NEAREST)
+        tiles.append((f"group {group}", tile.convert("RGB")))
+    return _row(tiles)
+
+
+def _row(tiles: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
+    """Framed pictures side by side, a name above each, and a title above all."""
+    font = ImageFont.load_default(size=FONT)
     width = sum(tile.width + MARGIN for _, tile in tiles) + MARGIN
     head = MARGIN + (FONT + 8) * (2 if title else 1)
     sheet = Image.new("RGB", (width, head + tiles[0][1].height + MARGIN), PAPER)
@@ -127,30 +158,6 @@ def scene_panel(
         box = (left - 1, head - 1, left + tile.width, head + tile.height)
         draw.rectangle(box, outline=FRAME)
         left += tile.width + MARGIN
-    parts = np.concatenate([label.ravel() for _, label in labels])
-    return _with_legend(sheet, _legend(parts, class_names, background))
-
-
-def soft_maps(
-    maps: Float[np.ndarray, "maps h w"], groups: Sequence[int], width: int
-) -> Image.Image:
-    """Affinity maps in a row, each from black (its lowest) to white (its highest).
-
-    Args:
-      groups: which group each map is of. width: of the row, pixels.
-    """
-    font = ImageFont.load_default(size=FONT)
-    side = (width - MARGIN) // max(len(maps), 1) - MARGIN
-    height = max(1, round(side * maps.shape[1] / maps.shape[2]))
-    sheet = Image.new("RGB", (width, FONT + 8 + height + MARGIN), PAPER)
-    draw, left = ImageDraw.Draw(sheet), MARGIN
-    for group, soft in zip(groups, maps, strict=True):
-        spread = max(float(np.ptp(soft)), 1e-9)
-        gray = np.rint(255 * (soft - soft.min()) / spread).astype(np.uint8)
-        tile = Image.fromarray(gray).resize((side, height), Image.Resampling.NEAREST)
-        draw.text((left + side // 2, FONT + 2), f"group {group}", INK, font, anchor="ms")
-        sheet.paste(tile.convert("RGB"), (left, FONT + 8))
-        left += side + MARGIN
     return sheet
 
 
@@ -170,7 +177,7 @@ def contact_sheet(rows: Sequence[Image.Image], columns: int = 1) -> Image.Image:
 
 
 def _group_picture(image: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
-    """Groups in color, mixed with the gray image so that one sees what each group covers."""
+    """Groups in color, mixed with the gray image so that what each group covers can be seen."""
     gray = np.repeat(image.mean(-1, keepdims=True), 3, -1)
     color = paint(groups.astype(np.int64), count, background=False)
     return (0.7 * color + 0.3 * gray).astype(np.uint8)
@@ -229,3 +236,89 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+# ---- colors
+
+BACKGROUND = (0, 0, 0)
+# Okabe and Ito's set, distinct with any kind of color vision, brightest first.
+FIRST = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+
+
+@functools.cache
+def colors(count: int) -> tuple[tuple[int, int, int], ...]:
+    """`count` RGB colors, none of them near black (which is background) or one another.
+
+    The first seven are safe for color-blind readers. Each further one is the color of a coarse RGB
+    lattice that lies farthest, in a perceptual space, from all before it; so a longer list begins
+    with the shorter one, and a class keeps its color when others are added.
+    """
+    if not 0 <= count <= 255:
+        raise UserError(f"{count} colors: a palette image has room for 255 beside background")
+    chosen = list(FIRST[:count])
+    lattice = np.array(list(itertools.product(range(23, 255, 33), repeat=3)))
+    places = _perceptual(lattice)
+    clear = (places[:, 0] > 0.42) & (places[:, 0] < 0.95)  # lightness, away from black and white
+    lattice, places = lattice[clear], places[clear]
+    avoid = [BACKGROUND, (255, 255, 255), (128, 128, 128), *chosen]
+    distance = np.full(len(lattice), np.inf)
+    for color in avoid:
+        distance = np.minimum(distance, _gap(places, color))
+    while len(chosen) < count:
+        color = tuple(int(c) for c in lattice[distance.argmax()])
+        chosen.append(color)
+        distance = np.minimum(distance, _gap(places, color))
+    return tuple(chosen)
+
+
+def _gap(places: Float[np.ndarray, "N 3"], color: tuple[int, int, int]) -> Float[np.ndarray, " N"]:
+    return np.linalg.norm(places - _perceptual(np.array([color])), axis=1)
+
+
+def _perceptual(rgb: Integer[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
+    """sRGB 0..255 in Oklab coordinates (Ottosson 2020), whose distances follow what eyes see."""
+    x = rgb / 255
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array(
+        [
+            [0.4122214708, 0.2119034982, 0.0883024619],
+            [0.5363325363, 0.6806995451, 0.2817188376],
+            [0.0514459929, 0.1073969566, 0.6299787005],
+        ]
+    )
+    return np.cbrt(cones) @ np.array(
+        [
+            [0.2104542553, 1.9779984951, 0.0259040371],
+            [0.7936177850, -2.4285922050, 0.7827717662],
+            [-0.0040720468, 0.4505937099, -0.8086757660],
+        ]
+    )
+
+
+def paint(
+    labels: Integer[np.ndarray, "H W"], count: int, *, background: bool = True
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Labels as an RGB image [H,W,3] uint8.
+
+    With `background`, label 0 is black and label i has color i - 1 of `colors(count)`; without,
+    label i has color i. Anything else, such as an ignored pixel, is white.
+    """
+    table = np.full((max(256, int(labels.max(initial=0)) + 1), 3), 255, np.uint8)
+    table[: count + background] = [BACKGROUND] * background + list(colors(count))
+    return table[labels]
+
+
+def write_palette_png(path: str | Path, labels: Integer[np.ndarray, "H W"], count: int) -> None:
+    """A palette PNG whose pixel values are the labels: 0 background, 1..count the classes."""
+    image = Image.fromarray(labels.astype(np.uint8))
+    table = [BACKGROUND, *colors(count)] + [(255, 255, 255)] * (255 - count)
+    image.putpalette([channel for color in table for channel in color])
+    image.save(path, format="PNG")

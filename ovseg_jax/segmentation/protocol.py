@@ -1,63 +1,78 @@
-"""Everything that defines how label maps are made, stored with every result and every model."""
+"""Everything that defines how label maps are made, stored with every result and every model.
+
+Named protocols are the files of ``protocols/``: each has a title, the source of its settings, how
+it differs from that source, and the settings, which are fields of `Protocol`.
+``published_results.json`` has the mIoU of published models, each row with its source and the
+protocols under which its authors computed it.
+"""
 
 import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.templates import chosen
+from ovseg_jax.data.captions import expand_templates
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.readout import check_order
+from ovseg_jax.flags import nearest
 
+NAMES = ("paper", "released", "groupvit", "tcl", "sclip")
 CHOICES = {
+    "order": ("upsample_first", "argmax_first"),
     "affinity": ("binding", "features"),
     "grouping": ("soft_patches", "one_group"),
     "average": ("unit", "raw"),
     "resize": ("antialiased", "four_pixels"),
     "grid": ("exact", "rounded_patch"),
     "averaged": ("probabilities", "cosines"),
-    "assignment": ("soft", "hard"),
     "class_names": ("released", "official", "sclip", "everyday"),
 }
 # Words that compete where a person lists classes and the protocol does not say how many.
 FEWEST_WORDS = 20
-# Fields that a benchmark may have a value of its own for: all but the name and the tables.
-_TABLES = ("name", "thresholds", "per_benchmark")
+# Every other field may have another value for some benchmarks.
+_NOT_PER_BENCHMARK = ("name", "thresholds", "per_benchmark")
+# Fields that model directories of earlier versions have. Only these values were ever written.
+_RETIRED = {"assignment": "soft", "assignment_temperature": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Two results compare only where their protocols are equal.
+    """Two results can be compared only where their protocols are equal.
 
     Attributes:
-      name: what to call it in tables.
+      name: what tables call it.
       short_side, long_limit: the image is resized to this short side, unless its long side would
         exceed the limit (pixels).
       window, stride: side and spacing of the square windows (pixels).
       scale: factor on the cosines before the softmax over classes; None for the inverse
         temperature that the model learned.
-      image_scale: classes whose cosine with the whole image is lower than that of the image's best
-        class have their probabilities lowered, by exp(image_scale * difference); 0 for not at all.
-      border_scale: probabilities are multiplied by that of the pixel showing no surroundings, which
-        falls with its likeness to the border of the image (see `readout.foreground_log`), except
-        those of words that name surroundings (see `vocabulary.SURROUNDINGS`); 0 for not at all.
+      image_scale: probabilities of a class are multiplied by exp(image_scale * difference), where
+        the difference is its cosine with the whole image minus that of the image's best class; 0
+        for no change.
+      border_scale: probabilities of a pixel are multiplied by its probability of showing no
+        surroundings, which falls with its likeness to the border of the image (see
+        `readout.foreground_log`). Words that name surroundings are exempt (see
+        `Vocabulary.things`). 0 for no change.
       threshold: a pixel whose best probability is lower is background; None where there is no
         background.
       thresholds: thresholds of benchmarks by their names, in place of `threshold`.
       competing_words: how many words competed for a pixel when the threshold was chosen. Shorter
         lists of classes get everyday words for the background until as many compete (see
-        `distractors`); for longer lists the threshold follows, see `threshold_for`. 0: the words of
-        the classes compete alone, and the threshold is taken as it is, as in published protocols.
+        `vocabulary.competition`). For longer lists the threshold changes, see `threshold_for`. With
+        0 only the words of the classes compete, and the threshold is used unchanged, as in
+        published protocols.
       order: 'upsample_first' or 'argmax_first' (the order of Eq. 1).
       templates: prompts whose embeddings are averaged for each class, with {} for its name; in a
         config "clip" stands for all of CLIP's.
       affinity: where the patch-to-group map comes from, 'binding' (Eq. 4) or 'features' (Eq. 1).
       grouping: 'soft_patches', where a patch's score is the mean of its groups' cosines, or
-        'one_group', where each pixel belongs to one group, and has its scores (see `one_group`).
+        'one_group', where each pixel belongs to one group and has its scores (see `one_group`).
       image_classes: with 'one_group', probabilities are multiplied by those among this many
-        classes, the ones most like the whole window; 0 for all classes, without the product.
+        classes, the most similar to the whole window; 0 for no second softmax.
       cap_threshold: whether a threshold above every probability is lowered to the highest, so that
         something is always labeled: the highest of the image, or with 'one_group' of each window.
       average: what is averaged over the templates, 'unit' embeddings or 'raw' ones.
@@ -65,16 +80,12 @@ class Protocol:
       grid: 'exact' or 'rounded_patch', see `windows.grid_shape`.
       averaged: what is averaged over windows and interpolated to pixels: 'probabilities', or
         'cosines', with the softmax over classes taken at each pixel.
-      class_names: whose words stand for the classes of a benchmark, see `class_names`.
-      min_area: classes found on less than this share of all foreground pixels are taken out, and
+      class_names: whose words stand for the classes of a benchmark, see `benchmarks.class_words`.
+      min_area: classes that win less than this share of all foreground pixels are removed, and
         their pixels go to the best of the other words; 0 for none.
-      assignment: 'soft', or 'hard': each patch belongs to its best group alone.
-      assignment_temperature: affinities are raised to the power 1 / temperature and divided by
-        their sum over groups; below 1 sharper, 1 as they are.
       flip: average with the mirrored image.
-      scales: factors on the resized image; what is found at all of them is averaged.
-      pamr_steps, pamr_dilations: refinement by the image's own colors, see `refine`; 0 steps for
-        none.
+      scales: factors on the size of the resized image; probabilities are averaged over them.
+      pamr_steps, pamr_dilations: refinement by the image's colors, see `refine`; 0 steps for none.
       per_benchmark: fields that differ for some benchmarks, by the benchmarks' names.
     """
 
@@ -101,8 +112,6 @@ class Protocol:
     averaged: str = "probabilities"
     class_names: str = "released"
     min_area: float = 0.0
-    assignment: str = "soft"
-    assignment_temperature: float = 1.0
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     pamr_steps: int = 0
@@ -110,59 +119,61 @@ class Protocol:
     per_benchmark: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        check_order(self.order)
-        for size in ("short_side", "long_limit", "window", "stride"):
-            if getattr(self, size) < 1:
-                raise UserError(f"protocol: {size} must be at least 1 pixel")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise UserError(
                     f"protocol: {field} is {getattr(self, field)!r}; it must be "
                     + " or ".join(map(repr, allowed))
                 )
-        if self.grouping == "one_group" and self.order != "upsample_first":
-            raise UserError("protocol: grouping='one_group' needs order='upsample_first'")
-        if self.grouping != "one_group" and self.image_classes:
-            raise UserError("protocol: image_classes needs grouping='one_group'")
-        for field in ("image_scale", "border_scale"):
-            if getattr(self, field) < 0:
-                raise UserError(f"protocol: {field} must be at least 0")
-            if self.grouping == "one_group" and getattr(self, field):
-                raise UserError(f"protocol: {field} needs grouping='soft_patches'")
-            if self.averaged == "cosines" and getattr(self, field):
-                raise UserError(f"protocol: {field} needs averaged='probabilities'")
-        if self.scale is not None and self.scale <= 0:
-            raise UserError(f"protocol: scale {self.scale} must be above 0, or none")
-        for count in ("image_classes", "competing_words"):
-            if getattr(self, count) < 0:
-                raise UserError(f"protocol: {count} must be at least 0")
-        if not self.templates or any("{}" not in text for text in self.templates):
-            raise UserError("protocol: templates need at least one text, each with {} for the name")
-        self._check_refinement()
+        for holds, rule in self._rules():
+            if not holds:
+                raise UserError(f"protocol: {rule}")
         for name, fields in self.per_benchmark.items():
-            self.replace(**_checked(fields, f"per_benchmark.{name}"), per_benchmark={})
+            self.replace(**_per_benchmark(fields, f"per_benchmark.{name}"), per_benchmark={})
 
-    def _check_refinement(self) -> None:
-        if not 0 <= self.min_area < 1:
-            raise UserError("protocol: min_area is a share of the pixels, at least 0 and below 1")
-        if self.assignment_temperature <= 0:
-            raise UserError("protocol: assignment_temperature must be above 0")
-        if not self.scales or min(self.scales) <= 0:
-            raise UserError("protocol: scales need at least one factor, all above 0")
-        if self.pamr_steps < 0 or not self.pamr_dilations or min(self.pamr_dilations) < 1:
-            raise UserError("protocol: pamr_steps are at least 0, pamr_dilations at least 1 pixel")
-        plain = self.grouping == "soft_patches" and self.order == "upsample_first"
-        if not plain and (self.refined or self.averaged != "probabilities" or self.min_area):
-            raise UserError(
-                "protocol: flip, scales, pamr_steps, averaged='cosines' and min_area need "
-                "grouping='soft_patches' and order='upsample_first'"
-            )
-        hard = self.assignment != "soft" or self.assignment_temperature != 1.0
-        if self.grouping == "one_group" and hard:
-            raise UserError(
-                "protocol: assignment and assignment_temperature need grouping='soft_patches'; "
-                "with 'one_group' each pixel has one group already"
-            )
+    def _rules(self) -> list[tuple[bool, str]]:
+        """(whether it holds, how to say it) of each rule that the values must follow."""
+        soft = self.grouping == "soft_patches"
+        upsample_first = self.order == "upsample_first"
+        changed = self.refined or self.averaged != "probabilities" or self.min_area > 0
+        evidence = self.image_scale > 0 or self.border_scale > 0
+        return [
+            *(
+                (getattr(self, field) >= 1, f"{field} must be at least 1 pixel")
+                for field in ("short_side", "long_limit", "window", "stride")
+            ),
+            *(
+                (getattr(self, field) >= 0, f"{field} must be at least 0")
+                for field in ("image_scale", "border_scale", "image_classes", "competing_words")
+            ),
+            (self.scale is None or self.scale > 0, f"scale {self.scale} must be above 0, or none"),
+            (soft or upsample_first, "grouping='one_group' needs order='upsample_first'"),
+            (not (soft and self.image_classes), "image_classes needs grouping='one_group'"),
+            (
+                not evidence or (soft and self.averaged == "probabilities"),
+                "image_scale and border_scale need grouping='soft_patches' and "
+                "averaged='probabilities'",
+            ),
+            (
+                bool(self.templates) and all("{}" in text for text in self.templates),
+                "templates need at least one text, each with {} for the name",
+            ),
+            (0 <= self.min_area < 1, "min_area is a share of the pixels, at least 0 and below 1"),
+            (
+                len(self.scales) > 0 and min(self.scales) > 0,
+                "scales need at least one factor, all above 0",
+            ),
+            (self.pamr_steps >= 0, "pamr_steps must be at least 0"),
+            (
+                len(self.pamr_dilations) > 0 and min(self.pamr_dilations) >= 1,
+                "pamr_dilations need at least one distance, all at least 1 pixel",
+            ),
+            (
+                not changed or (soft and upsample_first),
+                "flip, scales, pamr_steps, averaged='cosines' and min_area need "
+                "grouping='soft_patches' and order='upsample_first'",
+            ),
+        ]
 
     @property
     def refined(self) -> bool:
@@ -213,7 +224,7 @@ class Protocol:
         return self.threshold * ratio / (1 - self.threshold + self.threshold * ratio)
 
     def for_list_of_classes(self) -> "Protocol":
-        """The protocol for classes that a person lists: `FEWEST_WORDS` compete if it says none."""
+        """The protocol for classes that a person lists: by default `FEWEST_WORDS` compete."""
         return self.replace(competing_words=self.competing_words or FEWEST_WORDS)
 
     def for_benchmark(self, name: str) -> "Protocol":
@@ -246,8 +257,7 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "border_scale": float,
         "threshold": float,
         "min_area": float,
-        "assignment_temperature": float,
-        "templates": lambda names: chosen(names) if len(names) else (),
+        "templates": lambda names: expand_templates(names) if len(names) else (),
         "scales": lambda factors: tuple(float(factor) for factor in factors),
         "pamr_dilations": lambda pixels: tuple(int(far) for far in pixels),
         "thresholds": dict,
@@ -260,15 +270,15 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
                 raise UserError(f"protocol: {key} cannot be {values[key]!r}") from None
     if "per_benchmark" in values:
         values["per_benchmark"] = {
-            name: _checked(fields, f"per_benchmark.{name}")
+            name: _per_benchmark(fields, f"per_benchmark.{name}")
             for name, fields in dict(values["per_benchmark"]).items()
         }
     return values
 
 
-def _checked(fields: Mapping[str, Any] | ConfigDict, where: str) -> dict[str, Any]:
-    """The fields, if a benchmark may have values of its own for all of them."""
-    known = {field.name for field in dataclasses.fields(Protocol)} - set(_TABLES)
+def _per_benchmark(fields: Mapping[str, Any] | ConfigDict, where: str) -> dict[str, Any]:
+    """The fields as plain values, if all of them may differ between benchmarks."""
+    known = {field.name for field in dataclasses.fields(Protocol)} - set(_NOT_PER_BENCHMARK)
     unknown = sorted(set(fields) - known)
     if unknown:
         raise UserError(f"protocol: {where} has unknown {', '.join(unknown)}")
@@ -278,7 +288,7 @@ def _checked(fields: Mapping[str, Any] | ConfigDict, where: str) -> dict[str, An
 def saved_protocol(info: Mapping[str, Any]) -> Protocol:
     """The protocol in a model directory's config.json.
 
-    Directories of before `competing_words` have that number among their provenance.
+    Directories older than the field `competing_words` have that number in their provenance.
 
     Raises:
       UserError: see `Protocol.from_config`.
@@ -286,9 +296,68 @@ def saved_protocol(info: Mapping[str, Any]) -> Protocol:
     fields = dict(info["protocol"])
     if "calibrated_words" in info["provenance"]:
         fields.setdefault("competing_words", info["provenance"]["calibrated_words"])
+    for name, value in _RETIRED.items():
+        if fields.get(name) == value:
+            del fields[name]
     return Protocol.from_config(fields)
 
 
 def names_hash(class_names: Sequence[str]) -> str:
     """Short hash of the class words in their order: other words are another protocol."""
     return hashlib.sha256("\n".join(class_names).encode()).hexdigest()[:12]
+
+
+# ---- named protocols, and what others scored under them
+
+
+@functools.cache
+def _document(file: str) -> dict[str, Any]:
+    path = resources.files("ovseg_jax.segmentation") / file
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def named_protocol(name: str) -> Protocol:
+    """The protocol called `name`.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in NAMES:
+        raise UserError(
+            f"unknown protocol {name!r}{nearest(name, list(NAMES))}; there are: {', '.join(NAMES)}"
+        )
+    return Protocol.from_config({**_document(f"protocols/{name}.json")["settings"], "name": name})
+
+
+def protocol_notes(name: str) -> dict[str, str]:
+    """Title, source and difference of a named protocol, for reports; {} for one of another name."""
+    if name not in NAMES:
+        return {}
+    document = _document(f"protocols/{name}.json")
+    return {key: document[key] for key in ("title", "source", "differs")}
+
+
+def is_named(protocol: Protocol, benchmark: str, own_scale: bool = False) -> bool:
+    """Whether results under `protocol` may stand beside published ones of the protocol it names.
+
+    Args:
+      protocol: as it was for the benchmark.
+      own_scale: its scale is the model's, where the named one leaves the scale to the model.
+    """
+    if protocol.name not in NAMES:
+        return False
+    named = named_protocol(protocol.name).for_benchmark(benchmark)
+    skipped = {"name", "scale"} if own_scale and named.scale is None else {"name"}
+    # Benchmarks without background have no threshold.
+    skipped |= {"threshold"} if protocol.threshold is None else set()
+    return all(
+        getattr(protocol, field.name) == getattr(named, field.name)
+        for field in dataclasses.fields(Protocol)
+        if field.name not in skipped
+    )
+
+
+def published_rows(protocol: str, benchmark: str) -> list[Mapping[str, Any]]:
+    """Rows of ``published_results.json`` with a score on the benchmark under the protocol."""
+    rows = _document("published_results.json")["rows"]
+    return [row for row in rows if protocol in row["protocols"] and benchmark in row["miou"]]

@@ -3,28 +3,22 @@
 Pure functions of arrays, to be jitted by the caller. The steps, in order:
 
 1. `class_scores`: cosines of every patch with every class, A G T^T with unit G and T;
-2. `probabilities`: softmax over the classes of scale * cosine; `held_to_image` may then lower
-   classes that the whole image speaks against;
-3. `decide` and `spread`: upsample, then take the best class, or (the order of Eq. 1) the other way
+2. `probabilities`: softmax over the classes of scale * cosine; `downweight_by_image_score` may then
+   lower classes that the whole image speaks against;
+3. `spread` and `decide`: upsample, then take the best class, or (the order of Eq. 1) the other way
    round.
 
 Background is no class of the text encoder: a pixel is background where its best probability is
 below a threshold, or where a word that stands for background wins it (see `vocabulary`).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.shapes import Array, Float, Int
 
 AnyArray = Array | np.ndarray
-# One for all images, or one for each.
-Threshold = float | Float[AnyArray, ""] | Float[AnyArray, "B 1 1"]
-ORDERS = ("upsample_first", "argmax_first")
 # The default on TPU and recent GPUs rounds inputs of a matmul to about three digits, which moves
 # labels near a tie.
 EXACT = jax.lax.Precision.HIGHEST
@@ -71,25 +65,24 @@ def probabilities(
     return jax.nn.softmax(jnp.asarray(scores) * jnp.asarray(scale, jnp.float32), axis=-1)
 
 
-def held_to_image(
+def downweight_by_image_score(
     p: Float[AnyArray, "... C"],
     margins: Float[AnyArray, "... C"],
     scale: float | Float[AnyArray, ""],
     foreground: float | Float[AnyArray, "... words"] = 0.0,
 ) -> Float[Array, "... C"]:
-    """`p` with the classes held down that the image as a whole speaks against.
+    """p * exp(scale * margin + foreground): lower for classes that the whole image speaks against.
 
-    Groups say where something is, the image embedding says what there is: it is what the
-    contrastive loss trains, and is surer of its classes than any one group.
+    Groups say where something is, the image embedding says what there is. It is what the
+    contrastive loss trains, so it is surer of its classes than any single group.
 
     Args:
-      margins: cosine of each class with the image embedding, less that of the image's best class.
-      scale: a class is weighted by exp(scale * margin), the best one by 1.
+      margins: cosine of each class with the image embedding, minus that of the image's best class.
       foreground: log-probability that a cell shows no surroundings, see `foreground_log`; for each
-        class, or one for all.
+        class, or the same for all.
     """
-    held = jnp.asarray(margins) * jnp.asarray(scale, jnp.float32) + jnp.asarray(foreground)
-    return jnp.asarray(p) * jnp.exp(held)
+    exponent = jnp.asarray(margins) * jnp.asarray(scale, jnp.float32) + jnp.asarray(foreground)
+    return jnp.asarray(p) * jnp.exp(exponent)
 
 
 def foreground_log(keys: Float[AnyArray, "h w D"], scale: float) -> Float[Array, "h w"]:
@@ -127,70 +120,21 @@ def spread(
 
 
 def decide(
-    p: Float[AnyArray, "... C"],
-    threshold: Threshold | None,
-    owners: tuple[int, ...] | None = None,
-) -> Int[Array, "..."]:
-    """The label of each position.
+    highest: Float[np.ndarray, "..."],
+    best: Int[np.ndarray, "..."],
+    threshold: float | np.float32 | Float[np.ndarray, "..."] | None,
+    classes: Int[np.ndarray, " words"],
+) -> Int[np.ndarray, "..."]:
+    """The label of each position, from its best word and that word's probability.
 
-    With a threshold: 0 (background) where the best probability is below it or where the best word
-    stands for background, else 1 + the class of the best word. With None there is no background:
-    the class of the best word, 0..C-1. The best word's class is also the class with the highest
-    probability where a class has that of its best word.
+    With a threshold: 0 (background) where the probability is lower or where the word stands for
+    background, otherwise 1 + the class of the word. With None there is no background: the class.
+    The best word's class is also the best class, if a class has the probability of its best word.
 
     Args:
-      p: probabilities of the words.
-      owners: the class of each word, -1 for background; by default every word is a class.
-
-    Raises:
-      UserError: words for the background, and no threshold.
+      classes: the class of each word, -1 for background.
     """
-    best = jnp.argmax(p, axis=-1).astype(jnp.int32)
-    if owners is not None:
-        best = jnp.asarray(_checked(owners, threshold), jnp.int32)[best]
-    if threshold is None:
-        return best
-    return jnp.where(jnp.max(p, axis=-1) >= threshold, best + 1, 0)
-
-
-def _checked(owners: tuple[int, ...], threshold: Any) -> tuple[int, ...]:
-    if threshold is None and min(owners) < 0:
-        raise UserError("words for the background need a background that they can be painted as")
-    return owners
-
-
-def votes(labels: Int[AnyArray, "..."], labels_count: int) -> Float[Array, "... N"]:
-    """One vote for the label of each cell, so that labels of several windows can be averaged."""
-    return jax.nn.one_hot(labels, labels_count, dtype=jnp.float32)
-
-
-def before_spread(
-    p: Float[AnyArray, "B h w C"],
-    threshold: Threshold | None,
-    order: str,
-    owners: tuple[int, ...] | None = None,
-) -> Float[Array, "B h w N"]:
-    """What `spread` carries to the pixels: probabilities, or votes for labels decided by cell."""
-    check_order(order)
-    if order == "upsample_first":
-        return jnp.asarray(p)
-    count = p.shape[-1] if owners is None else max(owners) + 1
-    return votes(decide(p, threshold, owners), count + (threshold is not None))
-
-
-def after_spread(
-    maps: Float[AnyArray, "B H W N"],
-    threshold: Threshold | None,
-    order: str,
-    owners: tuple[int, ...] | None = None,
-) -> Int[Array, "B H W"]:
-    """Labels of the pixels from what `spread` gave; the counterpart of `before_spread`."""
-    if order == "upsample_first":
-        return decide(maps, threshold, owners)
-    return jnp.argmax(maps, axis=-1).astype(jnp.int32)
-
-
-def check_order(order: str) -> None:
-    """Raises UserError for an order of upsampling and argmax that does not exist."""
-    if order not in ORDERS:
-        raise UserError(f"order {order!r} is not known; there are: {', '.join(ORDERS)}")
+    labels = (classes + (threshold is not None)).astype(np.int32)[best]
+    if threshold is not None:
+        labels[highest < threshold] = 0
+    return labels

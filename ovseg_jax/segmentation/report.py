@@ -1,236 +1,257 @@
-"""A benchmark run from end to end: calibration, result file, pictures."""
+"""Results for people: tables and lines of text, published results beside them, and a page.
 
-import functools
-from collections.abc import Callable, Mapping
+The page is a single HTML file in which a person sorts images by IoU and hovers over classes. It
+needs no network and no other file: it contains the pictures, and the label maps as bytes, from
+which a short script gets the class below the pointer.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+import numpy as np
 from PIL import Image
 
-from ovseg_jax.data.benchmarks.train_splits import TRAIN_OPENERS
-from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.benchmarks import Benchmark, Every, make_benchmark
-from ovseg_jax.segmentation.calibrate import calibrate
-from ovseg_jax.segmentation.chosen import chosen_images, write_sheet
-from ovseg_jax.segmentation.class_words import words_of
-from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark, write_result
-from ovseg_jax.segmentation.html_report import write_report
-from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.official import FOLDERS
-from ovseg_jax.segmentation.parts import gather_counts, this_part
-from ovseg_jax.segmentation.pictures import contact_sheet, scene_panel
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import Segmenter, image_scores, with_scale, without_index
-from ovseg_jax.segmentation.sweep import swept
+from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.evaluate import replace_file
+from ovseg_jax.segmentation.extreme_images import ExtremeImage
+from ovseg_jax.segmentation.metric import IGNORE
+from ovseg_jax.segmentation.pictures import BACKGROUND, colors, paint
+from ovseg_jax.segmentation.protocol import published_rows
 
-# Scales of the softmax over classes that calibration tries.
-SCALES = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 45.0)
+Rows = list[tuple[str, ...]]
 
 
-def benchmark_of(name: str, config: ConfigDict, **changes: Any) -> Benchmark:
-    """A benchmark with the fields of ``config.eval.NAME`` (where there are any) and `changes`."""
-    fields: Mapping[str, Any] = config.get(name, {}) or {}
-    return make_benchmark(name, {**dict(fields), **changes})
+def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """One row per benchmark, below a head."""
+    rows: Rows = [
+        ("benchmark", "mIoU, %", "seen", "unseen", "pixel acc.", "mean acc.", "images", "images/s")
+    ]
+    for name, result in results.items():
+        numbers = ("miou", "miou_seen", "miou_unseen", "pixel_accuracy", "mean_accuracy")
+        cells = (number(result.get(key)) for key in numbers)
+        rate = number(result["images_per_second"])
+        rows.append((name, *cells, str(result["images"]), rate))
+    return rows
 
 
-def calibrated(
-    segmenter: Segmenter, tune: Benchmark, protocol: Protocol, batch_size: int
-) -> tuple[Protocol, float]:
-    """The protocol with scales and threshold chosen on a tune split, and the mIoU (percent) there.
+def whole_image_rows(result: Mapping[str, Any]) -> Rows:
+    """One row per measure of a benchmark of whole images, below a head."""
+    measures = [
+        key for key in result if key.startswith(("top", "mean_class", "image_to", "text_to"))
+    ]
+    return [(result["benchmark"], "%"), *((key, number(result[key])) for key in measures)]
 
-    Never pass the split that is reported. A protocol of one group per pixel, or one that refines,
-    keeps its own scale and threshold: it is only measured.
-    """
-    plain = protocol.averaged == "probabilities" and not (protocol.refined or protocol.min_area)
-    if protocol.grouping == "one_group" or not plain:
-        result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
-        return protocol, result["miou"]
-    # Without a threshold no everyday words would compete, as they will once there is one.
-    protocol = protocol.replace(threshold=protocol.threshold or 0.0)
-    owners = words_of(tune, protocol)[0].owners
-    pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
-    cap = protocol.cap_threshold
-    best = calibrate(pairs, SCALES, order=protocol.order, owners=owners, cap=cap)
-    chosen = protocol.replace(
-        scale=best.scale,
-        image_scale=best.image_scale,
-        threshold=best.threshold,
-        competing_words=len(owners),
+
+def whole_image_lines(result: Mapping[str, Any]) -> list[str]:
+    """The settings that define such a result, printed with it."""
+    protocol = result["protocol"]
+    count = len(protocol["templates"])
+    things = "classes" if "classes" in result else "texts"
+    return [
+        f"{result['benchmark']}: {result['images']} images, {result[things]} {things} (hash "
+        f"{protocol['texts_hash']}); {protocol['similarity']} of {protocol['image']}, with the "
+        f"text; {count} template{'s' * (count != 1)}, the first {protocol['templates'][0]!r}; "
+        f"{number(result['images_per_second'])} images/s"
+    ]
+
+
+def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader must know: other numbers of images, thresholds, Tables 2 and 7."""
+    lines = []
+    for name, result in results.items():
+        expected = result["data"].get("images_expected")
+        if expected and result["images"] != expected:
+            lines.append(
+                f"{name}: {result['images']} images, but the whole set has {expected}: this is not "
+                "its score"
+            )
+        if differs := result["data"].get("differs"):
+            lines.append(f"{name}: {differs}, so it is not compared with published scores")
+        if left_out := result["data"].get("images_without_mask"):
+            lines.append(f"{name}: {left_out} images have no mask and were left out")
+        protocol = result["protocol"]
+        if protocol["notes"] and not protocol["as_named"]:
+            lines.append(
+                f"{name}: settings differ from those of protocol {protocol['name']}, so it is not "
+                "compared with published scores"
+            )
+        if sweep := result.get("threshold_sweep"):
+            threshold, s = result["protocol"]["threshold"], "s" * (sweep["images"] != 1)
+            lines.append(f"{name}: threshold {threshold} by {sweep['images']} training image{s}")
+        if zss := result.get("zss"):
+            score = number(zss["miou"])
+            lines.append(f"{name}: {score} on {', '.join(zss['classes'])} among all (Table 2)")
+        if usage := result.get("group_usage"):
+            lines.append(
+                f"{name}: a window's patches spread over {number(usage['used'])} of "
+                f"{usage['groups']} groups, entropy {usage['entropy']:.2f} of 1"
+            )
+        entities = result.get("entities")
+        if entities and entities["in_paper"]:
+            paper = " + ".join(map(str, entities["in_paper"]))
+            lines.append(
+                f"{name}: {entities['seen']} + {entities['unseen']} classes seen + unseen by our "
+                f"rule, {paper} in the paper (Table 7)"
+            )
+    return lines
+
+
+# What is not among the settings, or in other words.
+_LEFT = (
+    *("name", "templates", "thresholds", "per_benchmark", "words", "notes", "class_names_file"),
+    *("background", "classes", "class_names_hash", "as_named"),
+)
+
+
+def protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings that define the results of a run: what they share, then what differs."""
+    protocols = {name: result["protocol"] for name, result in results.items()}
+    first, *others = protocols.values()
+    shared = [key for key in first if all(other.get(key) == first[key] for other in others)]
+    count, sample = len(first["templates"]), first["templates"][0]
+    lines = [
+        f"protocol {first['name']}: {_settings(first, shared)}",
+        f"{count} template{'s' * (count != 1)}, the first {sample!r}",
+    ]
+    if notes := first["notes"]:
+        parts = (notes[key].rstrip(". ") for key in ("title", "source", "differs"))
+        lines.append(f"{'. '.join(part for part in parts if part)}.")
+    for name, protocol in protocols.items():
+        differing = _settings(protocol, [key for key in protocol if key not in shared])
+        lines.append(f"{name}: {differing}{', ' * bool(differing)}{_words(protocol)}")
+    return lines
+
+
+def _settings(protocol: Mapping[str, Any], keys: Collection[str]) -> str:
+    return ", ".join(
+        f"{key} {'none' if value is None else value}"
+        for key, value in protocol.items()
+        if key in keys and key not in _LEFT
     )
-    return chosen, 100.0 * best.miou
 
 
-def run_benchmarks(
-    segmenter: Segmenter,
-    names: tuple[str, ...],
-    config: ConfigDict,
-    protocol: Protocol,
-    results: Path,
-    provenance: Mapping[str, Any],
-    *,
-    sweep: int = 0,
-    pictures: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
+def _words(protocol: Mapping[str, Any]) -> str:
+    file = protocol["class_names_file"]
+    named = f"{file['file']} ({file['sha256']})" if file else "the benchmark's own"
+    background = " and background" * protocol["background"]
+    return (
+        f"{protocol['classes']} classes{background}, names from {named}, hash "
+        f"{protocol['class_names_hash']}"
+    )
 
-    Several processes each take their part of the images, and all have the whole result; the first
-    writes it.
 
-    Args:
-      config: fields of the benchmarks under their names, and `batch_size`.
-      provenance: plain values added to each result: which model this was.
-      sweep: choose the threshold of each benchmark with a background on this many images of its
-        training split; 0 to take the protocol's.
-      pictures: this many best, median and worst images of each benchmark are drawn, in
-        ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
-      progress: called with (benchmark, images done, images of this process).
+def comparison_rows(result: Mapping[str, Any]) -> Rows:
+    """Our score among published ones of its protocol, best last; [] where there are none.
 
-    Raises:
-      UserError: an unknown benchmark, or missing files, before any is run.
+    Nothing is compared where a setting of the protocol was changed, images are missing, or the
+    labels are not those that published scores were computed from.
     """
-    # A name given twice is one benchmark.
-    benchmarks = {name: benchmark_of(name, config) for name in names}
-    if not benchmarks:
-        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
-    tuned = {
-        name: train_split(name, config, sweep)
-        for name, benchmark in benchmarks.items()
-        if sweep and benchmark.has_background
-    }
-    if sweep and not tuned:
-        raise UserError(
-            "--sweep chooses thresholds of the background, and none of the benchmarks "
-            f"({', '.join(benchmarks)}) has one: leave it out"
-        )
-    parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
-    found = {}
-    for name, benchmark in benchmarks.items():
-        chosen, extra = protocol, {}
-        if name in tuned:
-            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
-        count = functools.partial(progress, name) if progress else None
-        if count:
-            count(0, len(benchmark))  # the rate is counted from here
-        result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
-        found[name] = {**result, **extra, **provenance}
-        if parts["part"][0] == 0:
-            write_result(results / f"{name}.json", found[name])
-            if pictures:
-                best = found[name]["image_miou"], pictures, config.batch_size
-                images = chosen_images(segmenter, benchmark, _for(benchmark, chosen), *best)
-                groups = found[name]["group_usage"]["groups"]
-                write_sheet(images, benchmark, results / f"{name}.png", groups)
-                write_report(results / f"{name}.html", found[name], benchmark, images, groups)
-    return found
+    protocol, data = result["protocol"], result["data"]
+    whole = data.get("images_expected") == result["images"] and not data.get("differs")
+    rows = published_rows(protocol["name"], result["benchmark"])
+    if not rows or not protocol["as_named"] or not whole or result["miou"] is None:
+        return []
+    name = result["benchmark"]
+    listed = [(row["miou"][name], row["method"], row["backbone"], row["data"]) for row in rows]
+    listed.append((result["miou"], "this model", "", ""))
+    head = (f"{name}, protocol {protocol['name']}", "backbone", "training data", "mIoU, %")
+    return [
+        head,
+        *(
+            (method, backbone, where, number(score))
+            for score, method, backbone, where in sorted(listed, key=lambda row: row[0])
+        ),
+    ]
 
 
-def _for(benchmark: Benchmark, protocol: Protocol) -> Protocol:
-    """The protocol as an evaluation of the benchmark uses it."""
-    own = protocol.for_benchmark(benchmark.name)
-    return own if benchmark.has_background else own.replace(threshold=None)
+def number(value: float | None) -> str:
+    """One digit, or a dash for what is not defined."""
+    return "-" if value is None else f"{value:.1f}"
 
 
-def write_pictures(
-    segmenter: Segmenter,
+# ---- the page
+
+WIDTH = 224  # pixels: pictures and label maps are reduced to about this side
+
+
+def write_page(
+    path: Path,
+    result: Mapping[str, Any],
     benchmark: Benchmark,
-    protocol: Protocol,
-    directory: Path,
-    *,
-    count: int,
-    group_count: int,
-) -> Path:
-    """One panel per image (image, groups, prediction, truth) and a sheet of all of them.
+    images: Sequence[ExtremeImage],
+    groups: int,
+) -> None:
+    """Writes the page.
 
     Args:
-      protocol: its fields for this benchmark hold here too, as in `evaluate`.
-      count: how many images, from the first on.
-
-    Returns:
-      The path of the sheet, ``DIRECTORY/NAME.png``.
+      result: what `evaluate.evaluate` gave.
+      images: those to show.
+      groups: how many the model has.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    protocol = with_scale(_for(benchmark, protocol), segmenter)
-    count = min(count, len(benchmark))
-    images = [benchmark[index] for index in range(count)]
-    vocabulary, _ = words_of(benchmark, protocol)
-    text = segmenter.text(list(vocabulary.words), protocol.templates)
-    scored = image_scores(
-        without_index(segmenter.encode),
-        text,
-        (image for image, _ in images),
-        protocol,
-        count,
-        vocabulary.things,
+    names = ["background"] * benchmark.has_background + list(benchmark.class_names)
+    table = [BACKGROUND] * benchmark.has_background + list(colors(len(benchmark.class_names)))
+    data = {
+        "names": names,
+        "colors": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in table],
+        "iou": [result["iou"][name] for name in names],
+        "images": [_entry(one, groups) for one in images],
+        "ignored": IGNORE,
+    }
+    measures = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
+    facts = [f"{key.replace('_', ' ')} {result[key]} %" for key in measures]
+    facts.append(f"{result['images']} images at {result['images_per_second']} a second")
+    lines = [" · ".join(facts), *protocol_lines({benchmark.name: result})]
+    page = (resources.files("ovseg_jax.segmentation") / "report.html").read_text(encoding="utf-8")
+    # "</" would end the script that contains the data.
+    filled = {
+        "TITLE": html.escape(f"{benchmark.name}: mIoU {result['miou']} %"),
+        "FACTS": "".join(f"<p>{html.escape(line)}</p>" for line in lines),
+        "DATA": json.dumps(data).replace("</", "<\\/"),
+    }
+    for key, text in filled.items():
+        page = page.replace(f"@{key}@", text)
+    replace_file(path, page)
+
+
+def _entry(one: ExtremeImage, groups: int) -> dict[str, Any]:
+    step = -(-max(one.image.shape[:2]) // WIDTH)
+    small = tuple(x[::step, ::step] for x in (one.prediction, one.truth, one.groups % groups))
+    height, width = small[0].shape
+    return {
+        "index": one.index,
+        "kind": one.kind,
+        "miou": round(one.miou, 2),
+        "width": width,
+        "height": height,
+        "image": _embedded(one.image, (width, height), "JPEG"),
+        "groups": _embedded(paint(small[2], groups, background=False), None, "PNG"),
+        "maps": [
+            {"group": group, "picture": _embedded(_gray(soft), (width // 4, height // 4), "JPEG")}
+            for group, soft in zip(one.map_groups, one.maps, strict=True)
+        ],
+        # Painted by the script, which reads the classes from them.
+        "prediction": base64.b64encode(small[0].astype(np.uint8).tobytes()).decode(),
+        "truth": base64.b64encode(small[1].astype(np.uint8).tobytes()).decode(),
+    }
+
+
+def _gray(soft: np.ndarray) -> np.ndarray:
+    return (
+        np.repeat(np.rint(255 * soft / max(float(soft.max()), 1e-9)), 3)
+        .reshape(*soft.shape, 3)
+        .astype(np.uint8)
     )
-    panels: dict[int, Image.Image] = {}
-    for scores, labels in label_maps(scored, protocol, vocabulary.owners, group=count):
-        image, truth = images[scores.index]
-        panels[scores.index] = scene_panel(
-            image,
-            scores.group_map() % group_count,
-            labels,
-            truth,
-            benchmark.class_names,
-            background=benchmark.has_background,
-            group_count=group_count,
-        )
-    rows = [panels[index] for index in sorted(panels)]
-    for index, panel in enumerate(rows):
-        panel.save(directory / f"{benchmark.name}_{index:03d}.png")
-    sheet = directory / f"{benchmark.name}.png"
-    contact_sheet(rows, columns=2 if len(rows) > 3 else 1).save(sheet)
-    return sheet
 
 
-def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
-    """`config.tune_count` images to calibrate on, none of which is reported.
-
-    None where the config does not ask to calibrate, or the benchmark has no such images.
-
-    Raises:
-      UserError: files are missing, or the images would be reported.
-    """
-    if not config.calibrate:
-        return None
-    if name != "scenes" and (name not in FOLDERS or FOLDERS[name].base not in TRAIN_OPENERS):
-        return None
-    if config.tune_count < 1:
-        raise UserError(f"config.eval.tune_count is {config.tune_count}; it must be at least 1")
-    return train_split(name, config, config.tune_count)
-
-
-def _refuse_tune(reported: Benchmark) -> None:
-    if getattr(reported, "split", "") == "tune":
-        raise UserError(
-            f"benchmark {reported.name}: its tune split is to be reported, so no scale or "
-            f"threshold can be chosen on it: set config.eval.{reported.name}.split to another one"
-        )
-
-
-def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
-    """`count` images to choose a threshold on, none of which is reported.
-
-    Raises:
-      UserError: the benchmark has no such images.
-    """
-    reported = benchmark_of(name, config)
-    if name == "scenes":
-        _refuse_tune(reported)
-        return benchmark_of(name, config, split="tune", count=count)
-    if name not in FOLDERS:
-        raise UserError(
-            f"benchmark {name} has no training split to choose a threshold on; set "
-            "--config.eval.protocol.threshold, or leave out --sweep"
-        )
-    tune = benchmark_of(name, config, split="train", count=0)
-    if shared := set(tune.keys) & set(reported.keys):
-        raise UserError(
-            f"benchmark {name}: {len(shared)} images are in the lists of both its training and its "
-            f"validation split, {min(shared)} among them: no threshold can be chosen on images "
-            "that are reported"
-        )
-    # Evenly over the split, whose order follows years or scenes.
-    step = max(1, len(tune) // count)
-    return Every(tune, step, min(count, len(tune)))
+def _embedded(pixels: np.ndarray, size: tuple[int, int] | None, kind: str) -> str:
+    image, stream = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
+    if size is not None:
+        image = image.resize(tuple(max(1, side) for side in size), Image.Resampling.BILINEAR)
+    image.save(stream, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,8 +1,8 @@
 """Class scores of images of any size, from batches of windows of one size.
 
 Windows of many images fill one batch, so the encoder is compiled once and always works on full
-batches; the last one is padded. What comes back is small, one cosine for each patch and class, and
-stays on the host until an image has all its windows.
+batches; the last is padded. The results are small, one cosine for each patch and class, and stay on
+the host until an image has all its windows.
 """
 
 import dataclasses
@@ -18,7 +18,12 @@ from jaxtyping import Integer
 
 from ovseg_jax.segmentation import protocol as protocol_lib
 from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.shapes import Float, UInt8
+
+# Pixels in a batch of windows on a CPU. On two cores, batches of four windows of 448 pixels took a
+# third longer for each window than single ones (tests/bench/segment_speed.py).
+CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
 
 
 @runtime_checkable
@@ -34,22 +39,12 @@ class Segmenter(Protocol):
 
 
 def with_scale(protocol: protocol_lib.Protocol, segmenter: Any) -> protocol_lib.Protocol:
-    """The protocol with the segmenter's own `scale()` where it leaves the scale open."""
+    """The protocol, with the scale that the model learned if it has none."""
     return protocol if protocol.scale is not None else protocol.replace(scale=segmenter.scale())
 
 
-# `encode` of a segmenter that is also told which image each row belongs to (-1 for padding), so
-# that features computed before can be looked up instead.
-Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, ...]]
-
-
-# Pixels in a batch of windows. On two cores, batches of four windows of 448 pixels took a third
-# longer for each window than single ones (tests/bench/segment_speed.py).
-CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
-
-
 def default_batch(window: int) -> int:
-    """Windows to encode at once, for windows of so many pixels a side, on the devices there are."""
+    """How many windows of this side (pixels) to encode at once on the devices there are."""
     if jax.default_backend() == "cpu":
         return max(1, CPU_PIXELS // window**2)
     return ACCELERATOR_WINDOWS
@@ -61,13 +56,14 @@ class ImageScores:
 
     Attributes:
       index: position of the image in what was given.
-      cells: the windows' patches side by side as the windows lie in the image. With the protocol's
-        grouping 'soft_patches' their cosines with the classes, else their affinity to the groups.
-      groups: the group with the highest affinity for each patch, likewise.
+      cells: the windows' patches, side by side in the order of the windows in the image. With the
+        protocol's grouping 'soft_patches' their cosines with the classes, otherwise their affinity
+        to the groups.
+      groups: the group with the highest affinity for each patch, in the same arrangement.
       embeddings: unit image embedding of each window, row by row.
       group_cosines, image_cosines: of the groups and of the embedding of each window with the
         classes.
-      size, resized: (height, width) of the image as it came, and as it was segmented.
+      size, resized: (height, width) of the original image, and of the image that was segmented.
       tiles: number of windows along the height and the width.
       window, stride: of the windows, pixels.
       mirrored: whether it is the image seen in a mirror.
@@ -99,7 +95,7 @@ class ImageScores:
         """Matrices from cells to pixels for the two axes; see `windows.cell_weights`.
 
         Args:
-          size: (height, width) of the pixels, by default those of the image as it came.
+          size: (height, width) of the pixels, by default those of the original image.
         """
         size = size or self.size
         rows, columns = (
@@ -119,7 +115,7 @@ class ImageScores:
         """How far each class falls short of the image's best class (cosines, at most 0).
 
         The cosines are those of the whole image, whose embedding is the mean of the embeddings of
-        all its windows in all its views. With margins of each window alone, labels jump where
+        all its windows in all its views. With margins window by window, labels jump where
         windows meet.
         """
         views = (self, *self.more)
@@ -135,7 +131,7 @@ class ImageScores:
 
     @property
     def shapes(self) -> tuple:
-        """Equal for images that can be worked on as one array."""
+        """Equal for images whose arrays can be stacked."""
         return self.size, self.resized, self.cells.shape
 
     def by_window(self) -> Float[np.ndarray, "windows h w scores"]:
@@ -159,6 +155,77 @@ class ImageScores:
         numbers = self.groups + first.repeat(sides[0], 0).repeat(sides[1], 1)
         rows, columns = (matrix.argmax(1) for matrix in self.weights(nearest=True))
         return numbers[rows][:, columns]
+
+
+def score_images(
+    segmenter: Segmenter,
+    vocabulary: Vocabulary,
+    images: Iterable[np.ndarray],
+    protocol: protocol_lib.Protocol,
+    batch_size: int,
+) -> Iterator[ImageScores]:
+    """Scores of the words of a vocabulary for each image; see `image_scores`."""
+    text = segmenter.text(list(vocabulary.words), protocol.templates)
+    things = vocabulary.things
+    return image_scores(segmenter.encode, text, images, protocol, batch_size, things)
+
+
+def image_scores(
+    encode: Callable[[np.ndarray], tuple[Any, ...]],
+    text: Any,
+    images: Iterable[np.ndarray],
+    protocol: protocol_lib.Protocol,
+    batch_size: int = 32,
+    things: Sequence[bool] | None = None,
+) -> Iterator[ImageScores]:
+    """Scores of each image, as soon as its last window is done (so not always in order).
+
+    Args:
+      encode: see `Segmenter.encode`.
+      text: [C,E] class embeddings.
+      images: uint8 [H,W,3] of any sizes, read when they are needed.
+      batch_size: windows in a batch; every batch is filled to it.
+      things: for each word whether it names a thing, not surroundings; by default all do. The
+        protocol's `border_scale` lowers only the probabilities of things.
+    """
+    waiting: dict[tuple[int, ...], list[_Window]] = {}  # windows to encode, by shape
+    running: deque = deque()  # batches on the device while the host prepares the next
+
+    def start(batch: list[_Window]) -> None:
+        pixels = np.stack([window.pixels for window in batch])
+        pixels = np.pad(pixels, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
+        affinity, groups, embedding, *keys = encode(pixels)
+        grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
+        results = _window_scores(affinity, groups, embedding, text, grid, protocol.grouping)
+        if protocol.border_scale:
+            results += tuple(keys)
+        running.append((batch, results))
+
+    def finish() -> Iterator[ImageScores]:
+        batch, results = running.popleft()
+        results = [np.asarray(result) for result in results]
+        grid = results[0].shape[1:3]
+        results[5:] = [keys.reshape(batch_size, *grid, -1) for keys in results[5:]]
+        for row, window in enumerate(batch):
+            window.view.parts[window.number] = tuple(result[row] for result in results)
+            if all(view.complete() for view in window.views):
+                first, *more = (view.scores(things) for view in window.views)
+                yield dataclasses.replace(first, more=tuple(more))
+
+    for index, pixels in enumerate(images):
+        views = [_View(index, pixels.shape[:2], protocol, *how) for how in protocol.views]
+        for view in views:
+            for number, window in enumerate(view.cut(pixels)):
+                same = waiting.setdefault(window.shape, [])
+                same.append(_Window(window, number, view, views))
+                if len(same) == batch_size:
+                    start(waiting.pop(window.shape))
+        while len(running) > 1:
+            yield from finish()
+    for batch in waiting.values():
+        start(batch)
+    while running:
+        yield from finish()
 
 
 class _View:
@@ -222,10 +289,14 @@ class _View:
         )
 
 
-def _joined(views: Sequence[_View], things: Sequence[bool] | None) -> ImageScores:
-    """The scores of the first view, with those of the others."""
-    first, *more = (view.scores(things) for view in views)
-    return dataclasses.replace(first, more=tuple(more))
+@dataclass(frozen=True)
+class _Window:
+    """Pixels to encode: window `number` of a view, which is one of the views of an image."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    number: int
+    view: _View
+    views: list[_View]
 
 
 def _side_by_side(parts: tuple[np.ndarray, ...], tiles: tuple[int, int]) -> np.ndarray:
@@ -235,99 +306,16 @@ def _side_by_side(parts: tuple[np.ndarray, ...], tiles: tuple[int, int]) -> np.n
     return np.concatenate(bands, 0)
 
 
-def image_scores(
-    encode: Encode,
-    text: Any,
-    images: Iterable[np.ndarray],
-    protocol: protocol_lib.Protocol,
-    batch_size: int = 32,
-    things: Sequence[bool] | None = None,
-) -> Iterator[ImageScores]:
-    """Scores of each image, as soon as its last window is done (so not always in order).
-
-    Args:
-      encode: see `Encode`; `without_index(segmenter.encode)` where nothing is looked up.
-      text: [C,E] class embeddings.
-      images: uint8 [H,W,3] of any sizes; they are read as they are needed.
-      batch_size: windows in a batch; every batch is filled to it.
-      things: for each word whether it names a thing, not surroundings; by default all do. The
-        protocol's `border_scale` lowers the probabilities of things alone.
-    """
-    waiting: dict[tuple[int, ...], list] = {}  # windows to encode, by shape
-    running: deque = deque()  # batches the device works on while the host prepares the next
-
-    def start(batch: list) -> None:
-        pixels = np.stack([window for window, *_ in batch])
-        index = np.array([views[0].index for _, views, _, _ in batch], np.int32)
-        padding = batch_size - len(batch)
-        pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        index = np.pad(index, (0, padding), constant_values=-1)
-        affinity, groups, embedding, *keys = encode(pixels, index)
-        grid = windows.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
-        sharper = (protocol.assignment, protocol.assignment_temperature)
-        results = _window_scores(
-            affinity, groups, embedding, text, grid, protocol.grouping, *sharper
-        )
-        if protocol.border_scale:
-            results += (jnp.reshape(keys[0], (batch_size, *grid, -1)),)
-        running.append((batch, results))
-
-    def finish() -> Iterator[ImageScores]:
-        batch, results = running.popleft()
-        results = [np.asarray(result) for result in results]
-        for row, (_, views, view, number) in enumerate(batch):
-            view.parts[number] = tuple(result[row] for result in results)
-            if all(one.complete() for one in views):
-                yield _joined(views, things)
-
-    for index, pixels in enumerate(images):
-        size = pixels.shape[:2]
-        views = [_View(index, size, protocol, *how) for how in protocol.views]
-        for view in views:
-            for number, window in enumerate(view.cut(pixels)):
-                same = waiting.setdefault(window.shape, [])
-                same.append((window, views, view, number))
-                if len(same) == batch_size:
-                    start(waiting.pop(window.shape))
-        while len(running) > 1:
-            yield from finish()
-    for batch in waiting.values():
-        start(batch)
-    while running:
-        yield from finish()
-
-
 _foreground = jax.jit(readout.foreground_log, static_argnames="scale")
 
 
-def without_index(encode: Callable[[np.ndarray], tuple[Any, ...]]) -> Encode:
-    """The encoder of a segmenter in the form that `image_scores` calls."""
-    return lambda images, index: encode(images)
-
-
-def assigned(
-    affinity: Float[jax.Array | np.ndarray, "B L K"], assignment: str, temperature: float
-) -> Float[jax.Array, "B L K"]:
-    """The affinity as the protocol wants it: see its `assignment` and `assignment_temperature`."""
-    affinity = jnp.asarray(affinity).astype(jnp.float32)
-    if assignment == "hard":
-        return jax.nn.one_hot(jnp.argmax(affinity, -1), affinity.shape[-1], dtype=jnp.float32)
-    if temperature == 1.0:
-        return affinity
-    # The least positive float keeps the logarithm of an exact zero finite.
-    logits = jnp.log(jnp.maximum(affinity, jnp.finfo(jnp.float32).tiny))
-    return jax.nn.softmax(logits / temperature, axis=-1)
-
-
-@jax.jit(static_argnames=("grid", "grouping", "assignment", "temperature"))
-def _window_scores(affinity, groups, embedding, text, grid, grouping, assignment, temperature):
+@jax.jit(static_argnames=("grid", "grouping"))
+def _window_scores(affinity, groups, embedding, text, grid, grouping):
     affinity, embedding = jnp.asarray(affinity), readout.unit(embedding)
     nearest = jnp.argmax(affinity, -1).reshape(-1, *grid).astype(jnp.int32)
     if grouping == "one_group":
         cells = affinity.astype(jnp.float32).reshape(-1, *grid, affinity.shape[-1])
     else:
-        cells = readout.class_scores(
-            assigned(affinity, assignment, temperature), groups, text, grid
-        )
+        cells = readout.class_scores(affinity, groups, text, grid)
     whole = readout.cosines(embedding[:, None], text)[:, 0]
     return cells, nearest, embedding, readout.cosines(groups, text), whole

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from ovseg_jax import sharding
 from ovseg_jax.data.entities import unmasked
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.losses.mask_consistency import mask_logits
-from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
+from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.readout import EXACT, unit
+from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.shapes import Array, Float, UInt8
 from ovseg_jax.weights.model_dir import SavedModel
 
@@ -45,10 +46,11 @@ def encode_images(
         if tokens.patches is None:
             raise UserError(
                 "protocol: affinity 'features' needs patch tokens, but this model's second "
-                "stage has groups alone; use affinity 'binding'"
+                "stage has only groups; use affinity 'binding'"
             )
-        logits = mask_logits(tokens.patches, tokens.groups)
-        soft = jax.nn.softmax(jnp.swapaxes(logits, 1, 2), axis=-1)
+        patches, groups = (x.astype(jnp.float32) for x in (tokens.patches, tokens.groups))
+        logits = jnp.einsum("bld,bkd->blk", patches, groups, precision=EXACT)
+        soft = jax.nn.softmax(logits * patches.shape[-1] ** -0.5, axis=-1)
     else:
         soft = tokens.affinity
     groups = model.apply(variables, tokens.groups, method="project_image")
@@ -66,10 +68,11 @@ def encode_images(
 def embed_prompts(
     model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
 ) -> Array:
-    """Embeddings [B, E] of prompts, as they are averaged over templates; to be jitted.
+    """Embeddings [B, E] of prompts, to be averaged over templates; to be jitted.
 
     Args:
-      ids: int32 [B, M]. average: see `Protocol`.
+      ids: int32 [B, M].
+      average: see `Protocol`.
     """
     text = model.apply(variables, ids, method="text_tokens")
     method = "project_text" if average == "unit" else "embed_text"
@@ -82,14 +85,9 @@ class ModelSegmenter:
     Args:
       model, params: the module and its parameters, placed anywhere.
       tokenizer, text_length: of its text encoder.
-      protocol: its `affinity` is A of Eq. 1 ("binding": the soft map of Eq. 4; "features": the
-        softmax over groups of the encoder's final tokens, I G^T D^-0.5), its `average` what is
-        averaged over templates.
+      protocol: its `affinity`, `average` and `border_scale` decide what is computed.
       batch_stats: running statistics of the model's batch norms, where it has any.
       mesh: where given, batches are split over it.
-
-    Raises:
-      UserError: affinity "features" of a model without final patch tokens.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class ModelSegmenter:
         mesh: Mesh | None = None,
     ):
         protocol = protocol or Protocol()
-        self._protocol = protocol
+        self._window = protocol.window
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
         everywhere = sharding.replicated(mesh) if mesh is not None else None
@@ -125,10 +123,8 @@ class ModelSegmenter:
         self._embed = jax.jit(embed, out_shardings=everywhere)
 
     @classmethod
-    def of_saved(
-        cls, saved: SavedModel, protocol: Protocol, mesh: Mesh | None = None
-    ) -> "ModelSegmenter":
-        """The segmenter of a model directory, as a protocol asks for it."""
+    def of_saved(cls, saved: SavedModel, protocol: Protocol) -> "ModelSegmenter":
+        """The segmenter of a model directory under a protocol, on the devices of this process."""
         return cls(
             saved.model,
             saved.params,
@@ -136,8 +132,14 @@ class ModelSegmenter:
             text_length=saved.info["text_length"],
             protocol=protocol,
             batch_stats=saved.batch_stats,
-            mesh=mesh,
+            mesh=sharding.make_mesh(devices=jax.local_devices()),
         )
+
+    def whole_batch(self, batch_size: int) -> int:
+        """`batch_size` windows, or with 0 a number that suits the devices, rounded up to a number
+        that the devices share evenly."""
+        shards = sharding.batch_shards(self._mesh) if self._mesh is not None else 1
+        return -(-(batch_size or default_batch(self._window)) // shards) * shards
 
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]
@@ -150,15 +152,25 @@ class ModelSegmenter:
     def text(self, names: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "C E"]:
         """Class embeddings: the mean over templates of the prompts' embeddings, unit norm."""
         prompts = [template.format(unmasked(name)) for name in names for template in templates]
-        ids = self._tokenizer.encode(prompts, self._length)
+        ids = self._without_padding(self._tokenizer.encode(prompts, self._length))
         rows = []
         for start in range(0, len(ids), TEXT_BATCH):
             part = ids[start : start + TEXT_BATCH]
             padded = np.zeros((TEXT_BATCH, ids.shape[1]), np.int32)
             padded[: len(part)] = part
             rows.append(np.asarray(self._embed(self.variables, padded))[: len(part)])
-        embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1)
-        return np.asarray(unit(jnp.asarray(embeddings.mean(1))))
+        embeddings = np.concatenate(rows).reshape(len(names), len(templates), -1).mean(1)
+        # In NumPy: JAX would compile each operation by itself.
+        norms = np.linalg.norm(embeddings.astype(np.float32), axis=1, keepdims=True)
+        return embeddings / np.maximum(norms, np.float32(1e-12))
+
+    def _without_padding(self, ids: np.ndarray) -> np.ndarray:
+        """The columns that the longest prompt needs, a multiple of 4 so that few shapes compile.
+
+        At least one column of padding stays, because CLIP's tokenizer pads with the end token.
+        """
+        longest = int((ids != self._model.pad_id).any(axis=0).nonzero()[0].max(initial=0)) + 1
+        return ids[:, : 4 * (longest // 4 + 1)]
 
     def scale(self) -> float:
         """The inverse temperature that the model learned, for a protocol whose scale is None."""

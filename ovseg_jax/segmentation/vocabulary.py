@@ -1,26 +1,48 @@
-"""The words of the softmax and the classes that they stand for.
+"""The words that compete for a pixel, and the classes they stand for.
 
 A class may have several words, ``cat|kitten|tabby``: its probability at a pixel is that of its best
-word. Words may also stand for the background, which then wins their pixels.
+word. Words may also stand for the background, which then gets the pixels they win.
+
+The softmax of one class is 1 everywhere, and the best probability of two is never below one half.
+Without competitors a short list of words would paint the whole image. `competition` therefore fills
+short lists up with everyday nouns that stand for the background.
 """
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
+from ovseg_jax.segmentation.protocol import Protocol
 
 BACKGROUND = -1
 BETWEEN = "|"
-# Nouns for what surrounds the subject of a photograph. A word whose last noun is one of these, such
-# as "dirt road", is not held to be background for resembling the border of the image.
-SURROUNDINGS = frozenset(
-    "sky cloud clouds ground floor wall walls ceiling grass lawn field meadow tree trees forest "
-    "woods bush bushes hedge leaves vegetation water sea ocean lake river pond beach sand desert "
-    "snow ice mountain mountains hill hills cliff rock rocks soil dirt mud earth land road street "
-    "highway path pavement sidewalk railroad track building buildings house houses skyscraper "
-    "city landscape background scenery surroundings fence carpet rug tiles curtain curtains room "
-    "court playingfield platform".split()
-)
+# Evaluation sets whose classes can be named by --vocabulary.
+LISTS = ("coco", "voc", "context", "coco_object", "coco_stuff", "ade20k", "cityscapes")
+
+
+@functools.cache
+def _word_file() -> dict[str, Any]:
+    """``competitors.json``.
+
+    "competitors" maps a noun to other words for it, to its kinds and parts, and to wider words. A
+    class that is any of these would lose its own pixels to the noun, so the noun is then left out.
+    The first nouns are those used most; frequent surroundings and frequent objects alternate.
+
+    "surroundings" are nouns for what surrounds the subject of a photograph.
+    """
+    path = resources.files("ovseg_jax.segmentation") / "competitors.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def competitors() -> dict[str, list[str]]:
+    """Everyday nouns in order of preference, each with its related words; see `_word_file`."""
+    return _word_file()["competitors"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +51,17 @@ class Vocabulary:
 
     Attributes:
       classes: what the classes are called in results: the first word of each.
-      words: what the text encoder is asked for.
-      owners: the class of each word, `BACKGROUND` where it stands for the background.
+      words: what the text encoder gets.
+      word_to_class: the class of each word, `BACKGROUND` where it stands for the background.
     """
 
     classes: tuple[str, ...]
     words: tuple[str, ...]
-    owners: tuple[int, ...]
+    word_to_class: tuple[int, ...]
 
     @classmethod
     def of(cls, entries: Sequence[str], background: Sequence[str] = ()) -> "Vocabulary":
-        """From one entry a class, synonyms between bars, and words for the background.
+        """From one entry per class, synonyms between bars, and words for the background.
 
         Raises:
           UserError: no class, an empty word, or a word that is listed twice.
@@ -50,37 +72,92 @@ class Vocabulary:
             raise UserError(f"classes is a list of names, not {entries!r}")
         if not len(entries):
             raise UserError("no classes: name at least one, for example --classes='cat,dog'")
-        words, owners, seen = [], [], set()
-        for owner, entry in [*enumerate(entries), *((BACKGROUND, word) for word in background)]:
-            parts = entry.split(BETWEEN) if owner != BACKGROUND else [entry]
-            for word in (part.strip() for part in parts):
-                if not word:
-                    raise UserError(f"empty class name in {[*entries, *background]}")
-                if word.lower() in seen:
-                    raise UserError(f"class {word!r} is listed twice")
-                seen.add(word.lower())
-                words.append(word)
-                owners.append(owner)
+        pairs = [(i, word) for i, entry in enumerate(entries) for word in entry.split(BETWEEN)]
+        pairs += [(BACKGROUND, word) for word in background]
+        words, seen = [word.strip() for _, word in pairs], set()
+        for word in words:
+            if not word:
+                raise UserError(f"empty class name in {[*entries, *background]}")
+            if word.lower() in seen:
+                raise UserError(f"class {word!r} is listed twice")
+            seen.add(word.lower())
         names = tuple(entry.split(BETWEEN)[0].strip() for entry in entries)
-        return cls(names, tuple(words), tuple(owners))
+        return cls(names, tuple(words), tuple(index for index, _ in pairs))
 
     @property
     def things(self) -> tuple[bool, ...]:
-        """For each word, whether it names a thing rather than `SURROUNDINGS`."""
-        return tuple(word.lower().split()[-1] not in SURROUNDINGS for word in self.words)
+        """For each word, whether it names a thing rather than surroundings.
 
-    def with_background(self, words: Sequence[str]) -> "Vocabulary":
-        """The same with more words for the background (those not there yet)."""
-        have = {word.lower() for word in self.words}
-        more = tuple(word for word in words if word.lower() not in have)
-        return Vocabulary(self.classes, self.words + more, self.owners + (BACKGROUND,) * len(more))
+        The last noun decides: a "dirt road" is surroundings, a "rock band" is not.
+        """
+        surroundings = _word_file()["surroundings"]
+        return tuple(word.lower().split()[-1] not in surroundings for word in self.words)
+
+    @property
+    def background_words(self) -> tuple[str, ...]:
+        """The words that stand for the background."""
+        pairs = zip(self.words, self.word_to_class, strict=True)
+        return tuple(word for word, index in pairs if index == BACKGROUND)
 
     def lines(self) -> tuple[str, ...]:
-        """One text a class with its synonyms, then the background's words: to show and to hash."""
+        """A text for each class with its synonyms, then the background's words."""
         by_class: dict[int, list[str]] = {}
-        for word, owner in zip(self.words, self.owners, strict=True):
-            by_class.setdefault(owner, []).append(word)
+        for word, index in zip(self.words, self.word_to_class, strict=True):
+            by_class.setdefault(index, []).append(word)
         lines = [BETWEEN.join(by_class[i]) for i in range(len(self.classes))]
         if BACKGROUND in by_class:
             lines.append(f"background: {BETWEEN.join(by_class[BACKGROUND])}")
         return tuple(lines)
+
+
+def competition(vocabulary: Vocabulary, protocol: Protocol) -> Vocabulary:
+    """The words that compete for a pixel under a protocol.
+
+    With fewer words than its `competing_words`, everyday nouns are added for the background. A noun
+    is left out when it, or a word related to it, is a class or a word of one ('plant' of 'potted
+    plant'), in singular or regular plural, so there may be fewer words than that in the end. A
+    vocabulary with words for the background, or a protocol without background, gets none.
+    """
+    if protocol.threshold is None or vocabulary.background_words:
+        return vocabulary
+    names = {name.lower() for name in vocabulary.words}
+    taken = _forms(names.union(*(name.split() for name in names)))
+    free = [n for n, related in competitors().items() if not taken & _forms({n, *related})]
+    more = tuple(free[: max(0, protocol.competing_words - len(names))])
+    return Vocabulary(
+        vocabulary.classes,
+        vocabulary.words + more,
+        vocabulary.word_to_class + (BACKGROUND,) * len(more),
+    )
+
+
+def _forms(words: set[str]) -> set[str]:
+    return {form for word in words for form in (word, f"{word}s", f"{word}es")}
+
+
+def word_list(name: str) -> tuple[str, ...]:
+    """The classes of an evaluation set (one of `LISTS`; 'coco' is the 80 objects), or of a text
+    file with one class a line, synonyms between bars.
+
+    Raises:
+      UserError: there is no such list, or the file is empty or no text.
+    """
+    if name in LISTS:
+        table = "coco_object" if name == "coco" else name
+        path = resources.files("ovseg_jax.data") / "benchmarks" / "tables" / f"{table}.json"
+        classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        return tuple(entry["word"] for entry in classes)
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"--vocabulary={name}: no such file, and no such list{nearest(name, LISTS)}; lists: "
+            f"{', '.join(LISTS)}"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"--vocabulary={name} is no text file") from None
+    words = tuple(line.strip() for line in lines if line.strip())
+    if not words:
+        raise UserError(f"--vocabulary={name} lists no classes")
+    return words

@@ -43,7 +43,7 @@ def resize_image(
 
     Args:
       how: "antialiased" averages over the source area where it shrinks (Pillow); "four_pixels"
-        looks at the four nearest pixels alone, to the bit as OpenCV's linear interpolation does.
+        uses only the four nearest pixels, bit for bit like OpenCV's linear interpolation.
     """
     if image.shape[:2] == (h, w):
         return image
@@ -161,7 +161,7 @@ def cell_weights(
     """Matrix from the cells of all windows along one axis to the pixels of the original image.
 
     Args:
-      original, resized: length of the axis in the image as it came, and as it was segmented.
+      original, resized: length of the axis in the original image, and in the resized one.
       window, stride: as in `window_starts`; `cells`: patches of one window along this axis.
       nearest: nearest neighbor instead of bilinear, for label votes.
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.masking import Masking
-from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
+from ovseg_jax.data.captions import Masking
+from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.losses.mask_consistency import subgroup_count
 from ovseg_jax.losses.matching import BACKENDS, ENUMERATE_LIMIT
 from ovseg_jax.losses.released_mask_consistency import COSTS
 from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.calibrate import tune_split
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.report import tune_split
 from ovseg_jax.sharding import AnyMesh, batch_shards
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.weights.locate import find_weights

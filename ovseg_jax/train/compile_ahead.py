@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from ovseg_jax import platforms, sharding
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.data.examples import MOST_NAMES
-from ovseg_jax.data.masking import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.sharding import AnyMesh
@@ -168,7 +168,7 @@ def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh
 def batch_shapes(
     config: ConfigDict, phase: Phase, batch_size: int, text_length: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `data.pipeline.make_loader` gives in a phase, from the config alone.
+    """The shapes of what `data.loader.make_loader` gives in a phase, from the config alone.
 
     Args:
       batch_size: B. text_length: M.

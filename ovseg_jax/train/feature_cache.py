@@ -22,15 +22,15 @@ from ovseg_jax.data.augment import complete_transform, train_image
 from ovseg_jax.data.captions import (
     distinct_captions,
     distinct_prompts,
+    mask_entities,
     shared_prompt,
-    texts_of,
 )
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.order import example_rng
 from ovseg_jax.data.records import RecordSource
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights.initialize import TRUNK
@@ -213,7 +213,7 @@ def text_store(
     place = directory / f"texts-{key}"
     if (store := FeatureStore.open(place, key)) is not None:
         return store
-    masked = [texts_of(caption, entity_set, ())["masked"] for caption in captions]
+    masked = [mask_entities(unmasked(caption), entity_set) for caption in captions]
     hidden = list(dict.fromkeys(masked))
     prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
     shared = [shared_prompt(name) for name in entity_set.names]

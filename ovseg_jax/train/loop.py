@@ -14,8 +14,8 @@ from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.progress import Progress
+from ovseg_jax.segmentation.calibrate import calibrated
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.report import calibrated
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.checks import check_best_starts, check_loop, images_to_choose_on
 from ovseg_jax.train.chips import peak_flops

@@ -12,7 +12,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.losses.contrastive import (
     false_negative_rate,
     info_nce,
@@ -94,7 +94,7 @@ def per_example_outputs(
 
     Args:
       params: the online model's. teacher: its visual encoder's EMA, needed where mask_weight > 0.
-      batch: device arrays, see `ovseg_jax.data.pipeline`.
+      batch: device arrays, see `ovseg_jax.data.loader`.
       config: the run's ``config.loss``.
       mask_weight: lambda of Eq. 13. At 0 the second image is not read and no teacher runs.
       text_dropout: dropout on in the text encoder.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import ovseg_jax
-from ovseg_jax.data.tokens import find_tokenizer
+from ovseg_jax.data.tokenizer import find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights import groupvit, released
@@ -38,7 +38,7 @@ class Settings:
     Attributes:
       model: fields for the model's config.
       protocol: how to segment with it.
-      tokenizer: see `data.tokens.find_tokenizer`; "" writes a directory without one.
+      tokenizer: see `data.tokenizer.find_tokenizer`; "" writes a directory without one.
       text_length: tokens that class prompts are padded or cut to.
     """
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.tokens import Tokenizer, find_tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.token_files import tokenizer_files
+from ovseg_jax.data.tokenizer import tokenizer_files
 from ovseg_jax.errors import UserError
 from ovseg_jax.weights.initialize import initial_image, initial_text
 from ovseg_jax.weights.links import Shapes
@@ -63,7 +63,7 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     """
     name = spec.removeprefix(PACKAGE).partition("/")[0]
     if spec.startswith(PACKAGE) and role == TOKENIZER:
-        spec = f"{PACKAGE}{name}/model"  # as `data.tokens.find_tokenizer` reads it
+        spec = f"{PACKAGE}{name}/model"  # as `data.tokenizer.find_tokenizer` reads it
     path = _find(spec, role, "")
     reference = Reference(spec, _digests(path, role), resample=resample)
     if spec.startswith(PACKAGE):

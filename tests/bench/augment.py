@@ -18,9 +18,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from ovseg_jax.data.augment import complete_transform, train_image
-from ovseg_jax.data.crop import crop_box
-from ovseg_jax.data.rand_augment import rand_augment
+from ovseg_jax.data.augment import complete_transform, rand_augment, train_image
+from ovseg_jax.data.decoding import crop_box
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.nouns import word_list
+from ovseg_jax.data.words import word_list
 
 _RARE = 100_000  # made-up words, most of them seldom
 _FREQUENT = 300  # words that the entities' names stand among

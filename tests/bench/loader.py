@@ -21,7 +21,7 @@ import numpy as np
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import MemorySource, Record
 
 RECORDS, BATCH, TEMPLATES = 4096, 256, ("a {}.", "the {}.", "{}")

@@ -19,7 +19,7 @@ import numpy as np
 from caption_corpus import captions
 from PIL import Image
 
-from ovseg_jax.data.prepare.raw import InputShard, RawPair
+from ovseg_jax.data.prepare.raw_pairs import InputShard, RawPair
 
 ROOT = Path(__file__).parents[2]
 PER_SHARD = 10_000
@@ -27,17 +27,18 @@ PREPARE = """
 from pathlib import Path
 from prepare_memory import MadeUp
 from ovseg_jax.data.prepare.entity_choice import parse_choice
+from ovseg_jax.data.prepare.jobs import local_jobs
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
-prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(), workers=0,
-        say=lambda line: None)
+prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(),
+        run_jobs=local_jobs(0), say=lambda line: None)
 """
 LOAD = """
 from pathlib import Path
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import ArrayRecordSource
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 source = ArrayRecordSource({out!r})
 spec = {{"text_length": 16, "transform": {{"kind": "crop", "size": 32}}}}
 loader = make_loader(source, EntitySet(source.manifest.entities), Tokenizer({tokens!r}), spec,

@@ -21,7 +21,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import image_scores, without_index
+from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.initialize import init_params
 
@@ -47,7 +47,7 @@ def main(megapixels: float, classes: int) -> None:
     for order in ("argmax_first", "upsample_first"):
         protocol = Protocol.from_config({**config.eval.protocol, "order": order})
         segmenter = ModelSegmenter(model, params, None, text_length=8, protocol=protocol)
-        encode, before, start = without_index(segmenter.encode), peak(), time.perf_counter()
+        encode, before, start = segmenter.encode, peak(), time.perf_counter()
         scored = image_scores(encode, text, [image], protocol, 4)
         ((_, labels),) = label_maps(scored, protocol, group=1)
         seconds = time.perf_counter() - start

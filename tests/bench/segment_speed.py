@@ -19,8 +19,8 @@ import numpy as np
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.segmentation.scores import default_batch, image_scores, without_index
+from ovseg_jax.segmentation.protocol import named_protocol
+from ovseg_jax.segmentation.scores import default_batch, image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
@@ -52,11 +52,11 @@ def main(images: int, turns: int) -> None:
     text = rng.normal(size=(CLASSES, config.model.joint_width)).astype(np.float32)
     data = [picture(seed) for seed in range(images)]
 
-    def twice(pixels: np.ndarray, index: np.ndarray) -> tuple:
+    def twice(pixels: np.ndarray) -> tuple:
         affinity, groups, _ = jax.block_until_ready(segmenter.encode(pixels))
         return affinity, groups, jax.block_until_ready(segmenter.encode(pixels))[2]
 
-    once = without_index(segmenter.encode)
+    once = segmenter.encode
     ways = {"encoder twice on each window": (twice, 1)}
     for batch in sorted({1, *BATCHES, default_batch(protocol.window)}):
         default = ", the default" * (batch == default_batch(protocol.window))

@@ -5,13 +5,14 @@ from PIL import Image
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.prepare.entity_choice import EntityChoice
+from ovseg_jax.data.prepare.jobs import local_jobs
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
 
 NOUNS = ["dog", "cat", "bus", "tree"]
 ENTITIES = EntitySet({"dog": ["puppy"], "cat": [], "bus": [], "unicorn": []})
-CHOICE = EntityChoice(ENTITIES.table, 0, "a test")
+CHOICE = EntityChoice(ENTITIES.table, "a test")
 
 
 def good_pair(number):
@@ -44,9 +45,8 @@ def write_folder(path):
 
 def run(folder, out, **changes):
     """Prepares a folder with `CHOICE` and the usual rules, silently; returns the report."""
-    options = {"choice": CHOICE, "rules": Rules(), "workers": 0, "say": lambda line: None} | changes
-    choice, rules = options.pop("choice"), options.pop("rules")
-    return prepare(Img2DatasetSource(folder), out, choice, rules, **options)
+    options = {"choice": CHOICE, "rules": Rules(), "run_jobs": local_jobs(0), "say": lambda line: 0}
+    return prepare(Img2DatasetSource(folder), out, **options | changes)
 
 
 def files(directory):

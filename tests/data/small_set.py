@@ -5,10 +5,11 @@ import io
 import numpy as np
 from PIL import Image
 
+from ovseg_jax.data.captions import mask_entities, prompt
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import MemorySource, Record
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 
 NAMES = ("dog", "cat", "bus", "tree")
 ENTITIES = EntitySet({name: [name] for name in NAMES})
@@ -66,3 +67,17 @@ def assert_same(left, right):
         for name in one:
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def prompts_of(caption, templates=TEMPLATES):
+    """The prompt of a caption in each template."""
+    names = [ENTITIES.names[identity] for identity in ENTITIES.find(caption)]
+    return [prompt(names, template) for template in templates]
+
+
+def text_ids(caption, tokenizer):
+    """Ids of the masked caption, and of the prompt in each template."""
+    masked, *prompts = tokenizer.encode(
+        [mask_entities(caption, ENTITIES), *prompts_of(caption)], SPEC["text_length"]
+    )
+    return masked, np.stack(prompts)

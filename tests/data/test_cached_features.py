@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES, prompts_of
 
-from ovseg_jax.data.captions import texts_of
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import MemorySource
 from ovseg_jax.errors import UserError
 
@@ -100,7 +99,7 @@ def test_cached_and_fresh_texts_use_the_same_template_and_partner(read, stores, 
             if index == BROKEN:
                 continue
             template = TEMPLATES[int(cached["prompt_pooled"][at, 0])]
-            (text,) = texts_of(source[int(index)].captions[0], ENTITIES, [template])["prompts"]
+            (text,) = prompts_of(source[int(index)].captions[0], [template])
             np.testing.assert_array_equal(fresh["prompt_ids"][at], tokenizer.encode([text], 12)[0])
             shared = int(cached["shared_pooled"][at, 0])
             text = f"a photo of {NAMES[shared - 1]}" if shared else ""

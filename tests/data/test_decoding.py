@@ -1,4 +1,4 @@
-"""Decoding of good and bad files, whole and reduced."""
+"""Decoding of good and bad files, whole and reduced, and random resized crops."""
 
 import io
 import struct
@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovseg_jax.data.crop import resized_part
-from ovseg_jax.data.decoding import UnreadableImage, decode, decode_reduced
+from ovseg_jax.data import decoding
+from ovseg_jax.data.decoding import (
+    UnreadableImage,
+    crop_box,
+    decode,
+    decode_reduced,
+    resized_crop,
+)
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -102,10 +108,12 @@ def test_bad_files_have_a_cause(data, cause):
     assert caught.value.cause == cause
 
 
-def test_pixel_limit_is_a_parameter():
+def test_pixel_limit(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 240)
+    assert decode(PNG).size == (20, 12)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 239)
     with pytest.raises(UnreadableImage, match="20x12"):
-        decode(PNG, max_pixels=239)
-    assert decode(PNG, max_pixels=240).size == (20, 12)
+        decode(PNG)
 
 
 @settings(deadline=None)
@@ -133,7 +141,7 @@ def picture(width, height, seed=0):
 def both_ways(data, box, size):
     """The part at its size: from the whole image, and from a reduced one."""
     image, part = decode_reduced(data, lambda _: box, size)
-    whole, reduced = resized_part(decode(data), box, size), resized_part(image, part, size)
+    whole, reduced = resized_crop(decode(data), box, size), resized_crop(image, part, size)
     return image.size, np.asarray(whole, np.float32), np.asarray(reduced, np.float32)
 
 
@@ -167,8 +175,8 @@ def test_reduced_decoding_of_rotated_files_shows_the_same(orientation):
     image, part = decode_reduced(data, choose, 8)
     (upright,) = sizes
     assert upright == decode(data).size == ((200, 120) if orientation < 5 else (120, 200))
-    whole = np.asarray(resized_part(decode(data), choose(upright), 8), np.float32)
-    reduced = np.asarray(resized_part(image, part, 8), np.float32)
+    whole = np.asarray(resized_crop(decode(data), choose(upright), 8), np.float32)
+    reduced = np.asarray(resized_crop(image, part, 8), np.float32)
     assert np.abs(whole - reduced).mean() < 2
 
 
@@ -187,3 +195,59 @@ def test_reduced_decoding_has_the_same_causes(data, cause):
     with pytest.raises(UnreadableImage) as caught:
         decode_reduced(data, lambda size: (0, 0, *size), 8)
     assert caught.value.cause == cause
+
+
+# ---- crops
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(0, 2**32),
+    st.floats(0.05, 1.0),
+    st.floats(0.3, 1.0),
+)
+def test_the_box_lies_in_the_image(width, height, seed, least, narrow):
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = crop_box((width, height), rng, (least, 1.0), (narrow, 1 / narrow))
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert all(isinstance(side, int) for side in (left, top, right, bottom))
+
+
+def test_area_and_ratio_are_those_asked_for():
+    rng, boxes = np.random.default_rng(0), []
+    for _ in range(400):
+        left, top, right, bottom = crop_box((2000, 1000), rng, (0.2, 0.3), (0.5, 2.0))
+        boxes.append(((right - left) * (bottom - top) / 2e6, (right - left) / (bottom - top)))
+    area, ratio = np.array(boxes).T
+    assert 0.199 < area.min() < 0.205 and 0.295 < area.max() < 0.301
+    assert abs(area.mean() - 0.25) < 0.005
+    assert 0.499 < ratio.min() < 0.53 and 1.9 < ratio.max() < 2.01
+    # Uniform in the logarithm: half are taller than wide.
+    assert abs((ratio < 1).mean() - 0.5) < 0.08
+
+
+def test_every_place_is_reached():
+    rng = np.random.default_rng(0)
+    places = {crop_box((4, 3), rng, (1 / 12, 1 / 12), (1.0, 1.0))[:2] for _ in range(300)}
+    assert places == {(x, y) for x in range(4) for y in range(3)}
+
+
+def test_where_nothing_fits_the_center_is_taken():
+    rng = np.random.default_rng(0)
+    assert crop_box((100, 2), rng, (1.0, 1.0), (1.0, 1.0)) == (49, 0, 51, 2)
+    assert crop_box((2, 100), rng, (1.0, 1.0), (0.5, 1.0)) == (0, 48, 2, 52)
+    assert crop_box((30, 30), rng, (1.0, 1.0), (1.0, 1.0)) == (0, 0, 30, 30)
+
+
+def test_no_pixel_outside_of_the_part_counts():
+    pixels = np.full((40, 40, 3), 255, np.uint8)
+    pixels[10:30, 5:25] = 7
+    part = resized_crop(Image.fromarray(pixels), (5, 10, 25, 30), 3)
+    assert (np.asarray(part) == 7).all() and part.size == (3, 3)
+
+
+def test_parts_in_fractions_of_pixels():
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (100, 100, 3))
+    part = np.asarray(resized_crop(Image.fromarray(ramp.copy()), (10.5, 0.0, 90.5, 100.0), 4))
+    np.testing.assert_allclose(part[1, :, 0], [20, 40, 60, 80], atol=1)

@@ -13,10 +13,8 @@ from ovseg_jax.data.nouns import (
     WordNetNouns,
     choose_entities,
     noun_finder,
-    word_list,
 )
-from ovseg_jax.data.plurals import plurals, singular
-from ovseg_jax.data.words import word_spans, words
+from ovseg_jax.data.words import plurals, singular, word_list, word_spans, words
 from ovseg_jax.errors import UserError
 
 ENTITIES = EntitySet(
@@ -218,7 +216,9 @@ def test_captions_without_nouns_are_a_user_error():
 
 
 @pytest.mark.parametrize(
-    "name", ["abstract", "adjectives", "determiners", "function", "shape_exceptions", "verbs"]
+    "name",
+    """abstract adjectives determiners function invariant_plurals irregular_plurals
+    shape_exceptions singulars_in_e singulars_in_s verbs""".split(),
 )
 def test_word_lists_are_lower_case_words(name):
     listed = word_list(name)
@@ -298,3 +298,13 @@ def test_names_that_are_forms_already_are_not_added():
     added = {"sorrel": [], "horse": [], "studio couch": []}
     assert with_names(table, names) == {**table, **added}
     assert with_names(table, []) == table
+
+
+def test_the_published_list_is_the_published_one():
+    entities = EntitySet.published()
+    assert len(entities) == 73
+    assert sum(len(forms) for forms in entities.table.values()) == 100
+    assert entities.table["house"] == ["house", "building", "hotel"]
+    assert entities.names[0] == "people"
+    named = entities.find("Two women in T-shirts on motorbikes by the desks")
+    assert [entities.names[i] for i in named] == ["people", "motorcycle", "table", "shirt"]

@@ -1,12 +1,52 @@
-"""The order of records and the randomness of examples are pure functions."""
+"""The order of records, of one data set and of several by weight; the randomness of examples."""
+
+import io
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image
+from small_set import assert_same
 
-from ovseg_jax.data.order import example_rng, record_index
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.order import Mixture, example_rng, interleaved, record_index
+from ovseg_jax.data.pairs import PairIndex, stored_pairs
+from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
+from ovseg_jax.data.scenes import ScenesSource
+from ovseg_jax.data.sources import make_source, missing_data
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import main as prepare
+
+NAMES = ("dog", "cat", "bus")
+ENTITIES = EntitySet({name: [name] for name in NAMES})
+SPEC = {"text_length": 8, "transform": {"kind": "crop", "size": 8}}
+SIZES = (5, 11, 2)
+weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
+
+
+def records(count, shade):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
+    image = stream.getvalue()
+    found = [Record(image, (f"a {NAMES[i % 3]}",), f"k{i}") for i in range(count)]
+    return MemorySource(found, f"{shade}")
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return Mixture([records(n, 60 * (p + 1)) for p, n in enumerate(SIZES)], [2, 5.0, 1])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, "a", "photo", "of"]
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    return Tokenizer(directory)
 
 
 @settings(deadline=None)
@@ -49,3 +89,211 @@ def test_example_rng_depends_on_seed_epoch_and_key_alone():
     assert draw(1, 2, "\udc80") == draw(1, 2, "\udc80"), "keys need not be valid Unicode"
     np.random.seed(0)
     assert draw(1, 2, "k") == draw(1, 2, "k"), "global state plays no part"
+
+
+# ---- mixtures
+
+
+@given(weights, st.integers(0, 2**45), st.integers(1, 200))
+def test_every_stretch_has_its_shares(weights, first, length):
+    mixed = Mixture([records(2, 0)] * len(weights), weights)
+    parts = [interleaved(first + i, mixed._cuts)[0] for i in range(length)]
+    for part, share in enumerate(mixed.weights):
+        # The rounding of one part shifts the positions of those behind it.
+        assert abs(parts.count(part) - share * length) < len(weights) + 1
+    assert sum(mixed.weights) == pytest.approx(1)
+
+
+@given(weights, st.integers(1, 300))
+def test_positions_of_a_part_are_counted_without_gap(weights, length):
+    cuts = Mixture([records(2, 0)] * len(weights), weights)._cuts
+    seen = {}
+    for position in range(length):
+        part, before = interleaved(position, cuts)
+        assert before == seen.get(part, 0)
+        seen[part] = before + 1
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 2**40), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
+def test_every_data_set_has_epochs_of_its_own(seed, weights):
+    mixed = Mixture([records(n, 0) for n in SIZES], weights)
+    seen = [{}, {}, {}]
+    for position in range(60):
+        epoch, index = mixed.record_at(seed, position)
+        part, inside = mixed.part_of(index)
+        seen[part].setdefault(epoch, []).append(inside)
+    for size, epochs in zip(SIZES, seen, strict=True):
+        assert list(epochs) == list(range(len(epochs)))
+        for epoch, found in epochs.items():
+            assert len(set(found)) == len(found)
+            assert len(found) == size or epoch == len(epochs) - 1
+
+
+def test_data_sets_of_one_size_have_orders_of_their_own():
+    mixed = Mixture([records(40, 0), records(40, 9)], [1, 1])
+    found = [[], []]
+    for position in range(80):
+        part, inside = mixed.part_of(mixed.record_at(0, position)[1])
+        found[part].append(inside)
+    assert sorted(found[0]) == sorted(found[1]) and found[0] != found[1]
+
+
+def test_records_of_a_mixture(mixture):
+    assert len(mixture) == 18 and mixture.weights == (0.25, 0.625, 0.125)
+    assert [mixture[i].key for i in range(18)] == mixture.keys()
+    assert [mixture[i].captions for i in range(18)] == mixture.captions()
+    assert len(set(mixture.keys())) == 18 and mixture.keys()[5] == "1/k0"
+    assert mixture.part_of(15) == (1, 10) and mixture.part_of(16) == (2, 0)
+    with pytest.raises(IndexError):
+        mixture[18]
+    sample = Mixture([records(100, 0), records(100, 1)], [1, 3]).caption_sample(20)
+    assert 20 <= len(sample) <= 24
+    other = Mixture(mixture.parts, [1, 1, 1])
+    assert other.fingerprint() == mixture.fingerprint()
+    assert Mixture(mixture.parts[::-1], [1, 1, 1]).fingerprint() != mixture.fingerprint()
+
+
+def read(source, tokenizer, **changes):
+    settings = {"batch_size": 8, "seed": 3, "first_step": 0, "last_step": 6, "with_pairs": True}
+    settings.update(changes)
+    return list(make_loader(source, ENTITIES, tokenizer, SPEC, threads=0, **settings))
+
+
+def joined(parts, columns):
+    return [
+        {name: np.concatenate([one[name] for one in step])[columns] for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def test_any_split_and_any_start_give_the_same_batches(mixture, tokenizer):
+    whole = read(mixture, tokenizer)
+    assert_same(read(mixture, tokenizer, workers=2), whole)
+    assert_same(read(mixture, tokenizer, first_step=4), whole[4:])
+    slots = [[0, 5, 2], [1, 3, 4, 6, 7]]
+    parts = [read(mixture, tokenizer, slots=some) for some in slots]
+    assert_same(joined(parts, np.argsort(sum(slots, []))), whole)
+
+
+def test_batches_are_mixed_and_partners_stay_in_their_data_set(mixture, tokenizer):
+    pairs = np.zeros(3)
+    for batch in read(mixture, tokenizer, last_step=30):
+        part = np.array([mixture.part_of(int(index))[0] for index in batch["record"]])
+        assert np.abs(np.bincount(part, minlength=3) - [2, 5, 1]).max() <= 1
+        shades = 60 * (part + 1)
+        assert (batch["image"] == shades[:, None, None, None]).all()
+        paired = batch["pair_weight"] > 0
+        assert (batch["image2"][paired] == shades[paired][:, None, None, None]).all()
+        pairs += np.bincount(part[paired], minlength=3)
+    # The two records of the last part name different things.
+    assert pairs[0] and pairs[1] and not pairs[2]
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights", "message"),
+    [
+        ([], [], "mixture of 0 data sets"),
+        ([records(2, 0)], [1, 2], "1 data sets has 2 weights"),
+        ([records(0, 0)], [1], "no records"),
+        *(([records(2, 0)], [bad], "number above 0") for bad in (0, -1, np.nan, np.inf, True)),
+    ],
+)
+def test_mixtures_that_cannot_be(parts, weights, message):
+    with pytest.raises(UserError, match=message):
+        Mixture(parts, weights)
+
+
+# ---- from a config
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prepared")
+    for name, count, entities in (("a", 12, "scenes"), ("b", 7, "scenes"), ("c", 6, "published")):
+        assert not prepare(
+            [
+                f"--source=scenes:{count},size=32",
+                f"--out={root / name}",
+                f"--entities={entities}",
+                "--keep_without_entities",
+                "--workers=0",
+            ]
+        )
+    return root
+
+
+def data_config(*mixture):
+    scenes = {"split": "train", "count": 9, "seed": 0, "size": 32}
+    return ConfigDict(
+        {"source": "mixture", "records": {"dir": ""}, "scenes": scenes, "mixture": mixture}
+    )
+
+
+def test_mixture_of_a_config_maps_the_stored_indices(folders, tokenizer, monkeypatch):
+    config = data_config(
+        {"weight": 3, "records": {"dir": str(folders / "a")}},
+        {"weight": 1, "records": {"dir": str(folders / "b")}},
+    )
+    assert missing_data(config) == []
+    source, entities = make_source(config)
+    assert [type(part) for part in source.parts] == [ArrayRecordSource] * 2
+    assert source.weights == (0.75, 0.25) and len(source) == 19
+
+    def no_building(lists):
+        raise AssertionError("an index is built")
+
+    monkeypatch.setattr(PairIndex, "build", no_building)
+    settings = {"batch_size": 8, "seed": 0, "first_step": 0, "last_step": 2, "with_pairs": True}
+    batches = list(make_loader(source, entities, tokenizer, SPEC, **settings))
+    assert all(batch["weight"].all() and batch["pair_weight"].any() for batch in batches)
+
+
+def test_scenes_in_a_mixture_have_the_entities_of_the_records(folders):
+    source, entities = make_source(
+        data_config(
+            {"weight": 1, "scenes": {"count": 4}},
+            {"weight": 1, "records": {"dir": str(folders / "c")}},
+        )
+    )
+    assert isinstance(source.parts[0], ScenesSource) and source.parts[0].count == 4
+    assert list(entities.table) == list(source.parts[1].manifest.entities)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ([], "config.data.mixture is empty"),
+        ([{"weight": 1}], r"mixture\[0\] needs a weight and one of scenes, records"),
+        ([{"scenes": {}}], "needs a weight"),
+        ([{"weight": 1, "scenes": {}, "records": {"dir": "x"}}], "one of"),
+        ([{"weigth": 1, "scenes": {}}], "did you mean 'weight'"),
+        ([{"weight": 1, "scenes": {"cuont": 1}}], r"scenes\.cuont is no field; did you mean"),
+        (["data/a"], "is 'data/a'; it must have fields"),
+        ([{"weight": 1, "records": "data/a"}], "must have fields, of dir"),
+        ([{"weight": 0, "scenes": {}}], "number above 0"),
+        ([{"weight": "1", "scenes": {}}], "number above 0"),
+    ],
+)
+def test_configs_that_are_wrong(mixture, message):
+    with pytest.raises(UserError, match=message):
+        make_source(data_config(*mixture))
+
+
+def test_records_of_different_entities_have_those_of_both(folders, tokenizer):
+    """Stored indices have the ids of their own folder: the partners are found in the captions."""
+    parts = [{"weight": 1, "records": {"dir": str(folders / name)}} for name in "ac"]
+    source, entities = make_source(data_config(*parts))
+    tables = [part.manifest.entities for part in source.parts]
+    assert list(entities.table)[: len(tables[0])] == list(tables[0])
+    assert all(entities.is_form(name) for table in tables for name in table)
+    assert all(stored_pairs(part, entities) is None for part in source.parts)
+    settings = {"batch_size": 8, "seed": 0, "first_step": 0, "last_step": 2, "with_pairs": True}
+    batches = list(make_loader(source, entities, tokenizer, SPEC, **settings))
+    assert all(batch["pair_weight"].any() for batch in batches)
+
+
+def test_missing_folders_are_all_named(folders):
+    parts = [{"weight": 1, "records": {"dir": name}} for name in ("x", str(folders / "a"), "y")]
+    lines = missing_data(data_config(*parts))
+    assert ["mixture[0]" in lines[0], "mixture[2]" in lines[1], len(lines)] == [True, True, 2]

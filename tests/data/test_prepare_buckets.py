@@ -6,10 +6,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.prepare import run
-from ovseg_jax.data.prepare.places import place
-from ovseg_jax.data.prepare.sources import open_source
+from ovseg_jax.data.prepare.paths import parse_path
 from ovseg_jax.errors import UserError
-from ovseg_jax.prepare import main
+from ovseg_jax.prepare import main, open_source
 
 
 class FakeBuckets(MemoryFileSystem):
@@ -121,7 +120,7 @@ def test_a_run_into_a_bucket_goes_on_where_it_was_killed(
 ):
     where = [f"--source=img2dataset:{pairs_folder}", "--entities=published", "--workers=0"]
     assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
-    right, made = run.make_part, []
+    right, made = run.process_shard, []
 
     def killed(source, shard, number, *rest):
         if number == 2:
@@ -132,11 +131,11 @@ def test_a_run_into_a_bucket_goes_on_where_it_was_killed(
         made.append(number)
         return right(source, shard, number, *rest)
 
-    monkeypatch.setattr(run, "make_part", killed)
+    monkeypatch.setattr(run, "process_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         main([*where, "--out=s3://bucket/records"])
     assert not buckets.exists("s3://bucket/records/manifest.json")
-    monkeypatch.setattr(run, "make_part", counted)
+    monkeypatch.setattr(run, "process_shard", counted)
     with pytest.raises(UserError, match="begun with other arguments"):
         main([*where, "--min_side=5", "--out=s3://bucket/records"])
     assert main([*where, "--out=s3://bucket/records"]) == 0
@@ -156,21 +155,10 @@ def test_places_that_are_none(buckets, monkeypatch):
         open_source("img2dataset:s3://bucket/none")
     with pytest.raises(UserError, match="there is no file s3://bucket/t.tsv"):
         open_source("files:s3://bucket/t.tsv")
-    with pytest.raises(UserError, match="must be a path of this machine, or begin with gs"):
-        place("hdfs://a/b")
 
     def no_network(*args, **kwargs):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(FakeBuckets, "exists", no_network)
     with pytest.raises(UserError, match="cannot be reached: no route; check path and access"):
-        place("s3://bucket/x")
-
-
-def test_missing_package_is_explained(monkeypatch):
-    def missing(*args, **kwargs):
-        raise ImportError("Please install s3fs to access S3")
-
-    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", missing)
-    with pytest.raises(UserError, match="needs s3fs; install it with"):
-        place("s3://bucket/x")
+        parse_path("s3://bucket/x")

@@ -11,13 +11,12 @@ from pair_folders import jpeg
 from tiny_wordnet import write_wordnet
 
 from ovseg_jax.data.manifest import CLASS_NAMES, TEXTS
-from ovseg_jax.data.prepare import causes, source_folders
+from ovseg_jax.data.prepare import raw_pairs, source_folders
 from ovseg_jax.data.prepare.source_folders import FolderSource
-from ovseg_jax.data.prepare.sources import open_source
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.sources import make_source
 from ovseg_jax.errors import UserError
-from ovseg_jax.prepare import main
+from ovseg_jax.prepare import main, open_source
 
 
 def write_classes(root, **files):
@@ -67,7 +66,7 @@ def test_files_of_classes(classes, monkeypatch):
         ("sorrel/1.JPEG", ("sorrel",), ""),
         ("sorrel/2.jpg", ("sorrel",), ""),
         ("sorrel/images/3.png", ("sorrel",), ""),
-        ("sorrel/notes.txt", (), causes.NO_IMAGE_FILE),
+        ("sorrel/notes.txt", (), raw_pairs.NO_IMAGE_FILE),
         ("studio_couch/1.jpg", ("studio couch",), ""),
         ("woman/1.webp", ("woman",), ""),
         ("woman/broken.jpg", ("woman",), ""),
@@ -88,7 +87,7 @@ def prepared(source, out, *more):
 def test_prepared_classes_can_be_mixed_with_captions(classes, tmp_path, capsys):
     photographs = prepared(f"folders:{classes}", tmp_path / "a")
     said = capsys.readouterr().out
-    assert "5 of 7 pairs kept" in said and causes.NO_IMAGE_FILE in said
+    assert "5 of 7 pairs kept" in said and raw_pairs.NO_IMAGE_FILE in said
     assert photographs.manifest.captions == CLASS_NAMES
     table = photographs.manifest.entities
     # A woman is a person in the published list already.

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from pair_folders import add_file, jpeg, write_img2dataset
 
-from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.raw import Damage, InputShard, RawPair, source_fingerprint
+from ovseg_jax.data.prepare import raw_pairs
+from ovseg_jax.data.prepare.raw_pairs import Damage, InputShard, RawPair, source_fingerprint
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
 from ovseg_jax.errors import UserError
 
@@ -42,7 +42,7 @@ def test_whole_shard(tmp_path, kind):
     write_img2dataset(tmp_path, 0, PAIRS, FAILED, image_kind=kind)
     pairs, damage = contents(tmp_path)
     assert as_found(pairs) == as_bytes(PAIRS)
-    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
+    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == FAILED
     assert not damage
     without, _ = contents(tmp_path, images=False)
     assert [(p.key, p.captions, p.cause) for p in without] == [
@@ -81,8 +81,8 @@ def test_shard_cut_short_loses_only_what_is_gone(tmp_path, share, images):
     assert [key for key, *_ in whole] == [key for key, *_ in PAIRS[: len(whole)]]
     if images:
         assert whole == as_bytes(PAIRS[: len(whole)])
-    assert by_cause(pairs, causes.LOST) == [key for key, *_ in PAIRS[len(whole) :]]
-    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
+    assert by_cause(pairs, raw_pairs.LOST) == [key for key, *_ in PAIRS[len(whole) :]]
+    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == FAILED
     assert len(damage) == 1
     assert f"after {len(whole)} pairs" in damage[0]
 
@@ -101,7 +101,7 @@ def test_cut_between_two_members_is_seen(tmp_path):
         (cut / "00000.tar").write_bytes(path.read_bytes()[:offset])
         pairs, damage = contents(cut)
         assert len(as_found(pairs)) == whole
-        assert len(by_cause(pairs, causes.LOST)) == 6 - whole
+        assert len(by_cause(pairs, raw_pairs.LOST)) == 6 - whole
         assert "no end mark" in damage[0]
 
 
@@ -112,7 +112,7 @@ def test_garbage_in_the_middle_is_seen(tmp_path):
     data[offset : offset + 512] = b"x" * 512
     path.write_bytes(data)
     pairs, damage = contents(tmp_path)
-    assert len(by_cause(pairs, causes.LOST)) == 4
+    assert len(by_cause(pairs, raw_pairs.LOST)) == 4
     assert damage
 
 
@@ -121,7 +121,7 @@ def test_file_that_is_no_tar(tmp_path, content):
     path = write_img2dataset(tmp_path, 0, PAIRS)
     path.write_bytes(content)
     pairs, damage = contents(tmp_path)
-    assert by_cause(pairs, causes.LOST) == [key for key, *_ in PAIRS]
+    assert by_cause(pairs, raw_pairs.LOST) == [key for key, *_ in PAIRS]
     assert len(damage) == 1
 
 
@@ -134,7 +134,7 @@ def test_without_parquet(tmp_path):
     offset = _members(path)[10][0]
     path.write_bytes(path.read_bytes()[:offset])
     pairs, _ = contents(tmp_path)
-    assert by_cause(pairs, causes.LOST) == [PAIRS[3][0]]
+    assert by_cause(pairs, raw_pairs.LOST) == [PAIRS[3][0]]
 
 
 def test_damaged_parquet_or_one_without_columns(tmp_path):
@@ -153,7 +153,7 @@ def test_keys_as_numbers(tmp_path):
     table = pa.table({"key": list(range(7)), "status": ["success"] * 6 + ["failed_to_resize"]})
     pq.write_table(table, tmp_path / "00000.parquet")
     pairs, damage = contents(tmp_path)
-    assert by_cause(pairs, causes.NOT_DOWNLOADED) == ["000000006"]
+    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == ["000000006"]
     assert len(pairs) == 7
     assert not damage
 
@@ -243,8 +243,8 @@ def test_tar_that_was_packed_again(tmp_path, prefix):
             add_file(archive, f"{prefix}{key}.txt", caption.encode())
     pairs, damage = contents(tmp_path)
     assert [key.rpartition("/")[2] for key, *_ in as_found(pairs)] == [key for key, *_ in PAIRS]
-    assert by_cause(pairs, causes.NOT_DOWNLOADED) == FAILED
-    assert not by_cause(pairs, causes.LOST)
+    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == FAILED
+    assert not by_cause(pairs, raw_pairs.LOST)
     assert not damage
 
 

@@ -1,5 +1,6 @@
-"""A preparation repeats itself to the byte, in any number of processes, and goes on when cut."""
+"""A preparation repeats itself to the byte, in processes and on Beam, and goes on when killed."""
 
+import importlib.util
 import itertools
 import os
 import signal
@@ -9,13 +10,14 @@ import sys
 import pytest
 from messy_folder import ENTITIES, files, run, write_folder
 
-from ovseg_jax.data.prepare import assemble, duplicates
+from ovseg_jax.data.prepare import entity_choice, shard
 from ovseg_jax.data.prepare import run as run_module
 from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
-from ovseg_jax.data.prepare.pool import LocalPool
+from ovseg_jax.data.prepare.jobs import beam_jobs, local_jobs
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
+from ovseg_jax.prepare import main
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,7 @@ def finished(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_runs_write_the_same_bytes(finished, folder, tmp_path, workers):
-    run(folder, tmp_path / "out", workers=workers)
-    assert files(tmp_path / "out") == files(finished[0])
-
-
-@pytest.mark.parametrize("per_bucket", [1, 3])
-def test_number_of_buckets_changes_nothing(finished, folder, tmp_path, monkeypatch, per_bucket):
-    monkeypatch.setattr(duplicates, "_PER_BUCKET", per_bucket)
-    assert duplicates.bucket_count(20) > 5
-    run(folder, tmp_path / "out")
+    run(folder, tmp_path / "out", run_jobs=local_jobs(workers))
     assert files(tmp_path / "out") == files(finished[0])
 
 
@@ -60,13 +54,15 @@ def _fail_at(monkeypatch, module, name, call):
 
 
 STAGES = [
-    (run_module, "make_part", 0),
-    (run_module, "make_part", 3),
-    (duplicates, "duplicates_in_bucket", 0),
-    (assemble, "finish_shard", 2),
-    (assemble, "_copy_without", 1),
-    (assemble, "write_index", 0),
-    (assemble, "write_entity_index", 0),
+    (run_module, "process_shard", 0),
+    (run_module, "process_shard", 3),
+    (shard, "key_hash", 20),
+    (run_module, "find_repeated", 0),
+    (run_module, "drop_repeated", 1),
+    (shard, "pack_record", 30),
+    (run_module, "move_file", 2),
+    (run_module, "_write_index", 0),
+    (run_module, "_write_entity_index", 0),
     (run_module, "make_report", 0),
     (run_module, "manifest_text", 0),
 ]
@@ -85,10 +81,10 @@ def test_cut_off_run_goes_on_to_the_same_bytes(finished, folder, tmp_path, monke
     assert files(out) == files(finished[0])
 
 
-def test_finished_parts_are_not_made_again(folder, tmp_path, monkeypatch):
+def test_finished_shards_are_not_processed_again(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        _fail_at(patch, run_module, "make_part", 3)
+        _fail_at(patch, run_module, "process_shard", 3)
         with pytest.raises(Killed):
             run(folder, out)
     lines = []
@@ -103,18 +99,19 @@ def test_killed_process_goes_on(finished, folder, tmp_path):
     ENTITIES.to_json(entities)
     program = (
         "import sys, time\n"
-        "from ovseg_jax.data.prepare import run, parts\n"
-        "from ovseg_jax.data.prepare.rules import Rules\n"
-        "from ovseg_jax.data.prepare.entity_choice import EntityChoice\n"
-        "from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource\n"
-        "from ovseg_jax.data.entities import EntitySet\n"
         "from pathlib import Path\n"
-        "table = EntitySet.from_json(sys.argv[3]).table\n"
+        "from ovseg_jax.data.entities import EntitySet\n"
+        "from ovseg_jax.data.prepare.entity_choice import EntityChoice\n"
+        "from ovseg_jax.data.prepare.jobs import local_jobs\n"
+        "from ovseg_jax.data.prepare.rules import Rules\n"
+        "from ovseg_jax.data.prepare.run import prepare\n"
+        "from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource\n"
+        "choice = EntityChoice(EntitySet.from_json(sys.argv[3]).table, 'a test')\n"
         "def say(line):\n"
         "    print(line, flush=True)\n"
         "    if line.startswith('shard 2'): time.sleep(600)\n"
-        "run.prepare(Img2DatasetSource(sys.argv[1]), Path(sys.argv[2]),\n"
-        "            EntityChoice(table, 0, 'a test'), Rules(), say=say)\n"
+        "prepare(Img2DatasetSource(sys.argv[1]), Path(sys.argv[2]), choice, Rules(),\n"
+        "        run_jobs=local_jobs(0), say=say)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(folder), str(out), str(entities)],
@@ -131,7 +128,7 @@ def test_killed_process_goes_on(finished, folder, tmp_path):
     process.wait()
     process.stdout.close()
     # As if it had been killed while writing the third shard.
-    (out / ".work" / "part-00002.array_record").write_bytes(b"half a file")
+    (out / ".work" / "shard-00002.array_record").write_bytes(b"half a file")
     lines = []
     run(folder, out, say=lines.append)
     assert lines[0] == "2 of 5 shards were finished before"
@@ -141,22 +138,20 @@ def test_killed_process_goes_on(finished, folder, tmp_path):
 def test_other_arguments_do_not_go_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        _fail_at(patch, run_module, "make_part", 1)
+        _fail_at(patch, run_module, "process_shard", 1)
         with pytest.raises(Killed):
             run(folder, out)
     with pytest.raises(UserError, match=r"other arguments.*\(rules\)"):
         run(folder, out, rules=Rules(min_side=5))
-    other = EntityChoice({"dog": []}, 0, "a test")
+    other = EntityChoice({"dog": []}, "a test")
     with pytest.raises(UserError, match=r"\(listed\)"):
         run(folder, out, choice=other)
 
 
 def test_counting_nouns_goes_on_too(folder, tmp_path, monkeypatch):
-    from ovseg_jax.data.prepare import entity_choice
-
     run(folder, tmp_path / "whole", choice=parse_choice("auto:2"))
     with monkeypatch.context() as patch:
-        _fail_at(patch, entity_choice, "count_nouns", 2)
+        _fail_at(patch, entity_choice, "write_nouns", 2)
         with pytest.raises(Killed):
             run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))
     run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))
@@ -176,20 +171,47 @@ def test_run_killed_at_its_very_end_leaves_no_work(folder, tmp_path, monkeypatch
 
 
 def test_worker_that_dies_is_explained():
-    with LocalPool(1) as pool, pytest.raises(UserError, match="worker process died.*goes on"):
-        list(pool.map(os._exit, [(1,)]))
+    with pytest.raises(UserError, match="worker process died.*goes on"):
+        list(local_jobs(1)(os._exit, [(1,)]))
 
 
-def test_pool_keeps_the_order_and_runs_ahead_by_little():
-    taken = []
+# ---- Apache Beam
 
-    def arguments():
-        for number in range(12):
-            taken.append(number)
-            yield (number, 2)
 
-    with LocalPool(1) as pool:
-        results = pool.map(pow, arguments())
-        assert next(results) == 0
-        assert len(taken) == 2
-        assert [0, *results] == [number**2 for number in range(12)]
+@pytest.mark.parametrize("entities", ["published", "auto:2"])
+def test_beam_writes_the_same_bytes(folder, tmp_path, entities):
+    where = [f"--source=img2dataset:{folder}", f"--entities={entities}"]
+    assert main([*where, f"--out={tmp_path / 'local'}", "--workers=0"]) == 0
+    assert main([*where, f"--out={tmp_path / 'beam'}", "--runner=DirectRunner"]) == 0
+    assert files(tmp_path / "beam") == files(tmp_path / "local")
+
+
+def _write_name(number, folder):
+    if number == 3:
+        raise UserError("three is too many")
+    (folder / str(number)).touch()
+
+
+def test_beam_runs_every_job_and_tells_mistakes(tmp_path):
+    run_jobs = beam_jobs("DirectRunner")
+    assert len(list(run_jobs(_write_name, [(n, tmp_path) for n in (5, 1, 4)]))) == 3
+    assert sorted(files(tmp_path)) == ["1", "4", "5"]
+    assert list(run_jobs(_write_name, [])) == []
+    with pytest.raises(UserError, match="pipeline on DirectRunner failed.*three is too many.*goes"):
+        list(run_jobs(_write_name, [(3, tmp_path)]))
+    with pytest.raises(UserError, match="pipeline on DirectRunner failed.*goes on"):
+        list(run_jobs(_write_name, [(1, None)]))
+
+
+def test_beam_that_cannot_run_is_explained(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--beam_options: .*direct_running_mode: invalid choice"):
+        beam_jobs("DirectRunner", ["--direct_running_mode=no_such_mode"])
+    with pytest.raises(UserError, match="none of DirectRunner"):
+        beam_jobs("Dataflow")
+    with pytest.raises(UserError, match=r"needs --source in a bucket, gs://\.\.\."):
+        main(["--source=scenes:3", f"--out={tmp_path}", "--runner=DataflowRunner"])
+    with pytest.raises(UserError, match=r"needs --out in a bucket, gs://\.\.\."):
+        main(["--source=img2dataset:gs://a/b", f"--out={tmp_path}", "--runner=DataflowRunner"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'ovseg_jax\[beam\]'"):
+        beam_jobs("SparkRunner")

@@ -6,13 +6,12 @@ from ml_collections import ConfigDict
 from pair_folders import write_img2dataset
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.partners import stored_pairs
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.pairs import PairIndex, stored_pairs
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.data.sources import make_source
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.prepare import main
 
 COUNT, PER_SHARD = 26, 7

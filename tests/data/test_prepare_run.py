@@ -11,7 +11,7 @@ from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.prepare import causes
+from ovseg_jax.data.prepare import raw_pairs
 from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.records import ArrayRecordSource, key_digest
@@ -32,20 +32,20 @@ def finished(folder, tmp_path_factory):
 
 def test_every_pair_is_kept_or_counted(finished):
     out, report = finished
-    lost = report["dropped"][causes.LOST]
+    lost = report["dropped"][raw_pairs.LOST]
     assert report["read"] == 5 * 8 + 4 == report["kept"] + sum(report["dropped"].values())
     assert 0 < lost < 8
     assert report["dropped"] == {
-        causes.NOT_DOWNLOADED: 4,
-        causes.LOST: lost,
-        causes.NOT_UTF8: 1,
-        causes.NO_ENTITY: report["dropped"][causes.NO_ENTITY],
+        raw_pairs.NOT_DOWNLOADED: 4,
+        raw_pairs.LOST: lost,
+        raw_pairs.NOT_UTF8: 1,
+        raw_pairs.NO_ENTITY: report["dropped"][raw_pairs.NO_ENTITY],
         "unreadable image: not an image": 1,
-        causes.SMALL_IMAGE: 1,
-        causes.DUPLICATE: 2,
+        raw_pairs.SMALL_IMAGE: 1,
+        raw_pairs.DUPLICATE: 2,
     }
-    assert report["dropped_examples"][causes.DUPLICATE] == ["000000002", "twice"]
-    assert report["dropped_examples"][causes.NOT_DOWNLOADED] == ["f0", "f1", "f2", "f3"]
+    assert report["dropped_examples"][raw_pairs.DUPLICATE] == ["000000002", "twice"]
+    assert report["dropped_examples"][raw_pairs.NOT_DOWNLOADED] == ["f0", "f1", "f2", "f3"]
     assert len(report["damaged_shards"]) == 1
     assert report["damaged_shards"][0].startswith("00004.tar: ")
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -58,7 +58,7 @@ def test_the_folder_holds_the_records(finished, folder):
     records = [source[index] for index in range(len(source))]
     assert len(records) == report["kept"] == report["records"]["count"]
     keys = [record.key for record in records]
-    assert len(set(keys)) == len(keys) == 8 + 4 + 6 + 0 + 8 - report["dropped"][causes.LOST]
+    assert len(set(keys)) == len(keys) == 8 + 4 + 6 + 0 + 8 - report["dropped"][raw_pairs.LOST]
     assert keys == source.keys()
     assert report["records"]["keys_sha256"] == key_digest(keys)
     # Of equal keys the first that nothing is wrong with stays.
@@ -86,7 +86,7 @@ def test_the_entity_index_is_that_of_the_captions(finished):
     source = ArrayRecordSource(finished[0])
     entities = [ENTITIES.find(caption) for (caption,) in source.captions()]
     expected = PairIndex.build(entities)
-    index = source.entity_index()
+    index = PairIndex(*source.entity_index())
     for entity in range(len(ENTITIES)):
         np.testing.assert_array_equal(index.members(entity), expected.members(entity))
     assert len(index.members(3)) == 0
@@ -123,8 +123,8 @@ def test_captions_are_counted(tmp_path, capsys):
     assert not main([f"--source=files:{tmp_path / 't.csv'}", f"--out={out}", listed, "--workers=0"])
     report = json.loads((out / "report.json").read_text())
     assert (report["read"], report["kept"], report["captions"]) == (4, 2, 3)
-    assert report["dropped"] == {causes.NO_ENTITY: 1, causes.NO_IMAGE: 1}
-    assert report["captions_dropped"] == {causes.NO_ENTITY: 1, causes.REPEATED: 1}
+    assert report["dropped"] == {raw_pairs.NO_ENTITY: 1, raw_pairs.NO_IMAGE: 1}
+    assert report["captions_dropped"] == {raw_pairs.NO_ENTITY: 1, raw_pairs.REPEATED: 1}
     assert sum(report["caption_words"]) == 3 and report["caption_words"][2:4] == [2, 1]
     said = capsys.readouterr().out
     assert "with 3 captions" in said and "1 of their captions: repeated caption" in said
@@ -134,7 +134,10 @@ def test_captions_are_counted(tmp_path, capsys):
     )
     source = ArrayRecordSource(out)
     assert source.captions() == [("a dog", "two dogs here"), ("a cat",)]
-    assert [source.entity_index().members(entity).tolist() for entity in (0, 1)] == [[0], [1]]
+    assert [PairIndex(*source.entity_index()).members(entity).tolist() for entity in (0, 1)] == [
+        [0],
+        [1],
+    ]
 
 
 def test_folders_that_hold_something_else(finished, folder, tmp_path):
@@ -148,7 +151,7 @@ def test_folders_that_hold_something_else(finished, folder, tmp_path):
 
 
 def test_nothing_kept_is_said_with_the_causes(folder, tmp_path):
-    choice = EntityChoice({"unicorn": []}, 0, "a test")
+    choice = EntityChoice({"unicorn": []}, "a test")
     with pytest.raises(UserError, match="no pair is left(.|\n)*no entity"):
         run(folder, tmp_path / "out", choice=choice)
     assert (tmp_path / "out" / "report.html").exists()
@@ -175,7 +178,7 @@ def test_entities_from_the_captions(folder, tmp_path, monkeypatch):
 def test_pairs_without_entities_on_request(folder, tmp_path):
     report = run(folder, tmp_path / "out", rules=Rules(keep_without_entities=True))
     source = ArrayRecordSource(tmp_path / "out")
-    assert causes.NO_ENTITY not in report["dropped"]
+    assert raw_pairs.NO_ENTITY not in report["dropped"]
     assert any(source[index].entities == () for index in range(len(source)))
 
 
@@ -195,15 +198,15 @@ def test_entity_choices_that_are_none(text, message):
 
 
 def test_listed_choices():
-    assert parse_choice("published").listed == EntitySet.published().table
-    assert "dog" in parse_choice("scenes").listed
+    assert parse_choice("published").table == EntitySet.published().table
+    assert "dog" in parse_choice("scenes").table
 
 
 def test_many_duplicates_are_warned_of(tmp_path):
     for shard in range(3):
         write_img2dataset(tmp_path / "in", shard, [good_pair(0)])
     report = run(tmp_path / "in", tmp_path / "out")
-    assert report["dropped"] == {causes.DUPLICATE: 2}
+    assert report["dropped"] == {raw_pairs.DUPLICATE: 2}
     assert "number each shard from 0" in report["warnings"][0]
     assert len(ArrayRecordSource(tmp_path / "out").manifest.shards) == 1
 

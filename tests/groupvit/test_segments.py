@@ -10,12 +10,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from ovseg_jax.data.clip_tokens import END, START
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import CLIP, Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
+from ovseg_jax.segmentation.protocol import named_protocol
+from ovseg_jax.segmentation.scores import image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.groupvit import from_groupvit
 from ovseg_jax.weights.model_dir import load_model, save_model
@@ -30,10 +29,10 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     words = ["a", "photo", "of", "dog", "cat", "sky"]
     vocabulary = {word: index for index, word in enumerate(words)}
-    vocabulary |= {START: 97, END: 98}
-    backend = Backend(models.WordLevel(vocabulary, unk_token=END))
+    vocabulary |= {CLIP.start: 97, CLIP.end: 98}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=CLIP.end))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.RobertaProcessing((END, 98), (START, 97))
+    backend.post_processor = processors.RobertaProcessing((CLIP.end, 98), (CLIP.start, 97))
     backend.save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)
 
@@ -77,7 +76,7 @@ def test_it_segments(saved):
     ids = model.tokenizer.encode(["a photo of a dog", "dog"], 12)
     assert ids[0].tolist()[:7] == [97, 0, 1, 2, 0, 3, 98] and (ids[1][2:] == 98).all()
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    scored = image_scores(without_index(segmenter.encode), text, [image], protocol, 2)
+    scored = image_scores(segmenter.encode, text, [image], protocol, 2)
     ((scores, labels),) = label_maps(scored, protocol)
     assert labels.shape == (40, 60) and scores.cells.shape[-1] == 3
     assert set(np.unique(labels)) <= {0, 1, 2, 3} and (labels > 0).any()

@@ -76,7 +76,8 @@ class Segmentation:
 
     def labels(self, soft, p, threshold, **geometry):
         options = {"threshold": threshold, "cap": True, "band_floats": 1 << 16}
-        return one_group.label_image(soft, p, **geometry, **options)
+        classes = np.arange(p.shape[-1])
+        return one_group.label_image(soft, p, classes=classes, **geometry, **options)
 
 
 @pytest.fixture(scope="module", params=SETS, ids=[name for _, name in SETS])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.weights.model_dir import save_model
 

@@ -9,15 +9,16 @@ from reference.label_maps import label_map
 from segmentation.test_evaluate import PROTOCOL, Blocks, ByColor
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import report
+from ovseg_jax.segmentation import calibrate as calibration
 from ovseg_jax.segmentation.calibrate import calibrate
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.readout import ORDERS, held_to_image, probabilities
+from ovseg_jax.segmentation.protocol import CHOICES, Protocol
+from ovseg_jax.segmentation.readout import downweight_by_image_score, probabilities
 from ovseg_jax.segmentation.scores import ImageScores
 
 C = 4
+ORDERS = CHOICES["order"]
 SCALES = (2.0, 8.0, 30.0)
 IMAGE_SCALES = (0.0, 4.0)
 THRESHOLDS = (0.0, 0.3, 0.45, 0.6, 0.9)
@@ -48,10 +49,10 @@ def scored(count, size=(9, 12), seed=0, labels=C + 1):
         yield one_window(cells, size, rng.uniform(-0.3, 0.5, C)), truth
 
 
-@pytest.mark.parametrize("owners", [None, (0, 1, 1, -1)], ids=["classes", "synonyms"])
+@pytest.mark.parametrize("word_to_class", [None, (0, 1, 1, -1)], ids=["classes", "synonyms"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_brute_force(order, owners):
-    labels_count = C + 1 if owners is None else 3
+def test_brute_force(order, word_to_class):
+    labels_count = C + 1 if word_to_class is None else 3
     # Two sizes, so that batches break off; seven images in batches of four, so that one is padded.
     images = [*scored(7, labels=labels_count), *scored(2, (5, 6), seed=1, labels=labels_count)]
     pairs = list(itertools.product(SCALES, IMAGE_SCALES))
@@ -62,20 +63,17 @@ def test_brute_force(order, owners):
             for scores, truth in images:
                 p = probabilities(scores.cells[None], scale)
                 margins = scores.image_cosines - scores.image_cosines.max()
-                p = held_to_image(p, margins[None, None], image_scale)
-                labels = label_map(p, threshold, truth.shape, order, owners=owners)
+                p = downweight_by_image_score(p, margins[None, None], image_scale)
+                labels = label_map(p, threshold, truth.shape, order, word_to_class=word_to_class)
                 matrix.update(np.asarray(labels[0]), truth)
             expected[i, j] = matrix.miou()
-    found = calibrate(
-        iter(images), SCALES, IMAGE_SCALES, THRESHOLDS, order, batch_size=4, owners=owners
-    )
+    settings = Protocol(order=order), SCALES, IMAGE_SCALES, THRESHOLDS
+    found = calibrate(iter(images), *settings, batch_size=4, word_to_class=word_to_class)
     np.testing.assert_allclose(found.curves, expected, atol=1e-12)
     i, j = np.unravel_index(expected.argmax(), expected.shape)
     assert (found.scale, found.image_scale) == pairs[i]
     assert found.threshold == THRESHOLDS[j]
     assert found.miou == pytest.approx(expected.max())
-    assert [row[:2] for row in found.table] == pairs
-    np.testing.assert_allclose([row[3] for row in found.table], expected.max(1))
 
 
 @pytest.mark.parametrize("cap", [False, True])
@@ -92,7 +90,7 @@ def test_each_threshold_is_judged_by_the_labels_that_it_gives(order, cap):
     ]
     protocol = Protocol(scale=SCALES[1], image_scale=4.0, order=order, cap_threshold=cap)
     settings = (protocol.scale,), (protocol.image_scale,), THRESHOLDS
-    found = calibrate(iter(images), *settings, order, batch_size=2, cap=cap)
+    found = calibrate(iter(images), protocol, *settings, batch_size=2)
     expected = []
     for threshold in THRESHOLDS:
         matrix = ConfusionMatrix.empty(C + 1)
@@ -103,17 +101,17 @@ def test_each_threshold_is_judged_by_the_labels_that_it_gives(order, cap):
     np.testing.assert_allclose(found.curves[0], expected, atol=1e-12)
 
 
-def test_calibration_asks_for_the_cap_of_its_protocol(monkeypatch):
+def test_calibration_follows_its_protocol(monkeypatch):
     asked = []
 
-    def recorded(pairs, *args, **options):
-        asked.append(options["cap"])
-        return calibrate(pairs, *args, **options)
+    def recorded(pairs, protocol, **options):
+        asked.append(protocol.cap_threshold)
+        return calibrate(pairs, protocol, **options)
 
-    monkeypatch.setattr(report, "calibrate", recorded)
+    monkeypatch.setattr(calibration, "calibrate", recorded)
     for cap in (False, True):
         protocol = PROTOCOL.replace(cap_threshold=cap)
-        report.calibrated(ByColor(2), Blocks(((24, 24),)), protocol, 2)
+        calibration.calibrated(ByColor(2), Blocks(((24, 24),)), protocol, 2)
     assert asked == [False, True]
 
 
@@ -123,7 +121,7 @@ def test_finds_the_threshold_that_separates():
     cells[0, :, 1] = 0.9
     truth = np.zeros((8, 8), np.uint8)
     truth[:4] = 2
-    found = calibrate([(one_window(cells, (8, 8)), truth)], order="argmax_first")
+    found = calibrate([(one_window(cells, (8, 8)), truth)], Protocol(order="argmax_first"))
     assert found.miou == pytest.approx(1.0)
     labels = label_map(
         probabilities(cells[None], found.scale), found.threshold, (8, 8), "argmax_first"
@@ -133,13 +131,13 @@ def test_finds_the_threshold_that_separates():
 
 def test_bad_input():
     with pytest.raises(UserError, match="at least one image"):
-        calibrate([])
+        calibrate([], Protocol())
     scores, truth = next(scored(1))
     with pytest.raises(UserError, match="true label 9"):
-        calibrate([(scores, np.full_like(truth, 9))])
+        calibrate([(scores, np.full_like(truth, 9))], Protocol())
     with pytest.raises(UserError, match="no pixel"):
-        calibrate([(scores, np.full_like(truth, 255))])
+        calibrate([(scores, np.full_like(truth, 255))], Protocol())
     with pytest.raises(UserError, match="its truth has"):
-        calibrate([(scores, truth[:3])])
+        calibrate([(scores, truth[:3])], Protocol())
     with pytest.raises(UserError, match="rising"):
-        calibrate([(scores, truth)], thresholds=(0.5, 0.1))
+        calibrate([(scores, truth)], Protocol(), thresholds=(0.5, 0.1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
@@ -20,9 +20,8 @@ from ovseg_jax.segmentation import windows
 from ovseg_jax.segmentation.benchmarks import ScenesBenchmark, make_benchmark
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.protocol import Protocol, names_hash
-from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.segmentation.scores import image_scores, without_index
+from ovseg_jax.segmentation.protocol import Protocol, named_protocol, names_hash
+from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 
 PATCH, C = 4, 3
@@ -197,7 +196,7 @@ def test_any_sizes_in_shared_batches_and_in_bands(
     benchmark, segmenter = Blocks(SIZES), ByColor(4, keys=border_scale > 0)
     text = segmenter.text(benchmark.class_names, PROTOCOL.templates)
     images = [benchmark[i][0] for i in range(len(SIZES))]
-    scores = image_scores(without_index(segmenter.encode), text, images, protocol, 4)
+    scores = image_scores(segmenter.encode, text, images, protocol, 4)
     found = {one.index: labels for one, labels in label_maps(scores, protocol, group=3)}
     assert sorted(found) == list(range(len(SIZES)))
     for index, image in enumerate(images):
@@ -217,7 +216,7 @@ def test_a_capped_threshold_leaves_the_best_pixels(monkeypatch, order, band_floa
     segmenter = ByColor(1)
     text = segmenter.text(["a", "b", "c"], PROTOCOL.templates)
     for image in images:
-        (scores,) = image_scores(without_index(segmenter.encode), text, [image], capped, 1)
+        (scores,) = image_scores(segmenter.encode, text, [image], capped, 1)
         ((_, plain),) = label_maps([scores], capped.replace(cap_threshold=False))
         ((_, labels),) = label_maps([scores], capped)
         ((_, best),) = label_maps([scores], capped.replace(threshold=0.0))
@@ -279,7 +278,7 @@ def test_evidence_about_the_image_leaves_no_seam_between_windows():
     image[:, :side, 0] = image[:, side:, 1] = 200
     segmenter = SplitByWindow(1)
     text = segmenter.text(["a", "b", "c"], PROTOCOL.templates)
-    scores = image_scores(without_index(segmenter.encode), text, [image], protocol, 1)
+    scores = image_scores(segmenter.encode, text, [image], protocol, 1)
     ((one, labels),) = label_maps(scores, protocol)
     assert one.tiles == (1, 3)
     np.testing.assert_array_equal(labels, 2)
@@ -296,25 +295,13 @@ def test_the_result_does_not_depend_on_the_batch_size():
 def test_scores_of_one_image():
     segmenter, text = ByColor(2), np.eye(3, dtype=np.float32)
     image, truth = Blocks(((24, 40),))[0]
-    (scores,) = image_scores(without_index(segmenter.encode), text, [image], PROTOCOL, 2)
+    (scores,) = image_scores(segmenter.encode, text, [image], PROTOCOL, 2)
     assert (scores.tiles, scores.cells.shape) == ((1, 3), (6, 18, 3))  # starts 0, 12, 16
     np.testing.assert_allclose(np.linalg.norm(scores.embeddings, axis=1), 1, rtol=1e-6)
     assert scores.embeddings.shape == (3, 3)
     group_of_label = np.array([3, 0, 1, 2])
-    (whole,) = image_scores(without_index(ByColor(1).encode), text, [image[:, :24]], PROTOCOL, 1)
+    (whole,) = image_scores(ByColor(1).encode, text, [image[:, :24]], PROTOCOL, 1)
     np.testing.assert_array_equal(whole.group_map(), group_of_label[truth[:, :24]])
-
-
-def test_encode_may_look_images_up():
-    benchmark, segmenter, seen = Blocks(((24, 24),) * 3), ByColor(2), []
-
-    def encode(images, index):
-        seen.append(index.tolist())
-        return segmenter.encode(images)
-
-    result, _ = run(benchmark, batch_size=2, encode=encode)
-    assert seen == [[0, 1], [2, -1]]
-    assert result["iou"] == run(benchmark)[0]["iou"]
 
 
 def test_progress_and_file(tmp_path):

@@ -1,10 +1,8 @@
 """What predict may be given, and what it writes."""
 
-import http.server
 import io
 import json
 import sys
-import threading
 import warnings
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ from pycocotools import mask as codec
 
 from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import inputs
 from ovseg_jax.segmentation.inputs import find_pictures, pictures, result_names
 from ovseg_jax.segmentation.outputs import check_formats, run_lengths
 
@@ -69,7 +66,6 @@ def test_bad_arguments(tmp_path):
         ([f"{tmp_path}/none.png"], {}, "does not exist"),
         ([f"{tmp_path}/*.bmp"], {}, "no file matches"),
         ([f"{tmp_path}/empty"], {}, "holds no image"),
-        (["http://x.org/a.png"], {}, "give --urls"),
         ([f"{tmp_path}/a.png"], {"every": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=said):
@@ -84,7 +80,7 @@ def test_names_that_tell_files_apart():
     assert names("x/a.jpg", "y/a.jpg", "y/b.jpg") == ["x_a", "y_a", "b"]
     assert names("a.jpg", "a.png", "x/a.png") == ["a_jpg", "a_png", "x_a"]
     assert names("/q/x/a.jpg", "/r/x/a.jpg") == ["q_x_a", "r_x_a"]
-    assert names("http://x.org/a.png?size=3", "http://y.org/a.png") == ["x.org_a", "y.org_a"]
+    assert names("x/a.jpg", "y/a.jpg", "x_a.png") == ["x_a_jpg", "y_a", "x_a"]
     with pytest.raises(UserError, match="x_a.*rename one"):
         names("x/a.jpg", "x_a.jpg", "y/a.jpg", "x_a_jpg")
 
@@ -130,35 +126,6 @@ def test_videos_go_through_pyav(tmp_path, monkeypatch):
     (missing,) = pictures(["clip.mp4"])
     with pytest.raises(UserError, match=r"ovseg_jax\[video\]"):
         missing.read()
-
-
-def test_addresses(tmp_path, monkeypatch):
-    pixels = write(tmp_path / "a b.png")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("localhost", 0), Quiet) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            base = f"http://localhost:{server.server_port}"
-            given = [f"{base}/a%20b.png?size=1", f"{base}/none.png"]
-            found = list(pictures(find_pictures(given, no_lines(), urls=True)))
-            assert [picture.name for picture in found] == ["a%20b", "none"]
-            np.testing.assert_array_equal(found[0].read(), pixels)
-            with pytest.raises(UserError, match="cannot be downloaded .*404"):
-                found[1].read()
-            monkeypatch.setattr(inputs, "MOST_BYTES", 10)
-            with pytest.raises(UserError, match="larger than"):
-                found[0].read()
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_run_lengths_are_those_of_coco():
@@ -235,7 +202,7 @@ def test_every_format_and_a_failure_among_others(call, tmp_path):
 def test_kinds_of_background(call, tmp_path, background):
     write(tmp_path / "a.png", (40, 70))
     options = ("--formats=npz", "--pamr=1", "--flip", "--scales=1,1.5")
-    more = (f"--background={background}", "--assignment=hard", *options)
+    more = (f"--background={background}", *options)
     code, out, _, error = call(f"--images={tmp_path}/a.png", "--classes=cat,dog", *more)
     assert code == 0, error
     with np.load(out / "a.npz") as arrays:

@@ -10,13 +10,12 @@ from reference import one_group as reference
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import labels as labels_module
 from ovseg_jax.segmentation import one_group, readout, windows
+from ovseg_jax.segmentation.calibrate import calibrated
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.published import named_protocol
-from ovseg_jax.segmentation.report import calibrated
-from ovseg_jax.segmentation.scores import image_scores, with_scale, without_index
+from ovseg_jax.segmentation.protocol import Protocol, named_protocol
+from ovseg_jax.segmentation.scores import image_scores, with_scale
 
 RELEASED = Path(__file__).parents[1] / "released"
 K, C, E, PATCH = 5, 7, 6, 4
@@ -98,6 +97,7 @@ def test_label_maps_of_the_released_rule(released, background):
         size=size,
         threshold=threshold,
         cap=True,
+        classes=np.arange(p.shape[-1]),
         band_floats=1 << 16,
     )
     clear = stage["argmax_margin"] > 1e-5
@@ -206,7 +206,7 @@ def pictures():
 def test_any_sizes_against_plain_numpy(changes):
     protocol, segmenter = PROTOCOL.replace(**changes), Random()
     text = segmenter.text(range(C), ())
-    scores = image_scores(without_index(segmenter.encode), text, pictures(), protocol, 4)
+    scores = image_scores(segmenter.encode, text, pictures(), protocol, 4)
     found = {one.index: labels for one, labels in label_maps(scores, protocol, group=3)}
     seen = set()
     for index, image in enumerate(pictures()):
@@ -222,7 +222,7 @@ def test_bands_change_nothing(monkeypatch):
     def run():
         segmenter = Random()
         text = segmenter.text(range(C), ())
-        scored = image_scores(without_index(segmenter.encode), text, pictures(), PROTOCOL, 4)
+        scored = image_scores(segmenter.encode, text, pictures(), PROTOCOL, 4)
         return [labels for _, labels in sorted_by_index(label_maps(scored, PROTOCOL))]
 
     def sorted_by_index(pairs):
@@ -239,29 +239,29 @@ def test_distractors_are_background():
     text = segmenter.text(range(C), ())
 
     def run(**options):
-        scored = image_scores(without_index(segmenter.encode), text, pictures(), protocol, 4)
+        scored = image_scores(segmenter.encode, text, pictures(), protocol, 4)
         return {one.index: labels for one, labels in label_maps(scored, protocol, **options)}
 
     few_of = (0, 1, 2, *[-1] * (C - 3))
-    every, few = run(), run(owners=few_of)
+    every, few = run(), run(word_to_class=few_of)
     for index, labels in every.items():
         np.testing.assert_array_equal(few[index], np.where(labels > 3, 0, labels))
     assert any((labels > 3).any() for labels in every.values())
     protocol = protocol.replace(threshold=None)
     with pytest.raises(UserError, match="background"):
-        run(owners=few_of)
+        run(word_to_class=few_of)
 
 
 def test_probabilities_of_each_group_of_each_window():
     segmenter = Random()
     image = next(iter(list(pictures())[1:]))
     text = segmenter.text(range(C), ())
-    (one,) = image_scores(without_index(segmenter.encode), text, [image], PROTOCOL, 1)
+    (one,) = image_scores(segmenter.encode, text, [image], PROTOCOL, 1)
     p = class_probabilities(one, PROTOCOL)
     assert p.shape == (3, K, C) and one.by_window().shape == (3, 6, 6, K)
     assert ((p > 0).sum(-1) == PROTOCOL.image_classes).all()
     soft = PROTOCOL.replace(grouping="soft_patches", image_classes=0, cap_threshold=False)
-    (one,) = image_scores(without_index(segmenter.encode), text, [image], soft, 1)
+    (one,) = image_scores(segmenter.encode, text, [image], soft, 1)
     np.testing.assert_allclose(class_probabilities(one, soft).sum(-1), 1, rtol=1e-5)
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import pictures
-from ovseg_jax.segmentation.palette import FIRST, colors, paint, write_palette_png
+from ovseg_jax.segmentation.pictures import FIRST, colors, paint, write_palette_png
 
 
 def test_colors_are_distinct_and_stable():

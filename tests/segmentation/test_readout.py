@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from reference.label_maps import label_map
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.benchmarks import ScenesBenchmark
-from ovseg_jax.segmentation.distractors import DISTRACTORS, competition, with_distractors
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.protocol import CHOICES, Protocol
 from ovseg_jax.segmentation.scores import ImageScores
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
+from ovseg_jax.segmentation.vocabulary import Vocabulary, competition
 
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
+ORDERS = CHOICES["order"]
 
 
 def a_case(seed=0):
@@ -102,23 +101,9 @@ def test_argmax_first_repeats_the_labels_of_the_patches():
 def test_the_orders_differ_between_patches():
     # Halfway between two patches of classes 0 and 1, a third class that is second in both can win.
     p = np.array([[[[0.5, 0.1, 0.4], [0.1, 0.5, 0.4]]]], np.float32)
-    first, second = (label_map(p, None, (1, 8), order)[0, 0] for order in readout.ORDERS)
+    first, second = (label_map(p, None, (1, 8), order)[0, 0] for order in ORDERS)
     np.testing.assert_array_equal(second, [0] * 4 + [1] * 4)
     assert first[0] == 0 and first[-1] == 1 and 2 in first
-
-
-def test_a_compiled_threshold_can_change():
-    p = readout.probabilities(numpy_scores(*a_case()), 10.0)
-    label = jax.jit(label_map, static_argnames=("size", "order", "owners"))
-    for threshold in (0.2, 0.4, 0.6):
-        expected = label_map(p, threshold, (6, 6))
-        np.testing.assert_array_equal(label(p, threshold, (6, 6)), expected)
-
-
-def test_unknown_order_is_refused():
-    p = readout.probabilities(numpy_scores(*a_case()), 1.0)
-    with pytest.raises(UserError, match="upsample_first"):
-        readout.before_spread(p, None, "both")
 
 
 # ---- distractors
@@ -130,46 +115,12 @@ def test_one_class_does_not_paint_what_a_distractor_matches_better():
     groups = np.array([[[1, 0.2, 0], [0.6, 0.8, 0]]], np.float32)
     affinity = np.eye(2, dtype=np.float32)[None]
     both = readout.class_scores(affinity, groups, text, (1, 2))
-    labels = label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), owners=(0, -1, -1))
+    labels = label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), word_to_class=(0, -1, -1))
     np.testing.assert_array_equal(labels, [[[1, 0]]])
     # Without distractors its probability is 1 everywhere, whatever the threshold.
     alone = readout.class_scores(affinity, groups, text[:1], (1, 2))
     labels = label_map(readout.probabilities(alone, 10.0), 0.99, (1, 2))
     np.testing.assert_array_equal(labels, [[[1, 1]]])
-    with pytest.raises(UserError, match="background"):
-        label_map(readout.probabilities(both, 10.0), None, (1, 2), owners=(0, -1, -1))
-
-
-def test_distractors_fill_up_to_the_minimum():
-    words = with_distractors(["zebra"])
-    assert words[0] == "zebra" and len(words) == len(set(words)) == 20
-    assert set(words[1:]) <= set(DISTRACTORS)
-    many = [f"class {i}" for i in range(30)]
-    assert with_distractors(many) == many
-    assert len(with_distractors(["zebra"], minimum=1000)) == len(DISTRACTORS) + 1
-    assert with_distractors(["zebra"], {"sky": (), "zoo": ("zebra",)}, 3) == ["zebra", "sky"]
-
-
-@pytest.mark.parametrize(
-    "name, absent",
-    [
-        ("dog", "dog"),
-        ("Dogs", "dog"),
-        ("puppy", "dog"),
-        ("animal", "cat"),
-        ("couch", "sofa"),
-        ("tv monitor", "television"),
-        ("potted plant", "tree"),
-        ("fire truck", "truck"),
-        ("children", "person"),
-        ("buses", "bus"),
-        ("motorbike", "motorcycle"),
-    ],
-)
-def test_a_distractor_never_competes_with_its_own_class(name, absent):
-    words = with_distractors([name], minimum=1000)
-    assert absent not in words[1:]
-    assert len(words) > 40
 
 
 @pytest.mark.parametrize("words", [2, 7, 48, 1000])
@@ -186,7 +137,7 @@ def test_the_threshold_follows_longer_lists(words):
     assert protocol.replace(threshold=None).threshold_for(words) is None
 
 
-def _labels(cells, image_cosines, protocol, owners=None):
+def _labels(cells, image_cosines, protocol, word_to_class=None):
     """Labels of an image of a single window whose patches are its pixels."""
     h, w, words = cells.shape
     one = ImageScores(
@@ -202,12 +153,12 @@ def _labels(cells, image_cosines, protocol, owners=None):
         window=h,
         stride=h,
     )
-    ((_, labels),) = label_maps([one], protocol, owners)
+    ((_, labels),) = label_maps([one], protocol, word_to_class)
     return labels
 
 
 @pytest.mark.parametrize("image_scale", [0.0, 3.0])
-@pytest.mark.parametrize("order", readout.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_as_much_is_found_in_lists_of_any_length(order, image_scale):
     # A class that a third of the pixels show; all other words say nothing.
     rng = np.random.default_rng(0)
@@ -224,12 +175,12 @@ def test_as_much_is_found_in_lists_of_any_length(order, image_scale):
         words = competition(Vocabulary.of(names), protocol)
         count = len(words.words)
         assert count == max(classes, 48)
-        labels = _labels(cells[..., :count], image[:count], protocol, words.owners)
+        labels = _labels(cells[..., :count], image[:count], protocol, words.word_to_class)
         shares.append((labels == 1).mean())
     assert max(shares) - min(shares) < 0.03 and 0.28 < shares[0] < 0.34
 
 
-@pytest.mark.parametrize("order", readout.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("words", [3, 60, 200])
 def test_the_number_of_words_decides_what_is_background_not_which_word_wins(words, order):
     rng = np.random.default_rng(words)
@@ -247,32 +198,10 @@ def test_the_number_of_words_decides_what_is_background_not_which_word_wins(word
     assert words == 3 or areas[1] > areas[0]
 
 
-def test_competition():
-    few = Vocabulary.of(["zebra", "lion|big cat"])
-    protocol = Protocol(threshold=0.3, competing_words=9)
-    words = competition(few, protocol)
-    assert len(words.words) == 9 and words.classes == few.classes
-    assert words.owners == (0, 1, 1) + (BACKGROUND,) * 6
-    assert competition(few, protocol.replace(threshold=None)) == few
-    assert competition(few, protocol.replace(competing_words=0)) == few
-    behind = Vocabulary.of(["zebra"], ["sky"])
-    assert competition(behind, protocol) == behind
-    many = Vocabulary.of([f"class {i}" for i in range(1000)])
-    assert competition(many, protocol) == many
-    assert Protocol(threshold=0.3).for_benchmark("folder").competing_words == 20
-    assert Protocol(threshold=0.3).for_benchmark("voc").competing_words == 0
-
-
 def test_the_quickstart_says_how_many_words_its_threshold_was_chosen_among():
     config = load_config(Path(__file__).parents[2] / "configs" / "quickstart.py").eval
     scenes = ScenesBenchmark(**config.scenes.to_dict())
     assert config.protocol.competing_words == len(scenes.class_names)
-
-
-def test_bad_class_lists():
-    for names, said in (([], "no classes"), (["a", " "], "empty"), (["Cat", "cat "], "twice")):
-        with pytest.raises(UserError, match=said):
-            with_distractors(names)
 
 
 def keys_of_a_subject(size=(8, 10), seed=0):

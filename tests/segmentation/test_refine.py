@@ -8,7 +8,7 @@ from ovseg_jax.segmentation import refine, windows
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.refine import pamr
-from ovseg_jax.segmentation.scores import assigned, image_scores, without_index
+from ovseg_jax.segmentation.scores import image_scores
 
 PATCH, K, C = 4, 5, 4
 PROTOCOL = Protocol(short_side=20, long_limit=64, window=20, stride=8, scale=6.0, threshold=0.3)
@@ -45,11 +45,9 @@ def pictures():
         yield coarse.repeat(6, 0).repeat(6, 1)[:h, :w]
 
 
-def found(protocol, owners=None):
-    scored = image_scores(
-        without_index(Linear().encode), Linear().text((), ()), pictures(), protocol, 4
-    )
-    labels = {one.index: labels for one, labels in label_maps(scored, protocol, owners)}
+def found(protocol, word_to_class=None):
+    scored = image_scores(Linear().encode, Linear().text((), ()), pictures(), protocol, 4)
+    labels = {one.index: labels for one, labels in label_maps(scored, protocol, word_to_class)}
     return [labels[i] for i in range(len(labels))]
 
 
@@ -97,11 +95,6 @@ def plain(image, protocol, words=C):
         for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
             part = seen[top : top + protocol.window, left : left + protocol.window]
             affinity, groups, _ = (x[0].astype(np.float64) for x in Linear().encode(part[None]))
-            if protocol.assignment == "hard":
-                affinity = np.eye(K)[affinity.argmax(-1)]
-            else:
-                affinity = affinity ** (1 / protocol.assignment_temperature)
-                affinity /= affinity.sum(-1, keepdims=True)
             unit = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
             scores = affinity @ unit
             if not late:
@@ -137,8 +130,6 @@ OPTIONS = {
     "scales": {"scales": (0.8, 1.0, 1.5)},
     "pamr": {"pamr_steps": 3, "pamr_dilations": (1, 2)},
     "all at once": {"flip": True, "scales": (1.0, 1.3), "pamr_steps": 2, "pamr_dilations": (1, 4)},
-    "hard": {"assignment": "hard"},
-    "sharp": {"assignment_temperature": 0.25},
     "cosines": {"averaged": "cosines"},
     "cosines, refined": {"averaged": "cosines", "flip": True, "pamr_steps": 1},
     "large classes alone": {"min_area": 0.35},
@@ -179,27 +170,14 @@ def test_pamr_of_many_classes_is_done_in_parts(monkeypatch):
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
 
 
-def test_temperature_and_hard_assignment():
-    affinity = np.random.default_rng(1).dirichlet(np.ones(K), (2, 6)).astype(np.float32)
-    affinity[0, 0] = [1, 0, 0, 0, 0]
-    np.testing.assert_array_equal(assigned(affinity, "soft", 1.0), affinity)
-    hard = np.asarray(assigned(affinity, "hard", 1.0))
-    np.testing.assert_array_equal(hard, np.eye(K)[affinity.argmax(-1)])
-    cold = np.asarray(assigned(affinity, "soft", 1e-3))
-    assert np.isfinite(cold).all()
-    np.testing.assert_allclose(cold[affinity.max(-1) > 0.6].max(-1), 1, atol=1e-3)
-
-
 def test_refinement_that_does_not_fit():
     for changes, said in (
         ({"flip": True, "order": "argmax_first"}, "upsample_first"),
         ({"pamr_steps": 2, "grouping": "one_group"}, "soft_patches"),
-        ({"assignment": "hard", "grouping": "one_group"}, "one group already"),
         ({"scales": ()}, "at least one factor"),
         ({"scales": (0.0,)}, "above 0"),
         ({"pamr_steps": -1}, "at least 0"),
         ({"pamr_dilations": ()}, "dilations"),
-        ({"assignment_temperature": 0.0}, "above 0"),
         ({"min_area": 1.0}, "below 1"),
         ({"averaged": "cosines", "image_scale": 1.0}, "image_scale"),
         ({"averaged": "cosines", "border_scale": 1.0}, "border_scale"),

@@ -4,20 +4,25 @@ import numpy as np
 import pytest
 from reference.label_maps import label_map
 
+from ovseg_jax.data.benchmarks import OPENERS
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import readout
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary
-from ovseg_jax.segmentation.word_lists import word_list
+from ovseg_jax.segmentation.protocol import CHOICES, Protocol
+from ovseg_jax.segmentation.vocabulary import (
+    BACKGROUND,
+    LISTS,
+    Vocabulary,
+    competition,
+    competitors,
+    word_list,
+)
 
 
 def test_synonyms_and_background():
     found = Vocabulary.of(["cat|kitten| tabby", "dog"], ["wall", "sky"])
     assert found.classes == ("cat", "dog")
     assert found.words == ("cat", "kitten", "tabby", "dog", "wall", "sky")
-    assert found.owners == (0, 0, 0, 1, BACKGROUND, BACKGROUND)
+    assert found.word_to_class == (0, 0, 0, 1, BACKGROUND, BACKGROUND)
     assert found.lines() == ("cat|kitten|tabby", "dog", "background: wall|sky")
-    more = found.with_background(["Sky", "grass"])
-    assert more.words == (*found.words, "grass") and more.owners == (*found.owners, BACKGROUND)
     assert Vocabulary.of(["cat"]).lines() == ("cat",)
 
 
@@ -42,26 +47,25 @@ def test_bad_lists(entries, background, said):
 def test_five_hundred_classes():
     many = Vocabulary.of([f"class {i}" for i in range(500)])
     p = np.random.default_rng(0).random((2, 3, 500)).astype(np.float32)
-    labels = readout.decide(p, 0.0, many.owners)
+    labels = label_map(p[None], 0.0, (2, 3), word_to_class=many.word_to_class)[0]
     np.testing.assert_array_equal(labels, p.argmax(-1) + 1)
 
 
-@pytest.mark.parametrize("order", readout.ORDERS)
+@pytest.mark.parametrize("order", CHOICES["order"])
 def test_a_class_has_the_probability_of_its_best_word(order):
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.ones(6), (1, 5, 4)).astype(np.float32)
-    owners, threshold = (0, 1, 0, 2, 1, BACKGROUND), 0.35
+    word_to_class, threshold = (0, 1, 0, 2, 1, BACKGROUND), 0.35
     # By the book: the maximum over each class's words, background among them.
     classes = np.stack([p[..., [0, 2]].max(-1), p[..., [1, 4]].max(-1), p[..., 3], p[..., 5]], -1)
     expected = np.where(classes.argmax(-1) == 3, 0, classes.argmax(-1) + 1)
     expected = np.where(classes.max(-1) < threshold, 0, expected)
     assert set(np.unique(expected)) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(label_map(p, threshold, (5, 4), order, owners), expected)
-    with pytest.raises(UserError, match="background"):
-        label_map(p, None, (5, 4), order, owners)
+    np.testing.assert_array_equal(label_map(p, threshold, (5, 4), order, word_to_class), expected)
 
 
 def test_lists_by_name_and_from_a_file(tmp_path):
+    assert set(LISTS) == {"coco", *OPENERS}
     assert len(word_list("voc")) == 20 and len(word_list("ade20k")) == 150
     assert word_list("coco") == word_list("coco_object") and len(word_list("coco")) == 80
     path = tmp_path / "words.txt"
@@ -81,3 +85,59 @@ def test_words_for_surroundings():
     vocabulary = Vocabulary.of(["dog", "Dirt Road|street", "rock band", "sea lion"], ["sky", "cat"])
     # By the last noun: a rock band and a sea lion are things.
     assert vocabulary.things == (True, False, False, True, True, False, True)
+
+
+# ---- competitors
+
+
+def competing(names, words):
+    """The words of a list of classes when so many are asked for."""
+    protocol = Protocol(threshold=0.0, competing_words=words)
+    return competition(Vocabulary.of(names), protocol).words
+
+
+def test_distractors_fill_up_to_the_minimum():
+    words = competing(["zebra"], 20)
+    assert words[0] == "zebra" and len(words) == len(set(words)) == 20
+    assert set(words[1:]) <= set(competitors())
+    many = [f"class {i}" for i in range(30)]
+    assert list(competing(many, 20)) == many
+    assert len(competing(["zebra"], 1000)) == len(competitors()) + 1
+
+
+@pytest.mark.parametrize(
+    "name, absent",
+    [
+        ("dog", "dog"),
+        ("Dogs", "dog"),
+        ("puppy", "dog"),
+        ("animal", "cat"),
+        ("couch", "sofa"),
+        ("tv monitor", "television"),
+        ("potted plant", "tree"),
+        ("fire truck", "truck"),
+        ("children", "person"),
+        ("buses", "bus"),
+        ("motorbike", "motorcycle"),
+    ],
+)
+def test_a_distractor_never_competes_with_its_own_class(name, absent):
+    words = competing([name], 1000)
+    assert absent not in words[1:]
+    assert len(words) > 40
+
+
+def test_competition():
+    few = Vocabulary.of(["zebra", "lion|big cat"])
+    protocol = Protocol(threshold=0.3, competing_words=9)
+    words = competition(few, protocol)
+    assert len(words.words) == 9 and words.classes == few.classes
+    assert words.word_to_class == (0, 1, 1) + (BACKGROUND,) * 6
+    assert competition(few, protocol.replace(threshold=None)) == few
+    assert competition(few, protocol.replace(competing_words=0)) == few
+    behind = Vocabulary.of(["zebra"], ["sky"])
+    assert competition(behind, protocol) == behind
+    many = Vocabulary.of([f"class {i}" for i in range(1000)])
+    assert competition(many, protocol) == many
+    assert Protocol(threshold=0.3).for_benchmark("folder").competing_words == 20
+    assert Protocol(threshold=0.3).for_benchmark("voc").competing_words == 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ovseg_jax import aot, platforms, sharding
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress

@@ -5,7 +5,7 @@ import runs
 from data.benchmarks import miniatures
 
 from ovseg_jax import sharding
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.train.checks import (

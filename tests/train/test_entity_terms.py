@@ -9,7 +9,7 @@ from flax import linen as nn
 from reference.batches import VOCABULARY, B, M, make_batch
 from reference.steps import make_terms
 
-from ovseg_jax.data.masking import Masking
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.losses.objective import masked_token_loss
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.step import step_rngs

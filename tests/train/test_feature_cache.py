@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.data.captions import shared_prompt, texts_of
+from ovseg_jax.data.captions import mask_entities, prompt, shared_prompt
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.pipeline import make_loader
+from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
 from ovseg_jax.data.scenes import ScenesSource
-from ovseg_jax.data.tokens import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.models.build import build_model
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.feature_cache import (
@@ -144,8 +144,9 @@ def test_each_caption_has_its_features(store, tiny_model, tiny_params, tokenizer
         first, last = made["caption_starts"][record : record + 2]
         assert last - first == len(captions)
         for row, caption in zip(made["caption_rows"][first:last], captions, strict=True):
-            texts = texts_of(caption, ENTITIES, TEMPLATES)
-            sentences = [caption, texts["masked"], *texts["prompts"]]
+            names = [ENTITIES.names[identity] for identity in ENTITIES.find(caption)]
+            prompts = [prompt(names, template) for template in TEMPLATES]
+            sentences = [caption, mask_entities(caption, ENTITIES), *prompts]
             everything |= set(sentences)
             plain = encode(sentences)
             close(made["caption_pooled"][row], plain.pooled[0])
@@ -160,7 +161,7 @@ def test_each_caption_has_its_features(store, tiny_model, tiny_params, tokenizer
     assert done == total == len(everything | set(shared))
     captions = {text for texts in CAPTIONS for text in texts}
     assert len(made["caption_pooled"]) == len(captions) == 8
-    hidden = {texts_of(text, ENTITIES, ())["masked"] for text in captions}
+    hidden = {mask_entities(text, ENTITIES) for text in captions}
     assert len(made["masked_tokens"]) == len(hidden) < 8
 
 

@@ -26,9 +26,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ovseg_jax.data.benchmarks import OPENERS, class_table
+from ovseg_jax.data.benchmarks.class_tables import ClassTable
 from ovseg_jax.data.benchmarks.folders import LabeledFolder
 from ovseg_jax.data.benchmarks.prepared import SPLIT
-from ovseg_jax.data.benchmarks.tables import ClassTable
 from ovseg_jax.errors import UserError
 
 
@@ -42,7 +42,7 @@ def label_png(labels: UInt8[np.ndarray, "H W"], table: ClassTable) -> bytes:
 
 
 class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders have in common. `BENCHMARK` names the evaluation set."""
+    """Writes the validation images of the evaluation set that `BENCHMARK` names."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
@@ -88,53 +88,18 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
 
 
-class OvsegVoc(_FolderBuilder):
-    """PASCAL VOC 2012."""
-
-    BENCHMARK = "voc"
-
-
-class OvsegContext(_FolderBuilder):
-    """PASCAL Context, 59 classes."""
-
-    BENCHMARK = "context"
-
-
-class OvsegCocoObject(_FolderBuilder):
-    """COCO Object."""
-
-    BENCHMARK = "coco_object"
+def _builder(benchmark: str) -> type[_FolderBuilder]:
+    """The class, such as OvsegVoc; defining it registers it with TFDS as 'ovseg_voc'."""
+    name = "Ovseg" + "".join(map(str.capitalize, benchmark.split("_")))
+    fields = {
+        "BENCHMARK": benchmark,
+        "__doc__": class_table(benchmark).title,
+        "__module__": __name__,
+    }
+    return type(_FolderBuilder)(name, (_FolderBuilder,), fields)
 
 
-class OvsegCocoStuff(_FolderBuilder):
-    """COCO-Stuff."""
-
-    BENCHMARK = "coco_stuff"
-
-
-class OvsegAde20k(_FolderBuilder):
-    """ADE20K."""
-
-    BENCHMARK = "ade20k"
-
-
-class OvsegCityscapes(_FolderBuilder):
-    """Cityscapes."""
-
-    BENCHMARK = "cityscapes"
-
-
-BUILDERS: dict[str, type[_FolderBuilder]] = {
-    builder.BENCHMARK: builder
-    for builder in (
-        OvsegVoc,
-        OvsegContext,
-        OvsegCocoObject,
-        OvsegCocoStuff,
-        OvsegAde20k,
-        OvsegCityscapes,
-    )
-}
+BUILDERS = {benchmark: _builder(benchmark) for benchmark in OPENERS}
 
 
 def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
@@ -142,7 +107,8 @@ def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
 
     Args:
       name: such as 'voc'.
-      folder: the official folder. data_dir: where TFDS keeps its data sets.
+      folder: the official folder.
+      data_dir: where TFDS keeps its data sets.
 
     Returns:
       The folder that was written.

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import ExifTags, Image
 
-from ovseg_jax.data.benchmarks.tables import ClassTable, WrongLabels
+from ovseg_jax.data.benchmarks.class_tables import ClassTable, WrongLabels
 from ovseg_jax.errors import UserError
 
 # Missing files that a message names before it only counts them.
@@ -22,13 +23,14 @@ class LabeledFolder:
     """The validation images of an official folder, with their labels.
 
     Attributes:
-      name: of the evaluation set. table: its classes.
+      name: of the evaluation set.
+      table: its classes.
       root: where the official folder begins.
       form: which of the annotation's forms is read, such as 'instances' or 'mat'.
       keys: one name an image, in the official order.
       images: their files.
       read_labels: (index) -> labels as `table` numbers them.
-      differs: in what these labels are not those that published scores were computed from.
+      differs: in what these labels differ from those that published scores were computed from.
     """
 
     name: str
@@ -99,21 +101,20 @@ def find_root(
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")
-    lacking = {}
-    for place in below:
-        root = directory / place
-        lacking[root] = [
-            paths
-            for paths in needed
-            if not any((root / path).exists() for path in paths.split("|"))
-        ]
-        if not lacking[root]:
-            return root
-    root = min(lacking, key=lambda place: len(lacking[place]))
-    raise UserError(
-        f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
-        f"there, or point --{field} at the folder that has them"
-    )
+    roots = [directory / start for start in below]
+    lacking = {r: [paths for paths in needed if not first_existing(r, paths)] for r in roots}
+    root = min(roots, key=lambda r: len(lacking[r]))
+    if lacking[root]:
+        raise UserError(
+            f"benchmark {name}: {root} lacks {_listed(lacking[root])}; unpack the official files "
+            f"there, or point --{field} at the folder that has them"
+        )
+    return root
+
+
+def first_existing(root: Path, paths: str) -> Path | None:
+    """The first that exists of some paths below a folder, 'a|b'."""
+    return next((root / path for path in paths.split("|") if (root / path).exists()), None)
 
 
 def _listed(needed: Sequence[str]) -> str:
@@ -136,10 +137,9 @@ def require(name: str, files: Iterable[Path]) -> None:
         if path.name not in present[folder]:
             missing.append(path)
     if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise UserError(
             f"benchmark {name} is incomplete: {len(missing)} files are missing: "
-            f"{', '.join(map(str, missing[:_NAMED]))}{more}; unpack the official files again"
+            f"{_first(missing, ', ')}; unpack the official files again"
         )
 
 
@@ -166,11 +166,15 @@ def require_equal_sizes(name: str, images: Sequence[Path], masks: Sequence[Path]
         except OSError as error:
             wrong.append(f"{error} (of {image.name} and {mask.name})")
     if wrong:
-        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise UserError(
             f"benchmark {name}: {len(wrong)} of {len(masks)} label files cannot be used: "
-            f"{'; '.join(wrong[:_NAMED])}{more}"
+            f"{_first(wrong, '; ')}"
         )
+
+
+def _first(items: Sequence[Any], separator: str) -> str:
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return separator.join(map(str, items[:_NAMED])) + more
 
 
 def upright_size(path: Path) -> tuple[int, int]:

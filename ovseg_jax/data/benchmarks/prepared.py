@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ovseg_jax.data.benchmarks.tables import ClassTable, class_table
+from ovseg_jax.data.benchmarks.class_tables import ClassTable, class_table
 from ovseg_jax.errors import UserError
 
 SPLIT = "validation"
@@ -77,10 +77,10 @@ def open_prepared(name: str, directory: str | Path) -> PreparedSet:
     directory = Path(directory)
     try:
         builder = tfds.builder_from_directory(str(directory))
-        found = builder.name
         # Bytes, not arrays: images are decoded by the same rules as in training.
         skip = {key: tfds.decode.SkipDecoding() for key in ("image", "labels")}
-        source = builder.as_data_source(SPLIT, decoders=skip) if found == f"ovseg_{name}" else None
+        is_right = builder.name == f"ovseg_{name}"
+        source = builder.as_data_source(SPLIT, decoders=skip) if is_right else None
     except Exception as error:
         # TFDS raises nearly anything on files that were cut short or changed.
         raise UserError(
@@ -89,7 +89,7 @@ def open_prepared(name: str, directory: str | Path) -> PreparedSet:
         ) from error
     if source is None:
         raise UserError(
-            f"benchmark {name}: {directory} holds the data set {found!r}, not 'ovseg_{name}'"
+            f"benchmark {name}: {directory} holds the data set {builder.name!r}, not 'ovseg_{name}'"
         )
     metadata = builder.info.metadata or {}
     form = f"tfds, {metadata.get('form', 'unknown')}"

@@ -1,6 +1,6 @@
 """From captioned images as people have them to a folder of records that training reads.
 
 A source (img2dataset shards, a table of captions, a TFDS set, scenes) is a list of input shards.
-One pure function turns an input shard into a part: records that every rule has passed, and counts
-of all that was dropped, by cause. Parts are then freed of duplicate keys and put together.
+A pure function processes an input shard: records that passed every rule, and counts of all that was
+dropped, by cause. The outputs are then freed of duplicate keys and put together.
 """

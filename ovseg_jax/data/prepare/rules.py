@@ -1,4 +1,4 @@
-"""The rules that a pair must pass: one pure function from a raw pair to a record or a cause."""
+"""The rules that a pair must pass: a pure function from a raw pair to a record or a cause."""
 
 import contextlib
 import html
@@ -10,15 +10,31 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ovseg_jax.data.caption_filter import CaptionFilter
 from ovseg_jax.data.decoding import MAX_PIXELS, UnreadableImage, decode
-from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.raw import RawPair
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.prepare import raw_pairs
+from ovseg_jax.data.prepare.raw_pairs import RawPair
 from ovseg_jax.data.records import Record
 from ovseg_jax.errors import UserError
 
 _ESCAPE = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[A-Za-z]\w*);")
 _EXIF_ORIENTATION = 0x0112
+
+# What is remarked about a pair that is kept.
+HTML_ESCAPED = "caption: HTML escapes resolved"
+SPACES = "caption: blanks and line breaks tidied"
+EXIF_ROTATED = "image: turned upright by its EXIF orientation when read"
+ANIMATED = "image: animated, first frame used"
+TRANSPARENT = "image: transparent, put on white when read"
+# Pillow's mode -> remark.
+_MODES = {
+    "1": "image: black and white, becomes RGB",
+    **dict.fromkeys(("L", "LA"), "image: gray, becomes RGB"),
+    **dict.fromkeys(("P", "PA"), "image: palette, becomes RGB"),
+    **dict.fromkeys(("CMYK", "YCCK"), "image: CMYK, becomes RGB"),
+    **dict.fromkeys(("I", "I;16", "I;16B"), "image: 16-bit gray, scaled to 8 bits"),
+    "F": "image: floating point gray, scaled to 8 bits",
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +63,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a pair: a record, or the cause of its being dropped.
+    """What became of a pair: a record, or the reason why it is dropped.
 
     Attributes:
-      size: width and height of the image as stored, in pixels.
-      remarks: names of `causes` for what is unusual about a pair that is kept.
-      dropped: the cause for each caption that is dropped of a pair that is kept.
+      record: to keep; None if the pair is dropped.
+      cause: the drop reason (`raw_pairs.DROP_REASONS`); '' if the pair is kept.
+      size: width and height of the image, upright, in pixels.
+      remarks: what is unusual about a pair that is kept.
+      dropped: the drop reason of each caption that is dropped of a pair that is kept.
     """
 
     record: Record | None
@@ -66,15 +84,16 @@ class _Dropped(Exception):
     """A pair broke a rule; the argument is the cause."""
 
 
-def judge(pair: RawPair, rules: Rules, entities: CaptionFilter) -> Verdict:
+def judge(pair: RawPair, rules: Rules, entities: EntitySet) -> Verdict:
     """Applies every rule, the cheap ones first; a pair needs one caption that passes."""
     try:
         if pair.cause:
             raise _Dropped(pair.cause)
-        _check_key(pair.key)
+        if not pair.key or any("\ud800" <= sign <= "\udfff" for sign in pair.key):
+            raise _Dropped(raw_pairs.BAD_KEY)  # lone surrogates cannot be stored
         captions, dropped, remarks = _judge_captions(pair, rules, entities)
         if pair.image is None:
-            raise _Dropped(causes.NO_IMAGE)
+            raise _Dropped(raw_pairs.NO_IMAGE)
         size, image_remarks = _check_image(pair.image, rules)
     except _Dropped as dropped:
         return Verdict(None, str(dropped))
@@ -84,67 +103,58 @@ def judge(pair: RawPair, rules: Rules, entities: CaptionFilter) -> Verdict:
 
 
 def _judge_captions(
-    pair: RawPair, rules: Rules, entities: CaptionFilter
+    pair: RawPair, rules: Rules, entities: EntitySet
 ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
     """(caption -> its entities for those that are kept, causes of the others, remarks)."""
     kept: dict[str, tuple[int, ...]] = {}
     dropped, remarks = [], []
-    for found in pair.captions:
+    for text in pair.captions:
         try:
-            caption, unusual = clean_caption(found, rules)
+            caption, unusual = clean_caption(text, rules)
             named = entities.find(caption)
             if not named and not rules.keep_without_entities:
-                raise _Dropped(causes.NO_ENTITY)
+                raise _Dropped(raw_pairs.NO_ENTITY)
             if caption in kept:
-                raise _Dropped(causes.REPEATED)
+                raise _Dropped(raw_pairs.REPEATED)
         except _Dropped as cause:
             dropped.append(str(cause))
             continue
         kept[caption] = named
         remarks += unusual
     if not kept:
-        raise _Dropped(dropped[0] if dropped else causes.NO_CAPTION)
+        raise _Dropped(dropped[0] if dropped else raw_pairs.NO_CAPTION)
     return kept, tuple(dropped), tuple(remarks)
 
 
 def clean_captions(pair: RawPair, rules: Rules) -> list[str]:
     """The captions that pass the rules which need no entities."""
     kept = []
-    for found in pair.captions if not pair.cause else ():
+    for text in pair.captions if not pair.cause else ():
         with contextlib.suppress(_Dropped):
-            kept.append(clean_caption(found, rules)[0])
+            kept.append(clean_caption(text, rules)[0])
     return kept
 
 
-def clean_caption(found: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]]:
-    """(caption, remarks); escapes resolved, runs of blanks made one. Nothing else is changed."""
-    caption = _decoded(found)
+def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]]:
+    """(caption, remarks): HTML escapes resolved, runs of blanks replaced by one."""
     remarks = []
-    if _ESCAPE.search(caption):
-        plain = html.unescape(caption)
-        if plain != caption:
-            caption = plain
-            remarks.append(causes.HTML_ESCAPED)
-    tidy = " ".join(caption.split())
-    if tidy != caption:
+    try:
+        caption = text.decode("utf-8") if isinstance(text, bytes) else text
+        caption.encode("utf-8")  # a lone surrogate is a byte that was not UTF-8
+    except UnicodeError as error:
+        raise _Dropped(raw_pairs.NOT_UTF8) from error
+    if _ESCAPE.search(caption) and (plain := html.unescape(caption)) != caption:
+        caption = plain
+        remarks.append(HTML_ESCAPED)
+    if (tidy := " ".join(caption.split())) != caption:
         caption = tidy
-        remarks.append(causes.SPACES)
+        remarks.append(SPACES)
     if not caption:
-        raise _Dropped(causes.EMPTY_CAPTION)
+        raise _Dropped(raw_pairs.EMPTY_CAPTION)
     if len(caption) > rules.max_caption:
-        raise _Dropped(causes.LONG_CAPTION)
+        raise _Dropped(raw_pairs.LONG_CAPTION)
     _check_script(caption)
     return caption, tuple(remarks)
-
-
-def _decoded(found: str | bytes) -> str:
-    try:
-        if isinstance(found, bytes):
-            return found.decode("utf-8")
-        found.encode("utf-8")  # a lone surrogate is a byte that was no UTF-8
-        return found
-    except UnicodeError as error:
-        raise _Dropped(causes.NOT_UTF8) from error
 
 
 def _check_script(caption: str) -> None:
@@ -154,18 +164,9 @@ def _check_script(caption: str) -> None:
         names = [unicodedata.name(sign, "") for sign in caption if sign.isalpha()]
         letters, latin = len(names), sum(name.startswith("LATIN ") for name in names)
     if not letters:
-        raise _Dropped(causes.NO_LETTERS)
+        raise _Dropped(raw_pairs.NO_LETTERS)
     if 2 * latin <= letters:
-        raise _Dropped(causes.NON_LATIN)
-
-
-def _check_key(key: str) -> None:
-    try:
-        key.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _Dropped(causes.BAD_KEY) from error
-    if not key:
-        raise _Dropped(causes.BAD_KEY)
+        raise _Dropped(raw_pairs.NON_LATIN)
 
 
 def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str, ...]]:
@@ -176,30 +177,24 @@ def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str,
         try:
             image = decode(data, MAX_PIXELS)
         except UnreadableImage as error:
-            raise _Dropped(causes.UNREADABLE + error.cause) from error
+            raise _Dropped(raw_pairs.UNREADABLE + error.cause) from error
         if min(image.size) < rules.min_side:
-            raise _Dropped(causes.SMALL_IMAGE)
+            raise _Dropped(raw_pairs.SMALL_IMAGE)
         # The header once more: `decode` returns pixels alone.
         with Image.open(io.BytesIO(data)) as header:
             return image.size, _image_remarks(header)
 
 
 def _image_remarks(header: Image.Image) -> tuple[str, ...]:
-    remarks = []
-    if header.mode in causes.MODES:
-        remarks.append(causes.MODES[header.mode])
-    if _is_animated(header):
-        remarks.append(causes.ANIMATED)
-    if header.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        remarks.append(causes.EXIF_ROTATED)
-    if header.has_transparency_data:
-        remarks.append(causes.TRANSPARENT)
-    return tuple(remarks)
-
-
-def _is_animated(header: Image.Image) -> bool:
     try:
-        return bool(getattr(header, "is_animated", False))
+        animated = bool(getattr(header, "is_animated", False))
     except Exception:
         # Frames after the first are damaged: Pillow raises nearly anything. The first is whole.
-        return True
+        animated = True
+    remarks = {
+        _MODES.get(header.mode, ""): header.mode in _MODES,
+        ANIMATED: animated,
+        EXIF_ROTATED: header.getexif().get(_EXIF_ORIENTATION, 1) != 1,
+        TRANSPARENT: header.has_transparency_data,
+    }
+    return tuple(remark for remark, applies in remarks.items() if applies)

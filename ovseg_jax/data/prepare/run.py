@@ -1,17 +1,20 @@
-"""A preparation from start to end, and its going on after it was killed.
+"""A preparation from start to end, and its continuation after it was killed.
 
-The work folder OUT/.work holds the plan and every finished part. A run with the same plan skips
-what is finished; parts and everything made of them are functions of the plan and the input, so the
-result is the same bytes however often it was cut off.
+The work folder OUT/.work holds the plan and the output of every finished shard. A run with the same
+plan skips what is finished. These outputs and everything made of them are functions of the plan and
+the input, so the result is the same bytes however often the run was killed.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import ovseg_jax
 from ovseg_jax.data.entities import EntitySet
@@ -19,38 +22,55 @@ from ovseg_jax.data.manifest import (
     CLASS_NAMES,
     MANIFEST_NAME,
     TEXTS,
+    FileInfo,
     Manifest,
+    describe_file,
     manifest_text,
 )
-from ovseg_jax.data.prepare import assemble, duplicates, entity_choice
-from ovseg_jax.data.prepare.beam_pool import Beam, BeamPool
-from ovseg_jax.data.prepare.entity_choice import Entities, EntityChoice
-from ovseg_jax.data.prepare.page import page
-from ovseg_jax.data.prepare.parts import PartPaths, make_part, read_done
-from ovseg_jax.data.prepare.places import Place
-from ovseg_jax.data.prepare.pool import LocalPool, Pool
-from ovseg_jax.data.prepare.raw import InputShard, PairSource, source_fingerprint
-from ovseg_jax.data.prepare.report import make_report, summary
+from ovseg_jax.data.prepare import entity_choice
+from ovseg_jax.data.prepare.entity_choice import EntityChoice
+from ovseg_jax.data.prepare.jobs import Jobs, local_jobs
+from ovseg_jax.data.prepare.paths import (
+    AnyPath,
+    local_copy,
+    remove_folder,
+    whole_file,
+    write_whole,
+)
+from ovseg_jax.data.prepare.raw_pairs import (
+    InputShard,
+    PairSource,
+    class_names,
+    source_fingerprint,
+)
+from ovseg_jax.data.prepare.report_page import page
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.source_folders import class_names
-from ovseg_jax.data.prepare.staging import remove_folder, whole, write_whole
-from ovseg_jax.data.prepare.statistics import no_statistics
-from ovseg_jax.data.prepare.tally import Tally
+from ovseg_jax.data.prepare.shard import (
+    WORK_LAYOUT,
+    ShardOutput,
+    drop_repeated,
+    find_repeated,
+    judge_all,
+    process_shard,
+)
+from ovseg_jax.data.prepare.tally import Statistics, Tally, make_report, report_counts, summary
+from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
 from ovseg_jax.errors import UserError
 
 WORK_NAME = ".work"
 ENTITIES_NAME = "entities.json"
 REPORT_NAMES = ("report.json", "report.html")
+# A dry run reads so many pairs, of so many shards.
+_SAMPLE_PAIRS, _SAMPLE_SHARDS = 2000, 8
 
 
 def prepare(
     source: PairSource,
-    out: Place,
+    out: AnyPath,
     choice: EntityChoice,
     rules: Rules,
     *,
-    workers: int = 0,
-    beam: Beam | None = None,
+    run_jobs: Jobs,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Writes a folder of records (`records.ArrayRecordSource`) with its report.
@@ -59,8 +79,8 @@ def prepare(
       source: the pairs.
       out: the folder to write: absent, empty, or begun by a run with the same arguments.
       choice: the entities (`entity_choice.parse_choice`).
-      workers: processes besides this one; 0 for none. Changes nothing in the result.
-      beam: run on Apache Beam, in place of processes. Changes nothing either.
+      rules: what a pair must pass.
+      run_jobs: where the work is done. Changes nothing in the result.
       say: gets a line now and then.
 
     Returns:
@@ -69,36 +89,34 @@ def prepare(
     Raises:
       UserError: the folder holds something else, or no pair is left.
     """
-    processes = LocalPool(workers)
     shards = source.shards()
-    plan = _plan(source, shards, choice, rules)
-    with _work_folder(out, plan) as work, BeamPool(beam, work) if beam else processes as pool:
-        entities = _entities(source, shards, choice, rules, work, pool, say)
-        tally = _make_parts(source, shards, entities, rules, work, pool, say)
-        found = _find_duplicates(work, len(shards), tally.kept, pool)
-        captions = CLASS_NAMES if class_names(source) else TEXTS
-        report = _finish(out, work, len(shards), found, entities, tally, plan, captions, pool)
-    remove_folder(work)
-    return report
-
-
-def _plan(
-    source: PairSource, shards: list[InputShard], choice: EntityChoice, rules: Rules
-) -> dict[str, Any]:
-    """Everything that the result depends on."""
-    return {
+    plan = {
         "tool": f"ovseg_jax {ovseg_jax.__version__}",
         "source": source.name,
         "input": source_fingerprint(source, shards),
         "entities": choice.source,
-        "listed": choice.listed,
+        "listed": choice.table,
         "rules": dataclasses.asdict(rules),
+        "work_layout": WORK_LAYOUT,
     }
+    with _work_folder(out, plan) as work:
+        nouns = None
+        if choice.table is None:
+            files = [work / f"nouns-{n:05d}.json" for n in range(len(shards))]
+            jobs = [(source, *job, rules) for job in zip(shards, files, strict=True)]
+            for done, _ in enumerate(run_jobs(entity_choice.write_nouns, jobs), 1):
+                say(f"counted the nouns of {done} of {len(shards)} shards")
+            nouns = entity_choice.read_nouns(files)
+        choice = entity_choice.build(choice, nouns, class_names(source))
+        outputs = _process_shards(source, shards, choice, rules, work, run_jobs, say)
+        report = _finish(out, work, outputs, choice, plan, class_names(source), run_jobs)
+    remove_folder(work)
+    return report
 
 
 @contextlib.contextmanager
-def _work_folder(out: Place, plan: dict[str, Any]) -> Iterator[Place]:
-    """OUT/.work, held against a second run, with this plan and no other."""
+def _work_folder(out: AnyPath, plan: dict[str, Any]) -> Iterator[AnyPath]:
+    """OUT/.work, locked against a second run, with this plan and no other."""
     work = out / WORK_NAME
     if (out / MANIFEST_NAME).exists():
         remove_folder(work)  # of a run that was killed at its very end
@@ -109,7 +127,7 @@ def _work_folder(out: Place, plan: dict[str, Any]) -> Iterator[Place]:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); choose another folder") from error
-    with _held(work, out):
+    with _lock(work, out):
         path = work / "plan.json"
         if path.exists():
             begun = json.loads(path.read_text("utf-8"))
@@ -124,8 +142,8 @@ def _work_folder(out: Place, plan: dict[str, Any]) -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def _held(work: Place, out: Place) -> Iterator[None]:
-    """Keeps a second run away. Buckets have no locks: two runs there write the same bytes twice."""
+def _lock(work: AnyPath, out: AnyPath) -> Iterator[None]:
+    """Refuses a second run. Buckets have no locks: two runs there write the same bytes twice."""
     if not isinstance(work, Path):
         yield
         return
@@ -137,98 +155,79 @@ def _held(work: Place, out: Place) -> Iterator[None]:
         yield
 
 
-def _entities(
+def _process_shards(
     source: PairSource,
     shards: list[InputShard],
     choice: EntityChoice,
     rules: Rules,
-    work: Place,
-    pool: Pool,
+    work: AnyPath,
+    run_jobs: Jobs,
     say: Callable[[str], None],
-) -> Entities:
-    if choice.listed is not None:
-        return entity_choice.build(choice, [], class_names(source))
-    jobs = ((source, shard, number, work, rules) for number, shard in enumerate(shards))
-    files = []
-    for path in pool.map(entity_choice.count_nouns, jobs):
-        files.append(path)
-        say(f"counted the nouns of {len(files)} of {len(shards)} shards")
-    return entity_choice.build(choice, files, class_names(source))
-
-
-def _make_parts(
-    source: PairSource,
-    shards: list[InputShard],
-    entities: Entities,
-    rules: Rules,
-    work: Place,
-    pool: Pool,
-    say: Callable[[str], None],
-) -> Tally:
-    """Makes the parts that are not there yet; returns the counts of all."""
-    missing = [n for n in range(len(shards)) if not PartPaths(work, n).done.exists()]
+) -> list[ShardOutput]:
+    """The outputs of all shards, without repeated keys; makes those that do not exist."""
+    missing = [n for n in range(len(shards)) if not ShardOutput(work, n).is_done()]
     if len(missing) < len(shards):
         say(f"{len(shards) - len(missing)} of {len(shards)} shards were finished before")
-    jobs = ((source, shards[n], n, work, entities.table, rules) for n in missing)
-    for done, read in enumerate(pool.map(make_part, jobs), 1):
-        say(f"shard {done} of {len(missing)}: {read} pairs")
-    tally = Tally()
-    for number in range(len(shards)):
-        tally.add(read_done(PartPaths(work, number))[0])
-    return tally
-
-
-def _find_duplicates(work: Place, parts: int, records: int, pool: Pool) -> assemble.Duplicates:
-    buckets = duplicates.bucket_count(records)
-    jobs = ((work, parts, bucket, buckets) for bucket in range(buckets))
-    return assemble.sorted_duplicates(list(pool.map(duplicates.duplicates_in_bucket, jobs)))
+    jobs = [(source, shards[n], n, work, choice.table, rules) for n in missing]
+    for done, _ in enumerate(run_jobs(process_shard, jobs), 1):
+        tally, _ = ShardOutput(work, missing[done - 1]).read_done()
+        say(f"shard {done} of {len(missing)}: {tally.read} pairs")
+    repeated = find_repeated(work, len(shards))
+    jobs = [(work, n, positions) for n, positions in enumerate(repeated) if positions]
+    for _ in run_jobs(drop_repeated, jobs):
+        pass
+    return [ShardOutput(work, n, unique=bool(positions)) for n, positions in enumerate(repeated)]
 
 
 def _finish(
-    out: Place,
-    work: Place,
-    parts: int,
-    found: assemble.Duplicates,
-    entities: Entities,
-    tally: Tally,
+    out: AnyPath,
+    work: AnyPath,
+    outputs: list[ShardOutput],
+    choice: EntityChoice,
     plan: dict[str, Any],
-    captions: str,
-    pool: Pool,
+    names: Sequence[str],
+    run_jobs: Jobs,
 ) -> dict[str, Any]:
-    kept = [read_done(PartPaths(work, n))[1].count - len(found.of(n)) for n in range(parts)]
-    full = [number for number in range(parts) if kept[number]]
-    jobs = (
-        (
-            work,
-            part,
-            found.of(part),
-            out / f"records-{number:05d}-of-{len(full):05d}.array_record",
-            len(entities.table),
-        )
-        for number, part in enumerate(full)
-    )
-    statistics = no_statistics(len(entities.table))
-    infos = []
-    for info, counts in pool.map(assemble.finish_shard, jobs):
-        infos.append(info)
-        statistics += counts
-    index, keys_sha256 = assemble.write_index(out, work, parts, found, tally)
-    files = assemble.write_entity_index(out, work, full, found, statistics.entities)
-    with whole(out / ENTITIES_NAME, work) as file:
-        EntitySet(entities.table).to_json(file, source=entities.source, counts=entities.counts)
+    """From finished shards to the finished folder; the manifest comes last."""
+    tally, statistics = Tally(), Statistics(len(choice.table))
+    full, infos = [], []
+    mentions = [(np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of entities: records, entities
+    for shard in outputs:
+        sides, words, records, entities = shard.read_facts("sides", "words", "records", "entities")
+        statistics.add(sides, words, records, entities)
+        mentions.append((tally.kept + records, entities.astype(np.int32)))
+        counts, info = shard.read_done()
+        tally.add(counts)
+        if info.count:
+            full.append(shard)
+            infos.append(info)
+    targets = [f"records-{n:05d}-of-{len(full):05d}.array_record" for n in range(len(full))]
+    jobs = [
+        (shard.path("array_record"), out / name) for shard, name in zip(full, targets, strict=True)
+    ]
+    # A move is a copy in a bucket, and costs nothing on a disk.
+    for _ in (local_jobs(0) if isinstance(out, Path) else run_jobs)(move_file, jobs):
+        pass
+    index, keys_sha256 = _write_index(out, work, full, tally.kept)
+    records, entities = map(np.concatenate, zip(*mentions, strict=True))
+    files = _write_entity_index(out, work, records, entities, len(choice.table))
+    with whole_file(out / ENTITIES_NAME, work) as file:
+        EntitySet(choice.table).to_json(file, source=choice.source, counts=choice.counts)
     manifest = Manifest(
-        count=sum(info.count for info in infos),
-        shards=tuple(infos),
+        count=tally.kept,
+        shards=tuple(
+            dataclasses.replace(info, file=name) for info, name in zip(infos, targets, strict=True)
+        ),
         index=index,
-        entities=entities.table,
+        entities=choice.table,
         source=plan["source"],
         source_fingerprint=plan["input"],
         keys_sha256=keys_sha256,
         tool=plan["tool"],
         files=files,
-        captions=captions,
+        captions=CLASS_NAMES if names else TEXTS,
     )
-    report = make_report(manifest, entities, tally, statistics, plan["rules"], parts)
+    report = make_report(manifest, choice, tally, statistics, plan["rules"], len(outputs))
     write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)
     write_whole(out / REPORT_NAMES[1], page(report), work)
     if not manifest.count:
@@ -236,3 +235,91 @@ def _finish(
     # Last: a folder without a manifest is unfinished.
     write_whole(out / MANIFEST_NAME, manifest_text(manifest), work)
     return report
+
+
+def move_file(path: AnyPath, target: AnyPath) -> None:
+    """Moves a file, unless a run before this one has."""
+    if not target.exists():
+        path.replace(target)
+
+
+def _write_index(
+    out: AnyPath, work: AnyPath, outputs: list[ShardOutput], records: int
+) -> tuple[FileInfo, str]:
+    """Writes the index of keys and captions; returns its description and the keys' digest."""
+    path = out / INDEX_NAME
+
+    def keys(stream) -> Iterator[str]:
+        for shard in outputs:
+            with local_copy(shard.path("jsonl")) as file, file.open(encoding="ascii") as lines:
+                for line in lines:
+                    stream.write(line)
+                    yield json.loads(line)[0]
+
+    with whole_file(path, work) as file:
+        with file.open("w", encoding="ascii") as stream:
+            digest = key_digest(keys(stream))
+        return describe_file(file, records, path.name), digest
+
+
+def _write_entity_index(
+    out: AnyPath, work: AnyPath, records: np.ndarray, entities: np.ndarray, count: int
+) -> tuple[FileInfo, FileInfo]:
+    """Writes the arrays of a `PairIndex`.
+
+    Args:
+      out: the folder for the two files.
+      work: the folder for unfinished files.
+      records: the record of each mention of an entity, ascending.
+      entities: the entity of each mention.
+      count: how many entities there are.
+    """
+    # Stable: records stay ascending within an entity.
+    order = np.argsort(entities, kind="stable")
+    starts = np.searchsorted(entities[order], np.arange(count + 1)).astype(np.int64)
+    infos = []
+    for name, array in zip(ENTITY_INDEX_NAMES, (starts, records[order]), strict=True):
+        with whole_file(out / name, work) as file:
+            np.save(file, array)
+            infos.append(describe_file(file, len(array), name))
+    return tuple(infos)
+
+
+def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str, Any]:
+    """Applies every rule to the first pairs of shards spread over the input; writes nothing.
+
+    Entities that are to be built from the captions are built from those of the sample. Duplicates
+    are not looked for.
+
+    Returns:
+      `tally.report_counts`, with `entities`: name -> records of the sample that name it, `bytes`
+      of the images that are kept, `shards_read` and `input_shards`.
+
+    Raises:
+      UserError: the sample has no pair, or no noun where entities are to be built.
+    """
+    shards = source.shards()
+    sample = shards[:: max(1, -(-len(shards) // _SAMPLE_SHARDS))]
+    most = _SAMPLE_PAIRS // max(1, len(sample))
+    nouns = None
+    if choice.table is None:
+        pairs = (p for s in sample for p in islice(source.read(s, images=False), most))
+        nouns = entity_choice.count_nouns(pairs, rules)
+    entities = EntitySet(entity_choice.build(choice, nouns, class_names(source)).table)
+    named = dict.fromkeys(entities.names, 0)
+    tally, size = Tally(), 0
+    for shard in sample:
+        pairs = islice(source.read(shard), most)
+        for verdict in judge_all(pairs, shard.name, rules, entities, tally):
+            size += len(verdict.record.image)
+            for entity in verdict.record.entities:
+                named[entities.names[entity]] += 1
+    if not tally.read:
+        raise UserError("the sample of the input has no pair; check --source")
+    return {
+        **report_counts(tally),
+        "entities": named,
+        "bytes": size,
+        "shards_read": len(sample),
+        "input_shards": len(shards),
+    }

@@ -1,38 +1,52 @@
-"""A table of captions and a folder of images, however the program that fetched them named them."""
+"""A table of captions, and a folder of images however the program that fetched them named them.
 
+CC12M's table is `url<TAB>caption`, CC3M's `caption<TAB>url`, neither with a header; others name
+their columns. So the first rows tell which column is what.
+"""
+
+import contextlib
+import csv
 import functools
 import hashlib
+import re
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from jaxtyping import Int64
 
-from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.places import Place, is_file, place, reached, size_of
-from ovseg_jax.data.prepare.raw import InputShard, RawPair
-from ovseg_jax.data.prepare.table import SAMPLE_ROWS, open_table
+from ovseg_jax.data.prepare.paths import AnyPath, file_size, is_file, network_errors, parse_path
+from ovseg_jax.data.prepare.raw_pairs import BAD_ROW, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
 _PER_SHARD = 10_000
+_SAMPLE_ROWS = 1000
+_IMAGE_NAMES = ("url", "image", "image_url", "image_path", "filepath", "file_name", "filename")
+_IMAGE_NAMES += ("file", "path", "img")
+_CAPTION_NAMES = ("caption", "text", "title", "alt", "alt_text", "sentence")
+_KEY_NAMES = ("key", "id", "image_id")
+_IMAGE_CELL = re.compile(r"https?://\S+|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+_BYTE_ORDER_MARK = "\ufeff"  # some programs begin a UTF-8 file with it
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
 
 
-def _url_name(cell: str, row: int) -> str:
-    return unquote(urlsplit(cell).path.rpartition("/")[2])
+def _hashed(algorithm: str) -> Callable[[str, int], str]:
+    return lambda cell, row: hashlib.new(
+        algorithm, cell.encode(), usedforsecurity=False
+    ).hexdigest()
 
 
-# How the file of a row may be named -> its name, with or without an ending.
+# How image files may be named -> (cell of the image, number of the row) -> name of the file, with
+# or without its ending.
 NAMINGS: dict[str, Callable[[str, int], str]] = {
     "path in the table": lambda cell, row: cell,
-    "end of the URL": _url_name,
-    "MD5 of the URL": lambda cell, row: hashlib.md5(
-        cell.encode(), usedforsecurity=False
-    ).hexdigest(),
-    "SHA-256 of the URL": lambda cell, row: hashlib.sha256(cell.encode()).hexdigest(),
+    "end of the URL": lambda cell, row: unquote(urlsplit(cell).path.rpartition("/")[2]),
+    "MD5 of the URL": _hashed("md5"),
+    "SHA-256 of the URL": _hashed("sha256"),
     "number of the row, 9 digits": lambda cell, row: f"{row:09d}",
     "number of the row": lambda cell, row: str(row),
 }
@@ -41,119 +55,221 @@ NAMINGS: dict[str, Callable[[str, int], str]] = {
 class FileSource:
     """Rows of a .tsv or .csv file with their images; the key is the cell that names the image.
 
-    Rows with the same cell for the image, wherever they stand, are the captions of this image.
-    How image files are named (`NAMINGS`) is found by trying: the way that finds most of the first
-    rows' images is taken.
+    Rows with the same cell for the image, anywhere in the file, are the captions of this image.
+    Of the ways to name image files (`NAMINGS`), the one that fits most of the first rows is taken.
+
+    Args:
+      table: the file.
+      images: the folder of image files; by default the folder of the table.
 
     Raises:
       UserError: no such file or folder, a column missing, or no image found.
     """
 
-    def __init__(self, table: str | Place, images: str | Place | None = None):
-        self._table = open_table(table)
-        self._images = place(images) if images else self._table.path.parent
+    def __init__(self, table: str | AnyPath, images: str | AnyPath | None = None):
+        self._path = parse_path(table)
+        if not is_file(self._path):
+            raise UserError(f"there is no file {self._path}; check --source")
+        self._quoted = self._path.suffix.lower() == ".csv"
+        if not self._quoted and self._path.suffix.lower() != ".tsv":
+            raise UserError(f"{self._path} must be a .tsv or .csv file of images and captions")
+        self._separator = _separator(self._path) if self._quoted else "\t"
+        rows = [cells for cells in _first_rows(self._path, self._separator, self._quoted) if cells]
+        if not rows:
+            raise UserError(f"{self._path} has no rows; check --source")
+        named = _named_columns(rows[0])
+        self._has_header = named is not None
+        self._image, self._caption, self._key = named or _guessed_columns(self._path, rows)
+        self._images = parse_path(images) if images else self._path.parent
         if not self._images.is_dir():
             raise UserError(f"there is no folder {self._images}; check --images")
         self._naming = self._find_naming()
-        self.name = f"files: {self._table.describe()}; image files named by {self._naming}"
+        self.name = (
+            f"files: image in column {self._image + 1}, caption in column {self._caption + 1}, "
+            f"{'named by its header' if named else 'found by looking at its rows'}; "
+            f"image files named by {self._naming}"
+        )
 
     def shards(self) -> list[InputShard]:
         starts, _ = self._scanned
-        stops = [*starts[1:], size_of(self._table.path)]
+        stops = [*starts[1:], file_size(self._path)]
         return [
             InputShard(f"rows from {n * _PER_SHARD}", start, stop, n * _PER_SHARD)
             for n, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
 
+    def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
+        _, repeats = self._scanned
+        low, high = np.searchsorted(repeats[:, 0], [shard.start, shard.stop])
+        further = defaultdict(list)
+        for first, begin in repeats[low:high].tolist():
+            further[first].append(begin)
+        inside = (repeats[:, 1] >= shard.start) & (repeats[:, 1] < shard.stop)
+        merged = set(repeats[inside, 1].tolist())
+        rows = dict(self._rows(shard.start, shard.stop))
+        for row, (begin, cells) in enumerate(rows.items(), shard.first):
+            if begin in merged:
+                continue
+            if not (cell := self._image_cell(cells)):
+                yield RawPair(f"row {row}", cause=BAD_ROW)
+                continue
+            key = cell if self._key is None else cells[self._key].strip()
+            image = self._try_names(self._naming, cell, row, _content) if images else None
+            # The other rows of the image may be in other shards.
+            alike = [rows.get(at) or next(self._rows(at))[1] for at in further[begin]]
+            yield RawPair(key, tuple(r[self._caption] for r in (cells, *alike)), image)
+
     @functools.cached_property
     def _scanned(self) -> tuple[list[int], Int64[np.ndarray, "rows 2"]]:
-        """(where shards begin, for each row whose image came before: where that row and it begin).
+        """Where shards begin, and the rows whose image an earlier row has.
 
-        The rows in order of the first column, then of the second.
+        For each of these rows: the byte where the first row of the image begins, and the byte where
+        it begins itself; sorted.
         """
         starts, begins, digests = [], array("q"), array("Q")
-        for row, (begin, cells) in enumerate(self._numbered()):
+        for row, (begin, cells) in enumerate(self._data_rows()):
             if row % _PER_SHARD == 0:
                 starts.append(begin)
             if cell := self._image_cell(cells):
                 digest = hashlib.blake2b(cell.encode("utf-8", "surrogateescape"), digest_size=8)
                 begins.append(begin)
                 digests.append(int.from_bytes(digest.digest(), "little"))
+        rows = np.frombuffer(begins, np.int64)
         hashes = np.frombuffer(digests, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        places, hashes = np.frombuffer(begins, np.int64)[order], hashes[order]
-        again = np.zeros(len(hashes), bool)
-        again[1:] = hashes[1:] == hashes[:-1]
-        first = places[np.maximum.accumulate(np.where(again, 0, np.arange(len(places))))]
-        pairs = np.stack([first, places], axis=1)[again]
-        return starts, pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        _, firsts, image = np.unique(hashes, return_index=True, return_inverse=True)
+        first = rows[firsts[image]]
+        repeats = np.stack([first, rows], axis=1)[first != rows]
+        return starts, repeats[np.lexsort((repeats[:, 1], repeats[:, 0]))]
+
+    def _rows(self, start: int, stop: int | None = None) -> Iterator[tuple[int, list[str]]]:
+        return _read_rows(self._path, self._separator, self._quoted, start, stop)
+
+    def _data_rows(self) -> Iterator[tuple[int, list[str]]]:
+        return islice(self._rows(0), int(self._has_header), None)
 
     def _image_cell(self, cells: list[str]) -> str:
         """The cell that names the image; empty where the row is unusable."""
-        table = self._table
-        whole = len(cells) > max(table.image, table.caption, table.key or 0)
-        return cells[table.image].strip() if whole else ""
+        usable = len(cells) > max(self._image, self._caption, self._key or 0)
+        return cells[self._image].strip() if usable else ""
 
-    def _numbered(self) -> Iterator[tuple[int, list[str]]]:
-        return islice(self._table.rows(), int(self._table.header), None)
-
-    def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
-        table, (_, again) = self._table, self._scanned
-        low, high = np.searchsorted(again[:, 0], [shard.start, shard.stop])
-        further = defaultdict(list)
-        for first, begin in again[low:high].tolist():
-            further[first].append(begin)
-        seen = set(again[:, 1][(again[:, 1] >= shard.start) & (again[:, 1] < shard.stop)].tolist())
-        rows = dict(table.rows(shard.start, shard.stop))
-        for row, (begin, cells) in enumerate(rows.items(), shard.first):
-            if begin in seen:
-                continue
-            if not (cell := self._image_cell(cells)):
-                yield RawPair(f"row {row}", cause=causes.BAD_ROW)
-                continue
-            key = cell if table.key is None else cells[table.key].strip()
-            image = self._read_image(self._naming, cell, row) if images else None
-            alike = [rows.get(at) or next(table.rows(at))[1] for at in further[begin]]
-            yield RawPair(key, tuple(one[table.caption] for one in (cells, *alike)), image)
-
-    def _read_image(self, naming: str, cell: str, row: int) -> bytes | None:
+    def _try_names(
+        self, naming: str, cell: str, row: int, function: Callable[[AnyPath], Any]
+    ) -> Any:
+        """The first result other than None of a function of the paths that an image may have."""
         for ending in _ENDINGS:
-            try:
-                path = self._path(naming, cell, row, ending)
-                with reached(path, FileNotFoundError, IsADirectoryError):
-                    return path.read_bytes()
-            except (OSError, ValueError):
-                continue  # not there, a folder, not to be read, or no possible name
+            # An OSError: there is no such file, it is a folder, or it cannot be read.
+            # A ValueError: the cell gives no possible name.
+            with contextlib.suppress(OSError, ValueError):
+                name = NAMINGS[naming](cell, row)
+                result = function(self._images / (name + ending)) if name else None
+                if result is not None:
+                    return result
         return None
 
-    def _path(self, naming: str, cell: str, row: int, ending: str) -> Place:
-        name = NAMINGS[naming](cell, row)
-        if not name:
-            raise ValueError("no name")
-        return self._images / (name + ending)
-
     def _find_naming(self) -> str:
-        found = dict.fromkeys(NAMINGS, 0)
-        for row, (_, cells) in enumerate(islice(self._numbered(), SAMPLE_ROWS)):
-            if len(cells) <= self._table.image:
+        fits = dict.fromkeys(NAMINGS, 0)
+        for row, (_, cells) in enumerate(islice(self._data_rows(), _SAMPLE_ROWS)):
+            if len(cells) <= self._image:
                 continue
+            cell = cells[self._image].strip()
             for naming in NAMINGS:
-                found[naming] += self._exists(naming, cells[self._table.image].strip(), row)
-        best = max(NAMINGS, key=lambda naming: found[naming])
-        if not found[best]:
-            tried = ", ".join(NAMINGS)
+                fits[naming] += self._try_names(naming, cell, row, _exists) is not None
+        best = max(NAMINGS, key=lambda naming: fits[naming])
+        if not fits[best]:
             raise UserError(
-                f"none of the first {SAMPLE_ROWS} images of {self._table.path} is in "
+                f"none of the first {_SAMPLE_ROWS} images of {self._path} is in "
                 f"{self._images}; tried as file name, with and without {', '.join(_ENDINGS[1:])}: "
-                f"{tried}. Check --images"
+                f"{', '.join(NAMINGS)}. Check --images"
             )
         return best
 
-    def _exists(self, naming: str, cell: str, row: int) -> bool:
-        for ending in _ENDINGS:
+
+def _exists(path: AnyPath) -> bool | None:
+    return True if is_file(path) else None
+
+
+def _content(path: AnyPath) -> bytes:
+    with network_errors(path, FileNotFoundError, IsADirectoryError):
+        return path.read_bytes()
+
+
+def _named_columns(row: list[str]) -> tuple[int, int, int | None] | None:
+    """The columns (image, caption, key) that a header names; None where the row is no header."""
+    names = [cell.strip().lower() for cell in row]
+    image, caption, key = (
+        next((names.index(name) for name in known if name in names), None)
+        for known in (_IMAGE_NAMES, _CAPTION_NAMES, _KEY_NAMES)
+    )
+    return None if image is None or caption is None else (image, caption, key)
+
+
+def _guessed_columns(path: AnyPath, rows: list[list[str]]) -> tuple[int, int, None]:
+    """The column in which most cells are URLs or image files, the wordiest other one, no key."""
+    columns = range(max(map(len, rows)))
+    cells = [[row[column] for row in rows if column < len(row)] for column in columns]
+    images = [sum(bool(_IMAGE_CELL.fullmatch(c.strip())) for c in column) for column in cells]
+    image = max(columns, key=images.__getitem__)
+    others = [column for column in columns if column != image]
+    if 2 * images[image] < len(rows) or not others:
+        raise UserError(
+            f"{path} lacks a column: it needs one with URLs or image files and one with captions; "
+            f"its first row is {rows[0][:4]!r}. A header with the names url and caption, or "
+            "image and caption, says which is which"
+        )
+    return image, max(others, key=lambda column: sum(c.count(" ") for c in cells[column])), None
+
+
+def _separator(path: AnyPath) -> str:
+    """Of a .csv file: the sign that gives most rows the same number, above 1, of columns."""
+
+    def alike(separator: str) -> int:
+        widths = [len(cells) for cells in _first_rows(path, separator, True)]
+        return max((widths.count(w) for w in set(widths) if w > 1), default=0)
+
+    return max((",", ";", "\t"), key=alike)
+
+
+def _first_rows(path: AnyPath, separator: str, quoted: bool) -> list[list[str]]:
+    return [cells for _, cells in islice(_read_rows(path, separator, quoted), _SAMPLE_ROWS)]
+
+
+def _read_rows(
+    path: AnyPath, separator: str, quoted: bool, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """(byte where the row begins, its cells); no cells where the row cannot be parsed.
+
+    Bytes that are not UTF-8 become lone surrogates. The header is a row too.
+
+    Args:
+      path: of the file.
+      separator: between two columns.
+      quoted: rows are as a spreadsheet writes them: quoted, and over several lines where need be.
+      start: the byte where the first row begins.
+      stop: the byte where no further row begins.
+    """
+    with path.open("rb") as stream:
+        stream.seek(start)
+        position = start
+
+        def lines() -> Iterator[str]:
+            nonlocal position
+            for line in stream:
+                position += len(line)
+                text = line.decode("utf-8", "surrogateescape")
+                yield text.removeprefix(_BYTE_ORDER_MARK) if position == len(line) else text
+
+        if quoted:
+            reader = csv.reader(lines(), delimiter=separator)
+        else:
+            reader = (line.rstrip("\r\n").split(separator) for line in lines())
+        while stop is None or position < stop:
+            begin = position
             try:
-                if is_file(self._path(naming, cell, row, ending)):
-                    return True
-            except (OSError, ValueError):
-                continue
-        return False
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                cells = []
+            # A blank line is no row; a line that cannot be parsed is.
+            if cells != [""] and (cells or position > begin):
+                yield begin, cells

@@ -9,28 +9,23 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.prepare import causes
-from ovseg_jax.data.prepare.places import Place, files_below, is_file, place, reached, size_of
-from ovseg_jax.data.prepare.raw import Damage, InputShard, RawPair
+import pyarrow
+import pyarrow.parquet
+
+from ovseg_jax.data.prepare.paths import AnyPath, file_size, is_file, network_errors, parse_path
+from ovseg_jax.data.prepare.raw_pairs import LOST, NOT_DOWNLOADED, Damage, InputShard, RawPair
 from ovseg_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")
-_COLUMNS = ("key", "caption", "status")
 # img2dataset before 1.5 stored keys as numbers.
 _KEY_DIGITS = 9
 _DAMAGED = (tarfile.TarError, EOFError)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What the parquet file says about a pair."""
-
-    captions: tuple[str, ...]
-    downloaded: bool
+# Key -> captions, and whether the image was downloaded.
+_Rows = dict[str, tuple[tuple[str, ...], bool]]
 
 
 class Img2DatasetSource:
@@ -40,20 +35,21 @@ class Img2DatasetSource:
       UserError: no such folder, or no tar in it.
     """
 
-    def __init__(self, directory: str | Place):
-        self.directory = place(directory)
-        self.name = "img2dataset"
+    name = "img2dataset"
+
+    def __init__(self, directory: str | AnyPath):
+        self.directory = parse_path(directory)
         if not self.directory.is_dir():
             raise UserError(f"there is no folder {self.directory}; check --source")
-        if not next(files_below(self.directory, ".tar"), None):
+        if not next(_tars(self.directory), None):
             raise UserError(
                 f"there is no .tar file below {self.directory}: img2dataset writes them with "
                 "--output_format=webdataset"
             )
 
     def shards(self) -> list[InputShard]:
-        tars = sorted(files_below(self.directory, ".tar"), key=lambda item: item[0])
-        return [InputShard(name, 0, size_of(path)) for name, path in tars]
+        tars = {path.relative_to(self.directory).as_posix(): path for path in _tars(self.directory)}
+        return [InputShard(name, 0, file_size(tars[name])) for name in sorted(tars)]
 
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair | Damage]:
         path = self.directory / shard.name
@@ -70,20 +66,33 @@ class Img2DatasetSource:
             listed = key if key in rows else key.rpartition("/")[2]
             if files is None:  # begun, and cut off by the end of the tar
                 if listed not in rows:
-                    yield RawPair(key, cause=causes.LOST)
+                    yield RawPair(key, cause=LOST)
                 continue
             seen.add(listed)
-            row = rows.get(listed)
             image = next((files[k] for k in IMAGES if images and k in files), None)
-            yield RawPair(key, _captions(files, row.captions if row else ()), image)
-        for key, row in rows.items():
+            yield RawPair(key, _captions(files, rows.get(listed, ((), True))[0]), image)
+        for key, (captions, downloaded) in rows.items():
             if key not in seen:
-                cause = causes.LOST if row.downloaded else causes.NOT_DOWNLOADED
-                yield RawPair(key, row.captions, cause=cause)
+                yield RawPair(key, captions, cause=LOST if downloaded else NOT_DOWNLOADED)
+
+
+def _tars(folder: AnyPath) -> Iterator[AnyPath]:
+    """The tars below a folder, unordered.
+
+    In a bucket only two levels are searched: a search at any depth would list all of it.
+    """
+    if isinstance(folder, Path):
+        paths = folder.rglob("*.tar")
+    else:
+        paths = (path for pattern in ("*.tar", "*/*.tar") for path in folder.glob(pattern))
+    yield from filter(is_file, paths)
 
 
 def _captions(files: dict[str, bytes], listed: tuple[str, ...]) -> tuple[str | bytes, ...]:
-    """The texts of a pair: several in KEY.json, KEY.txt, one in KEY.json, or the parquet file's."""
+    """The texts of a pair.
+
+    In this order: several in KEY.json, KEY.txt, one in KEY.json, `listed` by the parquet file.
+    """
     try:
         caption = json.loads(files.get("json", b"{}")).get("caption")
     except (ValueError, AttributeError):
@@ -99,16 +108,16 @@ def _texts(caption: Any) -> tuple[str, ...]:
     return tuple(text for text in listed if isinstance(text, str))
 
 
-def _samples(path: Place, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
-    """(key, extension -> content) of neighboring members of a tar that differ in extension alone.
+def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
+    """(key, extension -> content) of neighboring members of a tar that share a key.
 
-    The content is None for a pair that the end of a damaged tar cuts off.
+    The second is None for a pair that the end of a damaged tar cuts off.
     """
     wanted = (*IMAGES, *_TEXTS) if images else _TEXTS
-    key, files, count = "", {}, 0
+    key, files, count, damage = "", {}, 0, ""
     try:
         with (
-            reached(path, *_DAMAGED),
+            network_errors(path, *_DAMAGED),
             path.open("rb") as file,
             tarfile.open(fileobj=file, mode="r:") as archive,
         ):
@@ -125,20 +134,17 @@ def _samples(path: Place, images: bool) -> Iterator[tuple[str, dict[str, bytes] 
                 stream = archive.extractfile(member) if kind in wanted else None
                 # An entry without content says that the kind is there.
                 files[kind] = stream.read() if stream else b""
-            # Whether the end mark, a block of zeros, stands where tarfile stopped: it does not ask.
+            # tarfile takes the end of a file that was cut between two members for the end of the
+            # archive. A whole archive has a block of zeros there.
             file.seek(archive.offset)
-            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                damage = f"cut short, or damaged, after {count} pairs: it has no end mark there"
     except (*_DAMAGED, OSError) as error:
-        if files:
-            yield key, None
-        yield Damage(f"cannot be read after {count} pairs ({error})")
-        return
-    if files and whole:
-        yield key, files
-    elif files:
-        yield key, None
-    if not whole:
-        yield Damage(f"cut short, or damaged, after {count} pairs: it has no end mark there")
+        damage = f"cannot be read after {count} pairs ({error})"
+    if files:
+        yield key, None if damage else files
+    if damage:
+        yield Damage(damage)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -148,35 +154,25 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def _metadata(path: Place) -> tuple[dict[str, _Row], str]:
-    """(key -> row, what is wrong with the file or ''); nothing where there is no such file."""
+def _metadata(path: AnyPath) -> tuple[_Rows, str]:
+    """(rows of a parquet file, what is wrong with the file or ''); no rows without a file."""
     if not is_file(path):
         return {}, f"{path.name} is missing: failed downloads and lost pairs are not counted"
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs pyarrow to be read; install it with: pip install pyarrow"
-        ) from error
-    try:
-        with reached(path):
+        with network_errors(path):
             content = io.BytesIO(path.read_bytes())
         present = pyarrow.parquet.read_schema(content).names
         lacking = [name for name in ("key", "status") if name not in present]
         if lacking:
             return {}, f"{path.name} has no column {' and no '.join(lacking)}; it is not used"
-        columns = [name for name in _COLUMNS if name in present]
-        table = pyarrow.parquet.read_table(content, columns=columns).to_pylist()
+        columns = [name for name in ("key", "caption", "status") if name in present]
+        rows = pyarrow.parquet.read_table(content, columns=columns).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         # Arrow's messages go over many lines, with addresses in memory.
         reason = str(error).splitlines()[0][:80]
         return {}, f"{path.name} cannot be read ({reason}); it is not used"
-    return {_key(row["key"]): _row(row) for row in table}, ""
+    return {_key(r["key"]): (_texts(r.get("caption")), r["status"] == "success") for r in rows}, ""
 
 
 def _key(value: Any) -> str:
     return f"{value:0{_KEY_DIGITS}d}" if isinstance(value, int) else str(value)
-
-
-def _row(row: dict[str, Any]) -> _Row:
-    return _Row(_texts(row.get("caption")), row["status"] == "success")

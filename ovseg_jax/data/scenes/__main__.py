@@ -7,16 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ovseg_jax.data.scenes.drawing import scene_at
+from ovseg_jax.data.scenes import CLASSES, describe, scene_at
 from ovseg_jax.data.scenes.layout import layout_at
-from ovseg_jax.data.scenes.statistics import describe
-from ovseg_jax.data.scenes.vocabulary import NUM_CLASSES
 from ovseg_jax.errors import UserError
 
 
 def contact_sheet(split: str, seed: int, size: int, rows: int, columns: int) -> Image.Image:
     """Rows of scenes, each above its labels in one color per class."""
-    hues = np.linspace(0, 255, NUM_CLASSES, endpoint=False)
+    hues = np.linspace(0, 255, len(CLASSES), endpoint=False)
     colors = np.stack([hues, np.full_like(hues, 190), np.full_like(hues, 240)], axis=-1)
     bright = np.asarray(Image.fromarray(colors.astype(np.uint8)[None], "HSV").convert("RGB"))[0]
     palette = np.concatenate([np.full((1, 3), 30, np.uint8), bright])

@@ -9,7 +9,6 @@ import numpy as np
 
 from ovseg_jax.data.scenes.backgrounds import FAMILIES, Background
 from ovseg_jax.data.scenes.captions import caption_of
-from ovseg_jax.data.scenes.sprites import NUM_SKINS
 from ovseg_jax.data.scenes.vocabulary import CLASSES, NUM_CLASSES, class_of
 from ovseg_jax.errors import UserError
 
@@ -29,6 +28,7 @@ _FREELY_PLACED = 0.25
 _PLACES_TRIED = 8
 _PATCH = 0.3
 _LARGEST_TURN = 25.0
+NUM_SKINS = 6  # of people; 0 is the font's symbolic yellow
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_many_missing_files_are_counted(tmp_path):
 def test_empty_folders_and_lists(tmp_path):
     for place in ("images/validation", "annotations/validation"):
         (tmp_path / place).mkdir(parents=True)
-    with pytest.raises(UserError, match="no .png"):
+    with pytest.raises(UserError, match=r"holds no files \*\.png"):
         OPENERS["ade20k"](tmp_path, FIELD)
     mini.voc(tmp_path)
     split = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"

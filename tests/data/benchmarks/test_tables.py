@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.data.benchmarks import OPENERS, class_table
-from ovseg_jax.data.benchmarks.tables import WrongLabels
+from ovseg_jax.data.benchmarks.class_tables import WrongLabels
 
 COUNTS = {
     "voc": (20, True),

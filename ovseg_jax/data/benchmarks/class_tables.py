@@ -1,0 +1,105 @@
+"""The classes of the evaluation sets: names, words, label values, colors; from JSON files.
+
+Each file of ``tables/`` has a title, where the annotation comes from, the rule by which labels
+become classes, the values that may occur, and the classes: their official name, the word that
+prompts use for them (the published models' where that differs), their value in the official label
+files, and their color.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+IGNORE = 255  # pixels that count for nothing
+
+
+class WrongLabels(ValueError):
+    """A label file has values that the evaluation set does not have: it is of another kind."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The C classes of one evaluation set.
+
+    Attributes:
+      title: of the set, in words; `source` of the annotation and `rule` of the labels likewise.
+      background: whether label 0 is background; then class i has label i + 1, otherwise i.
+      largest: values in official label files reach from 0 to this.
+      unlabeled: whether the value 255 may occur besides.
+      names: the official names.
+      words: what prompts call the classes.
+      values: of the classes in official label files.
+      colors: RGB.
+    """
+
+    title: str
+    source: str
+    rule: str
+    background: bool
+    largest: int
+    unlabeled: bool
+    names: tuple[str, ...]
+    words: tuple[str, ...]
+    values: tuple[int, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    @property
+    def other(self) -> int:
+        """The label of pixels that belong to no class: background where there is one."""
+        return 0 if self.background else IGNORE
+
+    def relabel(
+        self,
+        official: Integer[np.ndarray, "H W"],
+        values: tuple[int, ...] | None = None,
+        largest: int | None = None,
+    ) -> UInt8[np.ndarray, "H W"]:
+        """Labels from the values of official files.
+
+        Args:
+          official: values of an official file.
+          values: of the classes, in place of the table's.
+          largest: value that may occur, in place of the table's.
+
+        Raises:
+          WrongLabels: a value that cannot be there. Taken for background, or ignored, it would
+            change scores silently: it shows that labels are of another set, or were shifted.
+        """
+        values = self.values if values is None else values
+        largest = self.largest if largest is None else largest
+        wrong = (official < 0) | (official > largest)
+        if self.unlabeled:
+            wrong &= official != IGNORE
+        if wrong.any():
+            raise WrongLabels(
+                f"have the value {int(official[wrong][0])}, and there are 0 to {largest}"
+                f"{f' and {IGNORE}' if self.unlabeled else ''}"
+            )
+        lookup = np.full(max(largest, IGNORE, *values) + 1, self.other, np.uint8)
+        lookup[list(values)] = np.arange(len(values)) + self.background
+        return lookup[official]
+
+    def palette(self) -> list[int]:
+        """256 colors as Pillow takes them: of the labels, and white for what is ignored."""
+        colors = [(0, 0, 0)] * self.background + list(self.colors)
+        colors += [(0, 0, 0)] * (IGNORE - len(colors)) + [(255, 255, 255)]
+        return [channel for color in colors for channel in color]
+
+
+@functools.cache
+def class_table(name: str) -> ClassTable:
+    """The table called `name`, such as 'voc'."""
+    path = resources.files("ovseg_jax.data.benchmarks") / "tables" / f"{name}.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    classes = document.pop("classes")
+    lists = {
+        "names": tuple(entry["name"] for entry in classes),
+        "words": tuple(entry["word"] for entry in classes),
+        "values": tuple(entry["label"] for entry in classes),
+        "colors": tuple(tuple(entry["color"]) for entry in classes),
+    }
+    return ClassTable(**document | lists)

@@ -1,0 +1,201 @@
+"""What an input shard becomes: its records, and what the finished folder needs to know about them.
+
+The output of a shard is four files in the work folder. `shard-00000.json` is written last and says
+that the others are whole: a run that was killed repeats the shards that lack it. An output with
+records whose keys an earlier record has is written again without them, as `unique-00000`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.manifest import FileInfo, describe_file
+from ovseg_jax.data.prepare.paths import AnyPath, local_copy, whole_file, write_whole
+from ovseg_jax.data.prepare.raw_pairs import DUPLICATE, Damage, InputShard, PairSource, RawPair
+from ovseg_jax.data.prepare.rules import Rules, Verdict, judge
+from ovseg_jax.data.prepare.tally import Tally
+from ovseg_jax.data.records import Record, index_line, pack_record, unpack_record
+
+WORK_LAYOUT = 2  # changes when these files do
+# One record a group: reading one record never decodes its neighbors.
+_WRITER_OPTIONS = "group_size:1"
+# Arrays of a shard with n records.
+_FACTS = (
+    "digests",  # [n, 2] 128 bits of the hash of each key
+    "sides",  # [n] length of each image's shorter side, in pixels
+    "words",  # number of words of each caption, of all records in order
+    "records",  # for each mention of an entity: the record's number in the shard
+    "entities",  # and the entity
+)
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """The output of an input shard in the work folder.
+
+    Its files are `array_record` with the records; `jsonl` with a line [key, [captions]] for each;
+    `npz` with the arrays of `_FACTS`; and `json` with counts and a description of the first.
+    """
+
+    work: AnyPath
+    number: int
+    unique: bool = False
+
+    def path(self, ending: str) -> AnyPath:
+        """The file with this ending."""
+        return self.work / f"{'unique' if self.unique else 'shard'}-{self.number:05d}.{ending}"
+
+    def is_done(self) -> bool:
+        """Whether all four files are there."""
+        return self.path("json").exists()
+
+    def read_facts(self, *names: str) -> list[np.ndarray]:
+        """Some of the arrays of `_FACTS`."""
+        with local_copy(self.path("npz")) as file, np.load(file) as stored:
+            return [stored[name] for name in names]
+
+    def read_done(self) -> tuple[Tally, FileInfo]:
+        """(counts, description of the file of records)."""
+        document = json.loads(self.path("json").read_text("utf-8"))
+        return Tally.from_json(document["tally"]), FileInfo(**document["records"])
+
+
+def process_shard(
+    source: PairSource,
+    shard: InputShard,
+    number: int,
+    work: AnyPath,
+    table: dict[str, list[str]],
+    rules: Rules,
+) -> None:
+    """Writes the output of an input shard, a function of these arguments and of the shard alone.
+
+    Args:
+      source: of the shard.
+      shard: the input.
+      number: of the shard; it names the files.
+      work: the folder for them.
+      table: the entities (`EntitySet.table`).
+      rules: what a pair must pass.
+    """
+    tally = Tally()
+    entities = EntitySet(table)
+    verdicts = judge_all(source.read(shard), shard.name, rules, entities, tally)
+    _write_output(ShardOutput(work, number), ((v.record, min(v.size)) for v in verdicts), tally)
+
+
+def judge_all(
+    items: Iterable[RawPair | Damage],
+    shard: str,
+    rules: Rules,
+    entities: EntitySet,
+    tally: Tally,
+) -> Iterator[Verdict]:
+    """The verdicts on the pairs of a shard that are kept; `tally` counts all of them."""
+    for item in items:
+        if isinstance(item, Damage):
+            tally.damaged(shard, item.what)
+            continue
+        verdict = judge(item, rules, entities)
+        tally.count(item.key, verdict)
+        if verdict.record is not None:
+            yield verdict
+
+
+def drop_repeated(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
+    """Writes the output of a shard again without some records, which count as duplicates.
+
+    Args:
+      work: the folder with the output.
+      number: of the shard.
+      repeated: positions of the records to leave out.
+    """
+    shard, unique = ShardOutput(work, number), ShardOutput(work, number, unique=True)
+    if unique.is_done():
+        return
+    tally, _ = shard.read_done()
+    (sides,) = shard.read_facts("sides")
+
+    def kept() -> Iterator[tuple[Record, int]]:
+        with local_copy(shard.path("array_record")) as file:
+            reader = array_record_module.ArrayRecordReader(str(file))
+            for position, side in enumerate(sides.tolist()):
+                record = unpack_record(reader.read())
+                if position in left_out:
+                    tally.drop_kept(record.key, len(record.captions), DUPLICATE)
+                else:
+                    yield record, side
+            reader.close()
+
+    left_out = set(repeated)
+    _write_output(unique, kept(), tally)
+
+
+def _write_output(output: ShardOutput, kept: Iterator[tuple[Record, int]], tally: Tally) -> None:
+    """Writes the files of a shard's output.
+
+    Args:
+      output: which files.
+      kept: the records, each with the length of its image's shorter side.
+      tally: complete when `kept` is exhausted.
+    """
+    facts: dict[str, list[Any]] = {name: [] for name in _FACTS}
+    with (
+        whole_file(output.path("array_record")) as records_file,
+        whole_file(output.path("jsonl")) as index_file,
+        index_file.open("w", encoding="ascii") as index,
+    ):
+        writer = array_record_module.ArrayRecordWriter(str(records_file), _WRITER_OPTIONS)
+        for number, (record, side) in enumerate(kept):
+            writer.write(pack_record(record))
+            index.write(index_line(record))
+            facts["digests"].append(key_hash(record.key))
+            facts["sides"].append(side)
+            facts["words"].extend(text.count(" ") + 1 for text in record.captions)
+            facts["records"].extend([number] * len(record.entities))
+            facts["entities"].extend(record.entities)
+        writer.close()
+        info = describe_file(records_file, tally.kept, output.path("array_record").name)
+    digests = np.frombuffer(b"".join(facts.pop("digests")), np.uint64).reshape(-1, 2)
+    arrays = {name: np.asarray(values, np.int64) for name, values in facts.items()}
+    with whole_file(output.path("npz")) as facts_file:
+        np.savez(facts_file, digests=digests, **arrays)
+    document = {"tally": tally.to_json(), "records": vars(info)}
+    write_whole(output.path("json"), json.dumps(document) + "\n")
+
+
+def key_hash(key: str) -> bytes:
+    """16 bytes that stand for a key."""
+    return hashlib.blake2b(key.encode("utf-8"), digest_size=16).digest()
+
+
+def find_repeated(work: AnyPath, shards: int) -> list[list[int]]:
+    """The records whose key an earlier record has.
+
+    Takes about 60 bytes of memory a record.
+
+    Args:
+      work: the folder with the outputs of the shards 0 to `shards` - 1, all finished.
+
+    Returns:
+      For each shard, the positions of such records, ascending.
+    """
+    if not shards:
+        return []
+    digests = [ShardOutput(work, n).read_facts("digests")[0] for n in range(shards)]
+    counts = [len(keys) for keys in digests]
+    ends = np.cumsum(counts)
+    keys = np.concatenate(digests)
+    # Stable: equal keys stay in the order of the records.
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    keys = keys[order]
+    repeated = np.sort(order[1:][(keys[1:] == keys[:-1]).all(axis=1)])
+    sections = np.split(repeated, np.searchsorted(repeated, ends[:-1]))
+    starts = ends - counts
+    return [(s - start).tolist() for s, start in zip(sections, starts, strict=True)]

@@ -1,0 +1,168 @@
+"""Pairs of data sets that another library reads: TFDS, and the embedded scenes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ovseg_jax.data.prepare.raw_pairs import BAD_ROW, InputShard, RawPair
+from ovseg_jax.data.scenes import ScenesSource
+from ovseg_jax.errors import UserError
+
+_TFDS_SHARD, _SCENES_SHARD = 10_000, 1000
+_CAPTIONS = ("caption", "text", "title", "sentence")
+_KEYS = ("key", "id", "image/id", "image_id", "image/filename", "file_name")
+
+
+def _index_shards(name: str, total: int, size: int) -> list[InputShard]:
+    return [
+        InputShard(f"{name} {start}", start, min(start + size, total))
+        for start in range(0, total, size)
+    ]
+
+
+class ScenePairs:
+    """The first N scenes of the train split: 'N', or 'N,size=96,seed=1'.
+
+    Raises:
+      UserError: the text is not of that form.
+    """
+
+    name = "scenes"
+
+    def __init__(self, text: str):
+        count, *rest = text.split(",")
+        try:
+            options = {name: int(value) for name, value in (option.split("=") for option in rest)}
+            options = {"size": 224, "seed": 0} | options
+            number, size, seed = int(count), options.pop("size"), options.pop("seed")
+            if options:
+                raise ValueError(options)
+        except ValueError as error:
+            raise UserError(
+                f"--source=scenes:{text} is not of the form scenes:1000 or "
+                "scenes:1000,size=224,seed=0"
+            ) from error
+        self._source = ScenesSource("train", number, seed, size)
+
+    def shards(self) -> list[InputShard]:
+        return _index_shards("scenes", len(self._source), _SCENES_SHARD)
+
+    def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
+        for index in range(shard.start, shard.stop):
+            record = self._source[index]
+            yield RawPair(record.key, tuple(record.captions), record.image)
+
+
+class TfdsSource:
+    """One split of a TFDS set with images and captions, read without TensorFlow.
+
+    The text is 'coco_captions', 'name,split=val', or the folder of a prepared set. The set must
+    have been prepared with `file_format='array_record'`. All captions of an image are kept.
+
+    Raises:
+      UserError: no such set, not prepared as ArrayRecord, or no image or caption in it.
+    """
+
+    def __init__(self, text: str):
+        self._set, _, rest = text.partition(",")
+        name, _, split = rest.partition("=")
+        if rest and (name != "split" or not split):
+            raise UserError(f"--source=tfds:{text} is not of the form tfds:NAME,split=train")
+        self._split = split or "train"
+        self.name = f"tfds: {Path(self._set).name}, {self._split}"
+        info = self._builder().info
+        if self._split not in info.splits:
+            known = ", ".join(info.splits) or "none: prepare the set first"
+            raise UserError(
+                f"the TFDS set {self._set} has no split {self._split!r}; it has {known}"
+            )
+        # TFDS lists the features of a set in no fixed order; the choice must not change.
+        leaves = sorted(_leaves(info.features), key=lambda leaf: leaf[0])
+        images = [path for path, kind, depth in leaves if kind == "Image" and not depth]
+        captions = [
+            path
+            for path, kind, depth in leaves
+            if kind == "Text" and depth < 2 and any(w in "/".join(path) for w in _CAPTIONS)
+        ]
+        if not images or not captions:
+            raise UserError(
+                f"the TFDS set {self._set} has no {'caption' if images else 'image'} "
+                f"among its features: {', '.join('/'.join(path) for path, _, _ in leaves)}"
+            )
+        self._image, self._caption = images[0], captions[0]
+        self._key = next((name for name in _KEYS if name in info.features), None)
+        self._data: Any = None
+
+    def _builder(self) -> Any:
+        # Imported here: it takes seconds.
+        import tensorflow_datasets as tfds
+
+        try:
+            if Path(self._set).is_dir():
+                return tfds.builder_from_directory(self._set)
+            return tfds.builder(self._set)
+        except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"TFDS does not find the set {self._set!r}: {reason}") from error
+
+    def shards(self) -> list[InputShard]:
+        return _index_shards("examples from", len(self._open()), _TFDS_SHARD)
+
+    def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
+        data = self._open()
+        for index in range(shard.start, shard.stop):
+            key = f"{self._split}-{index:08d}"
+            try:
+                example = data[index]
+            except Exception:
+                # The reader raises anything on damaged bytes; only this example is lost.
+                yield RawPair(key, cause=BAD_ROW)
+                continue
+            if self._key is not None:
+                stored = example[self._key]
+                is_text = isinstance(stored, bytes)
+                key = stored.decode("utf-8", "surrogateescape") if is_text else str(stored)
+            captions = _at(example, self._caption)
+            if isinstance(captions, bytes | str):
+                captions = (captions,)
+            image = bytes(_at(example, self._image)) if images else None
+            yield RawPair(key, tuple(captions), image)
+
+    def _open(self) -> Any:
+        if self._data is None:
+            import tensorflow_datasets as tfds
+
+            decoders = tfds.decode.SkipDecoding()
+            for name in reversed(self._image):
+                decoders = {name: decoders}
+            try:
+                self._data = self._builder().as_data_source(self._split, decoders=decoders)
+            except (NotImplementedError, ValueError, AssertionError, OSError) as error:
+                raise UserError(
+                    f"the TFDS set {self._set} cannot be read at random access; prepare it with "
+                    "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
+                ) from error
+        return self._data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_data": None}
+
+
+def _leaves(
+    features: Any, path: tuple[str, ...] = (), depth: int = 0
+) -> Iterator[tuple[tuple[str, ...], str, int]]:
+    """(names, class of the feature, how many sequences it is in) of every feature."""
+    inner = getattr(features, "feature", None)  # of a sequence
+    if inner is not None:
+        yield from _leaves(inner, path, depth + 1)
+    elif hasattr(features, "keys"):
+        for name in features.keys():
+            yield from _leaves(features[name], (*path, name), depth)
+    else:
+        yield path, type(features).__name__, depth
+
+
+def _at(example: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        example = example[name]
+    return example

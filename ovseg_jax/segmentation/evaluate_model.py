@@ -1,0 +1,214 @@
+"""Benchmarks from end to end: result files and pictures, of a run or of a model directory.
+
+``main --mode=eval --model=DIR`` calls `evaluate_model`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ovseg_jax import flags
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.benchmarks import (
+    BENCHMARKS,
+    FOLDER_FIELDS,
+    ScenesBenchmark,
+    benchmark_of,
+    check_name,
+)
+from ovseg_jax.segmentation.calibrate import swept, train_split
+from ovseg_jax.segmentation.evaluate import evaluate, write_result
+from ovseg_jax.segmentation.extreme_images import extreme_images, write_sheet
+from ovseg_jax.segmentation.metric import gather_counts, this_part
+from ovseg_jax.segmentation.protocol import Protocol, named_protocol, saved_protocol
+from ovseg_jax.segmentation.report import write_page
+from ovseg_jax.segmentation.retrieval import (
+    WHOLE_IMAGES,
+    model_facts,
+    whole_image_results,
+    whole_image_sets,
+)
+from ovseg_jax.segmentation.scores import Segmenter
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.weights.model_dir import load_model
+
+
+def run_benchmarks(
+    segmenter: Segmenter,
+    names: tuple[str, ...],
+    config: ConfigDict,
+    protocol: Protocol,
+    results: Path,
+    provenance: Mapping[str, Any],
+    *,
+    sweep: int = 0,
+    pictures: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
+
+    Each of several processes takes its share of the images. All get the whole result, and the first
+    writes it.
+
+    Args:
+      config: fields of the benchmarks under their names, and `batch_size`.
+      provenance: plain values that say which model this was, added to each result.
+      sweep: choose the threshold of each benchmark with a background on this many images of its
+        training split; 0 to take the protocol's.
+      pictures: how many of the best, median and worst images of each benchmark are drawn, in
+        ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
+      progress: called with (benchmark, images done, images of this process).
+
+    Raises:
+      UserError: an unknown benchmark, or missing files, before any is run.
+    """
+    # A name given twice is one benchmark.
+    benchmarks = {name: benchmark_of(name, config) for name in names}
+    if not benchmarks:
+        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
+    tuned = {
+        name: train_split(name, config, sweep)
+        for name, benchmark in benchmarks.items()
+        if sweep and benchmark.has_background
+    }
+    if sweep and not tuned:
+        raise UserError(
+            "--sweep chooses thresholds of the background, and none of the benchmarks "
+            f"({', '.join(benchmarks)}) has one: leave it out"
+        )
+    parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
+    results_by_name = {}
+    for name, benchmark in benchmarks.items():
+        chosen, extra = protocol, {}
+        if name in tuned:
+            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
+        count = functools.partial(progress, name) if progress else None
+        if count:
+            count(0, len(benchmark))  # the rate is counted from here
+        result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
+        results_by_name[name] = result = {**result, **extra, **provenance}
+        if parts["part"][0] == 0:
+            write_result(results / f"{name}.json", result)
+            if pictures:
+                images = extreme_images(
+                    segmenter, benchmark, chosen, result["image_miou"], pictures, config.batch_size
+                )
+                groups = result["group_usage"]["groups"]
+                write_sheet(images, benchmark, results / f"{name}.png", groups)
+                write_page(results / f"{name}.html", result, benchmark, images, groups)
+    return results_by_name
+
+
+def evaluate_model(
+    model: str,
+    names: tuple[str, ...],
+    results: Path,
+    *,
+    data_dir: str = "",
+    protocol_name: str = "",
+    overrides: Sequence[tuple[str, str]] = (),
+    sweep: int = 0,
+    pictures: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The results of benchmarks by name, also written to ``RESULTS/NAME.json``.
+
+    Args:
+      model: model directory.
+      names: of benchmarks, including those of `retrieval` (every process evaluates all of those).
+      data_dir: folder with the official folders (or one of them) of those that have no `dir`.
+      protocol_name: a named protocol, in place of the model's own.
+      overrides: (key, text) pairs as `flags.parse` gives them. Keys are eval.protocol.FIELD,
+        eval.batch_size, and eval.NAME.FIELD of the benchmarks asked for.
+      sweep, pictures, progress: see `run_benchmarks`.
+
+    Raises:
+      UserError: an override that does not apply, an unknown name, or missing files, before
+        anything is computed.
+    """
+    if not names:
+        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
+    masked = tuple(name for name in names if name not in WHOLE_IMAGES)
+    for name in masked:
+        check_name(name, WHOLE_IMAGES)
+    unmasked = whole_image_sets(names, data_dir)
+    if not masked:
+        if overrides or protocol_name or sweep or pictures:
+            raise UserError(
+                "--config.*, --protocol, --sweep and --pictures are about label maps, and "
+                f"{' and '.join(WHOLE_IMAGES)} have none"
+            )
+        return whole_image_results(model, unmasked, results)
+    names = masked
+    saved = load_model(model)
+    protocol = named_protocol(protocol_name) if protocol_name else saved_protocol(saved.info)
+    fields = {
+        **FOLDER_FIELDS,
+        "scenes": dataclasses.asdict(ScenesBenchmark()),
+        **saved.info["benchmarks"],
+    }
+    own = {name: dict(fields[name]) for name in dict.fromkeys(names) if name in BENCHMARKS}
+    settings = protocol.as_dict()
+    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **own}})
+    for key, text in overrides:
+        _check_applies(key, own)
+        _check_not_hidden(key, protocol, own)
+        flags.apply_override(config, key, text)
+    for name in own:
+        if name in FOLDER_FIELDS and not config.eval[name].dir:
+            config.eval[name].dir = data_dir
+    if config.eval.batch_size < 0:
+        raise UserError("config.eval.batch_size must be at least 1, or 0 to choose one")
+    protocol = Protocol.from_config(config.eval.protocol.to_dict())
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
+    config.eval.batch_size = segmenter.whole_batch(config.eval.batch_size)
+    provenance = model_facts(model, saved.info)
+    masked_results = run_benchmarks(
+        segmenter,
+        names,
+        config.eval,
+        protocol,
+        results,
+        provenance,
+        sweep=sweep,
+        pictures=pictures,
+        progress=progress,
+    )
+    return {**masked_results, **whole_image_results(model, unmasked, results)}
+
+
+def _check_applies(key: str, own: dict[str, Any]) -> None:
+    """Raises UserError for a key that nothing here would read."""
+    part = key.removeprefix("eval.").split(".")[0]
+    if key.startswith("eval.") and part in ("protocol", "batch_size", *own):
+        return
+    known = ("eval.protocol.FIELD", "eval.batch_size", *(f"eval.{name}.FIELD" for name in own))
+    if part in BENCHMARKS:
+        raise UserError(
+            f"--config.{key} does not apply: benchmark {part} is not evaluated; add it to "
+            "--benchmark"
+        )
+    raise UserError(
+        f"--config.{key} does not apply to a model directory, whose model is what it is; there "
+        f"are: {', '.join(known)}"
+    )
+
+
+def _check_not_hidden(key: str, protocol: Protocol, own: dict[str, Any]) -> None:
+    """Raises UserError for a setting of which a benchmark has a value of its own."""
+    field = key.removeprefix("eval.protocol.")
+    for name in own:
+        if field == "threshold" and name in protocol.thresholds:
+            instead = f"thresholds.{name}"
+        elif field in protocol.per_benchmark.get(name, {}):
+            instead = f"per_benchmark.{name}.{field}"
+        else:
+            continue
+        raise UserError(
+            f"--config.{key} does not apply to benchmark {name}, which has a value of its own: set "
+            f"--config.eval.protocol.{instead}"
+        )

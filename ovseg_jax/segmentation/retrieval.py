@@ -1,0 +1,224 @@
+"""Benchmarks of whole images: zero-shot classification and retrieval, from your own folders.
+
+``classification``: DIR/CLASS/*.jpg, a folder for each class, named after it (``_`` for a blank);
+``retrieval``: DIR/captions.tsv, lines with the name of a file, a tab, and a caption of it.
+
+Both compare unit embeddings of whole images with those of texts, so they need no masks.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from ovseg_jax import processes
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.api import LoadedModel
+from ovseg_jax.segmentation.evaluate import write_result
+from ovseg_jax.segmentation.inputs import IMAGES
+from ovseg_jax.segmentation.protocol import names_hash
+
+WHOLE_IMAGES = ("classification", "retrieval")
+CAPTIONS = "captions.tsv"
+RANKS = (1, 5, 10)
+_AT_ONCE = 64  # images that are read before they are encoded
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """Files, and the texts they are matched with.
+
+    Attributes:
+      match: the text of each image (classification), or the image of each text (retrieval).
+    """
+
+    files: tuple[Path, ...]
+    texts: tuple[str, ...]
+    match: tuple[int, ...]
+
+
+def whole_image_sets(names: Sequence[str], data_dir: str) -> dict[str, LabeledImages]:
+    """Those of the named benchmarks that are of whole images, read from their folder.
+
+    Raises:
+      UserError: the folder is missing, or its layout is not that of the module's docstring.
+    """
+    openers = {"classification": _class_folders, "retrieval": _captioned}
+    sets = {}
+    for name in dict.fromkeys(names):
+        if name in openers:
+            if not data_dir or not Path(data_dir).is_dir():
+                raise UserError(f"benchmark {name} needs a folder: give --data_dir=DIR")
+            sets[name] = openers[name](Path(data_dir))
+    return sets
+
+
+def _class_folders(root: Path) -> LabeledImages:
+    files, texts, match = [], [], []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+        if images:
+            match += [len(texts)] * len(images)
+            files += images
+            texts.append(folder.name.replace("_", " "))
+    if len(texts) < 2:
+        raise UserError(
+            f"benchmark classification: {root} needs a folder of images for each of at least two "
+            "classes"
+        )
+    return LabeledImages(tuple(files), tuple(texts), tuple(match))
+
+
+def _captioned(root: Path) -> LabeledImages:
+    path, numbers, texts, match = root / CAPTIONS, {}, [], []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"benchmark retrieval: {path} cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"benchmark retrieval: line {number} of {path}"
+        name, _, caption = (part.strip() for part in line.partition("\t"))
+        if not (name and caption):
+            raise UserError(f"{where} is not a file's name, a tab, and a caption")
+        if not (root / name).is_file():
+            raise UserError(f"{where}: no file {root / name}")
+        match.append(numbers.setdefault(name, len(numbers)))
+        texts.append(caption)
+    if not texts:
+        raise UserError(f"benchmark retrieval: {path} has no captions")
+    return LabeledImages(tuple(root / name for name in numbers), tuple(texts), tuple(match))
+
+
+def model_facts(model: str, info: Mapping[str, Any]) -> dict[str, str]:
+    """Which model a result is of: its directory, and the first digits of its weights' SHA-256."""
+    digest = info.get("files_sha256", {}).get("model.safetensors", "")
+    return {"model": str(model), "model_sha256": digest[:12]}
+
+
+def whole_image_results(
+    model: str, sets: Mapping[str, LabeledImages], results: Path
+) -> dict[str, dict[str, Any]]:
+    """The result of each set, also written to ``RESULTS/NAME.json``.
+
+    Args:
+      model: model directory.
+    """
+    if not sets:
+        return {}
+    loaded, by_name = LoadedModel(model), {}
+    for name, data in sets.items():
+        start = time.perf_counter()
+        rows = [
+            loaded.embed_image(list(data.files[first : first + _AT_ONCE]))
+            for first in range(0, len(data.files), _AT_ONCE)
+        ]
+        images = np.concatenate(rows)
+        # A caption is a whole sentence, so it goes into no template.
+        templates = loaded.protocol.templates if name == "classification" else ("{}",)
+        texts = loaded.embed_text(data.texts, templates)
+        if name == "classification":
+            measures = classification(images, texts, np.array(data.match), data.texts)
+        else:
+            measures = retrieval(images, texts, data.match)
+        seconds = time.perf_counter() - start
+        by_name[name] = {
+            "benchmark": name,
+            **measures,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(len(images) / max(seconds, 1e-9), 3),
+            "protocol": {
+                "image": f"the square in the middle, {loaded.protocol.window} pixels a side",
+                "similarity": "cosine",
+                "templates": list(templates),
+                "average": loaded.protocol.average,
+                "texts_hash": names_hash(data.texts),
+            },
+            **model_facts(model, loaded.info),
+        }
+        if processes.is_first():
+            write_result(results / f"{name}.json", by_name[name])
+    return by_name
+
+
+# ---- measures
+
+
+def ranks_of(
+    similarity: Float[np.ndarray, "N M"], right: Integer[np.ndarray, " N"]
+) -> Integer[np.ndarray, " N"]:
+    """For each row, how many columns beat the right one: 0 where it is the best.
+
+    Columns that are equal count as better, so that a model which says nothing scores nothing.
+    """
+    of_right = similarity[np.arange(len(similarity)), right][:, None]
+    return (similarity >= of_right).sum(1) - 1
+
+
+def classification(
+    images: Float[np.ndarray, "N E"],
+    classes: Float[np.ndarray, "C E"],
+    truth: Integer[np.ndarray, " N"],
+    names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy in percent, overall and as a mean over the classes that occur.
+
+    Args:
+      names: of the classes; if given, the accuracy of each class that occurs is added.
+
+    Raises:
+      UserError: no image, or a label out of range.
+    """
+    if not len(truth) or truth.min() < 0 or truth.max() >= len(classes):
+        raise UserError(
+            f"classification needs images with labels from 0 to {len(classes) - 1}; there are "
+            f"{len(truth)} images"
+        )
+    ranks = ranks_of(images @ classes.T, truth)
+    by_class = {int(c): float((ranks[truth == c] == 0).mean()) for c in np.unique(truth)}
+    result = {
+        "images": len(truth),
+        "classes": len(classes),
+        "top1": 100 * float((ranks == 0).mean()),
+        "top5": 100 * float((ranks < 5).mean()),
+        "mean_class_top1": 100 * float(np.mean(list(by_class.values()))),
+    }
+    if names:
+        result["class_top1"] = {names[c]: round(100 * x, 4) for c, x in by_class.items()}
+    return result
+
+
+def retrieval(
+    images: Float[np.ndarray, "N E"],
+    texts: Float[np.ndarray, "M E"],
+    image_of: Sequence[int] | Integer[np.ndarray, " M"],
+) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 in percent, both ways.
+
+    An image may have several texts. It is retrieved when its best text is, as usual on COCO and
+    Flickr30k.
+
+    Args:
+      image_of: the image of each text.
+
+    Raises:
+      UserError: an image without a text, or a text of no image.
+    """
+    image_of = np.asarray(image_of, np.int64)
+    if len(image_of) != len(texts) or set(image_of.tolist()) != set(range(len(images))):
+        raise UserError("retrieval needs at least one text of each image, and no others")
+    similarity = images @ texts.T
+    to_image = ranks_of(similarity.T, image_of)
+    to_text = np.full(len(images), len(texts))
+    for text, image in enumerate(image_of.tolist()):
+        # Other texts of the same image do not count as better than this one.
+        better = (similarity[image] >= similarity[image, text]) & (image_of != image)
+        to_text[image] = min(to_text[image], int(better.sum()))
+    ways = (("image_to_text", to_text), ("text_to_image", to_image))
+    recall = {f"{w}_recall_at_{k}": 100 * float((r < k).mean()) for w, r in ways for k in RANKS}
+    return {"images": len(images), "texts": len(texts), **recall}

@@ -1,0 +1,271 @@
+"""Batches: the same however they are read, and complete however bad the data."""
+
+import logging
+
+import numpy as np
+import pytest
+from record_folder import write_records
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, text_ids
+
+from ovseg_jax.data.captions import mask_entities
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.examples import entity_set_hash
+from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.nouns import caption_nouns
+from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
+from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
+from ovseg_jax.errors import UserError
+
+
+def test_shapes_and_types(read):
+    batch = read(last_step=1)[0]
+    assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
+        "image": ("uint8", (8, 16, 16, 3)),
+        "image2": ("uint8", (8, 16, 16, 3)),
+        "caption_ids": ("int32", (8, 12)),
+        "masked_ids": ("int32", (8, 12)),
+        "prompt_ids": ("int32", (8, 12)),
+        "shared_ids": ("int32", (8, 12)),
+        "weight": ("float32", (8,)),
+        "entity_weight": ("float32", (8,)),
+        "pair_weight": ("float32", (8,)),
+        "entity_set": ("int32", (8,)),
+        "caption_set": ("int32", (8, 4)),
+        "record": ("int32", (8,)),
+        "truncated": ("bool", (8,)),
+    }
+    plain = read(last_step=1, with_pairs=False)[0]
+    assert set(batch) - set(plain) == {"image2", "shared_ids", "pair_weight"}
+
+
+def test_workers_and_threads_change_nothing(read):
+    expected = read()
+    # Seven batches over two workers: an uneven split must lose none.
+    assert_same(read(workers=2), expected)
+    assert_same(read(threads=0), expected)
+
+
+def test_examples_that_lose_words_are_marked(read, source, tokenizer, monkeypatch):
+    monkeypatch.setitem(SPEC, "text_length", 8)
+    marked = 0
+    for batch in read(last_step=3):
+        for at, index in enumerate(batch["record"]):
+            if index == BROKEN:
+                assert not batch["truncated"][at]
+                continue
+            (caption,) = source[int(index)].captions
+            long = tokenizer.lengths([caption, mask_entities(caption, ENTITIES)]).max() > 8
+            # Every template here is shorter than the caption it is filled from.
+            assert batch["truncated"][at] == long
+            marked += long
+    assert 0 < marked < 23
+
+
+def test_processes_read_their_slots(read):
+    mine, yours = read(slots=[0, 5, 2]), read(slots=[1, 3, 4, 6, 7])
+    columns = np.argsort([0, 5, 2, 1, 3, 4, 6, 7])
+    joined = [
+        {name: np.concatenate([left[name], right[name]])[columns] for name in left}
+        for left, right in zip(mine, yours, strict=True)
+    ]
+    assert_same(joined, read())
+
+
+def test_resuming_gives_the_tail(read):
+    assert_same(read(first_step=4), read()[4:])
+    assert read(first_step=7) == []
+
+
+def test_an_epoch_runs_on_where_the_batch_size_changes(read):
+    """16 examples in batches of 8, then 7 in batches of one: each of the 23 records once."""
+    start = read(last_step=2)
+    rest = read(batch_size=1, first_step=2, last_step=9, first_position=16)
+    seen = np.concatenate([batch["record"] for batch in start + rest])
+    assert sorted(seen) == list(range(23))
+    assert_same(rest[3:], read(batch_size=1, first_step=5, last_step=9, first_position=19))
+
+
+def test_loader_can_be_read_again(source, tokenizer):
+    loader = make_loader(
+        source, ENTITIES, tokenizer, SPEC, batch_size=4, seed=0, first_step=0, last_step=3,
+        with_pairs=False,
+    )  # fmt: skip
+    assert len(loader) == 3
+    assert_same(list(loader), list(loader))
+
+
+def test_every_record_once_an_epoch(read):
+    records = np.concatenate([batch["record"] for batch in read()])
+    for epoch in range(2):
+        assert sorted(records[epoch * 23 : (epoch + 1) * 23]) == list(range(23))
+
+
+def test_seed_and_epoch_change_the_images(read, source):
+    def images(batches):
+        records = np.concatenate([batch["record"] for batch in batches])
+        pixels = np.concatenate([batch["image"] for batch in batches])
+        return [pixels[at] for at in np.flatnonzero(records == 1)]
+
+    first, second = images(read())[:2]
+    other = images(read(seed=2))[0]
+    assert (first != second).any()
+    assert (first != other).any()
+
+
+def test_texts_are_those_of_the_record(read, source, tokenizer):
+    templates = set()
+    for batch in read():
+        for at, index in enumerate(batch["record"]):
+            if index == BROKEN:
+                continue
+            (caption,) = source[int(index)].captions
+            masked, prompts = text_ids(caption, tokenizer)
+            np.testing.assert_array_equal(
+                batch["caption_ids"][at], tokenizer.encode([caption], 12)[0]
+            )
+            np.testing.assert_array_equal(batch["masked_ids"][at], masked)
+            matches = (prompts == batch["prompt_ids"][at]).all(1)
+            assert matches.any()
+            if matches.sum() == 1:
+                templates.add(int(matches.argmax()))
+            entities = ENTITIES.find(caption)
+            assert batch["entity_weight"][at] == bool(entities)
+            assert batch["entity_set"][at] == entity_set_hash(entities)
+    assert templates == {0, 1, 2}
+
+
+def test_given_pair_index_is_used(read, source):
+    index = PairIndex.build([ENTITIES.find(caption) for (caption,) in source.captions()])
+    assert_same(read(pairs=index), read())
+    alone = read(pairs=PairIndex.build([[]] * 23))
+    assert not any(batch["pair_weight"].any() for batch in alone)
+
+
+def test_broken_image_keeps_its_slot(source, tokenizer, caplog):
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 7, "with_pairs": True}
+    loader = make_loader(source, ENTITIES, tokenizer, SPEC, **settings)
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader)
+    assert dict(loader.failures) == {f"key-{BROKEN}": "not an image: 7 bytes"}
+    assert len([line for line in caplog.messages if "key-3" in line]) == 1
+    empty = tokenizer.encode([""], 12)[0]
+    for batch in batches:
+        broken = batch["record"] == BROKEN
+        np.testing.assert_array_equal(batch["weight"], 1.0 - broken)
+        weights = ("entity_weight", "pair_weight")
+        for name in ("image", "image2", *weights, "entity_set", "caption_set"):
+            assert not batch[name][broken].any(), name
+        for name in ("caption_ids", "masked_ids", "prompt_ids", "shared_ids"):
+            assert (batch[name][broken] == empty).all(), name
+        # Where the broken record was drawn as a partner, only the pair weighs nothing.
+        lost = (batch["pair_weight"] == 0) & ~broken
+        assert not batch["image2"][lost].any()
+
+
+class _Flaky(MemorySource):
+    def __getitem__(self, index):
+        if index == 4:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
+    no_text = Record(source[1].image, ("\udc80",), "u")
+    flaky = _Flaky([source[index] for index in range(6)] + [no_text])
+    settings = {"batch_size": 7, "seed": 0, "first_step": 0, "last_step": 1, "with_pairs": False}
+    loader = make_loader(flaky, ENTITIES, tokenizer, SPEC, **settings)
+    (batch,) = loader
+    lost = batch["record"][batch["weight"] == 0]
+    assert sorted(lost) == [BROKEN, 4, 6]
+    assert "the disk is gone" in loader.failures["#4"]
+    assert "Unicode" in loader.failures["u"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": [8]}, "slots"),
+        ({"slots": []}, "slots"),
+        ({"last_step": -1}, "last_step"),
+        ({"source": MemorySource([])}, "no records"),
+        ({"tokenizer": None}, "need a tokenizer"),
+        ({"spec": {"text_length": 8}}, "lack 'transform'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_user_errors(source, tokenizer, changes, message):
+    settings = {
+        "source": source,
+        "entity_set": ENTITIES,
+        "tokenizer": tokenizer,
+        "spec": SPEC,
+        "batch_size": 8,
+        "seed": 0,
+        "first_step": 0,
+        "last_step": 1,
+        "with_pairs": False,
+    }
+    with pytest.raises(UserError, match=message):
+        make_loader(**{**settings, **changes})
+
+
+def test_entity_set_hash_is_stable():
+    assert entity_set_hash(()) == 0
+    assert entity_set_hash((2, 1)) == entity_set_hash((1, 2)) == 894637353
+    hashes = {entity_set_hash((one, other)) for one in range(40) for other in range(one)}
+    assert len(hashes) == 40 * 39 // 2
+    assert all(-(2**31) <= value < 2**31 for value in hashes)
+
+
+def test_scenes_go_through_the_same_path_as_files(tokenizer, tmp_path):
+    entities = EntitySet(scene_entity_table())
+    scenes = ScenesSource("train", 12, 0, 32, entities)
+    write_records(scenes, tmp_path / "scenes", entity_names=entities.table)
+    settings = {"batch_size": 6, "seed": 0, "first_step": 0, "last_step": 4, "with_pairs": True}
+    direct = list(make_loader(scenes, entities, tokenizer, SPEC, **settings))
+    stored = ArrayRecordSource(tmp_path / "scenes")
+    assert_same(list(make_loader(stored, entities, tokenizer, SPEC, **settings)), direct)
+    assert all(batch["weight"].all() for batch in direct)
+    assert any(batch["pair_weight"].any() for batch in direct)
+
+
+@pytest.mark.parametrize("masking", ["single_entity", "all_nouns", "mlm"])
+def test_masking_objectives_in_batches(source, tokenizer, masking):
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": False}
+    spec = {**SPEC, "masking": masking}
+    batches = list(make_loader(source, ENTITIES, tokenizer, spec, **settings))
+    default = list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+    mask, several = tokenizer.mask_id, 0
+    for batch, plain in zip(batches, default, strict=True):
+        np.testing.assert_array_equal(batch["image"], plain["image"])
+        np.testing.assert_array_equal(batch["caption_ids"], plain["caption_ids"])
+        for row, other in zip(batch["masked_ids"], plain["masked_ids"], strict=True):
+            hidden, all_hidden = (row == mask).sum(), (other == mask).sum()
+            if masking == "single_entity":
+                assert (hidden > 0) == (all_hidden > 0) and hidden <= all_hidden
+                several += hidden < all_hidden
+            else:
+                assert hidden >= all_hidden
+                several += hidden > all_hidden
+        if masking != "mlm":
+            continue
+        targets = batch["masked_targets"]
+        np.testing.assert_array_equal(targets >= 0, batch["masked_ids"] == mask)
+        for at in np.argwhere(targets >= 0):
+            # Nothing but the entities is masked, so the token that was there is the entity's name.
+            assert NAMES[targets[tuple(at)]] == WORDS[batch["caption_ids"][tuple(at)]]
+    assert several or masking == "mlm"
+
+
+def test_examples_hold_nouns_or_say_that_they_are_absent(source, tokenizer):
+    spec = {**SPEC, "templates": ("a {}",), "nouns": 4}
+    settings = {"batch_size": 23, "seed": 0, "first_step": 0, "last_step": 1, "with_pairs": False}
+    (batch,) = make_loader(source, ENTITIES, tokenizer, spec, **settings)
+    for index, ids, present in zip(
+        batch["record"], batch["noun_ids"], batch["noun_present"], strict=True
+    ):
+        nouns = [] if index == BROKEN else caption_nouns(source[int(index)].captions[0])
+        expected = [f"a {noun}" for noun in nouns] + [""] * (4 - len(nouns))
+        assert present.tolist() == [True] * len(nouns) + [False] * (4 - len(nouns))
+        assert sorted(map(tuple, ids)) == sorted(map(tuple, tokenizer.encode(expected, 12)))
+    assert batch["noun_present"].any()

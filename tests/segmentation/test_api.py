@@ -1,0 +1,196 @@
+"""ovseg_jax.load: what people call."""
+
+import io
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import ovseg_jax
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.api import _check_options
+from ovseg_jax.segmentation.inputs import read_image
+from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.scores import image_scores
+from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.weights.model_dir import load_model
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return ovseg_jax.load(str(directory))
+
+
+def test_labels_and_scores_are_those_of_the_pieces(directory, model):
+    found = model.segment(PIXELS, ["cat", "dog"])
+    saved = load_model(directory)
+    protocol = Protocol.from_config(saved.info["protocol"])
+    segmenter = ModelSegmenter.of_saved(saved, protocol)
+    # "cat" and "dog" are themselves on the list of everyday words.
+    words = ["cat", "dog", "sky", "person", "grass", "wall", "car", "tree", "floor"]
+    text = segmenter.text(words, protocol.templates)
+    scored = image_scores(segmenter.encode, text, [PIXELS], protocol, 1)
+    ((one, labels),) = label_maps(scored, protocol, (0, 1, *[-1] * 7))
+    np.testing.assert_array_equal(found.labels, labels)
+    assert found.labels.shape == (40, 56) and found.classes == ("cat", "dog")
+    assert len(np.unique(labels)) > 1
+    exponents = np.exp(20.0 * one.cells.astype(np.float64))
+    p = exponents / exponents.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found.scores, p.max((0, 1))[:2], rtol=1e-4)
+    np.testing.assert_allclose(found.areas, [(labels == 1).mean(), (labels == 2).mean()])
+
+
+def test_background_threshold_and_words(model):
+    without = model.segment(PIXELS, ["cat", "dog"], background=False)
+    assert set(np.unique(without.labels)) <= {1, 2}
+    assert not model.segment(PIXELS, ["cat", "dog"], threshold=1.1).labels.any()
+    # Two words that compete alone, and no threshold: nothing is left for the background.
+    alone = model.segment(PIXELS, ["cat", "dog"], threshold=0.0, words=2)
+    np.testing.assert_array_equal(alone.labels, without.labels)
+    only = model.segment(PIXELS, ["cat"])
+    assert 0 < only.scores[0] < 1
+
+
+def test_every_kind_of_image_is_the_same_image(model, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS).save(path)
+    wanted = model.segment(PIXELS, ["cat"])
+    with Image.open(path) as opened:
+        for image in (path, str(path), opened):
+            found = model.segment(image, ["cat"])
+            np.testing.assert_array_equal(found.labels, wanted.labels)
+            np.testing.assert_array_equal(found.scores, wanted.scores)
+    gray = np.ascontiguousarray(PIXELS[..., 0])
+    np.testing.assert_array_equal(read_image(gray), np.stack([gray] * 3, -1))
+    turned = Image.fromarray(PIXELS)
+    turned.getexif()[0x0112] = 6  # to be turned by a quarter
+    assert read_image(turned).shape == (56, 40, 3)
+
+
+def test_many_images_each_with_its_number(model):
+    images = [PIXELS, PIXELS[:, ::-1], PIXELS[:33, :33], PIXELS]
+    found = dict(model.segment_each(images, ["cat", "dog"], batch_size=2))
+    assert sorted(found) == [0, 1, 2, 3]
+    for index, image in enumerate(images):
+        alone = model.segment(image, ["cat", "dog"])
+        assert found[index].labels.shape == image.shape[:2]
+        np.testing.assert_allclose(found[index].scores, alone.scores, rtol=1e-4)
+
+
+def test_lists_stacks_and_jax_arrays(model):
+    stack = np.stack([PIXELS, PIXELS[::-1]])
+    alone = [model.segment(image, ["cat", "dog"]) for image in stack]
+    for images in (
+        list(stack),
+        stack,
+        jax.numpy.asarray(stack),
+        [Image.fromarray(x) for x in stack],
+    ):
+        found = model.segment(images, ["cat", "dog"])
+        assert len(found) == 2
+        for one, other in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(one.labels, other.labels)
+            np.testing.assert_array_equal(one.groups, other.groups)
+    assert alone[0].groups.shape == (40, 56) and alone[0].groups.max() < 4 * 6
+    assert model.segment([], ["cat"]) == []
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "PNG")
+    found = model.segment(stream.getvalue(), ["cat", "dog"])
+    np.testing.assert_array_equal(found.labels, alone[0].labels)
+
+
+def test_synonyms_and_words_for_the_background(model):
+    words = model.segment(PIXELS, ["cat", "dog", "sky"], threshold=0.0, words=3)
+    joined = model.segment(PIXELS, ["cat|dog", "sky"], threshold=0.0, words=3)
+    np.testing.assert_array_equal(joined.labels, np.array([0, 1, 1, 2])[words.labels])
+    np.testing.assert_array_equal(joined.scores, [words.scores[:2].max(), words.scores[2]])
+    assert joined.classes == ("cat", "sky")
+    behind = model.segment(PIXELS, ["cat", "dog"], background=["sky"])
+    np.testing.assert_array_equal(behind.labels, np.array([0, 1, 2, 0])[words.labels])
+
+
+def test_embeddings(directory, model):
+    saved = load_model(directory)
+    segmenter = ModelSegmenter.of_saved(saved, model.protocol)
+    square = np.ascontiguousarray(PIXELS[:32, :32])
+    whole = np.asarray(segmenter.encode(np.stack([square] * 8))[2])[0]
+    found = model.embed_image([square, PIXELS])
+    assert found.shape == (2, 8) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0], whole / np.linalg.norm(whole), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.embed_image(square)[0], found[0], rtol=1e-5, atol=1e-6)
+    text = model.embed_text(["cat", "dog"])
+    np.testing.assert_allclose(text, segmenter.text(["cat", "dog"], model.protocol.templates))
+    other = model.embed_text(["cat"], ["a {}", "{}"])
+    assert other.shape == (1, 8) and not np.allclose(other[0], text[0])
+
+
+def test_any_size_and_aspect(model):
+    rng = np.random.default_rng(4)
+    for h, w in ((16, 16), (1, 1), (16, 900), (900, 16), (700, 500)):
+        image = rng.integers(0, 256, (h, w, 3), np.uint8)
+        found = model.segment(image, ["cat", "dog"])
+        assert found.labels.shape == found.groups.shape == (h, w)
+
+
+def test_many_classes(model):
+    found = model.segment(PIXELS, [f"cat {i}" for i in range(500)])
+    assert found.scores.shape == (500,)
+
+
+def test_settings_of_the_protocol(directory):
+    mirrored = ovseg_jax.load(directory, flip=True)
+    assert mirrored.protocol.flip
+    one = mirrored.segment(PIXELS, ["cat", "dog"], background=False)
+    other = mirrored.segment(PIXELS[:, ::-1], ["cat", "dog"], background=False)
+    # Seen both ways, an image and its mirror image are segmented alike, up to ties.
+    assert (one.labels == other.labels[:, ::-1]).mean() > 0.99
+    with pytest.raises(UserError, match="unknown flipp"):
+        ovseg_jax.load(directory, flipp=True)
+
+
+BAD = {
+    "not one text": lambda m, p: m.segment(PIXELS, "cat"),
+    "background is a list": lambda m, p: m.segment(PIXELS, ["cat"], background="sky"),
+    "batch_size is -1": lambda m, p: m.segment(PIXELS, ["cat"], batch_size=-1),
+    "empty class name": lambda m, p: m.segment(PIXELS, ["cat", ""]),
+    "at least one text": lambda m, p: m.embed_text([]),
+    "each with {}": lambda m, p: m.embed_text(["cat"], ["a cat"]),
+    "no classes": lambda m, p: m.segment(PIXELS, []),
+    "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
+    "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),
+    r"\[3, 40, 56\]": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "255 \\* x": lambda m, p: m.segment(PIXELS.astype(np.float32) / 255, ["cat"]),
+    "np.moveaxis": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
+    "drop the fourth": lambda m, p: m.segment(np.zeros((4, 4, 4), np.uint8), ["cat"]),
+    "no images": lambda m, p: m.embed_image([]),
+    "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
+    "a least probability": lambda m, p: _check_options(0.4, None, 0),
+    "threshold is a probability": lambda m, p: _check_options(True, "0.5", 0),
+    "words is -3": lambda m, p: m.segment(PIXELS, ["cat"], words=-3),
+    "scales cannot be 2.0": lambda m, p: ovseg_jax.load(p, scales=2.0),
+    "is empty": lambda m, p: m.segment(PIXELS[:0], ["cat"]),
+    "cannot be read: No such": lambda m, p: m.segment("/no.jpg", ["cat"]),
+    "no image that can be read": lambda m, p: m.segment(__file__, ["cat"]),
+    "no such directory": lambda m, p: ovseg_jax.load(p / "none"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_input(reason, model, directory, tmp_path):
+    if "scales" in reason:
+        tmp_path = directory
+    with pytest.raises(UserError, match=reason):
+        BAD[reason](model, tmp_path)
+
+
+def test_importing_the_package_is_light():
+    code = "import ovseg_jax, sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "numpy", "flax", "PIL"} & set(done.stdout.split())

@@ -1,0 +1,303 @@
+"""A model directory on benchmarks: by name, with settings that apply or are refused."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from data.benchmarks import miniatures as mini
+from PIL import ExifTags, Image
+
+import ovseg_jax
+from ovseg_jax.data.benchmarks.builders import build
+from ovseg_jax.errors import UserError
+from ovseg_jax.main import main
+from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
+from ovseg_jax.segmentation.evaluate_model import evaluate_model
+from ovseg_jax.segmentation.metric import ConfusionMatrix
+
+# The tiny model's sizes, for protocols whose own are for real ones.
+SMALL = tuple(
+    (f"eval.protocol.{field}", "16") for field in ("short_side", "window", "stride", "long_limit")
+)
+
+
+def own_folder(root, sizes=((40, 56), (20, 20), (33, 64))):
+    """Three images of own classes, background among them."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for number, (h, w) in enumerate(sizes):
+        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8))
+        image.save(root / "images" / f"photo{number}.png")
+        labels = rng.integers(0, 3, (h, w)).astype(np.uint8)
+        labels[:3] = 255
+        Image.fromarray(labels).save(root / "masks" / f"photo{number}.png")
+    (root / "classes.txt").write_text("background\ncat\ndog|bird\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One folder with all that --data_dir may hold."""
+    root = tmp_path_factory.mktemp("data")
+    mini.voc(root)
+    mini.ade20k(root)
+    mini.context_png(root / "VOCdevkit" / "VOC2010")
+    own_folder(root)
+    return root
+
+
+def only_file(result):
+    return result["protocol"]["class_names_file"]
+
+
+@pytest.mark.parametrize("words", [None, 5, 30])
+def test_an_own_folder_is_labeled_as_predict_labels_it(directory, folders, tmp_path, words):
+    setting = () if words is None else (("eval.protocol.competing_words", str(words)),)
+    result = evaluate_model(
+        str(directory), ("folder",), tmp_path, data_dir=str(folders), overrides=setting
+    )["folder"]
+    model = ovseg_jax.load(directory, **({} if words is None else {"competing_words": words}))
+    confusion = ConfusionMatrix.empty(3)
+    for path in sorted((folders / "images").iterdir()):
+        found = model.segment(path, ["cat", "dog|bird"])
+        truth = np.asarray(Image.open(folders / "masks" / path.name))
+        confusion.update(found.labels, truth)
+    np.testing.assert_array_equal(result["confusion"], confusion.counts)
+    competing = sum(line.count("|") + 1 for line in result["protocol"]["words"])
+    assert competing == (words or 9) == 3 + len(found.competitors)
+
+
+def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
+    names = ("voc", "voc20", "voc_zss", "context", "context59", "ade20k", "folder", "voc")
+    found = evaluate_model(str(directory), names, tmp_path, data_dir=str(folders), overrides=SMALL)
+    assert tuple(found) == names[:-1]
+    labels = {name: len(result["iou"]) for name, result in found.items()}
+    assert labels == {
+        "voc": 21, "voc20": 20, "voc_zss": 5, "context": 60, "context59": 59, "ade20k": 150,
+        "folder": 3,
+    }  # fmt: skip
+    for name, result in found.items():
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(json.dumps(result))
+        assert len(result["confusion"]) == labels[name]
+        assert result["protocol"]["classes"] == labels[name] - result["protocol"]["background"]
+    voc, alone = found["voc"], found["voc20"]
+    assert voc["data"]["images_expected"] == 1449 and voc["images"] == 2
+    assert (voc["entities"]["seen"], voc["entities"]["in_paper"]) == (20, (20, 0))
+    assert voc["zss"]["classes"] == ["plant", "sheep", "sofa", "train", "monitor"]
+    counts, without = np.array(voc["confusion"]), np.array(alone["confusion"])
+    # Ignored pixels and background do not count without background; the others all do.
+    np.testing.assert_array_equal(counts[1:].sum(1), without.sum(1))
+    only = np.array(found["voc_zss"]["confusion"])
+    np.testing.assert_array_equal(only.sum(1), counts[[16, 17, 18, 19, 20]].sum(1))
+    assert found["folder"]["iou"].keys() == {"background", "cat", "dog"}
+    assert found["folder"]["protocol"]["words"][:2] == ["cat", "dog|bird"]
+    file = found["folder"]["protocol"]["class_names_file"]
+    content = (folders / "classes.txt").read_bytes()
+    assert file == {"file": "classes.txt", "sha256": hashlib.sha256(content).hexdigest()[:12]}
+    assert only_file(found["voc_zss"]) == only_file(voc) != file
+    assert found["ade20k"]["entities"]["in_paper"] == (31, 119)
+    usage = voc["group_usage"]
+    assert usage["groups"] == 4 and 1 <= usage["used"] <= 4 and 0 <= usage["entropy"] <= 1
+
+
+def test_prepared_sets_of_the_same_folder(directory, folders, tmp_path):
+    build("voc", folders, tmp_path / "tfds")
+    results = [
+        evaluate_model(str(directory), ("voc",), tmp_path, data_dir=str(where), overrides=SMALL)[
+            "voc"
+        ]
+        for where in (folders, tmp_path / "tfds")
+    ]
+    assert [result["data"]["form"] for result in results] == ["palette", "tfds, palette"]
+    assert results[0]["confusion"] == results[1]["confusion"]
+
+
+@pytest.mark.parametrize("name", ["released", "tcl", "sclip"])
+def test_named_protocols(directory, folders, tmp_path, name):
+    options = {"data_dir": str(folders), "protocol_name": name, "overrides": SMALL}
+    result = evaluate_model(str(directory), ("voc",), tmp_path, **options)["voc"]
+    assert result["protocol"]["name"] == name and not result["protocol"]["as_named"]
+    assert result["protocol"]["notes"]["source"]
+
+
+def test_threshold_of_a_training_split(directory, folders, tmp_path):
+    base = folders / "VOCdevkit" / "VOC2012"
+    mini.write_image(base / "JPEGImages" / "2008_000001.jpg", 5)
+    values = mini.values_of([0, 1, 2, 255], 5)
+    mini.write_mask(base / "SegmentationClass" / "2008_000001.png", values, palette=True)
+    mini.write_text(base / "ImageSets" / "Segmentation" / "train.txt", "2008_000001")
+    options = {"data_dir": str(folders), "overrides": SMALL, "sweep": 3}
+    found = evaluate_model(str(directory), ("voc", "ade20k"), tmp_path, **options)
+    sweep = found["voc"]["threshold_sweep"]
+    assert (sweep["images"], sweep["data"]["split"]) == (1, "train")
+    assert found["voc"]["data"]["split"] == "validation"
+    assert sweep["data"]["images_expected"] is None
+    # The protocol's own is among them, and stays where none is better.
+    assert 0.12 in sweep["thresholds"] and sweep["thresholds"] == sorted(sweep["thresholds"])
+    chosen = sweep["thresholds"].index(found["voc"]["protocol"]["threshold"])
+    own = sweep["thresholds"].index(0.12)
+    best = int(np.argmax(sweep["miou"]))
+    assert chosen == (own if sweep["miou"][own] == sweep["miou"][best] else best)
+    assert "threshold_sweep" not in found["ade20k"]
+    # The threshold that was found gives on these images what the sweep says.
+    base_config = {"dir": str(folders), "split": "train"}
+    assert len(make_benchmark("voc", base_config)) == 1
+    with pytest.raises(UserError, match="folder has no training split"):
+        evaluate_model(str(directory), ("folder",), tmp_path, **options)
+    with pytest.raises(UserError, match="none of the benchmarks .ade20k, voc20. has one"):
+        evaluate_model(str(directory), ("ade20k", "voc20"), tmp_path, **options)
+    # Never on images that are reported.
+    mini.write_text(base / "ImageSets" / "Segmentation" / "train.txt", "2008_000001", "2007_000042")
+    with pytest.raises(UserError, match="1 images are in the lists of both .* 2007_000042"):
+        evaluate_model(str(directory), ("voc",), tmp_path, **options)
+    options["overrides"] = (*SMALL, ("eval.scenes.split", "tune"), ("eval.scenes.count", "2"))
+    with pytest.raises(UserError, match="its tune split is to be reported"):
+        evaluate_model(str(directory), ("scenes",), tmp_path, **options)
+
+
+REFUSED = {
+    "a model's part": ([("model.image.width", "8")], "the model|whose model is what it is"),
+    "training": ([("phases[0].steps", "8")], "does not apply"),
+    "another benchmark": ([("eval.ade20k.count", "1")], "ade20k is not evaluated"),
+    "unknown field": ([("eval.protocol.windw", "8")], "eval.protocol.window"),
+    "unknown count": ([("eval.voc.cuont", "8")], "eval.voc.count"),
+    "a threshold that voc has": ([("eval.protocol.threshold", "0.5")], "thresholds.voc"),
+    "a scale that voc has": ([("eval.protocol.scale", "3.0")], "per_benchmark.voc.scale"),
+    "bad value": ([("eval.protocol.order", "x")], "upsample_first"),
+    "no probability": ([("eval.protocol.thresholds.voc", "1.5")], "must be from 0 to 1"),
+    "no scale": ([("eval.protocol.scale", "-3.0")], "must be above 0"),
+    "bad batch": ([("eval.batch_size", "-1")], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_settings_that_do_not_apply_are_refused(directory, folders, tmp_path, what):
+    overrides, said = REFUSED[what]
+    names = {"a scale that voc has": "sclip", "no scale": "paper"}
+    name = names.get(what, "released")
+    with pytest.raises(UserError, match=said):
+        evaluate_model(
+            str(directory),
+            ("voc",),
+            tmp_path,
+            data_dir=str(folders),
+            protocol_name=name,
+            overrides=overrides,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_names_and_missing_folders_before_any_compute(directory, tmp_path):
+    for names, options, said in (
+        (("vox",), {}, "did you mean 'voc'"),
+        (("voc",), {"protocol_name": "x"}, "unknown protocol"),
+        (("scenes", "voc"), {"data_dir": str(tmp_path)}, "lacks JPEGImages"),
+        (("scenes", "voc"), {}, "needs its official folder"),
+        ((), {}, "no benchmark named"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate_model(str(directory), names, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    # Names first: no weights are read for a benchmark that does not exist.
+    for name, said in (("retrival", "did you mean 'retrieval'"), ("vox", "did you mean 'voc'")):
+        with pytest.raises(UserError, match=said):
+            evaluate_model("no model", (name,), tmp_path / "out")
+    with pytest.raises(UserError, match="no benchmark named"):
+        main(["--mode=eval", "--model=no model", "--benchmark="])
+
+
+BROKEN = {
+    "no classes": (lambda root: (root / "classes.txt").unlink(), "classes.txt cannot be read"),
+    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), "must list 1 to"),
+    "background alone": (
+        lambda root: (root / "classes.txt").write_text("background\n"), "must list 1 to"),
+    "one class, no background": (
+        lambda root: (root / "classes.txt").write_text("cat\n"), "add 'background'"),
+    "a name twice": (
+        lambda root: (root / "classes.txt").write_text("cat\ndog\ncat\n"), "listed twice"),
+    "too many": (
+        lambda root: (root / "classes.txt").write_text("\n".join(map(str, range(500)))),
+        "1 to 254",
+    ),
+    "no masks": (lambda root: [p.unlink() for p in (root / "masks").iterdir()], "holds no .png"),
+    "no image": (lambda root: (root / "images" / "photo1.png").unlink(), "1 masks have no image"),
+    "two images": (
+        lambda root: (root / "images" / "photo1.jpg").write_bytes(b"x"), "have one name"),
+    "no folder": (lambda root: (root / "masks").rename(root / "mask"), "no folder masks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_own_folder_that_is_incomplete(tmp_path, what):
+    change, said = BROKEN[what]
+    root = own_folder(tmp_path / "own")
+    assert len(make_benchmark("folder", {"dir": str(root)})) == 3
+    change(root)
+    with pytest.raises(UserError, match=said):
+        make_benchmark("folder", {"dir": str(root)})
+
+
+def test_own_masks_that_are_no_masks(tmp_path):
+    root = own_folder(tmp_path / "own")
+    mask = root / "masks" / "photo0.png"
+
+    def read():
+        return make_benchmark("folder", {"dir": str(root), "count": 1})[0]
+
+    good = read()[1]
+    palette = Image.fromarray(good)
+    palette.putpalette([7] * 768)
+    palette.save(mask)
+    np.testing.assert_array_equal(read()[1], good)
+    Image.fromarray(good == 1).save(mask)  # one bit a pixel
+    np.testing.assert_array_equal(read()[1], good == 1)
+    for image, said in (
+        (Image.fromarray(np.zeros((40, 56, 3), np.uint8)), "RGB pixels: save it as gray"),
+        (Image.fromarray(np.zeros((40, 55), np.uint8)), "56x40 pixels but its mask 55x40"),
+        (Image.fromarray(np.full((40, 56), 3, np.uint8)), "the label 3, but classes.txt has 3"),
+        (Image.fromarray(np.zeros((40, 56), np.uint8)), "has a pixel of any class, only 0$"),
+        (Image.fromarray(255 * (good == 1).astype(np.uint8)), "only 0 and 255; 255 is ignored"),
+    ):
+        image.save(mask)
+        with pytest.raises(UserError, match=said):
+            read()
+    mask.write_bytes(b"no mask")
+    with pytest.raises(UserError, match="1 of 1 masks cannot be used: .*photo0.png"):
+        read()
+
+
+def test_masks_of_turned_photographs(tmp_path):
+    """Photographs are turned upright; a mask that was not is told, with the reason."""
+    root = own_folder(tmp_path / "own")
+    path = root / "images" / "photo0.png"
+    photo = Image.open(path)
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(path, exif=exif)
+    with pytest.raises(UserError, match="40x56 pixels, turned upright by its EXIF tag, but"):
+        make_benchmark("folder", {"dir": str(root)})
+    mask = root / "masks" / "photo0.png"
+    Image.open(mask).transpose(Image.Transpose.ROTATE_270).save(mask)
+    image, labels = make_benchmark("folder", {"dir": str(root)})[0]
+    assert image.shape[:2] == labels.shape == (56, 40)
+
+
+def test_what_of_a_folder_was_not_used(tmp_path):
+    root = own_folder(tmp_path / "own")
+    (root / "images" / "photo9.jpg").write_bytes(b"never read")
+    (root / "images" / "notes.txt").write_text("no image")
+    described = make_benchmark("folder", {"dir": str(root)}).describe()
+    assert described["images_without_mask"] == 1 and described["whole"]
+    assert not make_benchmark("folder", {"dir": str(root), "count": 2}).describe()["whole"]
+
+
+def test_a_split_file_that_is_missing(tmp_path):
+    mini.voc(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(UserError, match="ImageSets/Segmentation/val.txt"):
+        make_benchmark("voc", {"dir": str(tmp_path)})
+    with pytest.raises(UserError, match="Segmentation/train.txt"):
+        make_benchmark("voc", {"dir": str(tmp_path), "split": "train"})
+    assert "cityscapes" in BENCHMARKS

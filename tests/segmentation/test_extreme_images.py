@@ -1,0 +1,178 @@
+"""The best, median and worst images, as pictures and as a page."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.benchmarks import miniatures as mini
+from PIL import Image
+from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
+
+from ovseg_jax.segmentation import extreme_images as extreme_images_module
+from ovseg_jax.segmentation.evaluate import evaluate
+from ovseg_jax.segmentation.evaluate_model import evaluate_model
+from ovseg_jax.segmentation.extreme_images import (
+    extreme_images,
+    extremes,
+    write_pictures,
+    write_sheet,
+)
+from ovseg_jax.segmentation.metric import ConfusionMatrix
+from ovseg_jax.segmentation.pictures import scene_panel, soft_maps
+from ovseg_jax.segmentation.report import write_page
+
+
+class Numbered(Blocks):
+    """With a class name that HTML must not read as a tag."""
+
+    class_names = ("red</script>", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    benchmark, segmenter = Numbered(SIZES), ByColor(4)
+    result = evaluate(segmenter, benchmark, PROTOCOL, batch_size=4)
+    own = result["image_miou"], 2, 4
+    return benchmark, result, extreme_images(segmenter, benchmark, PROTOCOL, *own)
+
+
+def test_extremes():
+    assert extremes([3.0, 1.0, None, 2.0, 5.0, 4.0], 1) == [
+        (4, "best"),
+        (0, "median"),
+        (1, "worst"),
+    ]
+    assert extremes([3.0, 1.0], 5) == [(0, "best"), (1, "best")]
+    assert extremes([None], 2) == []
+
+
+def test_extreme_images_are_those_of_the_evaluation(evaluated):
+    benchmark, result, chosen = evaluated
+    miou = result["image_miou"]
+    assert [one.kind for one in chosen] == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
+    assert chosen[0].miou == max(miou) and chosen[-1].miou == min(miou)
+    for one in chosen:
+        image, truth = benchmark[one.index]
+        np.testing.assert_array_equal(one.image, image)
+        np.testing.assert_array_equal(one.truth, truth)
+        assert one.prediction.shape == one.groups.shape == truth.shape
+        # Each patch belongs to one of four groups, wholly.
+        np.testing.assert_array_equal(one.maps.sum(0), 1)
+        ious = [
+            ((one.prediction == c) & (truth == c)).sum()
+            / ((one.prediction == c) | (truth == c)).sum()
+            for c in range(4)
+            if ((one.prediction == c) | (truth == c)).any()
+        ]
+        assert one.miou == pytest.approx(100 * np.mean(ious), abs=1e-3)
+
+
+@pytest.mark.parametrize("has_background", [True, False])
+def test_pictures_show_what_was_evaluated(has_background, tmp_path, monkeypatch):
+    benchmark = Blocks(((24, 24), (24, 40)), has_background=has_background)
+    protocol = PROTOCOL.replace(threshold=0.99, thresholds={"blocks": 0.4})
+    drawn, confusion = [], ConfusionMatrix.empty(3 + has_background)
+
+    def panel(image, groups, prediction, truth, *args, **options):
+        drawn.append((prediction, truth))
+        return scene_panel(image, groups, prediction, truth, *args, **options)
+
+    monkeypatch.setattr(extreme_images_module, "scene_panel", panel)
+    write_pictures(ByColor(2), benchmark, protocol, tmp_path, count=2, group_count=4)
+    for prediction, truth in drawn:
+        confusion.update(prediction, truth)
+    result = evaluate(ByColor(2), benchmark, protocol, batch_size=2)
+    np.testing.assert_array_equal(confusion.counts, result["confusion"])
+
+
+def test_the_page(evaluated, tmp_path):
+    benchmark, result, chosen = evaluated
+    path = tmp_path / "new" / "page.html"
+    write_page(path, result, benchmark, chosen, 4)
+    page = path.read_text()
+    assert not re.search(r"https?://(?!www)|src=[\"']?(?!\")", page.split("<script>")[0])
+    assert page.count("</script>") == 1 and "@" not in page.split("<script>")[0]
+    data = json.loads(re.search(r"const data = (.*);\n", page)[1])
+    assert data["names"] == ["background", *benchmark.class_names]
+    assert len(data["colors"]) == 4 and data["colors"][0] == "#000000"
+    assert data["iou"] == list(result["iou"].values())
+    for entry, one in zip(data["images"], chosen, strict=True):
+        labels = np.frombuffer(base64.b64decode(entry["prediction"]), np.uint8)
+        np.testing.assert_array_equal(
+            labels.reshape(entry["height"], entry["width"]), one.prediction
+        )
+        picture = base64.b64decode(entry["groups"].partition(",")[2])
+        with Image.open(io.BytesIO(picture)) as image:
+            assert image.size == (entry["width"], entry["height"])
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_the_page_in_use(evaluated, tmp_path):
+    benchmark, result, chosen = evaluated
+    write_page(tmp_path / "page.html", result, benchmark, chosen, 4)
+    script = Path(__file__).with_name("fake_dom.js")
+    command = ["node", str(script), str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    miou = {one.index: round(one.miou, 2) for one in chosen}
+    assert [miou[i] for i in seen["cards"]["down"]] == sorted(miou.values(), reverse=True)
+    assert [miou[i] for i in seen["cards"]["up"]] == sorted(miou.values())
+    assert seen["cards"]["index"] == sorted(miou)
+    for label, name in enumerate(["background", *benchmark.class_names]):
+        value = result["iou"][name]
+        said = "–" if value is None else f"{value:.1f} %"
+        assert f"{name} {said}" in seen["classes"]
+        # A class alone: the images that have it, by how well it was found.
+        ious = {}
+        for one in chosen:
+            truth, found = one.truth[one.truth != 255], one.prediction[one.truth != 255]
+            if ((truth == label) | (found == label)).any():
+                both = ((truth == label) & (found == label)).sum()
+                ious[one.index] = 100 * both / ((truth == label) | (found == label)).sum()
+        assert {index for index, _ in seen["only"].get(name, [])} == set(ious)
+        for index, head in seen["only"].get(name, []):
+            assert head.endswith(f"{name} about {ious[index]:.1f} %")
+    assert seen["labels"] and seen["left"] == ""
+    for label, hover in seen["hover"].items():
+        if int(label) < 4:
+            assert hover["said"].startswith(seen["names"][int(label)] + ", IoU ")
+            assert hover["lit"] == [int(label)]
+            color = seen["colors"][int(label)]
+            assert hover["color"] == [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+            assert hover["other"] is None or min(hover["other"]) >= 225
+
+
+def test_the_sheet(evaluated, tmp_path):
+    benchmark, _, chosen = evaluated
+    write_sheet(chosen, benchmark, tmp_path / "a" / "sheet.png", 4)
+    with Image.open(tmp_path / "a" / "sheet.png") as sheet:
+        assert sheet.height > 6 * 320 and sheet.width > 5 * 320
+
+
+def test_soft_maps_and_overlay():
+    maps = np.array([[[0.0, 1.0]], [[0.5, 0.5]]], np.float32)
+    row = np.asarray(soft_maps(maps, (3, 1), 400))
+    assert row.shape[1] == 400
+    assert row[-20, 30].tolist() == [0, 0, 0] and row[-20, 150].tolist() == [255, 255, 255]
+    image = np.full((60, 90, 3), 120, np.uint8)
+    labels = np.zeros((60, 90), np.uint8)
+    labels[:, :45] = 1
+    panel = scene_panel(image, labels, labels, labels, ["a"])
+    other = scene_panel(image, labels, labels, labels, ["another"])
+    tile = (slice(60, 200), slice(-332, -172))  # the left half of the overlay
+    assert (np.asarray(panel)[tile] != np.asarray(other)[tile]).any()
+
+
+def test_pictures_of_a_benchmark(directory, tmp_path):
+    mini.voc(tmp_path)
+    small = [(f"eval.protocol.{field}", "16") for field in ("short_side", "window", "stride")]
+    options = {"data_dir": str(tmp_path), "overrides": small, "pictures": 1}
+    evaluate_model(str(directory), ("voc", "voc20"), tmp_path / "out", **options)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{a}.{b}" for a in ("voc", "voc20") for b in ("json", "html", "png")}

@@ -1,0 +1,138 @@
+"""Classification and retrieval against counting by hand."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ovseg_jax
+from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.evaluate_model import evaluate_model
+from ovseg_jax.segmentation.report import whole_image_lines, whole_image_rows
+from ovseg_jax.segmentation.retrieval import (
+    classification,
+    ranks_of,
+    retrieval,
+    whole_image_sets,
+)
+
+
+def unit(seed, n, e=6):
+    x = np.random.default_rng(seed).normal(size=(n, e)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_classification_by_hand():
+    images, classes = unit(0, 40), unit(1, 9)
+    truth = np.random.default_rng(2).integers(0, 7, 40)  # two classes never occur
+    order = np.argsort(-(images @ classes.T), axis=1)
+    top1 = order[:, 0] == truth
+    top5 = [label in row[:5] for label, row in zip(truth, order, strict=True)]
+    found = classification(images, classes, truth)
+    assert found["top1"] == pytest.approx(100 * top1.mean())
+    assert found["top5"] == pytest.approx(100 * np.mean(top5))
+    means = [top1[truth == label].mean() for label in range(7)]
+    assert found["mean_class_top1"] == pytest.approx(100 * np.mean(means))
+    assert (found["images"], found["classes"]) == (40, 9)
+
+
+def test_retrieval_by_hand():
+    images, texts = unit(3, 12), unit(4, 30)
+    owner = np.concatenate([np.arange(12), np.random.default_rng(5).integers(0, 12, 18)])
+    found = retrieval(images, texts, owner)
+    similarity = images @ texts.T
+    for k in (1, 5, 10):
+        # Text to image: the right image among the k best.
+        hits = [owner[j] in np.argsort(-similarity[:, j])[:k] for j in range(30)]
+        assert found[f"text_to_image_recall_at_{k}"] == pytest.approx(100 * np.mean(hits))
+        # Image to text: any text of the image among the k best of all texts.
+        hits = [(owner[np.argsort(-similarity[i])[:k]] == i).any() for i in range(12)]
+        assert found[f"image_to_text_recall_at_{k}"] == pytest.approx(100 * np.mean(hits))
+
+
+def test_equal_embeddings_find_nothing():
+    same = np.ones((20, 4), np.float32) / 2
+    assert (ranks_of(same @ same.T, np.arange(20)) == 19).all()
+    found = retrieval(same, same, range(20))
+    assert found["image_to_text_recall_at_10"] == found["text_to_image_recall_at_10"] == 0
+    assert classification(same, same, np.arange(20))["top5"] == 0
+
+
+def test_bad_input():
+    images = unit(0, 3)
+    for wrong in (np.array([0, 1, 3]), np.array([-1, 0, 1]), np.zeros(0, np.int64)):
+        with pytest.raises(UserError, match="labels from 0 to 2"):
+            classification(images[: len(wrong)], unit(1, 3), wrong)
+    for owner in ([0, 1, 1], [0, 1], [0, 1, 5]):
+        with pytest.raises(UserError, match="at least one text"):
+            retrieval(images, unit(1, 3), owner)
+
+
+# ---- from folders
+
+
+def write(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_folders_of_classes_and_captions(directory, tmp_path):
+    for seed, name in enumerate(("cat/a.png", "cat/b.png", "sky/c.png", "a_dog/d.png")):
+        write(tmp_path / name, seed)
+    (tmp_path / "empty").mkdir()
+    pairs = (("cat/a.png", "a photo of cat"), ("cat/b.png", "a dog"), ("cat/a.png", "cat ."))
+    (tmp_path / "captions.tsv").write_text("\n".join("\t".join(pair) for pair in pairs) + "\n")
+    names = ("classification", "retrieval")
+    found = evaluate_model(str(directory), names, tmp_path / "out", data_dir=str(tmp_path))
+    model = ovseg_jax.load(directory)
+    files = [tmp_path / name for name in ("a_dog/d.png", "cat/a.png", "cat/b.png", "sky/c.png")]
+    images = model.embed_image(files)
+    expected = classification(
+        images, model.embed_text(["a dog", "cat", "sky"]), np.array([0, 1, 1, 2])
+    )
+    first = found["classification"]
+    assert expected.items() <= first.items() and first["model"] == str(directory)
+    weights = (directory / "model.safetensors").read_bytes()
+    assert first["model_sha256"] == hashlib.sha256(weights).hexdigest()[:12]
+    assert first["class_top1"].keys() == {"a dog", "cat", "sky"}
+    assert first["protocol"]["templates"] == ["a photo of a {}."] and first["images_per_second"] > 0
+    assert found["retrieval"]["protocol"]["templates"] == ["{}"]
+    said = " ".join(whole_image_lines(first))
+    assert "4 images, 3 classes" in said and "a photo of a {}." in said
+    assert [row[0] for row in whole_image_rows(first)[1:]] == ["top1", "top5", "mean_class_top1"]
+    assert len(whole_image_rows(found["retrieval"])) == 7
+    texts = model.embed_text([text for _, text in pairs], ["{}"])
+    expected = retrieval(images[1:3], texts, [0, 1, 0])
+    assert found["retrieval"]["text_to_image_recall_at_1"] == expected["text_to_image_recall_at_1"]
+    assert json.loads((tmp_path / "out" / "retrieval.json").read_text()) == found["retrieval"]
+
+
+def test_folders_that_are_no_sets(tmp_path):
+    def open_one(name, where=tmp_path):
+        return whole_image_sets((name,), str(where))
+
+    for name in ("classification", "retrieval"):
+        with pytest.raises(UserError, match="give --data_dir"):
+            open_one(name, "")
+    with pytest.raises(UserError, match="at least two classes"):
+        open_one("classification")
+    for text, said in (
+        (None, "cannot be read"),
+        ("\n", "has no captions"),
+        ("a.png a caption\n", "line 1"),
+        ("a.png\ta caption\n", "no file"),
+    ):
+        if text is not None:
+            (tmp_path / "captions.tsv").write_text(text)
+        with pytest.raises(UserError, match=said):
+            open_one("retrieval")
+    write(tmp_path / "a.png", 0)
+    with pytest.raises(UserError, match="about label maps"):
+        options = {"data_dir": str(tmp_path), "protocol_name": "paper"}
+        evaluate_model("none", ("retrieval",), tmp_path / "out", **options)
+    with pytest.raises(UserError, match="--pictures are about label maps"):
+        options = {"data_dir": str(tmp_path), "pictures": 1}
+        evaluate_model("none", ("retrieval",), tmp_path / "out", **options)
