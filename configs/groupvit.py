@@ -67,7 +67,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "activation": "quick_gelu",
             "eps": 1e-5,
             "remat": "none",
-            "unroll": 1,
         }
         config.model.text_init = ""
         config.data.tokenizer = "weights/clip"

@@ -68,7 +68,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "gumbel_temperature": 1.0,
             "drop_path": 0.0,
             "remat": "none",
-            "unroll": 1,
         },
         "text_form": "bert",
         "text": {
@@ -81,7 +80,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "dropout": 0.1,
             "eps": 1e-12,
             "remat": "none",
-            "unroll": 1,
         },
         "decoder": {
             "width": 192,
@@ -185,7 +183,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "frozen": (TRUNK, TEXT),
         },
     )
-    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
+    config.accumulation = {"micro_batches": 1}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": ("scenes",),

@@ -56,7 +56,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "gumbel_temperature": 1.0,
             "drop_path": 0.0,
             "remat": "full",
-            "unroll": 1,
         },
         "text_form": "bert",
         "text": {
@@ -69,7 +68,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "dropout": 0.1,
             "eps": 1e-12,
             "remat": "full",
-            "unroll": 1,
         },
         "decoder": {
             "width": 768,
@@ -182,7 +180,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {"name": "align", "epochs": 30, "batch_size": 2048, "mask_weight": 0.0},
         {"name": "align + mask", "epochs": 10, "batch_size": 2048, "mask_weight": 0.1},
     )
-    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
+    config.accumulation = {"micro_batches": 1}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.eval = {
         "benchmarks": (),

@@ -11,7 +11,7 @@ from pathlib import Path
 from ovseg_jax import flags
 from ovseg_jax import main as main_program
 from ovseg_jax.errors import UserError
-from ovseg_jax.train.report import table
+from ovseg_jax.progress import table
 
 ABOUT = """Train every variant with every seed and print mean and spread of the benchmark's mIoU.
 

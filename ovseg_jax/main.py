@@ -14,6 +14,7 @@ import ovseg_jax
 from ovseg_jax import flags, processes
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.progress import Progress, duration, table
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchmark_of
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import evaluate
@@ -31,16 +32,13 @@ from ovseg_jax.segmentation.report import (
 )
 from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.train.config_changes import changed_fields, plain
-from ovseg_jax.train.evaluations import evaluation_params
-from ovseg_jax.train.loop import train
-from ovseg_jax.train.profiling import step_range
-from ovseg_jax.train.report import MetricsWriter, Progress, duration, table
+from ovseg_jax.train.loop import evaluation_params, train
+from ovseg_jax.train.metrics import MetricsWriter, step_range
+from ovseg_jax.train.resume import restored
 from ovseg_jax.train.run import Run, config_hash, make_run
-from ovseg_jax.train.stacks import print_stacks_on_signal
-from ovseg_jax.train.starts import restored
+from ovseg_jax.train.signals import Interrupted, print_stacks_on_signal
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.stopping import Interrupted
+from ovseg_jax.train.workdir import changed_fields, plain
 from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.model_dir import save_model
 
@@ -260,8 +258,10 @@ def _refuse_other_training(config: ConfigDict, workdir: Path) -> None:
     changes = [
         line
         for line in changed_fields(trained, plain(config))
-        # Fields that this version has added said nothing when the run was trained.
-        if not line.startswith("config.eval") and ": absent -> " not in line
+        # Fields that only one version of this program has.
+        if not line.startswith("config.eval")
+        and ": absent -> " not in line
+        and (line.startswith("config.phases") or not line.endswith(" -> absent"))
     ]
     if changes:
         raise UserError(

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 
 from ovseg_jax.errors import RESTART, UserError
 from ovseg_jax.flags import Flag
@@ -150,6 +151,15 @@ def _lost_connection(error: BaseException | None) -> str:
 def is_first() -> bool:
     """Whether this process is the one that writes logs, results and models."""
     return jax.process_index() == 0
+
+
+def any_process(value: bool) -> bool:
+    """Whether `value` holds in any process of the job. Every process asks."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def whole(leaf: jax.Array) -> Any:

@@ -1,9 +1,7 @@
 """Where every array lives: the mesh, and one table from logical axis names to mesh axes."""
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,11 +28,6 @@ LOGICAL_RULES = (
     ("vocab", "tensor"),
     ("joint", None),
     ("layers", None),
-)
-
-
-_ACTIVATIONS: contextvars.ContextVar[AnyMesh | None] = contextvars.ContextVar(
-    "activations", default=None
 )
 
 
@@ -89,34 +82,24 @@ def keep_split(tree: Any, mesh: AnyMesh | None) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
-@contextlib.contextmanager
-def activations_on(mesh: AnyMesh | None) -> Iterator[None]:
-    """Within it what layers compute is traced for `mesh`, see `rows_split`."""
-    token = _ACTIVATIONS.set(mesh)
-    try:
-        yield
-    finally:
-        _ACTIVATIONS.reset(token)
-
-
 def rows_split(x: jax.Array) -> jax.Array:
     """An activation inside the model, its first axis pinned to the batch axes.
 
-    Within `activations_on` and with an fsdp axis alone. There the partitioner would keep the
-    parameters where they are and move the activations instead, each device then holding other
-    examples' too: on 16 chips, split over fsdp alone, a ViT-B step took four times the memory.
+    Only where the mesh of the trace (`jax.sharding.use_abstract_mesh`) has an fsdp axis. There the
+    partitioner would keep the parameters where they are and move the activations instead, each
+    device then holding other examples' too: on 16 chips, split over fsdp alone, a ViT-B step took
+    four times the memory.
     Without such an axis nothing moves, and pins cost memory: 12.3 instead of 10.1 GiB a chip for
     the step with masks.
 
     Args:
       x: examples first. The other axes may be split as they are, over tensor.
     """
-    mesh = _ACTIVATIONS.get()
-    if mesh is None or mesh.shape["fsdp"] == 1 or x.shape[0] % batch_shards(mesh):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1 or x.shape[0] % batch_shards(mesh):
         return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    place = NamedSharding(mesh, PartitionSpec(BATCH_AXES, *rest))
-    return jax.lax.with_sharding_constraint(x, place)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:

@@ -48,7 +48,7 @@ settings.load_profile("tests")
 
 def make_tiny_config() -> ConfigDict:
     """Model, losses and optimizer as small as they can be with every part present."""
-    precision = {"remat": "none", "unroll": 1}
+    precision = {"remat": "none"}
     config = ConfigDict()
     config.seed = 0
     config.model = {
@@ -139,7 +139,7 @@ def make_tiny_config() -> ConfigDict:
         "frozen_text_dropout": False,
         "matching": "host",
     }
-    config.accumulation = {"micro_batches": 1, "contrast": "batch"}
+    config.accumulation = {"micro_batches": 1}
     config.optimizer = {
         "b1": 0.9,
         "b2": 0.999,

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ovseg_jax.train.saved_run import read_run
+from ovseg_jax.train.resume import read_run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "tests/tiny.py:restarts"

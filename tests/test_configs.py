@@ -16,7 +16,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.train.aot.inputs import batch_shapes
+from ovseg_jax.train.compile_ahead import batch_shapes
 from ovseg_jax.train.phases import make_phases, rate_at
 from ovseg_jax.train.state import new_state
 from ovseg_jax.train.step import train_step

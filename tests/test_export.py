@@ -21,7 +21,7 @@ from ovseg_jax.optim.groups import flatten
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.checkpoint import Checkpoints
-from ovseg_jax.train.saved_run import abstract_run_state
+from ovseg_jax.train.resume import saved_state
 from ovseg_jax.weights.model_dir import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def workdir(tmp_path_factory, config):
     checkpoints = Checkpoints(folder / "checkpoints")
     for step in (2, 4, 6):
         phase = 0 if step == 2 else 1
-        state = abstract_run_state(config, FROZEN if phase else ())
+        state = saved_state(config, FROZEN if phase else ())
 
         def fill(value):
             return lambda x: jnp.full(x.shape, value, x.dtype)
@@ -56,11 +56,9 @@ def workdir(tmp_path_factory, config):
             step=jnp.asarray(step, jnp.int32), opt_state=replace_teacher(state.opt_state, teacher)
         )
         position = {"phase": phase, "text_length": 24}
+        checkpoints.save(state, position)
         if step == 2:
-            metric = {"miou": 31.5, "metric": "mIoU on the tune split of scenes"}
-            checkpoints.save(state, {**position, **metric}, best=True)
-        else:
-            checkpoints.save(state, position)
+            checkpoints.mark_best(2, 31.5, "mIoU on the tune split of scenes")
     checkpoints.close()
     return folder
 
@@ -187,7 +185,7 @@ ERRORS = {
     "exactly one of": ["--out=x", "--workdir=y", "--model=z"],
     "missing --out": ["--workdir=RUN"],
     "is no run": ["--workdir=/nonexistent", "--out=x"],
-    "it has: 4, 6; best: 2": ["--workdir=RUN", "--out=x", "--step=5"],
+    "it has: 2, 4, 6; best: 2": ["--workdir=RUN", "--out=x", "--step=5"],
     "--step is latest, best or a number": ["--workdir=RUN", "--out=x", "--step=last"],
     "--weights is one of online, ema": ["--workdir=RUN", "--out=x", "--weights=teacher"],
     "is a model directory already": ["--model=/nonexistent", "--out=x"],

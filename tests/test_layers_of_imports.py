@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # From the bottom up. A part may import what stands below it, and itself; the names on one line are
 # neighbors that do not know each other.
 LAYERS = [
-    ["errors", "platforms", "shapes"],
+    ["errors", "platforms", "progress", "shapes"],
     ["flags", "compile_cache", "sharding"],
     ["processes"],
     ["data", "optim", "losses", "models"],

@@ -52,7 +52,6 @@ class BertEncoder(nn.Module):
     dropout: float = 0.1
     eps: float = 1e-12
     remat: str = "none"
-    unroll: int = 1
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
 
@@ -77,9 +76,7 @@ class BertEncoder(nn.Module):
         x = x + table("token_type", 2, None)[:1][None]
         x = layer_norm("embed_norm", self.eps, self.dtype)(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        stack = scanned(
-            PostNormLayer, self.depth, in_axes=nn.broadcast, remat=self.remat, unroll=self.unroll
-        )
+        stack = scanned(PostNormLayer, self.depth, in_axes=nn.broadcast, remat=self.remat)
         layers = stack(
             self.heads,
             self.mlp_width,

@@ -33,6 +33,8 @@ CHOICES = {
 
 # Fields of `config.text` that earlier versions wrote, with the only values that are still possible.
 RETIRED = {"position_offset": 0, "token_types": 2}
+# A field of image and text that earlier versions wrote, which never changed what a model computes.
+IGNORED = "unroll"
 
 TEXT_FORMS = {"bert": BertEncoder, "causal": CausalTextEncoder}
 
@@ -153,6 +155,8 @@ def build_model(config: ConfigDict) -> OVSegmentor:
     image["trunk_outputs"] = tuple(image.get("trunk_outputs", ()))
     image["later_stages"] = tuple(tuple(stage) for stage in image.get("later_stages", ()))
     text = {name: x for name, x in config.text.items() if (name, x) not in RETIRED.items()}
+    for fields in (image, text):
+        fields.pop(IGNORED, None)
     text_encoder = TEXT_FORMS[config.get("text_form", "bert")]
     decoder = config.decoder
     return OVSegmentor(

@@ -40,7 +40,6 @@ class CausalTextEncoder(nn.Module):
     activation: str = "quick_gelu"
     eps: float = 1e-5
     remat: str = "none"
-    unroll: int = 1
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
 
@@ -66,7 +65,6 @@ class CausalTextEncoder(nn.Module):
             None,
             (0.0,) * self.depth,
             self.remat,
-            self.unroll,
             self.dtype,
             self.matmul_dtype,
             causal=True,

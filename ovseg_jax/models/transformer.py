@@ -1,7 +1,7 @@
 """Transformer layers, the cross-attention block, and stacks of identical layers that are scanned.
 
-A stack's parameters have a leading "layers" axis. One layer is traced and compiled whatever the
-depth; `unroll` trades compile time back for speed without changing the layout of the parameters.
+A stack's parameters have a leading "layers" axis. One layer is traced and compiled, whatever the
+depth.
 """
 
 from typing import Any
@@ -107,14 +107,13 @@ class PostNormLayer(nn.Module):
         return layer_norm("mlp_norm", self.eps, self.dtype)(x + drop(fed)), None
 
 
-def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str, unroll: int) -> Any:
+def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str) -> Any:
     """`layer` repeated `depth` times as one scan over a leading "layers" axis of its parameters.
 
     Args:
       layer: module class whose call maps (carry, argument) to (carry, None).
       in_axes: scan axis of the argument, or `nn.broadcast`.
       remat: what the backward pass keeps: a key of `REMAT_POLICIES`.
-      unroll: layers compiled side by side; `depth` gives straight-line code.
     """
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -124,7 +123,6 @@ def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str, unr
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
-        unroll=min(unroll, depth),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -146,7 +144,6 @@ class PreNormStack(nn.Module):
     layer_scale: float | None
     drop_rates: tuple[float, ...]
     remat: str
-    unroll: int
     dtype: Any
     matmul_dtype: Any
     causal: bool = False
@@ -159,7 +156,7 @@ class PreNormStack(nn.Module):
     ) -> Float[Array, "B T D"] | Float[Array, "outputs B T D"]:
         if self.depth == 0:
             return x
-        stack = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat, unroll=self.unroll)
+        stack = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat)
         layers = stack(
             self.heads,
             self.mlp_ratio,

@@ -94,7 +94,7 @@ class VisualEncoder(nn.Module):
       layer_scale: see `PreNormLayer`; applies to the trunk.
       assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
-      remat, unroll: see `stack.scanned`.
+      remat: see `stack.scanned`.
       dtype, matmul_dtype: see `Dense`.
     """
 
@@ -131,7 +131,6 @@ class VisualEncoder(nn.Module):
     gumbel_temperature: float = 1.0
     drop_path: float = 0.0
     remat: str = "none"
-    unroll: int = 1
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
 
@@ -157,7 +156,6 @@ class VisualEncoder(nn.Module):
                 layer_scale,
                 tuple(float(rate) for rate in rates[start:stop]),
                 self.remat,
-                self.unroll,
                 outputs=outputs,
                 **options,
             )

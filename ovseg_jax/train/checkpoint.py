@@ -1,29 +1,32 @@
-"""Checkpoints of a run: the latest ones and the best one, kept apart.
+"""Checkpoints of a run: the latest two and the best one, whole or set aside.
 
-One Orbax manager with a `best_fn` deletes the *latest* checkpoint when it is not among the best,
-so there are two: ``checkpoints/latest`` and ``checkpoints/best``.
+``checkpoints/latest`` holds a folder for each step, and ``checkpoints/best.json`` names the best.
+Orbax commits a checkpoint by renaming its folder, so that a killed process leaves none half
+written. Disks still lose the ends of files (a crash of the machine, a copy that was cut off), and
+reading such a file fails deep inside, on one process of many: so each checkpoint also holds a list
+of its files and their sizes.
 """
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
 from ovseg_jax import processes
 from ovseg_jax.errors import UserError
-from ovseg_jax.train import intact
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.state_shapes import misfits
 
 # Two, so that there is one before a damaged one.
 KEEP_LATEST = 2
+FILE_LIST = "files.json"
+BEST = "best.json"
 
 _IN_PROGRESS = ".orbax-checkpoint-tmp"
 
@@ -36,8 +39,23 @@ class Damaged(UserError):
     """A checkpoint that is there but cannot be read."""
 
 
+class _LatestAndBest:
+    """Orbax's preservation policy: the latest ones stay, and the best one however old it is."""
+
+    def __init__(self) -> None:
+        self.best: int | None = None
+        self._latest = checkpoint_managers.LatestN(KEEP_LATEST)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which checkpoints stay, in their order."""
+        latest = self._latest.should_preserve(checkpoints, context=context)
+        return [
+            keep or info.step == self.best for keep, info in zip(latest, checkpoints, strict=True)
+        ]
+
+
 class Checkpoints:
-    """Saves and restores `TrainState`s with a small record of where the run stood.
+    """Saves and restores `TrainState`s with a small record of the run's position.
 
     Args:
       directory: ``WORKDIR/checkpoints``.
@@ -54,39 +72,40 @@ class Checkpoints:
     def __init__(self, directory: Path, *, read_only: bool = False):
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self.directory = directory.absolute()
-        self._saving: dict[bool, int] = {}
-        try:
-            self._latest = self._manager(best=False, keep=KEEP_LATEST, read_only=read_only)
-            self._best = self._manager(best=True, keep=1, read_only=read_only)
-        except OSError as error:
-            raise UserError(f"{directory} cannot be written: {error}") from None
-
-    def _manager(self, *, best: bool, keep: int, read_only: bool) -> ocp.CheckpointManager:
-        directory = self.directory / ("best" if best else "latest")
+        self._steps_folder = self.directory / "latest"
+        self._saving = 0
+        self._policy = _LatestAndBest()
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         else:
-            note_files = ocp.AsyncOptions(post_finalization_callback=lambda: self._note_files(best))
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, async_options=note_files
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
             )
         # Without its handlers, a manager that has not saved yet cannot read what another one did.
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
-        return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._steps_folder, options=options, item_handlers=handlers
+            )
+        except OSError as error:
+            raise UserError(f"{directory} cannot be written: {error}") from None
+        try:
+            self._best = json.loads((self.directory / BEST).read_text(encoding="utf-8"))
+            self._policy.best = self._best["step"]
+        except (OSError, ValueError, KeyError):
+            self._best = None
 
-    def _note_files(self, best: bool) -> None:
-        """Called by Orbax when all files are written and the directory has its temporary name."""
-        if processes.is_first():
-            directory = self._of(best).directory / f"{self._saving[best]}{_IN_PROGRESS}"
-            intact.write_list(Path(directory))
+    def _folder(self, step: int) -> Path:
+        return self._steps_folder / str(step)
 
-    def _of(self, best: bool) -> ocp.CheckpointManager:
-        return self._best if best else self._latest
+    # ---- saving
 
-    def save(self, state: TrainState, position: dict[str, Any], *, best: bool = False) -> None:
+    def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts saving; returns while the files are still being written.
 
         Args:
@@ -95,24 +114,44 @@ class Checkpoints:
         Raises:
           UserError: there is no room, or an earlier save failed.
         """
-        manager, step = self._of(best), int(state.step)
-        if manager.latest_step() == step:
+        step = int(state.step)
+        if self._manager.latest_step() == step:
             return
-        # One after the other, the best and the latest too: what is on disk is always what a run had
-        # come to. (Orbax waits for the save before as well, but is told of this one first.)
+        # Only one save is under way, so that a crash loses no more than that one.
         self.wait()
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        folder, needed = self._steps_folder, sum(x.nbytes for x in jax.tree.leaves(state))
         try:
-            why = intact.refused_space(Path(manager.directory), needed)
+            free = shutil.disk_usage(folder).free
         except OSError as error:  # the folder has been taken away
-            raise UserError(f"{manager.directory} cannot be written: {error.strerror}") from None
-        if why:
-            raise UserError(f"no room for the checkpoint of step {step}: {why}. {self._kept()}")
-        self._saving[best] = step
+            raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+        if free < needed:
+            raise UserError(
+                f"no room for the checkpoint of step {step}: {folder} has {free / 1e6:.1f} MB "
+                f"left, the checkpoint takes {needed / 1e6:.1f} MB. {self._kept()}"
+            )
+        self._saving = step
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
         )
-        self._reporting(lambda: manager.save(step, args=args))
+        self._reporting(lambda: self._manager.save(step, args=args))
+
+    def _list_files(self) -> None:
+        """Called by Orbax when all files are written and the folder has its temporary name.
+
+        Files beside the items' folders are Orbax's notes about the commit, which still change.
+        """
+        if not processes.is_first():
+            return
+        folder = self._steps_folder / f"{self._saving}{_IN_PROGRESS}"
+        sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for item in folder.iterdir()
+            if item.is_dir()
+            for path in item.rglob("*")
+            if path.is_file()
+        }
+        text = json.dumps(sizes, indent=1, sort_keys=True)
+        (folder / FILE_LIST).write_text(text, encoding="utf-8")
 
     def check(self) -> None:
         """Reports a save that failed in the background.
@@ -120,16 +159,31 @@ class Checkpoints:
         Raises:
           UserError: it did.
         """
-        self._reporting(self._latest.check_for_errors)
-        self._reporting(self._best.check_for_errors)
+        self._reporting(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk.
+
+        Raises:
+          UserError: a save failed.
+        """
+        self._reporting(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits and lets go of the directory.
+
+        Raises:
+          UserError: a save failed.
+        """
+        self.wait()
+        self._manager.close()
 
     def _reporting(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:  # TensorStore's come as ValueError, Orbax's as anything
-            where = self.directory
             raise UserError(
-                f"a checkpoint could not be written to {where}: {_first_line(error)}. "
+                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}. "
                 f"{self._kept()}"
             ) from error
 
@@ -139,28 +193,50 @@ class Checkpoints:
             return "None was saved before"
         return f"That of step {steps[-1]} is complete: the same command goes on from there"
 
-    def steps(self, *, best: bool = False) -> list[int]:
-        """Steps of the checkpoints that exist, in order."""
-        return sorted(self._of(best).all_steps())
+    # ---- the best
 
-    def position(self, *, best: bool = False, step: int | None = None) -> dict[str, Any] | None:
-        """The record saved with a checkpoint, by default the latest (or best); None without any.
+    def best(self) -> dict[str, Any] | None:
+        """The record of the best checkpoint: "step", "miou", "metric"; None where there is none."""
+        return self._best if self._best and self._best["step"] in self.steps() else None
+
+    def mark_best(self, step: int, miou: float, metric: str) -> None:
+        """Keeps a saved step until another one is better. Every process calls it.
+
+        Raises:
+          UserError: the record cannot be written.
+        """
+        self._best = {"step": step, "miou": miou, "metric": metric}
+        self._policy.best = step
+        if processes.is_first():
+            path = self.directory / BEST
+            partial = path.with_name(f".{BEST}.partial")
+            try:
+                partial.write_text(json.dumps(self._best), encoding="utf-8")
+                os.replace(partial, path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+    # ---- reading
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that exist, in order; the best may be older than the others."""
+        return sorted(self._manager.all_steps())
+
+    def position(self, step: int | None = None) -> dict[str, Any] | None:
+        """The record saved with a checkpoint, by default the latest; None without any.
 
         Raises:
           Damaged: it cannot be read.
         """
-        manager = self._of(best)
-        step = manager.latest_step() if step is None else step
+        step = self._manager.latest_step() if step is None else step
         if step is None:
             return None
         args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        restored = self._read(manager, step, lambda: manager.restore(step, args=args))
+        restored = self._read(step, lambda: self._manager.restore(step, args=args))
         return {**restored.position, "step": step}
 
-    def restore(
-        self, abstract: TrainState, *, best: bool = False, step: int | None = None
-    ) -> TrainState:
-        """A state, by default the latest (or best), laid out as `abstract` says.
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """A state, by default the latest, laid out as `abstract` says.
 
         Args:
           abstract: shapes, dtypes and shardings of the phase that the state was saved in. Another
@@ -170,76 +246,120 @@ class Checkpoints:
           Misfit: the checkpoint does not fit; lists the leaves that differ.
           Damaged: it cannot be read.
         """
-        manager = self._of(best)
-        step = manager.latest_step() if step is None else step
-        saved = self._read(manager, step, lambda: manager.item_metadata(step).state)
+        step = self._manager.latest_step() if step is None else step
+        saved = self._read(step, lambda: self._manager.item_metadata(step).state)
         if faults := misfits(abstract, saved.tree if hasattr(saved, "tree") else saved):
             raise Misfit(
-                f"the checkpoint of step {step} in {manager.directory} does not fit this config "
+                f"the checkpoint of step {step} in {self.directory} does not fit this config "
                 "(was it written with another one?):\n  " + "\n  ".join(faults[:20])
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._read(manager, step, lambda: manager.restore(step, args=args)).state
+        return self._read(step, lambda: self._manager.restore(step, args=args)).state
 
-    def _read(self, manager: ocp.CheckpointManager, step: int, read: Callable[[], Any]) -> Any:
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Exception as error:
-            why = intact.fault(Path(manager.directory) / str(step)) or _damage(error)
+            why = self._fault(step) or _damage(error)
             if not why:
                 raise
             raise Damaged(
-                f"the checkpoint of step {step} in {manager.directory} cannot be read: {why}"
+                f"the checkpoint of step {step} in {self.directory} cannot be read: {why}"
             ) from None
 
-    def set_aside(self, step: int) -> Path:
-        """Moves one of the latest checkpoints to ``checkpoints/damaged``; returns where it is.
+    def _fault(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint, in words; "" where nothing is."""
+        folder = self._folder(step)
+        try:
+            sizes = json.loads((folder / FILE_LIST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"its list of files, {FILE_LIST}, is missing or damaged"
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes of {size}"
+        return ""
 
-        Every process calls it; the first one moves.
+    def restore_latest(
+        self, abstract: Callable[[dict[str, Any]], TrainState], say: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The latest state that can be read, with its record; None where none was saved.
+
+        A damaged one is moved to ``checkpoints/damaged``, and the one before is tried. All
+        processes take the same one.
+
+        Args:
+          abstract: from a record to what `restore` takes; may refuse the record.
+          say: called with a line about each damaged checkpoint.
+
+        Raises:
+          UserError: no checkpoint is whole, or the one that is does not fit.
         """
+        steps = self.steps()
+        for step in reversed(steps):
+            why, restored = self._fault(step), None
+            if not why:
+                try:
+                    position = self.position(step)
+                    restored = self.restore(abstract(position), step), position
+                except Damaged as error:
+                    why = str(error)
+            if not processes.any_process(bool(why)):
+                return restored
+            target = self._set_aside(step)
+            say(
+                f"warning: the checkpoint of step {step} is damaged "
+                f"({why or 'another process cannot read it'}); moved to {target}"
+            )
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read; the damaged ones are in "
+                f"{self.directory / 'damaged'}. Give another --workdir to begin anew"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a checkpoint to ``checkpoints/damaged``. All processes call it."""
         target = self.directory / "damaged" / str(step)
         if processes.is_first():
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
-            (Path(self._latest.directory) / str(step)).rename(target)
-        any_process(False)  # nobody looks again before it is moved
-        self._latest.reload()
+            self._folder(step).rename(target)
+        processes.any_process(False)  # no process looks again before it is moved
+        self._manager.reload()
         return target
 
-    def fault(self, step: int) -> str:
-        """What is wrong with the files of one of the latest checkpoints; "" where nothing is."""
-        return intact.fault(Path(self._latest.directory) / str(step))
 
-    def wait(self) -> None:
-        """Blocks until everything is on disk.
+def misfits(wanted: Any, saved: Any) -> list[str]:
+    """One line for each leaf that only one of two states has or whose shapes differ.
 
-        Raises:
-          UserError: a save failed.
-        """
-        self._reporting(self._latest.wait_until_finished)
-        self._reporting(self._best.wait_until_finished)
+    Args:
+      wanted, saved: trees of anything with a shape; `saved` may hold dicts and lists where the
+        state has classes.
+    """
+    needed, present = (
+        {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (wanted, saved)
+    )
+    return [
+        f"{name}: saved {present.get(name, 'not at all')}, needed {needed.get(name, 'no')}"
+        for name in sorted(set(needed) | set(present))
+        if needed.get(name) != present.get(name)
+    ]
 
-    def close(self) -> None:
-        """Waits and lets go of the directories.
 
-        Raises:
-          UserError: a save failed.
-        """
-        self.wait()
-        self._latest.close()
-        self._best.close()
+def _name(path: tuple[Any, ...]) -> str:
+    # A saved tree comes back as dicts and lists: only the words of the path count, not their kind.
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    # Orbax logs each failure several times, with tracebacks; here it is told once, by an error.
+    # Orbax logs each failure several times, with tracebacks; here an error reports it once.
     return "orbax" not in record.pathname
-
-
-def any_process(value: bool) -> bool:
-    """Whether `value` holds in any process of the job. Every process asks."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def _damage(error: Exception) -> str:

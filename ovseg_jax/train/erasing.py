@@ -1,7 +1,7 @@
 """Random erasing (Zhong et al., 2020): a rectangle of noise in some images, on the device.
 
 The noise replaces normalized pixels, so that it has mean 0 and deviation 1 in each channel. That is
-why it is no part of the transform that data workers do.
+why it is not in the transform that data workers apply.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ovseg_jax.models.vit import normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, UInt8
-from ovseg_jax.train.batches import Batch
+from ovseg_jax.train.apply import Batch
 
 # Rectangles are drawn at most this often; an image in which none fits stays whole.
 _TRIES = 10
@@ -22,7 +22,7 @@ IMAGES = ("image", "image2")
 def erased_batch(batch: Batch, spec: Mapping[str, Any], key: Array) -> Batch:
     """The batch with its images normalized, float32, and some of them partly erased.
 
-    The images of a pair are drawn independently; both the model and its teacher see the same ones.
+    The images of a pair are erased independently. The model and its teacher see the same images.
 
     Args:
       spec: `probability` of an image being erased; `area` (least, greatest) of the rectangle as a
@@ -30,13 +30,13 @@ def erased_batch(batch: Batch, spec: Mapping[str, Any], key: Array) -> Batch:
         its logarithm.
       key: random key of the step.
     """
-    found = {}
+    erased = {}
     for index, name in enumerate(IMAGES):
         if name in batch:
-            found[name] = random_erasing(
+            erased[name] = random_erasing(
                 batch[name], batch["weight"], spec, jax.random.fold_in(key, index)
             )
-    return {**batch, **found}
+    return {**batch, **erased}
 
 
 def random_erasing(

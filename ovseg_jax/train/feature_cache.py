@@ -35,8 +35,8 @@ from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights.initialize import TRUNK
 
-# Fields of the visual encoder that leave the trunk's output as it is. Any other one is part of the
-# key: heads, epsilons and positions change features, and no weight tells.
+# Fields of the visual encoder that do not change the trunk's output. All others are in the key:
+# heads, epsilons and positions change features without changing a weight.
 AFTER_TRUNK = (
     "second_layers",
     "second_heads",
@@ -51,12 +51,11 @@ AFTER_TRUNK = (
     "gumbel_temperature",
     "drop_path",
     "remat",
-    "unroll",
 )
 
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
-# Texts are padded to multiples of so many tokens: as many programs are compiled, and no more.
+# Texts are padded to multiples of so many tokens, which limits the number of compiled programs.
 _MULTIPLE = 8
 
 _log = logging.getLogger(__name__)
@@ -74,8 +73,7 @@ def cache_key(params: Mapping[str, Any], prefixes: tuple[str, ...], **settings: 
 
 
 def view_seed(transform: Mapping[str, Any], seed: int) -> int | None:
-    """The seed that views depend on: None where nothing is drawn, so that runs of any seed share
-    the cache."""
+    """The seed that views depend on; None where nothing is drawn, so that runs share a cache."""
     return None if transform["kind"] == "none" else seed
 
 
@@ -97,7 +95,7 @@ def image_store(
     seed: int,
     progress: Progress,
 ) -> FeatureStore:
-    """Trunk features of `views` views of every image, float16, found or computed.
+    """Trunk features of `views` views of every image, float16, from the cache or computed now.
 
     Args:
       directory: holds one folder per key.
@@ -116,8 +114,8 @@ def image_store(
         trunk=settings_of(model.image_encoder, AFTER_TRUNK),
     )
     place = directory / f"images-{key}"
-    if (found := FeatureStore.open(place, key)) is not None:
-        return found
+    if (store := FeatureStore.open(place, key)) is not None:
+        return store
     trunk = jax.jit(
         lambda params, images: model.apply({"params": params}, images, method="trunk").astype(
             jnp.float16
@@ -167,7 +165,7 @@ def _shaping(transform: Mapping[str, Any]) -> dict[str, Any]:
 def _read_ahead(
     rows: Sequence[Any], read: Callable[[Any], Any], size: int
 ) -> Iterator[tuple[Sequence[Any], list[Any]]]:
-    """Batches of `read(row)`, the next one being read while the last is worked on."""
+    """Batches of `read(row)`; the next one is read while the caller works on the last."""
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting = [pool.submit(read, row) for row in parts[0]] if parts else []
@@ -190,7 +188,7 @@ def text_store(
     length: int,
     progress: Progress,
 ) -> FeatureStore:
-    """Features of every text a step can ask for, float16, found or computed.
+    """Features of every text a step can ask for, float16, from the cache or computed now.
 
     Each different text is encoded once, among others of about its length, and without the padding
     to M that only the stored arrays have.
@@ -210,11 +208,11 @@ def text_store(
         length=length,
         pool=model.text_pool,
         pad_id=model.pad_id,
-        encoder=settings_of(model.text_encoder, ("dropout", "remat", "unroll")),
+        encoder=settings_of(model.text_encoder, ("dropout", "remat")),
     )
     place = directory / f"texts-{key}"
-    if (found := FeatureStore.open(place, key)) is not None:
-        return found
+    if (store := FeatureStore.open(place, key)) is not None:
+        return store
     masked = [mask_entities(unmasked(caption), entity_set) for caption in captions]
     hidden = list(dict.fromkeys(masked))
     prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)

@@ -1,33 +1,40 @@
 """The training loop: phases, steps, logs, checkpoints, interruption."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from ovseg_jax import processes, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
+from ovseg_jax.progress import Progress
+from ovseg_jax.segmentation.calibrate import calibrated
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.checkpoint import Checkpoints
-from ovseg_jax.train.claim import claimed
-from ovseg_jax.train.evaluations import check_eval_config, evaluate_and_keep_best
-from ovseg_jax.train.flops import matmul_flops, without_repetition
-from ovseg_jax.train.meter import Meter, peak_flops
+from ovseg_jax.train.checks import check_best_starts, check_loop, images_to_choose_on
+from ovseg_jax.train.chips import peak_flops
+from ovseg_jax.train.metrics import (
+    Meter,
+    MetricsWriter,
+    Profiler,
+    matmul_flops,
+    train_line,
+    trim_metrics,
+    without_repetition,
+)
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.train.profiling import Profiler
-from ovseg_jax.train.program import Program
-from ovseg_jax.train.report import MetricsWriter, Progress, train_line, trim_metrics
+from ovseg_jax.train.resume import enter, position_of, start
 from ovseg_jax.train.run import Run, make_run
-from ovseg_jax.train.run_files import write_run_files
-from ovseg_jax.train.starts import enter, position_of, start
-from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.stopping import Interrupted, StopSignal
-from ovseg_jax.train.text_cuts import TextCuts
-from ovseg_jax.train.watchdog import Watchdog
+from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
+from ovseg_jax.train.state import TrainState, teacher_of
+from ovseg_jax.train.step import Program
+from ovseg_jax.train.workdir import locked, write_run_files
 
 # Masks that cover more of an image than this share tell its regions apart no longer.
 MOST_TARGETS = 0.6
@@ -39,10 +46,10 @@ def train(
     progress: Progress,
     profile: tuple[int, int] | None = None,
 ) -> tuple[Run, TrainState]:
-    """Trains from where the work directory stands (its latest checkpoint, else the beginning).
+    """Trains from the latest checkpoint in the work directory, or from the beginning.
 
     Args:
-      profile: steps to trace, see `profiling.Profiler`.
+      profile: steps to trace, see `metrics.Profiler`.
 
     Returns:
       The run and its final state.
@@ -53,8 +60,8 @@ def train(
         non-finite.
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
-    check_loop_config(config)
-    with claimed(workdir):
+    check_loop(config)
+    with locked(workdir):
         run = make_run(config, progress)
         check_best_starts(run.phases, config.eval.every)
         return _train(run, workdir, profile)
@@ -67,7 +74,7 @@ def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Ru
         params = run.initial_params()
         run.fill_caches(params)
         state, first = start(run, checkpoints, params)
-        del params  # the state has its own; these would stay on the devices to the end
+        del params  # the state holds copies; these would stay on the devices to the end
         write_run_files(config, workdir)
         _check_profile(profile, int(state.step), run.total)
         with (
@@ -78,7 +85,7 @@ def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Ru
         ):
             training = _Training(run, checkpoints, writer, stop, watchdog, profiler)
             # An evaluation that failed or was cut off: the state was saved before it.
-            training.evaluate_where_due(run.phases[first], state, int(state.step))
+            training.evaluate_where_due(state, int(state.step))
             for phase in run.phases[first:]:
                 if phase.index > first:
                     watchdog.rest()
@@ -96,42 +103,37 @@ def _metrics_writer(workdir: Path, step: int) -> MetricsWriter:
     return MetricsWriter(workdir, step)
 
 
-def check_loop_config(config: ConfigDict) -> None:
-    """Refuses a config that the loop would come to grief with, before the first step.
-
-    Raises:
-      UserError: numbers of steps and seconds that are none, or evaluations that cannot be made.
-    """
-    least = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds": 0}
-    for name, value in least.items():
-        if config[name] < value:
-            raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
-    check_eval_config(config.eval)
-
-
-def check_best_starts(phases: Sequence[Phase], every: int) -> None:
-    """Refuses a phase that starts from the best state where no evaluation comes before it.
-
-    Args:
-      every: steps from one evaluation to the next; 0 for none.
-
-    Raises:
-      UserError: there is such a phase.
-    """
-    for phase in phases:
-        if phase.start_from == "best" and not 0 < every <= phase.first:
-            raise UserError(
-                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
-                f"before its first step ({phase.first}; config.eval.every = {every}): set "
-                "config.eval.every"
-            )
-
-
 def _check_profile(profile: tuple[int, int] | None, step: int, total: int) -> None:
     if profile is not None and not step <= profile[0] < total:
         raise UserError(
             f"--profile={profile[0]}:{profile[1]} begins at no step of this run, which goes from "
             f"{step} to {total}"
+        )
+
+
+class TextCuts:
+    """Takes the marks of examples whose texts were cut out of the batches, and counts them.
+
+    Attributes:
+      read, cut: examples that this process read, and those of them that lost words. Cached texts
+        were counted when they were cached, and count as whole here.
+    """
+
+    def __init__(self) -> None:
+        self.read = self.cut = 0
+
+    def counted(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches without their marks, which no device needs."""
+        for batch in batches:
+            self.read += len(batch["weight"])
+            self.cut += int(batch.pop("truncated", np.zeros(1)).sum())
+            yield batch
+
+    def note(self, phase: str, length: int) -> str:
+        """What to say at the end of a phase in which texts were cut to `length` tokens."""
+        return (
+            f"note: {self.cut} of {self.read} examples in {phase} had a text cut to {length} "
+            "tokens (config.data.text_length)"
         )
 
 
@@ -207,7 +209,7 @@ class _Training:
                     self.stop.exit_code,
                 )
             if evaluating:
-                self.evaluate_where_due(phase, state, step)
+                self.evaluate_where_due(state, step)
                 meter.restart()
             self.watchdog.expect(f"the batch of step {step + 1}")
         return state
@@ -216,18 +218,26 @@ class _Training:
         every = self.run.config.eval.every
         return bool(every) and step > 0 and step % every == 0
 
-    def evaluate_where_due(self, phase: Phase, state: TrainState, step: int) -> None:
-        """Evaluates a state of `phase`, which must have been saved, if its step is one to do so.
+    def evaluate_where_due(self, state: TrainState, step: int) -> None:
+        """Measures the mIoU of a saved state on the first benchmark's tune split, if it is due.
 
-        Where that was done before, it comes to the same again.
+        The best state so far is kept. Where a step was evaluated before, the result is the same.
         """
         if not self._evaluation_due(step):
             return
         # An error, or the end of the process, must not take the state with it.
         self.checkpoints.wait()
         self.watchdog.rest()
-        position = position_of(self.run, phase, step)
-        evaluate_and_keep_best(self.run, state, step, position, self.checkpoints, self.writer)
+        run, config = self.run, self.run.config.eval
+        name, tune = config.benchmarks[0], images_to_choose_on(config)
+        protocol = Protocol.from_config(config.protocol)
+        segmenter = run.segmenter(evaluation_params(run, state), protocol, state.batch_stats)
+        _, miou = calibrated(segmenter, tune, protocol, config.batch_size)
+        self.writer.write(step, {f"eval/{name}_tune/miou": miou})
+        run.progress.say(f"step {step}: mIoU on {name} tune {miou:.1f}")
+        best = self.checkpoints.best()
+        if best is None or miou > best["miou"]:
+            self.checkpoints.mark_best(step, miou, f"mIoU on the tune split of {name}")
 
     def _save(self, phase: Phase, state: TrainState, step: int) -> None:
         self.watchdog.expect(f"the checkpoint of step {step}")
@@ -267,6 +277,14 @@ class _Training:
         )
 
 
+def evaluation_params(run: Run, state: TrainState) -> dict[str, Any]:
+    """The parameters that evaluation and export use: the online model's or the teacher's."""
+    if run.config.eval.weights == "online":
+        return state.params
+    phase = next(p for p in run.phases if int(state.step) <= p.last)
+    return {**state.params, "image_encoder": teacher_of(state, phase.frozen)}
+
+
 def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> float | None:
     """Of one step, without what rematerialization or accumulation repeats.
 
@@ -276,7 +294,7 @@ def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> floa
         return None
     config = without_repetition(program.config)
     plain = dataclasses.replace(program, config=config, model=build_model(config.model))
-    return float(matmul_flops(plain.step(phase), plain.state_layout(phase)[0], dict(batch)))
+    return float(matmul_flops(plain.step(phase), plain.abstract_state(phase), dict(batch)))
 
 
 def _refuse_stuck(values: Mapping[str, float], step: int, limit: int, unread: int) -> None:

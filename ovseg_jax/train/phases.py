@@ -13,7 +13,6 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 from ovseg_jax.optim.optimizer import learning_rate
 from ovseg_jax.shapes import Array
-from ovseg_jax.sharding import AnyMesh, batch_shards
 
 # A phase with a smaller share of the summed learning rate is warned of.
 LEAST_RATE_SHARE = 0.05
@@ -42,16 +41,16 @@ class Phase:
     """One stretch of training with its own compiled step.
 
     Attributes:
-      index, name: place among the phases and a word for it.
+      index, name: position among the phases, and what messages call it.
       first, last: global steps, `last` exclusive.
-      before: examples of the phases before.
+      before: number of examples in the earlier phases.
       batch_size: global.
       mask_weight: lambda of Eq. 13; at 0 no second image is read and no teacher runs.
       frozen: patterns of parameters that do not train.
       transform: of images, see `data.augment.complete_transform`.
-      schedule: a learning-rate config of its own, or None to follow the run's.
+      schedule: the phase's learning-rate config; None follows the run's.
       optimizer, teacher: see `state.next_phase_state`.
-      start_from: "last" state of the phase before, or the "best" one saved.
+      start_from: the "last" state of the phase before, or the "best" one saved.
     """
 
     index: int
@@ -69,7 +68,7 @@ class Phase:
     start_from: str
 
     def position(self, step: int) -> int:
-        """How many examples came before a step of this phase."""
+        """Number of examples before a step of this phase."""
         return self.before + (step - self.first) * self.batch_size
 
     @property
@@ -87,7 +86,7 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
         a mixture the records of all its data sets together, however often each comes up.
 
     Raises:
-      UserError: an unknown or missing field, or a value that is none of its choices.
+      UserError: an unknown or missing field, or a value that is not allowed.
     """
     if not config.phases:
         raise UserError("config.phases is empty: give at least one phase")
@@ -134,39 +133,6 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
     return phases
 
 
-def check_batch_sizes(phases: Sequence[Phase], mesh: AnyMesh) -> None:
-    """Refuses phases whose batches the mesh cannot split; of all phases before the first begins.
-
-    Raises:
-      UserError: a batch size does not divide over the mesh.
-    """
-    shards = batch_shards(mesh)
-    for phase in phases:
-        if rest := phase.batch_size % shards:
-            below = phase.batch_size - rest
-            near = f"{below} or {below + shards}" if below else str(shards)
-            raise UserError(
-                f"config.phases[{phase.index}].batch_size = {phase.batch_size} does not divide "
-                f"over {shards} batch shards (config.mesh: data x fsdp on {mesh.size} devices): "
-                f"give {near}, or another config.mesh or number of devices"
-            )
-
-
-def check_cached_images(phases: Sequence[Phase]) -> None:
-    """Refuses phases whose images cannot come from one cache of features (`data.cache_images`).
-
-    Raises:
-      UserError: their transforms differ, or go on on the device.
-    """
-    if any(phase.transform != phases[0].transform for phase in phases):
-        raise UserError("config.data.cache_images needs the same transform in all phases")
-    if phases[0].erase:
-        raise UserError(
-            "config.data.cache_images holds features, of which nothing can be erased: set it to "
-            "False, or config.data.transform.erase.probability to 0.0"
-        )
-
-
 def rate_shares(config: ConfigDict, phases: Sequence[Phase]) -> list[float]:
     """The share of each phase in the learning rate summed over all steps of the run."""
     total = phases[-1].last
@@ -180,13 +146,13 @@ def rate_shares(config: ConfigDict, phases: Sequence[Phase]) -> list[float]:
 
 
 def weak_phases(config: ConfigDict, phases: Sequence[Phase]) -> list[str]:
-    """A warning for each phase that can hardly change the model, for people."""
+    """A line of warning for each phase that can hardly change the model."""
     return [
         f"warning: phase {phase.name!r} has {100 * share:.2g} % of the learning rate summed over "
         f"the run, too little to show an effect: raise config.optimizer.learning_rate.end, or give "
         f"config.phases[{phase.index}] more steps or a learning_rate of its own"
         for phase, share in zip(phases, rate_shares(config, phases), strict=True)
-        # A schedule of the phase's own is somebody's decision.
+        # Where a phase has its schedule, somebody decided so.
         if len(phases) > 1 and phase.schedule is None and share < LEAST_RATE_SHARE
     ]
 

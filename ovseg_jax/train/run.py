@@ -22,26 +22,22 @@ from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
+from ovseg_jax.progress import Progress, table
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.shapes import Int
 from ovseg_jax.train import feature_cache
-from ovseg_jax.train.accumulate import check_accumulation
-from ovseg_jax.train.entity_terms import check_entity_config, masking_of
-from ovseg_jax.train.mask_terms import check_mask_config, check_matching
-from ovseg_jax.train.neck import standardized_neck
-from ovseg_jax.train.noun_terms import check_noun_config
-from ovseg_jax.train.phases import (
-    Phase,
-    check_batch_sizes,
-    check_cached_images,
-    make_phases,
-    weak_phases,
+from ovseg_jax.train.checks import (
+    check_files,
+    check_losses,
+    check_model,
+    check_phases,
+    check_token_classes,
 )
-from ovseg_jax.train.program import Program, boxed_params
-from ovseg_jax.train.report import Progress, table
+from ovseg_jax.train.init_neck import standardized_neck
+from ovseg_jax.train.phases import Phase, make_phases, weak_phases
+from ovseg_jax.train.step import Program
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
-from ovseg_jax.weights.locate import find_weights
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000
@@ -49,7 +45,7 @@ LENGTH_SAMPLE = 20_000
 
 @dataclass
 class Run(Program):
-    """A run's fixed parts: its program, its data and who reports. Build one with `make_run`."""
+    """The fixed parts of a run: its program and its data. Built by `make_run`."""
 
     tokenizer: Tokenizer
     source: RecordSource
@@ -59,17 +55,16 @@ class Run(Program):
     stores: dict[str, FeatureStore] = field(default_factory=dict)
 
     def initial_params(self, announce: bool = True) -> dict[str, Any]:
-        """Random parameters from the seed, published weights laid over them, sharded.
+        """Random parameters from the seed, with published weights in their place, sharded.
 
         Args:
           announce: say which parameters start from what.
         """
-        make = jax.jit(
-            lambda key: nn.unbox(init_params(self.model, key)), out_shardings=self.param_shardings
-        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
+        make = jax.jit(lambda key: nn.unbox(init_params(self.model, key)), out_shardings=places)
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
         shapes = {path: leaf.shape for path, leaf in flat.items()}
-        where = groups.flatten(self.param_shardings)
+        where = groups.flatten(places)
         start = published_start(self.config.model, shapes)
         if announce:
             notes = [f"note: {remark}" for remark in start.remarks]
@@ -83,7 +78,7 @@ class Run(Program):
         return params
 
     def templates(self) -> tuple[str, ...]:
-        """The prompt templates of training; the first few where texts are cached."""
+        """The prompt templates of training; where texts are cached, the first few."""
         return _templates(self.config.data)
 
     def loader(self, phase: Phase, first_step: int) -> Loader:
@@ -98,7 +93,7 @@ class Run(Program):
                 "transform": phase.transform,
                 "templates": self.templates(),
                 "nouns": data.nouns,
-                "masking": masking_of(self.config.loss),
+                "masking": Masking(self.config.loss.masking),
             },
             batch_size=phase.batch_size,
             seed=self.config.seed,
@@ -114,18 +109,12 @@ class Run(Program):
         )
 
     def fill_caches(self, params: Any) -> None:
-        """Computes (or finds) the feature caches that the config asks for."""
+        """Opens or computes the feature caches that the config asks for."""
         data, cache = self.config.data, Path(self.config.data.cache_dir)
         if jax.process_count() > 1:
-            # Each process fills its own: they may share the folder, and need not be equally far.
+            # Each process fills one: they may share the folder, at different speeds.
             cache /= f"process_{jax.process_index()}"
             params = processes.local(params)
-        if data.cache_texts and self.config.model.projector_norm == "batch":
-            raise UserError(
-                "config.data.cache_texts keeps sentence vectors alone, but a batch norm "
-                "(config.model.projector_norm = 'batch') also sees all tokens in training: set "
-                "config.data.cache_texts = False"
-            )
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
             self.stores["images"] = feature_cache.image_store(
@@ -166,7 +155,7 @@ class Run(Program):
     def segmenter(
         self, params: Any, protocol: Protocol, batch_stats: Mapping[str, Any] | None = None
     ) -> ModelSegmenter:
-        """The model for evaluation: where there are several processes, each one's own copy.
+        """The model for evaluation; where there are several processes, each has a copy.
 
         Args:
           params: its parameters. batch_stats: its running statistics, those at the start of
@@ -175,7 +164,7 @@ class Run(Program):
         statistics = init_statistics(self.model) if batch_stats is None else batch_stats
         mesh = self.mesh
         if jax.process_count() > 1:
-            # Only then can one process draw pictures while the others are done.
+            # So that one process can draw pictures while the others are done.
             mesh = sharding.make_mesh(devices=jax.local_devices())
             params, statistics = jax.device_put(
                 processes.local((params, statistics)), sharding.replicated(mesh)
@@ -191,7 +180,7 @@ class Run(Program):
         )
 
     def prompt_length(self) -> int:
-        """Tokens that class prompts are padded to: room for a few words of name."""
+        """Tokens that class prompts are padded to: room for names of a few words."""
         return max(16, self.text_length)
 
 
@@ -199,40 +188,50 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
     """Builds the fixed parts of a run.
 
     Raises:
-      UserError: anything that the config asks for is missing (all of it in one message) or wrong.
+      UserError: something that the config asks for is missing (all in one message) or wrong.
     """
-    missing = missing_data(config.data) + _missing_weights(config)
-    if missing:
-        raise UserError(
-            "this config needs what is not here:\n  - "
-            + "\n  - ".join(missing)
-            + "\nWithout data and weights, try the variant that needs neither: "
-            "--config=configs/vitb.py:smoke, or --config=configs/quickstart.py"
-        )
-    if config.model.neck_init not in ("", "standardize"):
-        raise UserError(
-            f"config.model.neck_init is {config.model.neck_init!r}; it must be standardize or empty"
-        )
-    check_mask_config(config.loss)
-    check_noun_config(config)
-    masking_of(config.loss)
+    check_files(config, missing_data(config.data))
+    check_losses(config)
     mesh = sharding.make_mesh(**config.mesh)
     model = build_model(config.model)
     tokenizer = find_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.text.vocab_size:
-        raise UserError(
-            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, "
-            f"config.model.text.vocab_size is {config.model.text.vocab_size}"
-        )
-    if tokenizer.pad_id != config.model.pad_id:
-        raise UserError(
-            f"the tokenizer {config.data.tokenizer!r} pads with token {tokenizer.pad_id}, "
-            f"config.model.pad_id is {config.model.pad_id}"
-        )
+    check_model(config, tokenizer)
     source, entities = make_source(config.data)
-    check_entity_config(config, tokenizer.mask_id, len(entities))
+    check_token_classes(config, tokenizer.mask_id, len(entities))
+    length = _text_length(config, source, entities, tokenizer, progress)
+    phases = make_phases(config, len(source))
+    check_phases(config, phases, mesh)
+    for line in weak_phases(config, phases):
+        progress.say(line)
+    return Run(
+        config=config,
+        mesh=mesh,
+        model=model,
+        phases=phases,
+        tokenizer=tokenizer,
+        source=source,
+        entities=entities,
+        text_length=length,
+        progress=progress,
+    )
+
+
+def _templates(data: ConfigDict) -> tuple[str, ...]:
+    templates = expand_templates(data.templates)
+    return templates[: data.cached_templates] if data.cache_texts else templates
+
+
+def _text_length(
+    config: ConfigDict,
+    source: RecordSource,
+    entities: EntitySet,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> int:
+    """Tokens that texts are padded to, by the config or by a sample of the captions."""
     longest = max(_templates(config.data), key=len)
-    counts = _sampled_lengths(source, entities, tokenizer, masking_of(config.loss), longest)
+    masking = Masking(config.loss.masking)
+    counts = _sampled_lengths(source, entities, tokenizer, masking, longest)
     length = config.data.text_length or text_length(counts)
     if cut := int((counts > length).sum()):
         progress.say(
@@ -244,51 +243,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
             f"config.data.text_length = {length}, but the text encoder has positions for "
             f"{config.model.text.max_positions} tokens (config.model.text.max_positions)"
         )
-    phases = make_phases(config, len(source))
-    check_batch_sizes(phases, mesh)
-    check_accumulation(config, phases, mesh)
-    if any(phase.mask_weight > 0 for phase in phases):
-        check_matching(config)
-    if config.data.cache_images:
-        check_cached_images(phases)
-    for line in weak_phases(config, phases):
-        progress.say(line)
-    return Run(
-        config=config,
-        mesh=mesh,
-        model=model,
-        tokenizer=tokenizer,
-        source=source,
-        entities=entities,
-        phases=phases,
-        text_length=length,
-        progress=progress,
-        param_shardings=sharding.parameter_shardings(boxed_params(model), mesh),
-    )
-
-
-def _missing_weights(config: ConfigDict) -> list[str]:
-    missing = []
-    for field_name in ("image", "text"):
-        spec = config.model[f"{field_name}_init"]
-        try:
-            if spec:
-                find_weights(spec, f"config.model.{field_name}_init")
-        except UserError as error:
-            missing.append(
-                f"{error}; an empty string (--config.model.{field_name}_init=) starts from "
-                "random weights"
-            )
-    try:
-        find_tokenizer(config.data.tokenizer)
-    except UserError as error:
-        missing.append(f"config.data.tokenizer: {error}")
-    return missing
-
-
-def _templates(data: ConfigDict) -> tuple[str, ...]:
-    templates = expand_templates(data.templates)
-    return templates[: data.cached_templates] if data.cache_texts else templates
+    return length
 
 
 def _sampled_lengths(
@@ -298,8 +253,8 @@ def _sampled_lengths(
     masking: Masking,
     template: str,
 ) -> Int[np.ndarray, "sentences"]:
-    """Tokens of each sentence that some of the captions give, prompts in the one `template`."""
-    # Other objectives name no more in a prompt than all of a caption's entities.
+    """Tokens of each sentence made from a sample of the captions, prompts with `template`."""
+    # No other objective names more in a prompt than all of a caption's entities.
     masking = masking if masking is Masking.ALL_NOUNS else Masking.ALL_ENTITIES
     sentences = []
     for caption in sample_captions(source, LENGTH_SAMPLE):

@@ -6,12 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct
 
 from ovseg_jax import sharding
+from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
 from ovseg_jax.sharding import AnyMesh
+from ovseg_jax.weights.initialize import init_params, init_statistics
 
 
 @struct.dataclass
@@ -40,7 +43,7 @@ def new_state(
     frozen: tuple[str, ...],
     batch_stats: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """A state at step 0. Call under jit (`place` does), so that no buffer is shared."""
+    """A state at step 0. To be called under jit, so that no buffer is shared."""
     trainable, _ = groups.split(params, frozen)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, dict(params), tx.init(trainable), dict(batch_stats or {}))
@@ -64,11 +67,44 @@ def state_shardings(abstract: TrainState, params: Any, mesh: AnyMesh) -> TrainSt
     return sharding.shardings_like(abstract, {**known, **statistics}, mesh)
 
 
+def abstract_params(model: OVSegmentor, mesh: AnyMesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of all parameters."""
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shardings = sharding.parameter_shardings(boxed, mesh)
+    return _with_shardings(nn.unbox(boxed), shardings)
+
+
+def abstract_state(
+    model: OVSegmentor,
+    params: dict[str, Any],
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    mesh: AnyMesh,
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state.
+
+    Args:
+      params: see `abstract_params`.
+      tx, frozen: of the phase that the state belongs to.
+    """
+    state = jax.eval_shape(lambda p: new_state(p, tx, frozen, init_statistics(model)), params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return _with_shardings(state, state_shardings(state, shardings, mesh))
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        shardings,
+    )
+
+
 def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:
     """The teacher's visual encoder, complete: frozen parameters come from the online model."""
     _, held = groups.split(state.params, frozen)
-    own = find_teacher(state.opt_state)["image_encoder"]
-    return groups.join(held.get("image_encoder", {}), own)
+    average = find_teacher(state.opt_state)["image_encoder"]
+    return groups.join(held.get("image_encoder", {}), average)
 
 
 def next_phase_state(

@@ -1,6 +1,9 @@
-"""One jitted, donated, sharded train step per phase."""
+"""The train step: gradient, guard, update, teacher, metrics; and one compiled step per phase."""
 
+import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,14 +14,19 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
+from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.sharding import AnyMesh
-from ovseg_jax.train import accumulate
+from ovseg_jax.train.accumulate import exact_gradient
+from ovseg_jax.train.apply import Batch, Params
 from ovseg_jax.train.erasing import erased_batch
-from ovseg_jax.train.state import TrainState, teacher_of
-from ovseg_jax.train.terms import example_rows, joint_loss, loss_terms
+from ovseg_jax.train.loss import Outputs, joint_loss, per_example_outputs
+from ovseg_jax.train.phases import Phase, rate_at
+from ovseg_jax.train.state import TrainState, abstract_params, abstract_state, teacher_of
 
 RNG_NAMES = ("gumbel", "dropout")
-ERASING = len(RNG_NAMES)  # number of the stream that no part of the model draws from
+ERASING = len(RNG_NAMES)  # number of the stream for erasing, which the model does not draw from
+
+Metrics = dict[str, jax.Array]
 
 
 def step_rngs(seed: int, step: Any) -> dict[str, jax.Array]:
@@ -32,7 +40,7 @@ def _step_key(seed: int, stream: int, step: Any) -> jax.Array:
 
 def train_step(
     state: TrainState,
-    batch: Mapping[str, jax.Array],
+    batch: Batch,
     *,
     model: OVSegmentor,
     tx: optax.GradientTransformationExtraArgs,
@@ -43,8 +51,8 @@ def train_step(
     mesh: AnyMesh | None,
     erase: Mapping[str, Any] | None = None,
     noise: Mapping[str, Any] | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Gradient, update, teacher, metrics.
+) -> tuple[TrainState, Metrics]:
+    """One step of training, and its metrics (scalars).
 
     A non-finite loss or gradient leaves parameters, moments, teacher and running statistics as they
     were and is counted in `state.skipped`; the step number goes on, so that the next batch is
@@ -54,115 +62,144 @@ def train_step(
       rate: learning rate as a function of the step. config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
       erase: random erasing of the images, see `erasing.erased_batch`; None for none.
-      noise: see `loss_terms`; not with accumulation.
+      noise: see `per_example_outputs`; not with accumulation.
     """
     trainable, held = groups.split(state.params, frozen)
-    teacher = teacher_of(state, frozen) if mask_weight > 0 else None
-    text_dropout = "text_encoder" in trainable or config.loss.frozen_text_dropout
     rngs = step_rngs(config.seed, state.step)
     if erase is not None:
         batch = erased_batch(batch, erase, _step_key(config.seed, ERASING, state.step))
+    teacher = teacher_of(state, frozen) if mask_weight > 0 else None
+    text_dropout = "text_encoder" in trainable or config.loss.frozen_text_dropout
 
-    with sharding.activations_on(mesh):
-        loss, metrics, batch_stats, grads = _gradient(
+    def outputs_of(
+        trainable: Params, batch: Batch, rngs: Mapping[str, jax.Array]
+    ) -> tuple[Outputs, Params]:
+        return per_example_outputs(
             model,
-            trainable,
-            held,
+            groups.join(held, trainable),
             teacher,
             batch,
-            config,
-            rngs,
-            state.batch_stats,
-            {"mask_weight": mask_weight, "mesh": mesh},
-            {"text_dropout": text_dropout, "noise": noise},
+            config.loss,
+            mask_weight=mask_weight,
+            text_dropout=text_dropout,
+            rngs=rngs,
+            mesh=mesh,
+            statistics=state.batch_stats,
+            noise=noise,
         )
-    learning_rate = rate(state.step)
-    updates, opt_state = tx.update(grads, state.opt_state, trainable, rate=learning_rate)
-    # One number is not finite where any gradient is not (or where their squares overflow). Testing
+
+    def loss_of_outputs(
+        trainable: Params, outputs: Outputs, batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        scale = model.apply({"params": groups.join(held, trainable)}, method="logit_scale")
+        return joint_loss(scale, outputs, batch, config.loss, mask_weight=mask_weight)
+
+    def loss_of_batch(trainable: Params) -> tuple[jax.Array, tuple[Metrics, Params]]:
+        outputs, statistics = outputs_of(trainable, batch, rngs)
+        loss, metrics = loss_of_outputs(trainable, outputs, batch)
+        return loss, (metrics, statistics)
+
+    def outputs_of_part(trainable: Params, micro_batch: Batch, number: jax.Array) -> Outputs:
+        keys = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+        return outputs_of(trainable, micro_batch, keys)[0]
+
+    count = config.accumulation.micro_batches
+    # The layers pin their activations to the mesh of the trace (`sharding.rows_split`).
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else nullcontext():
+        if count == 1:
+            differentiate = jax.value_and_grad(loss_of_batch, has_aux=True)
+            (loss, (metrics, batch_stats)), grads = differentiate(trainable)
+        else:
+            batch_stats = state.batch_stats  # a model with batch norms is refused
+            loss, metrics, grads = exact_gradient(
+                outputs_of_part, loss_of_outputs, trainable, batch, count, mesh
+            )
+
+    # The norm is not finite where any gradient is not (or where their squares overflow). Testing
     # each leaf instead doubles compile time: XLA repeats the conjunction of all the tests in the
     # update of every parameter.
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    # The teacher is part of the optimizer's state, and moves with it.
+    learning_rate = rate(state.step)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable, rate=learning_rate)
     changed = (optax.apply_updates(trainable, updates), opt_state, batch_stats)
-    kept_params, kept_opt, kept_stats = jax.tree.map(
+    trainable, opt_state, batch_stats = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         changed,
         (trainable, state.opt_state, state.batch_stats),
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    metrics |= {
-        "grad_norm": norm,
-        "learning_rate": learning_rate,
-        "skipped": skipped,
-    }
-    params = groups.join(held, kept_params)
-    new = TrainState(state.step + 1, skipped, params, kept_opt, kept_stats)
-    return new, metrics
-
-
-def _gradient(
-    model: OVSegmentor,
-    trainable: Any,
-    held: Any,
-    teacher: Any,
-    batch: Mapping[str, jax.Array],
-    config: ConfigDict,
-    rngs: Mapping[str, jax.Array],
-    statistics: Any,
-    shared: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
-    """Loss, metrics, running statistics and gradient, in as many passes as the config says.
-
-    Args:
-      shared: keywords of both halves of the loss. options: further ones of `example_rows`.
-    """
-    count, mesh = config.accumulation.micro_batches, shared["mesh"]
-
-    def loss_of(
-        trainable: Any, part: Any, rngs: Any, statistics: Any, loss: ConfigDict
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-        params = groups.join(held, trainable)
-        keywords = {**shared, **options, "rngs": rngs, "statistics": statistics}
-        return loss_terms(model, params, teacher, part, loss, **keywords)
-
-    if count == 1:
-        differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (metrics, after)), grads = differentiate(
-            trainable, batch, rngs, statistics, config.loss
-        )
-        return loss, metrics, after, grads
-    if config.accumulation.contrast == "micro_batch":
-        part_loss = accumulate.part_config(config.loss, count)
-
-        def numbered_loss(trainable: Any, part: Any, number: Any, statistics: Any) -> Any:
-            keys = accumulate.numbered(rngs, number)
-            return loss_of(trainable, part, keys, statistics, part_loss)
-
-        return accumulate.micro_batch_gradient(
-            numbered_loss, trainable, batch, statistics, count, mesh
-        )
-
-    def rows_of(trainable: Any, part: Any, number: Any) -> Any:
-        params = groups.join(held, trainable)
-        keywords = {**shared, **options, "rngs": accumulate.numbered(rngs, number)}
-        return example_rows(model, params, teacher, part, config.loss, **keywords)[0]
-
-    def joint(trainable: Any, rows: Any, batch: Any) -> Any:
-        return joint_loss(model, groups.join(held, trainable), rows, batch, config.loss, **shared)
-
-    loss, metrics, grads = accumulate.exact_gradient(rows_of, joint, trainable, batch, count, mesh)
-    return loss, metrics, statistics, grads
+    metrics |= {"grad_norm": norm, "learning_rate": learning_rate, "skipped": skipped}
+    params = groups.join(held, trainable)
+    return TrainState(state.step + 1, skipped, params, opt_state, batch_stats), metrics
 
 
 def compile_step(
     step: Callable[..., Any], shardings: TrainState, mesh: AnyMesh
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Jits `step(state, batch)`: state donated and kept in place, batch split, metrics whole."""
-    whole = sharding.replicated(mesh)
     return jax.jit(
         step,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, whole),
+        out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+@dataclass
+class Program:
+    """What is compiled in a run. Nothing in it needs data, weights or the devices of the mesh."""
+
+    config: ConfigDict
+    mesh: AnyMesh
+    model: OVSegmentor
+    phases: list[Phase]
+    _states: dict[int, TrainState] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.phases[-1].last
+
+    @functools.cached_property
+    def abstract_params(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of all parameters."""
+        return abstract_params(self.model, self.mesh)
+
+    def optimizer(self, phase: Phase) -> optax.GradientTransformationExtraArgs:
+        """The optax chain of a phase."""
+        trainable, held = groups.split(self.abstract_params, phase.frozen)
+        return make_optimizer(self.config.optimizer, trainable, held)
+
+    def abstract_state(self, phase: Phase) -> TrainState:
+        """Shapes, dtypes and shardings of a phase's state; made once, as tracing takes a second."""
+        if phase.index not in self._states:
+            tx = self.optimizer(phase)
+            self._states[phase.index] = abstract_state(
+                self.model, self.abstract_params, tx, phase.frozen, self.mesh
+            )
+        return self._states[phase.index]
+
+    def shardings(self, phase: Phase) -> TrainState:
+        """Where the arrays of a phase's state lie."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(phase))
+
+    def step(self, phase: Phase) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The train step of a phase, not yet jitted: (state, batch) -> (state, metrics)."""
+        return functools.partial(
+            train_step,
+            model=self.model,
+            tx=self.optimizer(phase),
+            rate=lambda s: rate_at(s, self.config, phase, self.total),
+            config=self.config,
+            mask_weight=phase.mask_weight,
+            frozen=phase.frozen,
+            mesh=self.mesh,
+            erase=phase.erase,
+        )
+
+    def compiled_step(self, phase: Phase) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The jitted train step of a phase."""
+        return compile_step(self.step(phase), self.shardings(phase), self.mesh)

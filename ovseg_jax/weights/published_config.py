@@ -20,7 +20,7 @@ RELEASED_HEADS = {"heads": 8, "second_heads": 8, "decoder_heads": 8, "text_heads
 GROUPVIT_HEADS = 6
 
 # Fields of ``config.model`` that the two published models share.
-_OPTIONS = {"remat": "none", "unroll": 1}
+_OPTIONS = {"remat": "none"}
 _IMAGE = {
     "eps": 1e-5,
     "group_layer": 0,

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from ovseg_jax.train.flops import matmul_flops
 from reference import transformer as reference
 
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import DropPath, contract
 from ovseg_jax.models.transformer import PreNormStack
-from ovseg_jax.train.flops import matmul_flops
 
 FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}
 B, M, K = 3, 7, 4
@@ -37,7 +37,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("layer_scale", [None, 1.0])
 def test_pre_norm_layers(layer_scale):
-    stack = PreNormStack(2, 2, 2.0, 1e-6, layer_scale, (0.0, 0.0), "none", 1, **FLOATS)
+    stack = PreNormStack(2, 2, 2.0, 1e-6, layer_scale, (0.0, 0.0), "none", **FLOATS)
     x = normal(1, B, M, 8)
     params = random_parameters(stack, x, False)
     assert ("attention_scale" in params["layers"]) == (layer_scale is not None)
@@ -50,18 +50,18 @@ def test_pre_norm_layers(layer_scale):
         close(got[b], want)
 
 
-def gradient_of_stack(remat, unroll):
+def gradient_of_stack(remat):
     """The gradient as a function, and the parameters to take it at."""
     x = normal(1, B, M, 8)
-    stack = PreNormStack(2, 2, 2.0, 1e-6, None, (0.0, 0.0), remat, unroll, **FLOATS)
+    stack = PreNormStack(2, 2, 2.0, 1e-6, None, (0.0, 0.0), remat, **FLOATS)
     params = random_parameters(stack, x, False)
     return jax.grad(lambda p: jnp.sum(stack.apply({"params": p}, x, False) ** 2)), params
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("full", 2), ("dots", 1), ("dense", 1)])
-def test_remat_and_unrolling_change_nothing(remat, unroll):
-    plain, params = gradient_of_stack("none", 1)
-    other, _ = gradient_of_stack(remat, unroll)
+@pytest.mark.parametrize("remat", ["full", "dots", "dense"])
+def test_remat_changes_nothing(remat):
+    plain, params = gradient_of_stack("none")
+    other, _ = gradient_of_stack(remat)
     plain, other = jax.jit(plain)(params), jax.jit(other)(params)
     assert jax.tree.structure(plain) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
@@ -71,7 +71,7 @@ def test_remat_and_unrolling_change_nothing(remat, unroll):
 def test_what_remat_makes_again():
     """In matrix products: nothing, those of attention alone, or the whole forward pass."""
     none, dots, dense, full = (
-        matmul_flops(*gradient_of_stack(remat, 1)) for remat in ("none", "dots", "dense", "full")
+        matmul_flops(*gradient_of_stack(remat)) for remat in ("none", "dots", "dense", "full")
     )
     attention = 2 * 2 * (2 * B * M * M * 8)  # two layers: logits, and values mixed by them
     maps = 2 * (2 * B * M * 8 * (4 * 8 + 2 * 16))

@@ -190,6 +190,6 @@ class ReleasedSet:
                 "seed": 0,
                 "loss": self.loss_config(False),
                 "optimizer": optimizer,
-                "accumulation": {"micro_batches": 1, "contrast": "batch"},
+                "accumulation": {"micro_batches": 1},
             }
         )

@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from reference.steps import loss_terms
 
 from ovseg_jax.optim.ema_teacher import replace_teacher
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.calls import Calls
+from ovseg_jax.train.apply import apply
 from ovseg_jax.train.mask_terms import teacher_views, view
 from ovseg_jax.train.state import new_state, teacher_of
 from ovseg_jax.train.step import step_rngs, train_step
-from ovseg_jax.train.terms import loss_terms
 from ovseg_jax.weights.released import extra_tensors, to_released
 from released.arrays import relative
 
@@ -23,9 +23,9 @@ SMALLEST = 1e-6
 
 def passes(case, params, teacher, statistics):
     """Values of each image and text pass of a training step in both directions."""
-    call = Calls(case.model, params, statistics)
     rngs, config, noise = step_rngs(0, 0), case.loss_config(True), case.noise(True)
     batch, values = case.batch(), {}
+    given = (case.model, params, statistics)
 
     def record(name, pooled, seen):
         tokens = seen.tokens
@@ -36,20 +36,21 @@ def passes(case, params, teacher, statistics):
             values[f"{name}/{kind}"] = one.transpose(0, 2, 1)[:, None]
 
     def text(name, kind):
-        seen = call("text_tokens", batch[f"{kind}_ids"], True, rngs=rngs)
-        values[f"txt_{name}/text_x"] = call("embed_text", seen.pooled, True)
+        seen, _ = apply(*given, "text_tokens", batch[f"{kind}_ids"], True, rngs=rngs)
+        values[f"txt_{name}/text_x"], _ = apply(*given, "embed_text", seen.pooled, True)
         return seen
 
     names = {0: "online_image", 1: "online_cross"}
     groups = {}
     for i, image in enumerate((batch["image"], batch["image2"])):
-        tokens = call("visual_tokens", image, True, noise["online"][i], rngs=rngs)
-        record(f"img_{names[i]}", *view(call, tokens))
+        tokens, _ = apply(*given, "visual_tokens", image, True, noise["online"][i], rngs=rngs)
+        pooled, seen, _ = view(*given, tokens)
+        record(f"img_{names[i]}", pooled, seen)
         groups[i] = tokens.groups
     images = (batch["image"], batch["image2"])
-    drawn = teacher_views(call, teacher, images, config, rngs=rngs, noise=noise, mesh=None)
+    drawn, _ = teacher_views(*given, teacher, images, config, rngs=rngs, noise=noise, mesh=None)
     for i, name in ((0, "momentum_image"), (1, "momentum_cross")):
-        pooled = call("embed_image", jnp.mean(drawn[i].tokens.groups, axis=1), True)
+        pooled, _ = apply(*given, "embed_image", jnp.mean(drawn[i].tokens.groups, axis=1), True)
         record(f"img_{name}", pooled, drawn[i])
     text("caption", "caption")
     question = text("question", "masked")

@@ -1,6 +1,4 @@
-"""Accumulated gradients: equal to those of one batch, or those of its parts, as the config says."""
-
-import functools
+"""Accumulated gradients equal those of one batch."""
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +6,17 @@ import numpy as np
 import optax
 import pytest
 from reference.batches import adam_of, make_batch
+from reference.steps import assert_same, make_step, steps_on, take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.errors import UserError
 from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.build import build_model
-from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.accumulate import (
-    check_accumulation,
-    exact_gradient,
-    in_one,
-    in_parts,
-    micro_batch_gradient,
-)
-from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.state import new_state, state_shardings, teacher_of
-from ovseg_jax.train.step import compile_step, step_rngs, train_step
-from ovseg_jax.train.terms import example_rows, joint_loss
+from ovseg_jax.train.accumulate import exact_gradient, in_one, in_parts
+from ovseg_jax.train.loss import joint_loss, per_example_outputs
+from ovseg_jax.train.state import new_state, teacher_of
+from ovseg_jax.train.step import step_rngs
 
 COUNT, ROWS = 4, 24
 
@@ -85,32 +75,6 @@ def test_cached_embeddings_give_the_gradient_of_the_whole_batch(toy, devices):
         np.testing.assert_allclose(accumulated[name], value, rtol=1e-4, atol=limit, err_msg=name)
 
 
-def test_micro_batches_are_contrasted_each_within_itself(toy):
-    params, batch = toy
-
-    def loss_of(params, part, number, statistics):
-        loss, metrics = toy_loss(params, toy_rows(params, part, number), part)
-        return loss, (metrics, {"count": statistics["count"] + 1})
-
-    start = {"count": jnp.zeros((), jnp.int32)}
-    run = jax.jit(lambda p, b: micro_batch_gradient(loss_of, p, b, start, COUNT, None))
-    loss, metrics, statistics, gradient = run(params, batch)
-    assert statistics["count"] == COUNT
-    parts = [jax.tree.map(lambda x, i=i: x[i::COUNT], batch) for i in range(COUNT)]
-    each = [
-        jax.value_and_grad(loss_of, has_aux=True)(params, part, i, start)
-        for i, part in enumerate(parts)
-    ]
-    np.testing.assert_allclose(loss, np.mean([value for (value, _), _ in each]), rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    for name in params:
-        mean = np.mean([grads[name] for _, grads in each], axis=0)
-        np.testing.assert_allclose(gradient[name], mean, rtol=1e-4, atol=1e-6)
-    # Fewer negatives: another loss than that of the whole batch.
-    whole, _ = toy_loss(params, toy_rows(params, batch, 0), batch)
-    assert abs(whole - loss) > 0.1
-
-
 def test_parts_and_back():
     batch = {"x": jnp.arange(12)}
     parts = in_parts(batch, 3, None)
@@ -123,7 +87,7 @@ def test_parts_and_back():
 
 @pytest.fixture(scope="module")
 def run(shared_tiny_config, tiny_boxed, tiny_params):
-    """Five steps of a model in which nothing is drawn at random: (metrics of each, last state)."""
+    """Five steps of a model in which nothing is drawn at random."""
 
     def run(micro_batches, mask_weight):
         config = shared_tiny_config.copy_and_resolve_references()
@@ -132,25 +96,9 @@ def run(shared_tiny_config, tiny_boxed, tiny_params):
         config.accumulation.micro_batches = micro_batches
         mesh = sharding.make_mesh(devices=jax.devices()[:2])
         tx = make_optimizer(config.optimizer, tiny_params)
-        step = functools.partial(
-            train_step,
-            model=build_model(config.model),
-            tx=tx,
-            rate=lambda step: np.float32(1e-3) + 0 * step.astype(np.float32),
-            config=config,
-            mask_weight=mask_weight,
-            frozen=(),
-            mesh=mesh,
-        )
         start = jax.device_get(jax.jit(lambda p: new_state(p, tx, ()))(tiny_params))
-        shardings = state_shardings(start, sharding.parameter_shardings(tiny_boxed, mesh), mesh)
-        compiled = compile_step(step, shardings, mesh)
-        state, history = jax.device_put(start, shardings), []
-        for index in range(5):
-            batch = make_batch(index, second=mask_weight > 0)
-            state, metrics = compiled(state, sharding.put_batch(batch, mesh))
-            history.append(jax.device_get(metrics))
-        return history, jax.device_get(state)
+        step = make_step(build_model(config.model), config, tx, mesh, mask_weight)
+        return take_steps(steps_on(mesh, tiny_boxed, start, step), 5, second=mask_weight > 0)
 
     return run
 
@@ -171,27 +119,22 @@ def test_a_step_draws_dropout_and_groups_alike_in_both_passes(
 
     @jax.jit
     def directly(params, first):
-        rngs, teacher, rows = step_rngs(config.seed, 0), teacher_of(start, ()), []
+        rngs, teacher, outputs = step_rngs(config.seed, 0), teacher_of(start, ()), []
         for number in range(COUNT):
             part = {name: x[number::COUNT] for name, x in batch.items()}
             draws = {name: jax.random.fold_in(key, first + number) for name, key in rngs.items()}
             keywords = {**common, "text_dropout": True, "rngs": draws}
-            rows.append(example_rows(tiny_model, params, teacher, part, config.loss, **keywords)[0])
-        rows = in_one(jax.tree.map(lambda *parts: jnp.stack(parts), *rows))
-        return joint_loss(tiny_model, params, rows, batch, config.loss, **common)[0]
+            outputs.append(
+                per_example_outputs(tiny_model, params, teacher, part, config.loss, **keywords)[0]
+            )
+        outputs = in_one(jax.tree.map(lambda *parts: jnp.stack(parts), *outputs))
+        scale = tiny_model.apply({"params": params}, method="logit_scale")
+        return joint_loss(scale, outputs, batch, config.loss, **common)[0]
 
     want, gradient = jax.value_and_grad(directly)(tiny_params, 0)
     other, _ = jax.value_and_grad(directly)(tiny_params, 1)
     assert abs(want - other) > 0.01  # the draws matter
-    step = functools.partial(
-        train_step,
-        model=tiny_model,
-        tx=tx,
-        rate=lambda step: np.float32(1e-3) + 0 * step.astype(np.float32),
-        config=config,
-        frozen=(),
-        **common,
-    )
+    step = make_step(tiny_model, config, tx, None, common["mask_weight"])
     state, metrics = jax.jit(step)(start, batch)
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
     norm = optax.tree.norm(gradient)
@@ -207,39 +150,5 @@ def test_a_step_draws_dropout_and_groups_alike_in_both_passes(
 @pytest.mark.slow
 @pytest.mark.parametrize("mask_weight", [0.0, 0.1])
 def test_accumulated_steps_are_those_of_one_batch(run, tiny_params, mask_weight):
-    (whole, one), (parts, other) = run(1, mask_weight), run(4, mask_weight)
-    for a, b in zip(whole, parts, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
-    start = flatten(tiny_params)
-    # The teacher moves once a step, not once a micro-batch.
-    for part in (lambda s: s.params, lambda s: find_teacher(s.opt_state)):
-        first, second = flatten(part(one)), flatten(part(other))
-        for path, a in first.items():
-            if path.endswith(("attention/key/bias", "query/bias", "group_norm/bias")):
-                continue  # a gradient of zero but for rounding
-            apart = np.linalg.norm(a - second[path]) / np.linalg.norm(a - start[path])
-            assert apart < 0.01, f"{path}: {apart}"
-
-
-# ---- refused
-
-
-@pytest.mark.parametrize(
-    ("spec", "batch_size", "norm", "message"),
-    [
-        ({"contrast": "all"}, 8, "none", "'batch', 'micro_batch'"),
-        ({"micro_batches": 0}, 8, "none", "must be at least 1"),
-        ({"micro_batches": 2}, 8, "batch", "cannot be exact with batch norms"),
-        ({"micro_batches": 3}, 16, "none", "does not divide into 3 micro-batches on 8"),
-    ],
-)
-def test_what_cannot_be_accumulated(tiny_config, spec, batch_size, norm, message):
-    tiny_config.accumulation.update(spec)
-    tiny_config.model.projector_norm = norm
-    tiny_config.data = {"transform": {"kind": "none", "size": 32}}
-    tiny_config.phases = ({"name": "one", "steps": 1, "batch_size": batch_size},)
-    phases = make_phases(tiny_config, 100)
-    with pytest.raises(UserError, match=message):
-        check_accumulation(tiny_config, phases, sharding.make_mesh())
+    """The teacher too, which moves once a step, not once a micro-batch."""
+    assert_same(run(1, mask_weight), run(4, mask_weight), tiny_params)

@@ -1,25 +1,34 @@
-"""The parts of ahead-of-time compilation that need no TPU compiler."""
+"""Ahead-of-time compilation: what needs no TPU compiler, the command, and the real compiler."""
 
 import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ovseg_jax import platforms, sharding
+from ovseg_jax import aot, platforms, sharding
 from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
-from ovseg_jax.train.aot import chips, devices, measure
-from ovseg_jax.train.aot.collectives import collectives_of, totals
-from ovseg_jax.train.aot.inputs import batch_shapes
-from ovseg_jax.train.flops import matmul_flops
+from ovseg_jax.progress import Progress
+from ovseg_jax.train import chips, compile_ahead
+from ovseg_jax.train.compile_ahead import Collective, Measured, batch_shapes, collectives_of
+from ovseg_jax.train.loop import TextCuts
 from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.report import Progress
 from ovseg_jax.train.run import make_run
-from ovseg_jax.train.text_cuts import TextCuts
+
+ROOT = Path(__file__).parents[2]
 
 # ---- collectives
 
@@ -48,26 +57,17 @@ def looped():
 
 def test_collectives_of_a_compiled_program(looped):
     (gather,) = [one for one in looped if one.kind == "all-gather"]
-    assert gather.shapes == (("f32", (16, 5)),) and gather.times == 1
-    assert gather.bytes == 16 * 5 * 4
+    assert gather.shapes == (("f32", (16, 5)),) and gather.bytes == 16 * 5 * 4
     assert "all_gather" in gather.source
-    times = sorted(one.times for one in looped if one.kind == "all-reduce")
-    assert times == [1, 3]
-    assert totals(looped)["all-reduce"] == (4, 3 * 2 * 5 * 4 + 4)
+    sizes = sorted(one.bytes for one in looped if one.kind == "all-reduce")
+    assert sizes == [4, 2 * 5 * 4]  # that of the loop once
 
 
 def test_links_of_a_chain_are_one_collective():
-    """The text of the TPU compiler: layouts in shapes, trip counts in the loops' conditions."""
+    """In the text of the TPU compiler, whose shapes have layouts."""
     text = """HloModule m
-%cond (p: (s32[], f32[4])) -> pred[] {
-  %p = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
-  %limit = s32[]{:T(128)} constant(6)
-  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
-}
-
 %body (p.1: (s32[], f32[4])) -> (s32[], f32[4]) {
   %r = (f32[4]{0:T(128)S(1)}, bf16[2,3]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b), channel_id=3
-  ROOT %t = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%i, %x)
 }
 
 %start (p.2: f32[2,8]) -> f32[16,8] {
@@ -77,46 +77,14 @@ def test_links_of_a_chain_are_one_collective():
 %link (p.3: f32[2,8]) -> f32[16,8] {
   ROOT %g2 = f32[16,8]{1,0:T(8,128)} all-gather(%p.3), channel_id=1, attributes={chain_id="0"}
 }
-
-ENTRY %main (x: f32[2,8]) -> f32[16,8] {
-  %w = (s32[]{:T(128)}, f32[4]{0:T(128)}) while(%t.1), condition=%cond, body=%body
-  %f = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%start
-  ROOT %g = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%link
-}
 """
-    assert totals(collectives_of(text)) == {
-        "all-reduce": (6, 6 * (16 + 12)),
-        "all-gather": (1, 16 * 8 * 4),
-    }
+    assert collectives_of(text) == [
+        Collective("all-reduce", (("f32", (4,)), ("bf16", (2, 3))), ""),
+        Collective("all-gather", (("f32", (16, 8)),), ""),
+    ]
 
 
 # ---- operations
-
-
-def test_operations_of_matrix_products():
-    a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
-    product = 2 * 2 * 3 * 4 * 5
-    assert matmul_flops(lambda a, b: a @ b, a, b) == product
-
-    def looped(a, b):
-        def body(carry, _):
-            return carry + jnp.sum(a @ b), None
-
-        return jax.lax.scan(body, jnp.float32(0), None, length=7)[0]
-
-    assert matmul_flops(looped, a, b) == 7 * product
-    # The gradient with respect to both operands is two more products of the same size.
-    loss = lambda a, b: jnp.sum(jnp.sin(a @ b))  # noqa: E731
-    assert matmul_flops(jax.grad(loss, (0, 1)), a, b) == 3 * product
-    again = jax.checkpoint(loss)
-    assert matmul_flops(jax.grad(again, (0, 1)), a, b) == 4 * product
-    mesh = sharding.make_mesh()
-    everywhere = jax.shard_map(
-        lambda a, b: a @ b, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
-    )
-    assert matmul_flops(everywhere, a, b) == 8 * product
-    either = lambda a, b: jax.lax.cond(a[0, 0, 0] > 0, jnp.matmul, lambda a, b: 0 * (a @ b), a, b)  # noqa: E731
-    assert matmul_flops(either, a, b) == product
 
 
 def test_operations_of_a_vision_transformer_are_those_of_its_formula():
@@ -125,7 +93,7 @@ def test_operations_of_a_vision_transformer_are_those_of_its_formula():
     config.loss.entity_weight = 0.0
     config.phases[0]["batch_size"] = 64
     machine = chips.machine_of("h100:8")
-    found = measure.measured(config, machine, None, 0, 32)
+    found = compile_ahead.measured(config, machine, None, 0, 32)
     tokens, words, width = 204, 32, 768
     image = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width)
     text = 12 * (24 * words * width**2 + 4 * words**2 * width)
@@ -134,7 +102,7 @@ def test_operations_of_a_vision_transformer_are_those_of_its_formula():
     assert found.fits is None and found.collectives is None
     # Parameters, two moments and the visual encoder's teacher, 4 bytes each; 8 images.
     state = 4 * (3 * found.parameters + 96_000_000)
-    assert found.memory.arguments == pytest.approx(state, rel=0.05)
+    assert found.arguments == pytest.approx(state, rel=0.05)
 
 
 # ---- shapes
@@ -184,7 +152,7 @@ def test_without_the_compiler(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ovseg_jax\[aot\]'"):
-        devices.devices_of(chips.machine_of("v5e:4x4"))
+        chips.devices_of(chips.machine_of("v5e:4x4"))
 
 
 @pytest.mark.parametrize(
@@ -199,9 +167,9 @@ def test_what_the_compiler_refuses(monkeypatch, says, message):
         raise RuntimeError(says)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(devices.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
     with pytest.raises(UserError, match=message) as caught:
-        devices.devices_of(chips.machine_of("v5e:3x5"))
+        chips.devices_of(chips.machine_of("v5e:3x5"))
     assert "\n" not in str(caught.value)
 
 
@@ -218,20 +186,18 @@ def test_a_step_that_does_not_fit(says, total):
         def compile(self):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of {says}")
 
-    memory, fits, collectives = measure.compiled(Lowered(), 2 * chips.GIB, 16 * chips.GIB)
-    assert not fits and collectives is None and memory.arguments == 2 * chips.GIB
+    arguments, temporaries, found, collectives = compile_ahead.compiled(Lowered(), 2 * chips.GIB)
+    assert collectives is None and arguments == 2 * chips.GIB
     if total is None:
-        assert memory.total is None and memory.temporaries is None
+        assert found is None and temporaries is None
     else:
-        assert memory.total == int(total * chips.GIB)
-        assert memory.temporaries == int((total - 2) * chips.GIB)
+        assert found == int(total * chips.GIB) and temporaries == int((total - 2) * chips.GIB)
 
 
-def test_a_step_that_fits_must_fit_in_what_is_available():
+def test_a_step_that_fits_says_what_it_takes():
     program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**18,), jnp.float32))
-    memory, fits, _ = measure.compiled(program, 0, 2**30)
-    assert fits and memory.total >= 2**21 > memory.arguments == 2**20
-    assert not measure.compiled(program, 0, memory.total - 1)[1]
+    arguments, _, total, collectives = compile_ahead.compiled(program, 0)
+    assert total >= 2**21 > arguments == 2**20 and collectives == []
 
 
 def test_a_program_for_another_platform_rounds_as_that_one_does():
@@ -247,3 +213,153 @@ def test_a_program_for_another_platform_rounds_as_that_one_does():
         assert "bf16" in str(jax.make_jaxpr(lambda a, b: attention(a, b) + 0.0)(a, a))
     assert platforms.target() == "cpu"
     assert "bf16" in str(jax.make_jaxpr(product)(a[0, 0], a[0, 0].T))
+
+
+# ---- the command
+
+
+def _found(phase, batch_size, fits, total, **changes):
+    values = {"arguments": 1, "temporaries": total - 1, "flops": 1, "collectives": [], **changes}
+    return Measured(phase, batch_size, 1, total=total, fits=fits, model_flops=1, **values)
+
+
+def test_the_tables():
+    config = load_config("configs/vitb.py")
+    machine = chips.machine_of("v5e:4x4")
+    exchanged = [
+        Collective("all-gather", (("f32", (2048, 256)),), "embeddings"),
+        Collective("all-reduce", (("f32", (1024,)),), "gradients"),
+    ]
+    found = _found(
+        "align", 2048, True, 5 * chips.GIB, flops=4 * 197 * 10**12, collectives=exchanged
+    )
+    text = aot.step_table(config, machine, [found])
+    cells = {line[:28].strip(): line[28:].strip() for line in text.splitlines()}
+    assert cells["mesh, data x fsdp x tensor"] == "16 x 1 x 1"
+    assert cells["total"] == "5.00 GiB" and cells["of"] == "16.00 GiB"
+    assert cells["ms per step at peak"] == "250.0"  # a quarter of a second: 4 / 16
+    text = aot.collectives_table(found, 1.0)
+    assert "f32[2048, 256]" in text and "2.0 MiB" in text and "all-reduce" not in text
+    assert "f32[1024]" in aot.collectives_table(found, 0.0)
+
+
+def test_search_doubles_and_halves_on_every_mesh(monkeypatch, capsys):
+    """A chip that holds 100 pairs in the first phase, 80 in the second, none with 'tensor'."""
+    asked = []
+
+    def measured(config, machine, present, index, length):
+        batch_size = config.phases[index]["batch_size"]
+        asked.append((tuple(config.mesh.values()), index, batch_size))
+        chips_of_batch = config.mesh.data * config.mesh.fsdp
+        room = (100, 80)[index] if config.mesh.tensor == 1 else 0
+        a_chip = batch_size // chips_of_batch
+        return _found(f"phase {index}", batch_size, a_chip <= room, a_chip * 2**20)
+
+    monkeypatch.setattr(chips, "devices_of", lambda machine: [])
+    monkeypatch.setattr(chips, "available_memory", lambda present: 15 * chips.GIB)
+    monkeypatch.setattr(compile_ahead, "measured", measured)
+    config = ["--config=configs/vitb.py", "--topology=v5e:2x2", "--search"]
+    assert aot.main([*config, "--batch_size=100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mesh 4 x 1 x 1, batch 100: 'phase 1' fits, 25.0 MiB a chip of 15.00 GiB"
+    tried = "mesh 4 x 1 x 1, batch 400: 'phase 1' does not fit, 100.0 MiB a chip of 15.00 GiB"
+    assert tried in lines
+    rows = [line.split() for line in lines[-3:]]
+    assert rows[0] == ["4", "x", "1", "x", "1", "200", "50"]
+    assert rows[2] == ["1", "x", "2", "x", "2", "none", "-"]
+    # The phase that needs most is asked first, and alone where it does not fit.
+    assert [index for mesh, index, size in asked if size == 400 and mesh == (4, 1, 1)] == [1]
+    monkeypatch.setitem(chips.CHIPS, "v5e", chips.CHIPS["v6e"])
+    monkeypatch.setattr(
+        compile_ahead, "measured", lambda config, *_: _found("all", 1, False, 2**40)
+    )
+    assert aot.main(config) == 1
+
+
+@given(st.integers(1, 3000), st.integers(1, 512), st.integers(0, 10_000))
+def test_search_finds_the_largest_of_its_sizes(start, step, room):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        assert size % step == 0
+        return size <= room
+
+    found = aot.largest(fits, start, step)
+    if found is None:
+        assert min(tried) > room and min(tried) < 2 * step
+    else:
+        assert found <= room and (2 * found > room or min(t for t in tried if t > found) > room)
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_a_gpu_is_counted_without_a_compiler(capsys):
+    code = aot.main(["--config=configs/quickstart.py", "--topology=h100:2"])
+    assert code == 0
+    text = capsys.readouterr().out
+    assert "2 x 1 x 1" in text and "needs a GPU" in text
+    with pytest.raises(UserError, match="--search needs a compiler"):
+        aot.main(["--config=configs/quickstart.py", "--topology=h100:2", "--search"])
+    with pytest.raises(UserError, match="does not divide over 7 batch shards"):
+        aot.main(["--config=configs/quickstart.py", "--topology=h100:7"])
+
+
+def test_hours_of_a_whole_run(monkeypatch, capsys):
+    config = load_config("configs/vitb.py")
+    machine = chips.machine_of("v5e:4x4")
+    second = machine.count * machine.chip.peak
+    steps = [62_988, 20_996]  # 30 and 10 epochs of 4.3 million pairs at batch 2048
+    times = iter((0.2 * second, 0.4 * second))
+
+    def measured(*_):
+        return _found("x", 2048, True, 1, flops=int(next(times)))
+
+    monkeypatch.setattr(chips, "devices_of", lambda machine: [])
+    monkeypatch.setattr(chips, "available_memory", lambda present: 15 * chips.GIB)
+    monkeypatch.setattr(compile_ahead, "measured", measured)
+    command = ["--config=configs/vitb.py", "--topology=v5e:4x4", "--pairs=4300000"]
+    assert aot.main([*command, "--utilization=0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    rows = [re.split(r"  +", line) for line in lines]
+    hours = [steps[0] * 0.4 / 3600, steps[1] * 0.8 / 3600]
+    hours.append(sum(hours))
+    names = [phase["name"] for phase in config.phases]
+    assert rows[0] == ["at 50% of the peak", *names, "together"]
+    assert rows[2] == ["steps", "62988", "20996", "83984"]
+    assert rows[3][:3] == ["seconds per step", "0.4", "0.8"]
+    for row, factor in zip(rows[4:], (1, 16), strict=True):
+        np.testing.assert_allclose(
+            [float(cell) for cell in row[1:]], np.multiply(hours, factor), 0.05
+        )
+    with pytest.raises(UserError, match="--utilization=1.5"):
+        aot.main([*command, "--utilization=1.5"])
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Environment of a process that compiles for TPUs."""
+    library = Path(sys.prefix, "tpu_compiler", "libtpu", "libtpu.so")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("the TPU compiler is for Linux on x86-64")
+    if library.exists():
+        return {**os.environ, "TPU_LIBRARY_PATH": str(library)}
+    assert importlib.util.find_spec("libtpu"), f"no {library}: bash launch/test.sh installs it"
+    return dict(os.environ)
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_the_step_with_its_callback(compiler):
+    """Both phases on a data mesh: no all-gather but of embeddings, none around the callback."""
+    command = [sys.executable, "-m", "ovseg_jax.aot", "--config=tests/tiny.py"]
+    ended = subprocess.run(
+        [*command, "--topology=v5e:2x2", "--collectives_above=0"],
+        cwd=ROOT, env=compiler, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert re.search(r"^fits +yes +yes$", ended.stdout, re.M)
+    assert re.search(r"^  of +15.75 GiB +15.75 GiB$", ended.stdout, re.M)
+    gathers = re.findall(r"^all-gather +(\w+)(\[.*?\])  +\d", ended.stdout, re.M)
+    assert gathers
+    for dtype, shape in gathers:
+        *_, width = json.loads(shape)
+        assert (dtype, width) == ("f32", 16), "16 is the width of the tiny model's embeddings"

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,7 @@ from reference.batches import make_batch
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
-from ovseg_jax.train.recovery import restore_latest
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.state_shapes import abstract_state
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +39,13 @@ def state_of(step, rows=4):
 
 def abstract(state):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return abstract_state(state, jax.tree.map(lambda _: here, state))
+    return laid_out(state, jax.tree.map(lambda _: here, state))
+
+
+def laid_out(state, shardings):
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def restore(folder):
     said = []
     checkpoints = Checkpoints(folder)
     try:
-        found = restore_latest(checkpoints, lambda _: abstract(state_of(0)), said.append)
+        found = checkpoints.restore_latest(lambda _: abstract(state_of(0)), said.append)
     finally:
         checkpoints.close()
     return found, "\n".join(said)
@@ -90,20 +95,35 @@ def test_the_latest_two_are_kept_and_restored(copy):
     assert sorted(path.name for path in (copy / "latest").iterdir()) == ["3", "6"]
 
 
-def test_the_best_is_kept_apart_however_long_it_stays_the_best(copy):
+def test_the_best_stays_however_old_it_is_and_is_never_the_latest(copy):
     checkpoints = Checkpoints(copy)
-    checkpoints.save(state_of(7), {"phase": 7, "miou": 3.0}, best=True)
+    assert checkpoints.best() is None
+    checkpoints.mark_best(3, 3.0, "mIoU")
     for step in (7, 8, 9):
         checkpoints.save(state_of(step), {"phase": step})
-    checkpoints.wait()
-    assert checkpoints.steps() == [8, 9] and checkpoints.steps(best=True) == [7]
-    assert checkpoints.position(best=True) == {"phase": 7, "miou": 3.0, "step": 7}
-    best = checkpoints.restore(abstract(state_of(0)), best=True)
-    jax.tree.map(np.testing.assert_array_equal, best, state_of(7))
-    checkpoints.save(state_of(10), {"phase": 10, "miou": 4.0}, best=True)
     checkpoints.close()
-    assert checkpoints.steps(best=True) == [10]
-    assert_is(restore(copy)[0], 9)
+    checkpoints = Checkpoints(copy)
+    assert checkpoints.steps() == [3, 8, 9]
+    assert checkpoints.best() == {"step": 3, "miou": 3.0, "metric": "mIoU"}
+    best = checkpoints.restore(abstract(state_of(0)), 3)
+    jax.tree.map(np.testing.assert_array_equal, best, state_of(3))
+    checkpoints.mark_best(9, 4.0, "mIoU")
+    for step in (10, 11, 12):
+        checkpoints.save(state_of(step), {"phase": step})
+    checkpoints.close()
+    assert checkpoints.steps() == [9, 11, 12]
+    assert_is(restore(copy)[0], 12)
+
+
+def test_a_damaged_best_is_none(copy):
+    checkpoints = Checkpoints(copy)
+    checkpoints.mark_best(6, 3.0, "mIoU")
+    checkpoints.close()
+    (copy / "latest" / "6" / "files.json").unlink()
+    assert_is(restore(copy)[0], 3)
+    reader = Checkpoints(copy, read_only=True)
+    assert reader.best() is None and reader.steps() == [3]
+    reader.close()
 
 
 @pytest.mark.parametrize("part", [0.0, 0.6])
@@ -150,6 +170,17 @@ def test_a_run_goes_on_saving_after_a_fall_back(copy):
     assert_is(restore(copy)[0], 6)
 
 
+def test_a_checkpoint_that_does_not_fit_the_disk_is_refused(copy, monkeypatch):
+    usage = SimpleNamespace(free=1_000_000)
+    checkpoints = Checkpoints(copy)
+    state = state_of(7, rows=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="step 7: .*latest has 1.0 MB left, .* takes 4.8 MB. That"):
+        checkpoints.save(state, {"phase": 7})
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 6]
+
+
 def test_nothing_whole_is_an_error_and_nothing_at_all_a_beginning(copy, tmp_path):
     for step in ("3", "6"):
         (copy / "latest" / step / "files.json").unlink()
@@ -161,7 +192,7 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_a_beginning(copy, tmp_path
 def test_other_shapes_are_no_damage(copy):
     checkpoints = Checkpoints(copy)
     with pytest.raises(Misfit, match=r"params/a: saved \(4, 300\), needed \(5, 300\)"):
-        restore_latest(checkpoints, lambda _: abstract(state_of(0, rows=5)), print)
+        checkpoints.restore_latest(lambda _: abstract(state_of(0, rows=5)), print)
     checkpoints.close()
     assert checkpoints.steps() == [3, 6]
 
@@ -181,7 +212,7 @@ def test_what_a_killed_save_left_is_removed_by_a_run_but_not_by_a_reader(copy):
 
 def test_a_reader_makes_no_folders(tmp_path):
     reader = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
-    assert reader.position() is None and reader.position(best=True) is None
+    assert reader.position() is None and reader.best() is None
     reader.close()
     assert not list(tmp_path.iterdir())
 
@@ -193,8 +224,8 @@ def test_the_next_step_is_the_same_on_another_mesh(make_steps, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, {"phase": 0})
     checkpoints.wait()
-    there = checkpoints.restore(abstract_state(mixed.start, mixed.shardings))
-    here = checkpoints.restore(abstract_state(one.start, one.shardings))
+    there = checkpoints.restore(laid_out(mixed.start, mixed.shardings))
+    here = checkpoints.restore(laid_out(one.start, one.shardings))
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), jax.device_get(here))
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(there))

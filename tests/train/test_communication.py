@@ -8,7 +8,7 @@ import pytest
 from reference.batches import B, make_batch
 
 from ovseg_jax import sharding
-from ovseg_jax.train.aot.collectives import KINDS, collectives_of
+from ovseg_jax.train.compile_ahead import COLLECTIVES, collectives_of
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +75,6 @@ def test_the_matching_on_the_host_is_local(compiled, mesh, shards):
     assert local in made
     assert f"f32[{2 * B},{GROUPS},{GROUPS}]" not in program
     for line in program.splitlines():
-        if re.search(rf" ({'|'.join(KINDS)})(-start)?\(", line):
+        if re.search(rf" ({'|'.join(COLLECTIVES)})(-start)?\(", line):
             assert local not in line
             assert f"s32[{2 * B // shards},{GROUPS}]" not in line

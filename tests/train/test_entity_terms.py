@@ -7,14 +7,12 @@ import optax
 import pytest
 from flax import linen as nn
 from reference.batches import VOCABULARY, B, M, make_batch
+from reference.steps import make_terms
 
 from ovseg_jax.data.captions import Masking
-from ovseg_jax.errors import UserError
 from ovseg_jax.losses.objective import masked_token_loss
 from ovseg_jax.models.build import build_model
-from ovseg_jax.train.entity_terms import check_entity_config, masking_of
 from ovseg_jax.train.step import step_rngs
-from ovseg_jax.train.terms import loss_terms
 from ovseg_jax.weights.initialize import init_params
 
 CLASSES, NOUNS, STEPS = 5, 2, 6
@@ -52,22 +50,9 @@ def make(shared_tiny_config):
         config = model_config(shared_tiny_config, masking)
         model = build_model(config.model)
 
-        def terms(params, batch):
-            loss, (metrics, _) = loss_terms(
-                model,
-                params,
-                None,
-                batch,
-                config.loss,
-                mask_weight=0.0,
-                text_dropout=False,
-                rngs=step_rngs(0, 0),
-                mesh=None,
-            )
-            return loss, metrics
-
         params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
-        return model, params, terms
+        terms = make_terms(model, config.loss)
+        return model, params, lambda params, batch: terms(params, None, batch)
 
     return build
 
@@ -129,47 +114,3 @@ def test_masked_tokens_are_classified_with_or_without_groups(masking, make, batc
     other = {**batch, "image": 255 - batch["image"]}
     same = np.allclose(np.asarray(logits(params, other)), np.asarray(found), atol=1e-6)
     assert same == (masking is Masking.MLM)
-
-
-def whole_config(tiny, masking=Masking.ALL_ENTITIES):
-    config = model_config(tiny, masking)
-    config.data = {"cache_texts": False, "nouns": 0}
-    return config
-
-
-def test_configs_that_fit(shared_tiny_config):
-    for masking in Masking:
-        config = whole_config(shared_tiny_config, masking)
-        config.data.nouns = 3
-        check_entity_config(config, 9, CLASSES)
-        assert masking_of(config.loss) is masking
-
-
-@pytest.mark.parametrize(
-    ("masking", "change", "said"),
-    [
-        (Masking.ALL_ENTITIES, {"loss.masking": "entities"}, "'single_entity'"),
-        (Masking.SINGLE_ENTITY, {"loss.entity_weight": 0.0}, "no effect"),
-        (Masking.SINGLE_ENTITY, {"data.cache_texts": True}, "cache_texts"),
-        (Masking.ALL_NOUNS, {"model.decoder": None}, "decoder"),
-        (Masking.MULTI_LABEL, {}, "config.data.nouns"),
-        (Masking.MULTI_LABEL, {"data.nouns": 3, "loss.noun_weight": 1.0}, "noun_weight"),
-        (Masking.MLM, {"model.token_classes": 3}, "token_classes = 5"),
-        (Masking.MLM, {"model.token_classes_from": "decoder"}, "'text'"),
-        (Masking.MLM_GROUPS, {"model.token_classes": 0}, "'decoder'"),
-    ],
-)
-def test_configs_that_do_not_fit(masking, change, said, shared_tiny_config):
-    config = whole_config(shared_tiny_config, masking)
-    with config.ignore_type():
-        for key, value in change.items():
-            part, _, name = key.partition(".")
-            config[part][name] = value
-    with pytest.raises(UserError, match=said):
-        check_entity_config(config, 9, CLASSES)
-
-
-def test_masked_tokens_need_a_mask_token(shared_tiny_config):
-    config = whole_config(shared_tiny_config, Masking.MLM)
-    with pytest.raises(UserError, match="mask token"):
-        check_entity_config(config, -1, CLASSES)

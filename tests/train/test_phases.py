@@ -1,20 +1,20 @@
-"""Phases: their place in the order of examples, their image transforms, what caches refuse."""
+"""Phases: their place in the order of examples, their transforms, what one hands to the next."""
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.batches import adam_of
 
-from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
-from ovseg_jax.train.phases import (
-    check_batch_sizes,
-    check_cached_images,
-    make_phases,
-    rate_shares,
-    weak_phases,
-)
+from ovseg_jax.optim import groups
+from ovseg_jax.optim.ema_teacher import find_teacher
+from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.train.phases import make_phases, rate_shares, weak_phases
+from ovseg_jax.train.state import new_state, next_phase_state
 
 CROP = {"kind": "crop", "size": 32}
 ERASE = {**CROP, "erase": {"probability": 0.25}}
@@ -95,19 +95,65 @@ def test_wrong_fields_are_named_with_their_place(tiny_config):
         make_phases(tiny_config, records=100)
 
 
-def test_what_cached_images_refuse(tiny_config):
-    check_cached_images(phases_of(tiny_config, None, CROP))
-    with pytest.raises(UserError, match="the same transform"):
-        check_cached_images(phases_of(tiny_config, None, {**CROP, "size": 16}))
-    with pytest.raises(UserError, match="erase"):
-        check_cached_images(phases_of(tiny_config, ERASE, ERASE))
+# ---- from one phase to the next: moments, teacher, parameters frozen or set free
+
+SHAPES = {
+    "image_encoder/trunk/kernel": (2, 3),
+    "image_encoder/group/kernel": (3,),
+    "text_encoder/word": (4, 2),
+    "head/kernel": (2,),
+}
+TRUNK, TEXT = "^image_encoder/trunk", "^text_encoder/"
 
 
-def test_batches_of_every_phase_must_divide_before_the_first_begins(tiny_config):
-    """As where a run goes on with another number of devices."""
-    tiny_config.data = {"transform": CROP}
-    tiny_config.phases = ({"steps": 5, "batch_size": 8}, {"steps": 5, "batch_size": 20})
-    phases = make_phases(tiny_config, records=100)
-    check_batch_sizes(phases, sharding.make_mesh(2, 2, 2))
-    with pytest.raises(UserError, match=r"phases\[1\].batch_size = 20 .* 8 .*: give 16 or 24,"):
-        check_batch_sizes(phases, sharding.make_mesh())
+def optimizer(config, params, frozen):
+    config.optimizer.decay_rules = config.optimizer.rate_rules = [(".*", 1.0)]
+    return make_optimizer(config.optimizer, groups.split(params, frozen)[0])
+
+
+@pytest.fixture
+def ended(tiny_config):
+    """The state at the end of a phase with a frozen trunk, seven steps old, two skipped."""
+    rng = np.random.default_rng(0)
+    drawn = {path: jnp.asarray(rng.normal(size=x), jnp.float32) for path, x in SHAPES.items()}
+    params = groups.nest(drawn)
+    tx = optimizer(tiny_config, params, (TRUNK,))
+    state = new_state(params, tx, (TRUNK,))
+    trainable, _ = groups.split(params, (TRUNK,))
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    _, opt_state = tx.update(ones, state.opt_state, trainable, rate=jnp.float32(0.5))
+    return state.replace(opt_state=opt_state, step=jnp.int32(7), skipped=jnp.int32(2))
+
+
+@pytest.mark.parametrize("optimizer_choice", ["continue", "fresh"])
+@pytest.mark.parametrize("teacher_choice", ["keep", "reset"])
+def test_moments_and_teacher(tiny_config, ended, optimizer_choice, teacher_choice):
+    """The trunk is set free and the text encoder frozen."""
+    tx = optimizer(tiny_config, ended.params, (TEXT,))
+    begun = next_phase_state(ended, tx, (TEXT,), optimizer=optimizer_choice, teacher=teacher_choice)
+    assert begun.step == 7 and begun.skipped == 2
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, begun.params, ended.params))
+    # The layout is that of a state made for the new phase.
+    fresh = new_state(ended.params, tx, (TEXT,))
+    assert jax.tree.structure(begun) == jax.tree.structure(fresh)
+
+    old, new = adam_of(ended), adam_of(begun)
+    before, after = groups.flatten(old.mu), groups.flatten(new.mu)
+    assert set(after) == set(SHAPES) - {"text_encoder/word"}
+    kept = optimizer_choice == "continue"
+    for path in ("image_encoder/group/kernel", "head/kernel"):
+        assert np.abs(before[path]).min() > 0
+        np.testing.assert_array_equal(after[path], before[path] if kept else 0)
+    np.testing.assert_array_equal(after["image_encoder/trunk/kernel"], 0)
+    assert new.count == (old.count if kept else 0)
+
+    student = groups.flatten(ended.params)
+    before, after = (groups.flatten(find_teacher(state.opt_state)) for state in (ended, begun))
+    assert set(after) == {"image_encoder/trunk/kernel", "image_encoder/group/kernel"}
+    group = "image_encoder/group/kernel"
+    assert not np.array_equal(before[group], student[group])
+    np.testing.assert_array_equal(
+        after[group], before[group] if teacher_choice == "keep" else student[group]
+    )
+    trunk = "image_encoder/trunk/kernel"  # had no teacher: starts at the student
+    np.testing.assert_array_equal(after[trunk], student[trunk])

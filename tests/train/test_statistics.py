@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from reference.batches import make_batch
-from reference.same_steps import NO_GRADIENT, assert_same, take_steps
+from reference.steps import NO_GRADIENT, assert_same, make_step, steps_on, take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.mask_terms import check_mask_config
-from ovseg_jax.train.state import new_state, next_phase_state, state_shardings
-from ovseg_jax.train.step import compile_step, train_step
+from ovseg_jax.train.state import new_state, next_phase_state
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
 ONE = (1, 1, 1)
@@ -65,7 +62,7 @@ def released_tiny(shared_tiny_config):
 
 @pytest.fixture(scope="module")
 def steps(released_tiny):
-    """The initial state, and the step of a mesh and a phase as `take_steps` wants it."""
+    """The initial state, and the `Steps` of a mesh and a phase."""
     config, model = released_tiny, build_model(released_tiny.model)
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
@@ -75,21 +72,7 @@ def steps(released_tiny):
     @functools.cache
     def make(shape, mask_weight):
         mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
-        step = functools.partial(
-            train_step,
-            model=model,
-            tx=tx,
-            rate=lambda step: np.float32(1e-3) + 0 * step.astype(np.float32),
-            config=config,
-            mask_weight=mask_weight,
-            frozen=(),
-            mesh=mesh,
-        )
-        shardings = state_shardings(start, sharding.parameter_shardings(boxed, mesh), mesh)
-        compiled = compile_step(step, shardings, mesh)
-        return lambda state, batch: compiled(
-            jax.device_put(state, shardings), sharding.put_batch(batch, mesh)
-        )
+        return steps_on(mesh, boxed, start, make_step(model, config, tx, mesh, mask_weight))
 
     return start, make
 
@@ -97,11 +80,11 @@ def steps(released_tiny):
 @pytest.fixture(scope="module")
 def runs(steps):
     """`Run`s of five steps on a mesh, each made once."""
-    start, make = steps
+    _, make = steps
 
     @functools.cache
     def run(shape, mask_weight):
-        return take_steps(make(shape, mask_weight), start, 5, second=mask_weight > 0)
+        return take_steps(make(shape, mask_weight), 5, second=mask_weight > 0)
 
     return run
 
@@ -124,7 +107,8 @@ def test_statistics_move_with_each_call(steps, runs):
 
 def test_statistics_lie_where_the_scale_of_their_norm_does(steps):
     start, make = steps
-    state, _ = make((2, 2, 2), 0.0)(start, make_batch(0, second=False))
+    made = make((2, 2, 2), 0.0)
+    state, _ = made(made.place(), make_batch(0, second=False))
     scale = state.params["text_projector"]["norm"]["scale"]
     norm = state.batch_stats["text_projector"]["norm"]
     for leaf in (scale, norm["mean"], norm["variance"]):
@@ -135,7 +119,8 @@ def test_statistics_lie_where_the_scale_of_their_norm_does(steps):
 def test_a_refused_step_leaves_the_statistics(steps):
     start, make = steps
     broken = start.replace(params={**start.params, "log_scale": np.float32(np.nan)})
-    state, metrics = jax.device_get(make(ONE, 0.1)(broken, make_batch(0)))
+    made = make(ONE, 0.1)
+    state, metrics = jax.device_get(made(made.place(broken), make_batch(0)))
     assert metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, start.batch_stats)
 
@@ -148,20 +133,3 @@ def test_a_phase_hands_its_statistics_on(steps, released_tiny):
     tx = make_optimizer(released_tiny.optimizer, start.params)
     state = next_phase_state(ended, tx, (), optimizer="fresh", teacher="reset")
     jax.tree.map(np.testing.assert_array_equal, dict(state.batch_stats), ended.batch_stats)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mask_maps": "pixels"}, "config.loss.mask_maps is 'pixels'"),
-        ({"mask_directions": "first"}, "'both', 'one'"),
-        ({"mask_cost": "L2"}, "'euclidean', 'cosine'"),
-        ({"matching": "hungarian"}, "config.loss.matching is 'hungarian'; .* 'host', 'device'"),
-        ({"mask_maps": "final_tokens"}, "needs mask_maps = 'binding'"),
-    ],
-)
-def test_a_mask_term_that_cannot_be_computed(released_tiny, changes, message):
-    config = released_tiny.loss.copy_and_resolve_references()
-    config.update(changes)
-    with pytest.raises(UserError, match=message):
-        check_mask_config(config)

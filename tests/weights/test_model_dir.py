@@ -194,7 +194,7 @@ def test_fields_of_older_versions(directory):
     """A field that is gone may have the value that is left; another value is refused."""
     info = json.loads((directory / "config.json").read_text())
     del info["this_file_sha256"]
-    info["model"]["text"] |= {"position_offset": 0, "token_types": 2}
+    info["model"]["text"] |= {"position_offset": 0, "token_types": 2, "unroll": 1}
     (directory / "config.json").write_text(json.dumps(info))
     load_model(directory)
     info["model"]["text"]["position_offset"] = 2

@@ -1,18 +1,98 @@
-"""Some steps of training, and what it means that two runs of them are equal but for rounding."""
+"""Train steps of small models: made, taken, and compared (equal but for rounding)."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from ovseg_jax import sharding
 from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
+from ovseg_jax.train.loss import joint_loss, per_example_outputs
+from ovseg_jax.train.state import state_shardings
+from ovseg_jax.train.step import compile_step, step_rngs, train_step
 from reference.batches import adam_of, make_batch
 
 # Softmax takes no notice of what is added to all its logits: these have a gradient of zero but
 # for rounding, which Adam blows up to full steps.
 NO_GRADIENT = ("attention/key/bias", "binding/query/bias", "binding/group_norm/bias")
+
+
+@dataclass
+class Steps:
+    """One compiled train step and what it needs."""
+
+    mesh: Any
+    shardings: Any
+    start: Any
+    compiled: Any
+
+    def place(self, state=None):
+        """A state (NumPy) on the devices; the initial one by default."""
+        return jax.device_put(self.start if state is None else state, self.shardings)
+
+    def __call__(self, state, batch):
+        """One step; the state that was passed in is donated."""
+        return self.compiled(state, sharding.put_batch(batch, self.mesh))
+
+
+def make_step(model, config, tx, mesh, mask_weight, rate=None, frozen=()):
+    """The train step of a model, not yet jitted; its rate is 1e-3 where none is given."""
+    return functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        rate=rate or (lambda step: np.float32(1e-3) + 0 * step.astype(np.float32)),
+        config=config,
+        mask_weight=mask_weight,
+        frozen=frozen,
+        mesh=mesh,
+    )
+
+
+def steps_on(mesh, boxed, start, step):
+    """`Steps` of a step that `make_step` made, from a state at the start (NumPy)."""
+    shardings = state_shardings(start, sharding.parameter_shardings(boxed, mesh), mesh)
+    return Steps(mesh, shardings, start, compile_step(step, shardings, mesh))
+
+
+def loss_terms(model, params, teacher, batch, config, *, mask_weight, mesh=None, **options):
+    """Eq. 13 on one batch, as a step computes it: (loss, (metrics, running statistics)).
+
+    Args:
+      See `per_example_outputs`.
+    """
+    outputs, statistics = per_example_outputs(
+        model, params, teacher, batch, config, mask_weight=mask_weight, mesh=mesh, **options
+    )
+    scale = model.apply({"params": params}, method="logit_scale")
+    loss, metrics = joint_loss(scale, outputs, batch, config, mask_weight=mask_weight)
+    return loss, (metrics, statistics)
+
+
+def make_terms(model, config, mask_weight=0.0):
+    """(params, teacher, batch) -> loss and metrics as a step computes them, without dropout.
+
+    Args:
+      config: a ``config.loss``.
+    """
+
+    def terms(params, teacher, batch):
+        loss, (metrics, _) = loss_terms(
+            model,
+            params,
+            teacher,
+            batch,
+            config,
+            mask_weight=mask_weight,
+            text_dropout=False,
+            rngs=step_rngs(0, 0),
+        )
+        return loss, metrics
+
+    return terms
 
 
 @dataclass
@@ -25,11 +105,11 @@ class Run:
     last: Any
 
 
-def take_steps(step, state, count, second):
-    """`Run` of `count` steps over batches 0, 1, ...; `step` maps a state and a batch."""
-    history, moments = [], {}
+def take_steps(steps, count, second):
+    """`Run` of `count` steps over batches 0, 1, ...."""
+    state, history, moments = steps.place(), [], {}
     for index in range(count):
-        state, metrics = step(state, make_batch(index, second=second))
+        state, metrics = steps(state, make_batch(index, second=second))
         history.append({name: float(value) for name, value in metrics.items()})
         if index == 0:
             moments = flatten(jax.device_get(adam_of(state).mu))

@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 from reference import losses as reference
-from reference.batches import B, make_batch
+from reference.batches import VOCABULARY, B, M, make_batch
+from reference.steps import make_terms
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.train.batches import merge, unmerge
+from ovseg_jax.train.apply import merge, unmerge
 from ovseg_jax.train.step import step_rngs
-from ovseg_jax.train.terms import loss_terms
 
 TEXTS = ("caption", "masked", "prompt", "shared")
 MASK_WEIGHT = 0.1
@@ -39,21 +40,7 @@ def run_terms(quiet, tiny_params):
     """Loss and metrics of a batch, as a step computes them."""
     model, teacher, config, _ = quiet
 
-    def run(params, teacher, batch):
-        loss, (metrics, _) = loss_terms(
-            model,
-            params,
-            teacher,
-            batch,
-            config,
-            mask_weight=MASK_WEIGHT,
-            text_dropout=False,
-            rngs=step_rngs(0, 0),
-            mesh=None,
-        )
-        return loss, metrics
-
-    compiled = jax.jit(run)
+    compiled = jax.jit(make_terms(model, config, MASK_WEIGHT))
     return lambda batch: jax.device_get(compiled(tiny_params, teacher, batch))
 
 
@@ -146,19 +133,8 @@ def test_equal_captions_are_no_negatives(quiet, tiny_params, pieces):
     names = np.random.default_rng(9).integers(0, 8, (B, 4), np.int32)
     right = (names[:, None, :1] == names[None]).any(-1)
     alike = right | right.T
-    _, (metrics, _) = jax.jit(
-        lambda params, batch: loss_terms(
-            model,
-            params,
-            None,
-            batch,
-            config,
-            mask_weight=0.0,
-            text_dropout=False,
-            rngs=step_rngs(0, 0),
-            mesh=None,
-        )
-    )(tiny_params, {**batch, "caption_set": names})
+    terms = jax.jit(make_terms(model, config))
+    _, metrics = terms(tiny_params, None, {**batch, "caption_set": names})
 
     def between(a, b, weight):
         pairs = (weight[:, None] > 0) & (weight[None] > 0)
@@ -182,25 +158,25 @@ def test_the_image_head_is_contrasted_beside_the_groups(shared_tiny_config):
     config.model.image.update(group_layer=1, trunk_norm=True, class_token=True, assignment="soft")
     config.model.image.update(keep_class_token=True)
     config.model.update(image_head=6, image_head_dropout=0.0)
-    config.loss.update(entity_weight=0.5)
+    config.loss.update(entity_weight=0.5, negatives_within_set=True)
     model, batch = build_model(config.model), make_batch(0)
+    sets = np.arange(len(batch["weight"]), dtype=np.int32) % 2
+    batch = {**batch, "data_set": jnp.asarray(sets)}
 
     def run(key, batch):
         params = nn.unbox(model.init(key, batch["image"], batch["caption_ids"])["params"])
+        params = {**params, "whole_log_scale": params["whole_log_scale"] + 0.3}
         visual = model.apply({"params": params}, batch["image"], method="visual_tokens")
         text = model.apply({"params": params}, batch["caption_ids"], method="text_tokens")
         whole = model.apply({"params": params}, visual, method="embed_whole")
-        sentences = model.apply({"params": params}, text.pooled, method="project_text")
-        scale = model.apply({"params": params}, method="logit_scale")
-        options = {"mask_weight": 0.0, "text_dropout": False, "rngs": step_rngs(0, 0)}
-        loss, (metrics, _) = loss_terms(
-            model, params, None, batch, config.loss, mesh=None, **options
-        )
+        sentences = model.apply({"params": params}, text.pooled, method="embed_whole_text")
+        scale = model.apply({"params": params}, method="whole_logit_scale")
+        loss, metrics = make_terms(model, config.loss)(params, None, batch)
         return whole, sentences, scale, loss, metrics
 
     whole, sentences, scale, loss, metrics = jax.jit(run)(jax.random.key(0), batch)
     weight = batch["weight"]
-    pairs = (weight[:, None] > 0) & (weight[None] > 0)
+    pairs = (weight[:, None] > 0) & (weight[None] > 0) & (sets[:, None] == sets)
     values = reference.info_nce(np.float64(whole), np.float64(sentences), float(scale), pairs)
     want = mean_over(values, weight)
     np.testing.assert_allclose(metrics["whole_contrastive"], want, rtol=2e-3)
@@ -228,3 +204,150 @@ def test_merged_rows_of_one_example_stay_neighbors():
     np.testing.assert_array_equal(merged[:2], [a[0], b[0]])
     for back, part in zip(unmerge({"x": merged}, 2), (a, b), strict=True):
         np.testing.assert_array_equal(back["x"], part)
+
+
+# ---- nouns
+
+NOUNS = 3
+
+
+@pytest.fixture(scope="module")
+def noun_batch():
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, M + 1, (B, NOUNS, 1))
+    ids = rng.integers(1, VOCABULARY, (B, NOUNS, M))
+    present = np.arange(NOUNS)[None] < rng.integers(0, NOUNS + 1, (B, 1))
+    present[0] = False
+    return {
+        **make_batch(0, second=False),
+        "noun_ids": np.where(np.arange(M) < lengths, ids, 0).astype(np.int32),
+        "noun_present": present,
+    }
+
+
+@pytest.fixture(scope="module")
+def run_nouns(shared_tiny_config, tiny_model, tiny_params):
+    """Loss and metrics of a batch by the weight of the noun term."""
+
+    def call(noun_weight, batch):
+        config = shared_tiny_config.copy_and_resolve_references().loss
+        config.noun_weight = noun_weight
+        terms = jax.jit(make_terms(tiny_model, config))
+        return jax.device_get(terms(tiny_params, None, batch))
+
+    return call
+
+
+def embeddings(model, params, batch):
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+    images = jnp.asarray(batch["image"])
+    rngs = step_rngs(0, 0)
+    ids = jnp.asarray(batch["noun_ids"].reshape(-1, M))
+    text = model.apply(variables, ids, method="text_tokens")
+    nouns = model.apply(variables, text.pooled, method="project_text").reshape(B, NOUNS, -1)
+    tokens = model.apply(variables, images, True, method="visual_tokens", rngs=rngs)
+    image = model.apply(variables, tokens.groups.mean(1), method="project_image")
+    return (np.asarray(x, np.float64) for x in (image, nouns))
+
+
+def test_the_noun_term_and_its_weight(run_nouns, noun_batch, tiny_model, tiny_params):
+    plain, before = run_nouns(0.0, noun_batch)
+    loss, metrics = run_nouns(0.5, noun_batch)
+    assert "nouns" not in before
+    np.testing.assert_allclose(metrics["contrastive"], before["contrastive"], rtol=1e-5)
+    np.testing.assert_allclose(loss, plain + 0.5 * metrics["nouns"], rtol=1e-5)
+    image, nouns = embeddings(tiny_model, tiny_params, noun_batch)
+    present, weight = noun_batch["noun_present"], noun_batch["weight"]
+    shown = (weight > 0)[:, None] & (weight > 0)[None]
+    scale = float(np.exp(tiny_params["log_scale"]))
+    each = reference.multi_label_info_nce(image, nouns, scale, shown, present)
+    weight = weight * present.any(1)
+    np.testing.assert_allclose(metrics["nouns"], np.average(each, weights=weight), rtol=1e-4)
+
+
+def test_absent_nouns_change_nothing(run_nouns, noun_batch):
+    other = np.where(noun_batch["noun_present"][..., None], noun_batch["noun_ids"], 7).astype(
+        np.int32
+    )
+    first, second = (
+        run_nouns(0.5, noun_batch)[1],
+        run_nouns(0.5, {**noun_batch, "noun_ids": other})[1],
+    )
+    np.testing.assert_allclose(first["nouns"], second["nouns"], rtol=1e-6)
+
+
+# ---- groups in place of masks (Table 6)
+
+KEPT = 2  # of 4 groups
+
+
+@pytest.fixture(scope="module")
+def groups_in_place_of_masks(shared_tiny_config, tiny_params):
+    """Model, teacher, (params, teacher, batch) -> loss and metrics; nothing drawn at random."""
+    config = shared_tiny_config.copy_and_resolve_references().unlock()
+    config.model.image.assignment = "soft"
+    config.loss.update(cross_image="groups", entity_weight=0.0)
+    model = build_model(config.model)
+    rng = np.random.default_rng(5)
+    teacher = jax.tree.map(
+        lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32),
+        tiny_params["image_encoder"],
+    )
+    return model, teacher, make_terms(model, config.loss, 1.0)
+
+
+def test_consistency_of_groups_from_the_parts(groups_in_place_of_masks, tiny_params):
+    model, teacher, terms = groups_in_place_of_masks
+    batch = make_batch(0)
+
+    @jax.jit
+    def parts(params, teacher, batch):
+        def call(method, *args, encoder=params["image_encoder"]):
+            return model.apply(
+                {"params": {**params, "image_encoder": encoder}}, *args, method=method
+            )
+
+        def joint(name, **options):
+            return call("project_image", call("visual_tokens", batch[name], **options).groups)
+
+        text = call("text_tokens", batch["shared_ids"]).pooled
+        names = ("image", "image2")
+        online = [joint(name) for name in names]
+        return online, [joint(n, encoder=teacher) for n in names], call("project_text", text)
+
+    online, target, entity = jax.device_get(parts(tiny_params, teacher, batch))
+    weight = batch["weight"] * batch["pair_weight"]
+    scale = float(np.exp(tiny_params["log_scale"]))
+
+    def chosen(groups):
+        order = np.argsort(-np.einsum("bke,be->bk", groups, entity), axis=1)[:, :KEPT]
+        return np.take_along_axis(groups, order[..., None], axis=1).astype(np.float64)
+
+    values = np.zeros(B)
+    for own, other in ((online[0], target[1]), (online[1], target[0])):
+        own, other = chosen(own), chosen(other)
+        mass = np.exp(scale * np.einsum("ise,jte->isjt", own, other)).sum(-1)
+        for i in range(B):
+            among = mass[i][:, [j for j in range(B) if j == i or weight[j] * weight[i] > 0]].sum(-1)
+            values[i] += 0.5 * np.mean(np.log(among) - np.log(mass[i][:, i]))
+    _, metrics = jax.jit(terms)(tiny_params, teacher, batch)
+    np.testing.assert_allclose(metrics["mask"], np.average(values, weights=weight), rtol=1e-4)
+    assert "mask_target_fraction" not in metrics
+
+
+def test_consistency_of_groups_trains(groups_in_place_of_masks, tiny_params):
+    _, teacher, terms = groups_in_place_of_masks
+    batch = {name: jnp.asarray(value) for name, value in make_batch(0).items()}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05))
+
+    @jax.jit
+    def step(params, opt_state):
+        grads, metrics = jax.grad(terms, has_aux=True)(params, teacher, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, metrics["mask"]
+
+    params, opt_state, history = tiny_params, tx.init(tiny_params), []
+    for _ in range(6):
+        params, opt_state, value = step(params, opt_state)
+        history.append(float(value))
+    assert np.isfinite(history).all() and history[-1] < 0.97 * history[0], history

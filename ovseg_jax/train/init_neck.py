@@ -1,8 +1,8 @@
 """Data-dependent start of the neck: it standardizes the trunk's features (Salimans & Kingma, 2016).
 
-A pretrained trunk's channels have means and scales of their own. Left as they are, the common mean
-decides which group wins every patch, and one or two groups take them all; standardized, the groups
-part at once.
+The channels of a pretrained trunk differ in mean and scale. Without this start, the common mean
+decides which group wins every patch, and one or two groups take them all; with it, the groups
+separate at once.
 """
 
 from collections.abc import Mapping

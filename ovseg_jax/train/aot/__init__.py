@@ -1,1 +1,0 @@
-"""Compiling the train step for machines that are not there, and what that tells about them."""

@@ -1,0 +1,294 @@
+"""What a config asks for and cannot have: every refusal before the first step, in one place.
+
+Training and ahead-of-time compilation both call `check_losses` and `check_phases`; training adds
+what depends on data, devices that are present and evaluations.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.data.captions import Masking
+from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
+from ovseg_jax.errors import UserError
+from ovseg_jax.losses.mask_consistency import subgroup_count
+from ovseg_jax.losses.matching import BACKENDS, ENUMERATE_LIMIT
+from ovseg_jax.losses.released_mask_consistency import COSTS
+from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.calibrate import tune_split
+from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.sharding import AnyMesh, batch_shards
+from ovseg_jax.train.phases import Phase
+from ovseg_jax.weights.locate import find_weights
+
+LOSS_CHOICES = {
+    "masking": tuple(masking.value for masking in Masking),
+    "cross_image": ("masks", "groups"),
+    "mask_maps": ("final_tokens", "binding"),
+    "mask_directions": ("both", "one"),
+    "mask_cost": COSTS,
+    "matching": BACKENDS,
+}
+LEAST = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds": 0}
+
+
+def check_losses(config: ConfigDict) -> None:
+    """Refuses losses that cannot be computed, whatever the data are.
+
+    Raises:
+      UserError: a field has none of its values, or two contradict each other.
+    """
+    loss, data, model = config.loss, config.data, config.model
+    for name, allowed in LOSS_CHOICES.items():
+        if loss[name] not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise UserError(f"config.loss.{name} is {loss[name]!r}; it must be one of {listed}")
+    masks = loss.cross_image == "masks"
+    if masks and loss.mask_maps == "final_tokens" and loss.mask_directions == "one":
+        raise UserError(
+            "config.loss.mask_directions = 'one' needs mask_maps = 'binding': the form on final "
+            "tokens (Eq. 12) is symmetric"
+        )
+    if loss.noun_weight and not data.nouns:
+        raise UserError(
+            "config.loss.noun_weight > 0 needs nouns: set config.data.nouns, for example to 3"
+        )
+    if data.nouns and data.cache_texts:
+        raise UserError(
+            "config.data.nouns draws other sentences each time, which config.data.cache_texts "
+            "does not hold: set one of them to 0 or False"
+        )
+    masking = Masking(loss.masking)
+    where = f"config.loss.masking = {masking.value!r}"
+    if loss.entity_weight <= 0:
+        if masking is not Masking.ALL_ENTITIES:
+            raise UserError(f"{where} has no effect with config.loss.entity_weight = 0")
+        return
+    if masking.needs_decoder and model.decoder is None:
+        raise UserError(
+            "config.loss.entity_weight > 0 needs an entity decoder, but config.model.decoder is "
+            "None: set config.loss.entity_weight = 0"
+        )
+    if data.cache_texts and masking is not Masking.ALL_ENTITIES:
+        raise UserError(
+            f"{where} does not fit config.data.cache_texts, which holds captions with all their "
+            "entities masked: set cache_texts = False"
+        )
+    if masking is Masking.MULTI_LABEL and (not data.nouns or loss.noun_weight):
+        raise UserError(
+            f"{where} needs nouns (set config.data.nouns, for example to 3), and takes the place "
+            "of config.loss.noun_weight (set it to 0)"
+        )
+
+
+def check_token_classes(config: ConfigDict, mask_id: int, entities: int) -> None:
+    """Refuses masked language modeling that does not fit the tokenizer and the entities.
+
+    Args:
+      mask_id: of the tokenizer, -1 where it has no mask token. entities: how many the data have.
+
+    Raises:
+      UserError: the model classifies something else, or there is no mask token.
+    """
+    masking, model = Masking(config.loss.masking), config.model
+    if config.loss.entity_weight <= 0 or not masking.classifies:
+        return
+    where = f"config.loss.masking = {masking.value!r}"
+    source = "decoder" if masking is Masking.MLM_GROUPS else "text"
+    if (model.token_classes, model.token_classes_from) != (entities, source):
+        raise UserError(
+            f"{where} classifies {entities} entities: set config.model.token_classes = "
+            f"{entities} and config.model.token_classes_from = {source!r}"
+        )
+    if mask_id < 0:
+        raise UserError(f"{where} needs a tokenizer with a mask token")
+
+
+def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> None:
+    """Refuses phases that a mesh, the matching, caches or accumulation cannot serve.
+
+    Raises:
+      UserError: a batch does not divide over the mesh or into micro-batches; too many groups to
+        enumerate; images of several transforms in one cache; batch norms with accumulation.
+    """
+    shards, count = batch_shards(mesh), config.accumulation.micro_batches
+    if count < 1:
+        raise UserError("config.accumulation.micro_batches must be at least 1")
+    if count > 1 and config.model.projector_norm == "batch":
+        raise UserError(
+            "config.accumulation.micro_batches > 1 cannot be exact with batch norms "
+            "(config.model.projector_norm = 'batch'), which see one micro-batch at a time: set it "
+            "to 1"
+        )
+    for phase in phases:
+        where = f"config.phases[{phase.index}].batch_size = {phase.batch_size} does not divide "
+        if rest := phase.batch_size % shards:
+            below = phase.batch_size - rest
+            near = f"{below} or {below + shards}" if below else str(shards)
+            raise UserError(
+                f"{where}over {shards} batch shards (config.mesh: data x fsdp on {mesh.size} "
+                f"devices): give {near}, or another config.mesh or number of devices"
+            )
+        if phase.batch_size % (count * shards):
+            raise UserError(f"{where}into {count} micro-batches on {shards} batch shards")
+    if any(phase.mask_weight > 0 for phase in phases):
+        _check_matching(config)
+    if config.data.cache_images:
+        _check_cached_images(phases)
+
+
+def _check_matching(config: ConfigDict) -> None:
+    image, loss = config.model.image, config.loss
+    if loss.cross_image != "masks" or loss.matching != "enumerate" or image.later_stages:
+        return
+    count = subgroup_count(image.num_groups, loss.group_ratio)
+    if count > ENUMERATE_LIMIT:
+        raise UserError(
+            f"config.loss.matching = 'enumerate' takes at most {ENUMERATE_LIMIT} groups, but "
+            f"{count} of {image.num_groups} are matched (config.loss.group_ratio): set it to "
+            "'host' or 'device'"
+        )
+
+
+def _check_cached_images(phases: Sequence[Phase]) -> None:
+    if any(phase.transform != phases[0].transform for phase in phases):
+        raise UserError("config.data.cache_images needs the same transform in all phases")
+    if phases[0].erase:
+        raise UserError(
+            "config.data.cache_images holds features, of which nothing can be erased: set it to "
+            "False, or config.data.transform.erase.probability to 0.0"
+        )
+
+
+# ---- training alone
+
+
+def check_files(config: ConfigDict, missing: Sequence[str]) -> None:
+    """Refuses a config whose data, weights or tokenizer are not here, all in one message.
+
+    Args:
+      missing: what is missing of the data.
+
+    Raises:
+      UserError: something is missing.
+    """
+    missing = list(missing)
+    for name in ("image_init", "text_init"):
+        try:
+            if config.model[name]:
+                find_weights(config.model[name], f"config.model.{name}")
+        except UserError as error:
+            missing.append(
+                f"{error}; an empty string (--config.model.{name}=) starts from random weights"
+            )
+    try:
+        find_tokenizer(config.data.tokenizer)
+    except UserError as error:
+        missing.append(f"config.data.tokenizer: {error}")
+    if missing:
+        raise UserError(
+            "this config needs what is not here:\n  - "
+            + "\n  - ".join(missing)
+            + "\nWithout data and weights, try the variant that needs neither: "
+            "--config=configs/vitb.py:smoke, or --config=configs/quickstart.py"
+        )
+
+
+def check_model(config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Refuses a model that does not fit its tokenizer, its caches or its start.
+
+    Raises:
+      UserError: it does not.
+    """
+    model, name = config.model, config.data.tokenizer
+    if model.neck_init not in ("", "standardize"):
+        raise UserError(
+            f"config.model.neck_init is {model.neck_init!r}; it must be standardize or empty"
+        )
+    if tokenizer.vocab_size > model.text.vocab_size:
+        raise UserError(
+            f"the tokenizer {name!r} has {tokenizer.vocab_size} tokens, "
+            f"config.model.text.vocab_size is {model.text.vocab_size}"
+        )
+    if tokenizer.pad_id != model.pad_id:
+        raise UserError(
+            f"the tokenizer {name!r} pads with token {tokenizer.pad_id}, "
+            f"config.model.pad_id is {model.pad_id}"
+        )
+    if config.data.cache_texts and model.projector_norm == "batch":
+        raise UserError(
+            "config.data.cache_texts keeps sentence vectors alone, but a batch norm "
+            "(config.model.projector_norm = 'batch') also sees all tokens in training: set "
+            "config.data.cache_texts = False"
+        )
+
+
+def check_loop(config: ConfigDict) -> None:
+    """Refuses numbers of steps and seconds, and evaluations, that the loop cannot follow.
+
+    Raises:
+      UserError: a field has none of its values, or images that `config.eval.every` needs are
+        missing.
+    """
+    for name, value in LEAST.items():
+        if config[name] < value:
+            raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
+    spec: Any = config.eval
+    if spec.weights not in ("online", "teacher"):
+        raise UserError(f"config.eval.weights is {spec.weights!r}; it must be online or teacher")
+    Protocol.from_config(spec.protocol)
+    if spec.every < 0:
+        raise UserError(
+            f"config.eval.every is {spec.every}; it must be a number of steps, or 0 for no "
+            "evaluation before the end"
+        )
+    if spec.every:
+        images_to_choose_on(spec)
+
+
+def images_to_choose_on(config: ConfigDict) -> Benchmark:
+    """The tune split that evaluations in the course of training measure on.
+
+    Args:
+      config: the run's ``config.eval``.
+
+    Raises:
+      UserError: there is none; says what is missing.
+    """
+    if not config.benchmarks:
+        raise UserError(
+            "config.eval.every needs a benchmark to evaluate on, but config.eval.benchmarks is "
+            "empty: name one, or set config.eval.every = 0"
+        )
+    if not config.calibrate:
+        raise UserError(
+            "config.eval.every needs images that are not reported: set config.eval.calibrate = "
+            "True, or config.eval.every = 0"
+        )
+    name = config.benchmarks[0]
+    tune = tune_split(name, config)
+    if tune is None:
+        raise UserError(
+            f"config.eval.every needs images that are not reported, and benchmark {name} has none: "
+            "put another one first in config.eval.benchmarks, or set config.eval.every = 0"
+        )
+    return tune
+
+
+def check_best_starts(phases: Sequence[Phase], every: int) -> None:
+    """Refuses a phase that starts from the best state where no evaluation comes before it.
+
+    Args:
+      every: steps from one evaluation to the next; 0 for none.
+
+    Raises:
+      UserError: there is such a phase.
+    """
+    for phase in phases:
+        if phase.start_from == "best" and not 0 < every <= phase.first:
+            raise UserError(
+                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
+                f"before its first step ({phase.first}; config.eval.every = {every}): set "
+                "config.eval.every"
+            )

@@ -1,0 +1,312 @@
+"""What a run measures of itself: speed, memory, FLOPs, traces, and the files that hold it."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+from ovseg_jax.errors import UserError
+from ovseg_jax.progress import duration
+from ovseg_jax.train.chips import peak_flops
+
+PERCENTILES = (50, 90, 99)
+# TensorBoard's files are forced to the disk that often; on buckets that takes a moment.
+FLUSH_SECONDS = 60.0
+
+# ---- speed and memory
+
+
+def memory_in_use() -> dict[str, float]:
+    """Bytes in use and at the peak so far on this process's fullest device; {} on CPUs."""
+    stats = [each for device in jax.local_devices() if (each := device.memory_stats())]
+    names = {"memory_bytes": "bytes_in_use", "memory_peak_bytes": "peak_bytes_in_use"}
+    return {
+        name: float(max(each[key] for each in stats))
+        for name, key in names.items()
+        if stats and all(key in each for each in stats)
+    }
+
+
+class Meter:
+    """Rates, step times and waiting since the last lap.
+
+    Args:
+      batch_size: global.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch = batch_size
+        self._flops: float | None = None
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self.restart()
+
+    def count_flops(self, step_flops: float | None) -> None:
+        """Sets the FLOPs of one step, for the utilization; None leaves it out."""
+        self._flops = step_flops
+
+    def restart(self) -> None:
+        """Begins a lap: nothing before it counts."""
+        self._start = self._last = time.monotonic()
+        self._times: list[float] = []
+        self._waited = 0.0
+
+    def timed(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches; counts the time that is spent waiting for them."""
+        iterator, done = iter(loader), object()
+        while True:
+            before = time.monotonic()
+            batch = next(iterator, done)
+            self._waited += time.monotonic() - before
+            if batch is done:
+                return
+            yield batch
+
+    def stepped(self) -> None:
+        """A step has ended."""
+        now = time.monotonic()
+        self._times.append(now - self._last)
+        self._last = now
+
+    def lap(self) -> dict[str, float]:
+        """What was measured since the last lap; {} if that was no whole step.
+
+        `images_per_second` and the same per device, `waiting_for_data` (share of the time),
+        `step_seconds_p50` and other percentiles, `flops_utilization` (of the matrix products that
+        the model needs, over the devices' peak), `memory_bytes` and `memory_peak_bytes`.
+        """
+        if not self._times:
+            return {}
+        spent = max(time.monotonic() - self._start, 1e-9)
+        steps_per_second = len(self._times) / spent
+        rate = steps_per_second * self._batch
+        values = {
+            "images_per_second": rate,
+            "images_per_second_per_device": rate / jax.device_count(),
+            "waiting_for_data": min(1.0, self._waited / spent),
+        }
+        times = np.percentile(self._times, PERCENTILES)
+        values |= {
+            f"step_seconds_p{name}": float(value)
+            for name, value in zip(PERCENTILES, times, strict=True)
+        }
+        if self._flops is not None and self._peak is not None:
+            whole = self._peak * jax.device_count()
+            values["flops_utilization"] = steps_per_second * self._flops / whole
+        self.restart()
+        return values | memory_in_use()
+
+
+# ---- operations
+
+
+def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """Operations of all matrix products of `function(*arguments)`, on all devices together.
+
+    A product [n, k] x [k, m] counts 2 n k m. Everything else is left out, as is usual for
+    model-FLOPs utilization. What rematerialization repeats counts again. (XLA's own count takes
+    the body of a loop once, and the layers here are loops.)
+
+    Args:
+      arguments: arrays or shapes.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, inner = equation.primitive.name, list(_programs(equation.params.values()))
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        out = math.prod(equation.outvars[0].aval.shape)
+        return 2 * out * math.prod(left[axis] for axis in contracted)
+    if name == "cond":
+        return max(map(_count, inner))
+    times = 1
+    if name == "scan":
+        times = equation.params["length"]
+    elif name == "shard_map":
+        times = equation.params["mesh"].size  # inside, shapes are those of one device
+    return times * sum(map(_count, inner))
+
+
+def _programs(values: Any) -> Iterator[Jaxpr]:
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _programs(value)
+
+
+def without_repetition(config: ConfigDict) -> ConfigDict:
+    """A run's config whose step does nothing twice: what a step's model FLOPs are counted in."""
+    plain = config.copy_and_resolve_references()
+    plain.model.image.remat = plain.model.text.remat = "none"
+    plain.accumulation.micro_batches = 1
+    return plain
+
+
+# ---- traces
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """'100:105' -> (100, 105), the steps from the first to before the last; a flag type."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(text)
+    return int(match[1]), int(match[2])
+
+
+class Profiler:
+    """Traces the steps of a range on the first process.
+
+    Args:
+      steps: (first, end), or None for none. directory: where the trace goes.
+      say: called with a line that says where the trace is.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, directory: Path, say: Callable[[str], None]):
+        self._steps = steps if jax.process_index() == 0 else None
+        self._directory, self._say = directory, say
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Called with the number of steps taken, before the next one."""
+        if self._steps and self._steps[0] <= step < self._steps[1] and not self._running:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Called with the number of steps taken and what the last one computes."""
+        if self._running and step >= self._steps[1]:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running, self._steps = False, None
+            self._say(f"trace: {self._directory} (tensorboard --logdir, or ui.perfetto.dev)")
+
+
+# ---- files
+
+
+class MetricsWriter:
+    """Appends metrics to ``metrics.jsonl`` and TensorBoard files of a work directory.
+
+    Args:
+      workdir: of the run. None writes nothing (processes other than the first).
+      step: the last step that is kept; TensorBoard forgets what an earlier process wrote about
+        later ones.
+
+    Raises:
+      UserError: the files cannot be made.
+    """
+
+    def __init__(self, workdir: Path | None, step: int | None = None):
+        self._file = self._board = None
+        self._flushed = time.monotonic()
+        if workdir is None:
+            return
+        try:
+            folder = workdir / "tensorboard"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+            # Its writer without the thread around it, in which a full disk would be a traceback.
+            # Its names have whole seconds, in which a run may end and begin.
+            suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
+            self._board = EventsWriter(str(folder / "events"), suffix)
+            if step is not None:
+                self._event(step + 1, session_log={"status": "START"})
+        except OSError as error:
+            self.close()
+            raise UserError(f"the metrics in {workdir} cannot be written: {error}") from None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line: ``{"step": step, name: value, ...}``.
+
+        Raises:
+          UserError: a file cannot be written, as when the disk is full.
+        """
+        if self._file is None:
+            return
+        plain = {name: float(value) for name, value in values.items()}
+        try:
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            self._file.flush()
+            scalars = [{"tag": tag, "simple_value": value} for tag, value in plain.items()]
+            self._event(step, summary={"value": scalars})
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._board.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            raise UserError(f"{self._file.name} cannot be written: {error.strerror}") from None
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        """Flushes and closes both files; on a full disk, without what no longer fits."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+        self._file = self._board = None
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops lines after `step` and evaluations of it: a run that resumes there writes them again.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
+    kept = []
+    try:
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+                evaluation = any(name.startswith("eval/") for name in values)
+                if values["step"] < step or (values["step"] == step and not evaluation):
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the line that was being written when the run was killed
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def train_line(
+    name: str, step: int, last: int, metrics: Mapping[str, float], batch_size: int
+) -> str:
+    """The progress line of training: phase, step, losses, images a second, time left."""
+    parts = [f"{name} {step}/{last}", f"loss {metrics['loss']:.3f}"]
+    parts += [
+        f"{key} {metrics[key]:.3f}" for key in ("contrastive", "entity", "mask") if key in metrics
+    ]
+    if rate := metrics.get("images_per_second"):
+        left = (last - step) * batch_size / rate
+        parts += [f"{rate:.0f} images/s", f"{duration(left)} left"]
+    return "  ".join(parts)

@@ -1,0 +1,191 @@
+"""A run that is asked to stop, one that hangs, and a look at one that runs."""
+
+import faulthandler
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from ovseg_jax import processes
+from ovseg_jax.errors import RESTART
+
+# Seconds that a process of several stays after it has printed its stacks. All began to wait within
+# a step of one another; when the first one leaves, the runtime ends the others at once. Process 0
+# holds them together, and is the last.
+FOR_THE_OTHERS, LAST = 10.0, 3.0
+
+# ---- asked to stop: Ctrl-C, and the SIGTERM that machines send before they are taken away
+
+
+class Interrupted(processes.OrderlyEnd):
+    """The run was asked to stop; its state is on disk.
+
+    Attributes:
+      exit_code: 130 after Ctrl-C, `errors.RESTART` after SIGTERM.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a question asked between steps, so that no step is cut in half.
+
+    A second Ctrl-C is immediate. In a job of several processes the notice reaches one of them
+    first, and all must save the same step: there JAX's preemption service listens for SIGTERM and
+    makes the processes agree, and Ctrl-C is handed on to it.
+    """
+
+    def __init__(self) -> None:
+        self._alone = jax.process_count() == 1
+        self._number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        wanted = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
+        try:
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        except ValueError:
+            self._before = {}  # not the main thread: signals stay as they are
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and leave after `step`. Every process asks after every step."""
+        if self._alone:
+            return self._number is not None
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process, once it stops."""
+        return 128 + signal.SIGINT if self._number == signal.SIGINT else RESTART
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if not self._alone:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._number = number
+
+
+# ---- hangs
+
+
+class Watchdog:
+    """Ends a process in which nothing happens any more.
+
+    It says what the process waited for, prints the stack of every thread and exits with
+    `errors.RESTART`. There is no other way out: a thread that waits for a lost file system or for a
+    lost process cannot be interrupted, and Python would wait for it at exit. In a job of several
+    processes one that hangs holds up all the others, whose watchdogs print their stacks too before
+    any of them leaves; if what they waited for comes in that time, they go on.
+
+    Args:
+      seconds: to wait for any one thing; 0 waits for ever.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._expected: tuple[str, float] | None = None
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+
+    def expect(self, what: str) -> None:
+        """The time starts: `what` should happen before the next call of `expect` or `rest`."""
+        self._expected = (what, time.monotonic())
+
+    def rest(self) -> None:
+        """Nothing is expected: what comes now may take as long as it likes."""
+        self._expected = None
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._seconds / 4)):
+            expected = self._expected
+            if expected is None or time.monotonic() - expected[1] <= self._seconds:
+                continue
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} has waited more "
+                f"than {self._seconds:g} s for {expected[0]} (config.hang_seconds). Its stacks "
+                "follow. The same command goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            _print_stacks()
+            if jax.process_count() > 1:
+                time.sleep(FOR_THE_OTHERS + (LAST if jax.process_index() == 0 else 0.0))
+            if self._expected is not expected:
+                print(f"{expected[0]} came after all: going on", file=sys.stderr, flush=True)
+                continue
+            for worker in multiprocessing.active_children():
+                worker.kill()  # they would outlive a process that leaves like this
+            os._exit(RESTART)
+
+
+# ---- stacks on request
+
+
+def print_stacks_on_signal() -> None:
+    """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on.
+
+    Signals that end it print them too: SIGABRT by the runtime, when another process is lost, and
+    crashes. To be called by the main thread.
+    """
+    # The process's real stderr: a replacement may be no file that a signal can write to.
+    faulthandler.enable(file=sys.__stderr__, all_threads=True)
+    _listen()
+
+
+def _print_stacks() -> None:
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    sys.stderr.flush()
+
+
+@functools.cache
+def _listen() -> None:
+    """Not `faulthandler.register`: it reads the frames of other threads while these run on, and now
+    and then the process crashes in it. A thread that calls `dump_traceback` holds Python's lock, so
+    that the others stand still.
+
+    A handler in Python runs only in the main thread, and not while that waits outside of Python. So
+    a thread waits for the byte that the interpreter writes for each signal. (An event loop may take
+    that byte; then the handler prints.)
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    shown = threading.Event()
+
+    def wait() -> None:
+        while True:
+            if signal.SIGUSR1 in os.read(reading, 64):
+                _print_stacks()
+                shown.set()
+
+    def handle(*_: Any) -> None:
+        if not shown.wait(1.0):
+            _print_stacks()
+        shown.clear()
+
+    threading.Thread(target=wait, name="stacks", daemon=True).start()
+    signal.signal(signal.SIGUSR1, handle)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)

@@ -1,0 +1,197 @@
+"""What a config asks for and cannot have: every refusal names the field and what to do."""
+
+import pytest
+import runs
+from data.benchmarks import miniatures
+
+from ovseg_jax import sharding
+from ovseg_jax.data.captions import Masking
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import load_config
+from ovseg_jax.train.checks import (
+    check_best_starts,
+    check_loop,
+    check_losses,
+    check_phases,
+    check_token_classes,
+    images_to_choose_on,
+)
+from ovseg_jax.train.phases import make_phases
+
+CROP = {"kind": "crop", "size": 32}
+ERASE = {**CROP, "erase": {"probability": 0.25}}
+ENTITIES = 5
+
+
+@pytest.fixture
+def config(tiny_config):
+    """The tiny config with data, and two phases of which the second has the mask loss."""
+    tiny_config.data = {"transform": CROP, "nouns": 0, "cache_texts": False, "cache_images": False}
+    tiny_config.phases = (
+        {"steps": 5, "batch_size": 16},
+        {"steps": 5, "batch_size": 16, "mask_weight": 0.1},
+    )
+    return tiny_config.unlock()
+
+
+def set_fields(config, changes):
+    with config.ignore_type():
+        for key, value in changes.items():
+            *parts, name = key.split(".")
+            place = config
+            for part in parts:
+                place = place[part]
+            place[name] = value
+    return config
+
+
+BINDING = {"loss.mask_maps": "binding", "loss.mask_directions": "one"}
+NOUNS = {"loss.masking": "multi_label", "data.nouns": 3}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, BINDING, NOUNS, {"data.nouns": 3, "loss.noun_weight": 1.0}]
+    + [{"loss.masking": masking.value, "data.nouns": 3} for masking in Masking],
+)
+def test_losses_that_fit(config, changes):
+    check_losses(set_fields(config, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss.mask_maps": "pixels"}, "config.loss.mask_maps is 'pixels'"),
+        ({"loss.mask_directions": "first"}, "'both', 'one'"),
+        ({"loss.mask_cost": "L2"}, "'euclidean', 'cosine'"),
+        ({"loss.matching": "hungarian"}, "config.loss.matching is .*; .* 'host', 'device'"),
+        ({"loss.masking": "entities"}, "'single_entity'"),
+        ({**BINDING, "loss.mask_maps": "final_tokens"}, "needs mask_maps = 'binding'"),
+        ({"loss.noun_weight": 1.0}, "config.data.nouns"),
+        ({"data.nouns": 3, "data.cache_texts": True}, "cache_texts"),
+        ({"loss.masking": "single_entity", "loss.entity_weight": 0.0}, "no effect"),
+        ({"loss.masking": "single_entity", "data.cache_texts": True}, "cache_texts"),
+        ({"loss.masking": "all_nouns", "model.decoder": None}, "decoder"),
+        ({"loss.masking": "multi_label"}, "config.data.nouns"),
+        ({**NOUNS, "loss.noun_weight": 1.0}, "noun_weight"),
+    ],
+)
+def test_losses_that_do_not_fit(config, changes, said):
+    with pytest.raises(UserError, match=said):
+        check_losses(set_fields(config, changes))
+
+
+@pytest.mark.parametrize(
+    ("masking", "classes", "source", "mask_id", "said"),
+    [
+        ("mlm", 3, "text", 9, "token_classes = 5"),
+        ("mlm", 5, "decoder", 9, "'text'"),
+        ("mlm_groups", 5, "text", 9, "'decoder'"),
+        ("mlm", 5, "text", -1, "mask token"),
+    ],
+)
+def test_tokens_that_cannot_be_classified(config, masking, classes, source, mask_id, said):
+    check_token_classes(config, -1, ENTITIES)
+    config.loss.masking = masking
+    config.model.update(token_classes=classes, token_classes_from=source)
+    with pytest.raises(UserError, match=said):
+        check_token_classes(config, mask_id, ENTITIES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"accumulation.micro_batches": 0}, "must be at least 1"),
+        (
+            {"accumulation.micro_batches": 2, "model.projector_norm": "batch"},
+            "cannot be exact with batch norms",
+        ),
+        ({"accumulation.micro_batches": 3}, "does not divide into 3 micro-batches on 8"),
+        (
+            {"loss.matching": "enumerate", "model.image.num_groups": 40},
+            "'enumerate' takes at most",
+        ),
+    ],
+)
+def test_phases_that_cannot_be_computed(config, changes, said):
+    check_phases(config, make_phases(config, 100), sharding.make_mesh())
+    set_fields(config, changes)
+    with pytest.raises(UserError, match=said):
+        check_phases(config, make_phases(config, 100), sharding.make_mesh())
+
+
+def test_batches_of_every_phase_must_divide_before_the_first_begins(config):
+    """As where a run goes on with another number of devices."""
+    config.phases[1]["batch_size"] = 20
+    phases = make_phases(config, records=100)
+    check_phases(config, phases, sharding.make_mesh(2, 2, 2))
+    with pytest.raises(UserError, match=r"phases\[1\].batch_size = 20 .* 8 .*: give 16 or 24,"):
+        check_phases(config, phases, sharding.make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [(CROP, {**CROP, "size": 16}, "the same transform"), (ERASE, ERASE, "erase")],
+)
+def test_what_cached_images_refuse(config, first, second, said):
+    config.data.cache_images = True
+    check_phases(config, make_phases(config, 100), sharding.make_mesh())
+    for phase, transform in zip(config.phases, (first, second), strict=True):
+        phase["transform"] = transform
+    with pytest.raises(UserError, match=said):
+        check_phases(config, make_phases(config, 100), sharding.make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("log_every", 0), ("checkpoint_every", -1), ("max_skipped", 0), ("hang_seconds", -1.0)],
+)
+def test_numbers_of_steps_and_seconds(key, value):
+    config = load_config(runs.ROOT / "tests" / "tiny.py")
+    check_loop(config)
+    config[key] = value
+    with pytest.raises(UserError, match=f"config.{key} is {value}; it must be at least"):
+        check_loop(config)
+
+
+def test_evaluations_that_are_missing():
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    config.eval.every = 5
+    with pytest.raises(UserError, match="config.eval.every needs a benchmark"):
+        check_loop(config)
+    config.eval.benchmarks = ("voc_zss", "scenes")
+    with pytest.raises(UserError, match="benchmark voc_zss has none"):
+        check_loop(config)
+    config.eval.benchmarks = ("scenes",)
+    check_loop(config)
+    config.eval.calibrate = False
+    with pytest.raises(UserError, match=r"set config.eval.calibrate = True"):
+        check_loop(config)
+    config.eval.weights = "none"
+    with pytest.raises(UserError, match=r"config.eval.weights is 'none'"):
+        check_loop(config)
+
+
+@pytest.mark.parametrize("every", [0, 21])
+def test_a_best_state_must_come_before_the_phase_that_starts_from_it(every):
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    config.phases[1]["start_from"] = "best"
+    check_best_starts(make_phases(config, 100), every=20)
+    with pytest.raises(UserError, match=r"config.phases\[1\].start_from is 'best', but no"):
+        check_best_starts(make_phases(config, 100), every)
+
+
+def test_the_released_recipe_says_what_it_chooses_on(tmp_path):
+    config = load_config(runs.ROOT / "configs" / "vitb_released.py")
+    with pytest.raises(UserError, match="config.eval.voc.dir"):
+        check_loop(config)
+    miniatures.voc(tmp_path)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    config.eval.voc.dir = str(tmp_path)
+    with pytest.raises(UserError, match="Segmentation/train.txt"):
+        check_loop(config)
+    miniatures.write_text(base / "ImageSets" / "Segmentation" / "train.txt", "2008_000001")
+    mask = miniatures.values_of([0, 1, 255])
+    miniatures.write_mask(base / "SegmentationClass" / "2008_000001.png", mask, palette=True)
+    check_loop(config)
+    assert len(images_to_choose_on(config.eval)) == 1

@@ -1,0 +1,195 @@
+"""What a run measures of itself: rates, step times, memory, FLOPs, files of metrics."""
+
+import struct
+import time
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from jax.sharding import PartitionSpec
+from reference.batches import make_batch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from ovseg_jax import sharding
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import Flag, load_config, parse
+from ovseg_jax.models.build import build_model
+from ovseg_jax.train.chips import peak_flops
+from ovseg_jax.train.loop import step_flops
+from ovseg_jax.train.metrics import Meter, MetricsWriter, matmul_flops, memory_in_use, step_range
+from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.step import Program
+
+GIB = 2**30
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def batches(self, waits):
+        for wait in waits:
+            self.now += wait
+            yield wait
+
+
+def test_rates_step_times_and_waiting(monkeypatch):
+    clock = Clock(monkeypatch)
+    meter = Meter(batch_size=16)
+    assert meter.lap() == {}
+    meter.restart()
+    for _ in meter.timed(clock.batches([1.0, 0.0, 0.0, 3.0])):
+        clock.now += 1.0
+        meter.stepped()
+    found = meter.lap()
+    assert found["images_per_second"] == pytest.approx(4 * 16 / 8)
+    assert found["images_per_second_per_device"] == pytest.approx(1.0)
+    assert found["waiting_for_data"] == pytest.approx(0.5)
+    assert found["step_seconds_p50"] == pytest.approx(1.5)  # of 2, 1, 1, 4
+    assert found["step_seconds_p99"] == pytest.approx(4.0, rel=0.02)
+    # CPUs have no peak to compare with and tell no memory.
+    assert not {"flops_utilization", "memory_bytes"} & found.keys()
+    assert meter.lap() == {}
+
+
+def test_utilization_is_the_share_of_the_peak_of_all_devices(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr("ovseg_jax.train.metrics.peak_flops", lambda kind: 2e12)
+    meter = Meter(batch_size=8)
+    meter.count_flops(4e12)
+    clock.now += 0.5
+    meter.stepped()
+    assert meter.lap()["flops_utilization"] == pytest.approx(4e12 / 0.5 / (8 * 2e12))
+
+
+def test_devices_are_known_by_the_names_that_jax_gives_them():
+    assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
+    assert peak_flops("TPU v6 lite") == 918e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, used, peak):
+            self.stats = {"bytes_in_use": used * GIB, "peak_bytes_in_use": peak * GIB}
+
+        def memory_stats(self):
+            return self.stats
+
+    assert memory_in_use() == {}  # CPUs tell none
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(3, 9), Device(5, 7)])
+    assert memory_in_use() == {"memory_bytes": 5 * GIB, "memory_peak_bytes": 9 * GIB}
+
+
+def test_operations_of_matrix_products():
+    a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    product = 2 * 2 * 3 * 4 * 5
+    assert matmul_flops(lambda a, b: a @ b, a, b) == product
+
+    def looped(a, b):
+        def body(carry, _):
+            return carry + jnp.sum(a @ b), None
+
+        return jax.lax.scan(body, jnp.float32(0), None, length=7)[0]
+
+    assert matmul_flops(looped, a, b) == 7 * product
+    # The gradient with respect to both operands is two more products of the same size.
+    loss = lambda a, b: jnp.sum(jnp.sin(a @ b))  # noqa: E731
+    assert matmul_flops(jax.grad(loss, (0, 1)), a, b) == 3 * product
+    again = jax.checkpoint(loss)
+    assert matmul_flops(jax.grad(again, (0, 1)), a, b) == 4 * product
+    mesh = sharding.make_mesh()
+    everywhere = jax.shard_map(
+        lambda a, b: a @ b, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+    )
+    assert matmul_flops(everywhere, a, b) == 8 * product
+    either = lambda a, b: jax.lax.cond(a[0, 0, 0] > 0, jnp.matmul, lambda a, b: 0 * (a @ b), a, b)  # noqa: E731
+    assert matmul_flops(either, a, b) == product
+
+
+def test_flops_count_what_the_model_needs_and_nothing_twice(tmp_path, monkeypatch):
+    """Not what rematerialization or accumulation makes again."""
+    monkeypatch.chdir(runs.ROOT)
+    config = load_config("tests/tiny.py:restarts")
+    config.data.text_length = 16
+    phases = make_phases(config, 100)
+
+    def flops(**changes):
+        changed = config.copy_and_resolve_references()
+        changed.model.image.remat = changed.model.text.remat = changes.get("remat", "none")
+        changed.accumulation.micro_batches = changes.get("micro_batches", 1)
+        model = build_model(changed.model)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        program = Program(changed, mesh, model, phases)
+        batch = {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+            for name, value in make_batch(0, second=False).items()
+        }
+        batch["image"] = jax.ShapeDtypeStruct((16, 28, 28, 3), np.uint8)
+        return step_flops(program, phases[0], batch)
+
+    assert flops() is None  # CPUs have no peak to compare with
+    monkeypatch.setattr("ovseg_jax.train.loop.peak_flops", lambda kind: 1e12)
+    once = flops()
+    assert once > 1e6
+    assert flops(remat="full") == flops(micro_batches=2) == once
+
+
+def test_a_range_of_steps():
+    assert step_range("3:7") == (3, 7)
+    flag = Flag("profile", step_range)
+    for text in ("7", "7:7", "8:7", "a:b", "-1:2"):
+        with pytest.raises(UserError, match="--profile"):
+            parse([f"--profile={text}"], (flag,))
+
+
+def events_of(folder):
+    """The events of TensorBoard's files, which hold (length, checksum, event, checksum)."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name.rpartition(".")[2]):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+@pytest.mark.slow
+def test_tensorboard_holds_what_the_metrics_do(alone):
+    found = {}
+    for event in events_of(alone.workdir / "tensorboard"):
+        for value in event.summary.value:
+            found.setdefault(event.step, {"step": event.step})[value.tag] = value.simple_value
+    lines = runs.metrics_of(alone.workdir)
+    assert list(found) == [line["step"] for line in lines]
+    for line in lines:
+        assert found[line["step"]] == pytest.approx(line, rel=1e-6)
+
+
+def test_tensorboard_forgets_what_a_run_will_do_again(tmp_path):
+    for step in (0, 7):
+        with closing(MetricsWriter(tmp_path, step)) as writer:
+            writer.write(step + 1, {"loss": 1.0})
+    starts = [
+        event.step
+        for event in events_of(tmp_path / "tensorboard")
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [1, 8]
+
+
+def test_metrics_on_a_full_disk_are_one_error(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path)
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: No space left"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()  # without what did not fit
