@@ -79,9 +79,9 @@ def get_config(variant: str = "") -> ConfigDict:
         window=616,
         stride=504,
         scale=10.0,
-        image_scale=20.0,
+        image_scale=10.0,
         border_scale=3.0,
-        threshold=0.042,
+        threshold=0.056,
         # The words of VOC's 20 classes, among which the threshold was chosen.
         competing_words=43,
         class_names="everyday",

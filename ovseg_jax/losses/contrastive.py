@@ -19,8 +19,10 @@ def alike(labels: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
     """
     if labels.ndim == 1:
         return labels[:, None] == labels[None]
-    first_among = jnp.any(labels[:, None, :1] == labels[None], axis=-1)
-    return first_among | first_among.T
+    # Not one of them transposed: of a batch that is split over devices, that moves the whole square.
+    first_of_row = jnp.any(labels[:, None, :1] == labels[None], axis=-1)
+    first_of_column = jnp.any(labels[:, None] == labels[None, :, :1], axis=-1)
+    return first_of_row | first_of_column
 
 
 def negatives_mask(
@@ -94,7 +96,8 @@ def info_nce(
     """
     logits = scale * _cosines(a[:, None], b[:, None])[:, 0, :, 0]
     rows = _log_sums(logits[:, None, :, None], negatives)[:, 0]
-    columns = _log_sums(logits.T[:, None, :, None], negatives)[:, 0]
+    # Not the transposed logits, see `alike`.
+    columns = _log_sums(scale * _cosines(b[:, None], a[:, None]), negatives)[:, 0]
     positive = scale * jnp.sum(a * b, axis=-1)
     rival = jnp.max(jnp.where(negatives, logits, jnp.finfo(jnp.float32).min), axis=1)
     return 0.5 * (rows + columns) - positive, positive > jax.lax.stop_gradient(rival)
@@ -125,7 +128,7 @@ def multi_label_info_nce(
     """
     logits = scale * _cosines(a[:, None], b)
     rows = _log_sums(logits, negatives, present)
-    columns = _log_sums(logits.transpose(2, 3, 0, 1), negatives)
+    columns = _log_sums(scale * _cosines(b, a[:, None]), negatives)
     positive = scale * jnp.sum(a[:, None] * b, axis=-1)
     both = jnp.where(present, 0.5 * (rows + columns) - positive, 0.0)
     count = jnp.sum(present.astype(jnp.float32), axis=1)

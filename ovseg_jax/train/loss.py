@@ -51,6 +51,8 @@ from ovseg_jax.train.mask_terms import (
 class Outputs:
     """What each example contributes to the losses. Fields of terms that are off are None.
 
+    Accumulation stacks those of several micro-batches, hence the axes "*parts".
+
     Attributes:
       image, text: unit norm, of Eq. 7.
       whole, whole_text: of the image head's contrast, `whole` times its inverse temperature.
@@ -62,17 +64,17 @@ class Outputs:
       pair: of the mask term.
     """
 
-    image: Float[Array, "B E"]
-    text: Float[Array, "B E"]
-    group_shares: Float[Array, "B K"]
-    whole: Float[Array, "B E"] | None = None
-    whole_text: Float[Array, "B E"] | None = None
-    nouns: Float[Array, "B T E"] | None = None
-    completed: Float[Array, "B E"] | None = None
-    prompt: Float[Array, "B E"] | None = None
-    token_loss: Float[Array, "B"] | None = None
-    tokens: Float[Array, "B"] | None = None
-    token_hits: Float[Array, "B"] | None = None
+    image: Float[Array, "*parts B E"]
+    text: Float[Array, "*parts B E"]
+    group_shares: Float[Array, "*parts B K"]
+    whole: Float[Array, "*parts B E"] | None = None
+    whole_text: Float[Array, "*parts B E"] | None = None
+    nouns: Float[Array, "*parts B T E"] | None = None
+    completed: Float[Array, "*parts B E"] | None = None
+    prompt: Float[Array, "*parts B E"] | None = None
+    token_loss: Float[Array, "*parts B"] | None = None
+    tokens: Float[Array, "*parts B"] | None = None
+    token_hits: Float[Array, "*parts B"] | None = None
     pair: PairOutputs | None = None
 
 

@@ -51,10 +51,10 @@ class PairOutputs:
       groups, partner_groups: unit norm, for each of the n directions, [B, n, S, E].
     """
 
-    loss: Float[Array, "B"] | None = None
-    target_fraction: Float[Array, "B"] | None = None
-    groups: Float[Array, "B n S E"] | None = None
-    partner_groups: Float[Array, "B n S E"] | None = None
+    loss: Float[Array, "*parts B"] | None = None
+    target_fraction: Float[Array, "*parts B"] | None = None
+    groups: Float[Array, "*parts B n S E"] | None = None
+    partner_groups: Float[Array, "*parts B n S E"] | None = None
 
 
 def online_images(config: ConfigDict) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ def test_shapes_and_types(read):
         "entity_set": ("int32", (8,)),
         "caption_set": ("int32", (8, 4)),
         "record": ("int32", (8,)),
+        "data_set": ("int32", (8,)),
         "truncated": ("bool", (8,)),
     }
     plain = read(last_step=1, with_pairs=False)[0]

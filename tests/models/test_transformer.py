@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from ovseg_jax.train.flops import matmul_flops
 from reference import transformer as reference
 
 from ovseg_jax.models.bert import BertEncoder, pool_tokens
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import DropPath, contract
 from ovseg_jax.models.transformer import PreNormStack
+from ovseg_jax.train.metrics import matmul_flops
 
 FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}
 B, M, K = 3, 7, 4
