@@ -37,7 +37,7 @@ VARIANTS = {
 PARAMETERS = {
     "groupvit.py": 144_569_617,
     "groupvit.py:own_text": 55_726_609,
-    "photos.py": 48_459_489,
+    "photos.py": 48_144_706,
     "quickstart.py": 45_721_153,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,

@@ -11,7 +11,7 @@ EDGE = ".,'-_*/\u2026"
 _RUN = r"[^\W_]+[\u0300-\u036f]*"
 # Runs with one mark between them are one word (t-shirt, o'clock, and/or), but not "dog's".
 _TOKEN = re.compile(
-    rf"{re.escape(MASK_TOKEN)}|{_RUN}(?:(?:[-/.*+=|~^\\_]|'(?![sS]\b))?{_RUN})*|'[sS]\b|\S"
+    rf"{re.escape(MASK_TOKEN)}|{_RUN}(?:(?:'-|[-/.*+=|~^\\_]|'(?![sS]\b))?{_RUN})*|'[sS]\b|\S"
 )
 _APOSTROPHES = str.maketrans("\u2019\u2018", "''")
 

@@ -17,12 +17,20 @@ def alike(labels: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
       labels: [B]; or [B, N] names, of which the first is in the example's sentence. Then two
         examples are alike if either's first name is among the names of the other.
     """
+    everyone = _gathered(labels)
     if labels.ndim == 1:
-        return labels[:, None] == labels[None]
-    # Not one of them transposed: of a batch that is split over devices, that moves the whole square.
-    first_of_row = jnp.any(labels[:, None, :1] == labels[None], axis=-1)
-    first_of_column = jnp.any(labels[:, None] == labels[None, :, :1], axis=-1)
+        return labels[:, None] == everyone[None]
+    # Neither is transposed: with a batch split over devices, that would move the whole square.
+    first_of_row = jnp.any(labels[:, None, :1] == everyone[None], axis=-1)
+    first_of_column = jnp.any(labels[:, None] == everyone[None, :, :1], axis=-1)
     return first_of_row | first_of_column
+
+
+def _gathered(x: Array) -> Array:
+    """`x` whole on every device, where a mesh is set: rows of pairs then stay where they are."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())
 
 
 def negatives_mask(
@@ -40,7 +48,7 @@ def negatives_mask(
         sound different, telling the set would be enough to tell the right sentence.
     """
     present = weight > 0
-    negative = present[:, None] & present[None] & ~jnp.eye(len(weight), dtype=bool)
+    negative = present[:, None] & _gathered(present)[None] & ~jnp.eye(len(weight), dtype=bool)
     for label in labels:
         if label is not None:
             negative &= ~alike(label)
