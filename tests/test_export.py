@@ -325,7 +325,7 @@ def test_programs_agree_with_the_model_where_only_jax_is(form, size, tolerance, 
             wanted = segmenter.encode(value)
             names = ("assignment", "groups", "embedding", "keys")[: 4 if form == "paper" else 3]
         else:
-            names, wanted = ("embedding",), (segmenter._embed(segmenter.variables, value),)
+            names, wanted = ("embedding",), segmenter._embed(segmenter.variables, value)
         for name, array in zip(names, wanted, strict=True):
             scale = np.abs(array).max()
             np.testing.assert_allclose(found[f"{key}/{name}"], array, atol=tolerance * scale)
