@@ -11,12 +11,12 @@ steps. Four things are added, because they serve photographs:
   from these to the labels of patches (fitted on two thirds of 348 photographs of VOC train, tested
   on the rest) reaches 24.3 mIoU, from layers 9 and 12 22.7, from layer 12 alone 20.8.
 * A head embeds the whole image (`model.image_head`), for the protocol's `image_scale`: groups say
-  where something is, the head what there is.
+  where something is, the head what there is. Sentences get a head of their own for it.
 * What resembles the border of the photograph is held to be background (`border_scale`). With a
   threshold alone an early form of this model reached 15.0 mIoU on VOC train, with it 22.9.
 * Captions of several sets are mixed by weight (`data.mixture`): pairs of photograph and captions,
-  and photographs in class-named folders, whose captions are templates; equal captions are no
-  negatives of each other.
+  and photographs in class-named folders, whose captions are templates. Negatives come from the
+  same set, and equal captions are no negatives of each other.
 
 The shipped model `photos` is seed 0 of this config, trained on 6086 photographs of Flickr8k's train
 split (weight 2), and 11 925 in class-named folders (ImageNet 0.5, Caltech-101 0.65, Tiny ImageNet
