@@ -207,6 +207,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "stride": 70,
             "scale": 10.0,
             "image_scale": 3.0,
+            "border_scale": 0.0,
             "threshold": 0.08,
             # The classes of scenes, among which the threshold was chosen.
             "competing_words": 48,

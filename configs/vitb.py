@@ -204,6 +204,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "stride": 224,
             "scale": None,
             "image_scale": 0.0,
+            "border_scale": 0.0,
             "threshold": 0.9,
             "competing_words": 0,
             "order": "argmax_first",

@@ -107,7 +107,13 @@ def _set_batch_size(config: ConfigDict, batch_size: int) -> None:
 def _programs(config: ConfigDict) -> list[int]:
     """For each phase the first one that is the same program."""
     kinds = [
-        (phase.batch_size, phase.mask_weight > 0, phase.frozen, str(phase.erase))
+        (
+            phase.batch_size,
+            phase.mask_weight > 0,
+            phase.frozen,
+            str(phase.erase),
+            phase.transform["size"],
+        )
         for phase in make_phases(config, compile_ahead.RECORDS)
     ]
     return [kinds.index(kind) for kind in kinds]
@@ -216,7 +222,7 @@ def _search(
                     return False
             return True
 
-        best = largest(fits, start, step=mesh[0] * mesh[1])
+        best = largest(fits, start, step=mesh[0] * mesh[1] * config.accumulation.micro_batches)
         rows.append((name, str(best or "none"), f"{best / count:g}" if best else "-"))
     print(f"\n{table(rows)}")
     return 0 if any(row[1] != "none" for row in rows[1:]) else 1

@@ -1,4 +1,5 @@
 """The training objective (Sec. 3.2). Nothing here knows a model.
 
-Losses return one value per example; weights and means are applied in `objective` alone.
+Losses return one value per example; weights and means are applied in `objective`. (A metric,
+`false_negative_rate`, is a mean.)
 """

@@ -94,7 +94,8 @@ def info_nce(
     the pair itself.
 
     Args:
-      a, b: unit-norm embeddings; row i of one belongs to row i of the other.
+      a, b: unit-norm embeddings; row i of one belongs to row i of the other. One of them may come
+        times its inverse temperature, with scale 1.
       scale: inverse temperature.
       negatives: symmetric, see `negatives_mask`; the positive always counts.
 

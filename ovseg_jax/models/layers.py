@@ -244,7 +244,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two dense maps with a GELU between them.
+    """Two dense maps with an activation between them.
 
     Attributes:
       hidden: width between the two maps.

@@ -45,9 +45,9 @@ class OVSegmentor(nn.Module):
         training changes the collection "batch_stats", and the order of the calls counts.
       text_pool: how a sentence vector is taken from its tokens, see `pool_tokens`.
       pad_id: token id of padding.
-      temperature_init: initial temperature of the contrastive losses.
+      temperature_init: initial temperature of all contrastive losses.
       image_head, image_head_dropout: hidden width and dropout of a head that embeds the whole image
-        from the trunk's features (`FeatureHead`); 0 for none. It needs `keep_class_token`. It is
+        from the trunk's class token (`FeatureHead`); 0 for none. It needs `keep_class_token`. It is
         compared with sentences through a head of theirs, at a temperature of its own.
       token_classes: classes that a masked token can have (masked language modeling over the
         entities, the paper's Table 4); 0 for no such head.
@@ -210,7 +210,7 @@ class OVSegmentor(nn.Module):
         return self.token_head(tokens.astype(self.dtype)).astype(jnp.float32)
 
     def logit_scale(self) -> Float[Array, ""]:
-        """Inverse temperature of both contrastive losses, at most 100."""
+        """Inverse temperature of the contrastive losses on groups (Eq. 7 and 9), at most 100."""
         return jnp.minimum(jnp.exp(self.log_scale), 100.0)
 
     def whole_logit_scale(self) -> Float[Array, ""]:

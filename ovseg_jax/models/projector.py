@@ -72,7 +72,7 @@ class FeatureHead(nn.Module):
     matmul_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B W"], train: bool) -> Float[Array, "B E"]:
+    def __call__(self, x: Float[Array, "... Dx"], train: bool) -> Float[Array, "... E"]:
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         x = nn.Dropout(self.rate / 2, deterministic=not train)(x.astype(self.dtype))
         hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc", **options)(x))

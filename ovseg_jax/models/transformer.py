@@ -111,7 +111,7 @@ def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str) -> 
     """`layer` repeated `depth` times as one scan over a leading "layers" axis of its parameters.
 
     Args:
-      layer: module class whose call maps (carry, argument) to (carry, None).
+      layer: module class whose call maps (carry, argument) to (carry, output or None).
       in_axes: scan axis of the argument, or `nn.broadcast`.
       remat: what the backward pass keeps: a key of `REMAT_POLICIES`.
     """

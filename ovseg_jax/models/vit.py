@@ -43,7 +43,7 @@ class VisualTokens:
     assigned: Float[Array, "B L K"]
     query: Float[Array, "B K D"] | None
     key: Float[Array, "B L D"] | None
-    whole: Float[Array, "B W"] | None = None
+    whole: Float[Array, "B D0"] | None = None
 
 
 def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -75,7 +75,7 @@ class VisualEncoder(nn.Module):
       group_std: standard deviation of the initial group tokens. At 0.02 they start nearly alike and
         take long to part; small models trained briefly want 1.
       group_layer: how many of the first layers see the image alone; 0 in the paper.
-      trunk_width, trunk_heads, trunk_eps: of the trunk, where it differs; 0 takes the encoder's.
+      trunk_width, trunk_heads: of the trunk, where it differs; 0 takes the encoder's.
       class_token: the trunk carries a class token (pretrained weights may need it); it is dropped
         where the groups join.
       register_tokens: how many further tokens without a meaning the trunk carries (Darcet et al.,
@@ -94,7 +94,7 @@ class VisualEncoder(nn.Module):
       layer_scale: see `PreNormLayer`; applies to the trunk.
       assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
-      remat: see `stack.scanned`.
+      remat: see `transformer.scanned`.
       dtype, matmul_dtype: see `Dense`.
     """
 

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
-from ovseg_jax.shapes import Array, Bool, Float
+from ovseg_jax.shapes import Array, Bool, Float, Int
 from ovseg_jax.sharding import AnyMesh
 
 Batch = Mapping[str, Array]
@@ -156,3 +157,8 @@ def see_sentences(
 ) -> Params:
     """The statistics after sentences that no term of the loss reads in the joint space."""
     return embed_sentences(model, params, statistics, text)[1] if statistics else statistics
+
+
+def within_set(batch: Batch, config: ConfigDict) -> Int[Array, "B"] | None:
+    """The data set of each example, where its negatives come from that set alone."""
+    return batch["data_set"] if config.get("negatives_within_set", False) else None

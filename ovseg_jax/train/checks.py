@@ -142,7 +142,9 @@ def _check_matching(config: ConfigDict) -> None:
     image, loss = config.model.image, config.loss
     if loss.cross_image != "masks" or loss.matching != "enumerate" or image.later_stages:
         return
-    count = subgroup_count(image.num_groups, loss.group_ratio)
+    # On the maps of the binding all groups are matched.
+    whole = loss.mask_maps == "binding"
+    count = image.num_groups if whole else subgroup_count(image.num_groups, loss.group_ratio)
     if count > ENUMERATE_LIMIT:
         raise UserError(
             f"config.loss.matching = 'enumerate' takes at most {ENUMERATE_LIMIT} groups, but "

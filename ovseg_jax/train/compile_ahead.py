@@ -115,7 +115,7 @@ def measured(
         flops, model_flops = (
             matmul_flops(flat_program.step(phase), flat_program.abstract_state(phase), batch)
             for flat_program in (
-                program_of(config, flat),
+                program if mesh is flat else program_of(config, flat),
                 program_of(without_repetition(config), flat),
             )
         )

@@ -199,10 +199,14 @@ def text_store(
     """
     captions, starts, rows = distinct_captions(source.captions())
     captions = [unmasked(caption) for caption in captions]
+    masked = [mask_entities(caption, entity_set) for caption in captions]
+    prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
     key = cache_key(
         params,
         ("text_encoder/",),
-        captions=_captions_digest(captions, starts, rows),
+        captions=_texts_digest(captions, starts, rows),
+        # How entities are looked for may change between versions.
+        prompts=_texts_digest([*masked, *prompts], prompt_rows),
         entities=entity_set.table,
         templates=list(templates),
         length=length,
@@ -213,9 +217,7 @@ def text_store(
     place = directory / f"texts-{key}"
     if (store := FeatureStore.open(place, key)) is not None:
         return store
-    masked = [mask_entities(unmasked(caption), entity_set) for caption in captions]
     hidden = list(dict.fromkeys(masked))
-    prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
     shared = [shared_prompt(name) for name in entity_set.names]
     width = model.text_encoder.width
     store = FeatureStore.create(
@@ -272,8 +274,8 @@ def text_store(
     return store.commit()
 
 
-def _captions_digest(captions: Sequence[str], starts: np.ndarray, rows: np.ndarray) -> str:
-    digest = hashlib.sha256(json.dumps(captions).encode())
-    for array in (starts, rows):
+def _texts_digest(texts: Sequence[str], *arrays: np.ndarray) -> str:
+    digest = hashlib.sha256(json.dumps(texts).encode())
+    for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()

@@ -34,8 +34,8 @@ def standardized_neck(
 ) -> dict[str, Any]:
     """The parameters with the neck's input standardized on images of the training set.
 
-    ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias; so do the first
-    maps of the image head, where there is one.
+    ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias; so does the
+    first map of the image head, where there is one, on the class token.
 
     Args:
       transform: of the images, as in training; seed: of its random draws.

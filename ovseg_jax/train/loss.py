@@ -21,7 +21,7 @@ from ovseg_jax.losses.contrastive import (
 )
 from ovseg_jax.losses.objective import masked_token_loss, total_loss, weighted_mean
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
-from ovseg_jax.shapes import Array, Float, Int
+from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.apply import (
     Batch,
@@ -34,6 +34,7 @@ from ovseg_jax.train.apply import (
     merge,
     see_sentences,
     unmerge,
+    within_set,
 )
 from ovseg_jax.train.mask_terms import (
     FIRST,
@@ -199,7 +200,7 @@ def joint_loss(
     """
     masking, weight = masking_of(config), batch["weight"]
     equal = batch["caption_set"] if config.get("mask_equal_captions", False) else None
-    negatives = negatives_mask(weight, equal, within=_within_set(batch, config))
+    negatives = negatives_mask(weight, equal, within=within_set(batch, config))
     values, hits = info_nce(outputs.image, outputs.text, scale, negatives)
     contrastive = weighted_mean(values, weight)
     metrics = {
@@ -212,7 +213,7 @@ def joint_loss(
         metrics["equal_captions"] = false_negative_rate(weight, equal)
     entity = mask = None
     if masking is Masking.MULTI_LABEL:
-        metrics["entity"] = entity = noun_term(outputs, scale, batch)
+        metrics["entity"] = entity = noun_term(outputs, scale, batch, config)
     elif masking is not None:
         if masking.classifies:
             entity, extra = token_term(outputs, batch)
@@ -225,7 +226,7 @@ def joint_loss(
     weights = {"entity_weight": config.entity_weight, "mask_weight": mask_weight}
     loss = total_loss(contrastive, entity, mask, **weights)
     if outputs.nouns is not None and masking is not Masking.MULTI_LABEL:
-        metrics["nouns"] = noun_term(outputs, scale, batch)
+        metrics["nouns"] = noun_term(outputs, scale, batch, config)
         loss = loss + config.noun_weight * metrics["nouns"]
     if outputs.whole is not None:
         # The image head is not in Eq. 13: what it learns is used beside the groups.
@@ -256,7 +257,7 @@ def completion_term(
         weight,
         sets if config.mask_equal_entities else None,
         batch["caption_set"] if config.get("mask_equal_captions", False) else None,
-        within=_within_set(batch, config),
+        within=within_set(batch, config),
     )
     values, _ = info_nce(outputs.completed, outputs.prompt, scale, negatives)
     rate = false_negative_rate(weight, sets)
@@ -272,11 +273,13 @@ def token_term(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], dict[s
     return weighted_mean(outputs.token_loss, weight), {"token_accuracy": accuracy}
 
 
-def noun_term(outputs: Outputs, scale: Float[Array, ""], batch: Batch) -> Float[Array, ""]:
+def noun_term(
+    outputs: Outputs, scale: Float[Array, ""], batch: Batch, config: ConfigDict
+) -> Float[Array, ""]:
     """An image against sampled nouns of its caption (GroupViT): a mean over captions with nouns."""
     present = batch["noun_present"]
     weight = batch["weight"] * jnp.any(present, axis=1).astype(jnp.float32)
-    negatives = negatives_mask(batch["weight"])
+    negatives = negatives_mask(batch["weight"], within=within_set(batch, config))
     values = multi_label_info_nce(outputs.image, outputs.nouns, scale, negatives, present)
     return weighted_mean(values, weight)
 
@@ -296,11 +299,6 @@ def usage_entropy(shares: Float[Array, "B K"], weight: Float[Array, "B"]) -> Flo
 def masking_of(config: ConfigDict) -> Masking | None:
     """The entity objective of ``config.loss``; None where its weight is 0."""
     return Masking(config.masking) if config.entity_weight > 0 else None
-
-
-def _within_set(batch: Batch, config: ConfigDict) -> Int[Array, "B"] | None:
-    """The data set of each example, where its negatives come from that set alone."""
-    return batch["data_set"] if config.get("negatives_within_set", False) else None
 
 
 def _texts_of(masking: Masking | None) -> tuple[str, ...]:

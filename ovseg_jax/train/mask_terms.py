@@ -23,7 +23,7 @@ from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
 from ovseg_jax.models.vit import VisualTokens
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
-from ovseg_jax.train.apply import Batch, Params, apply, merge, unmerge
+from ovseg_jax.train.apply import Batch, Params, apply, merge, unmerge, within_set
 
 # The images of a pair.
 FIRST, SECOND = 0, 1
@@ -185,7 +185,8 @@ def mask_term(
     """
     weight = batch["weight"] * batch["pair_weight"]
     if config.cross_image == "groups":
-        groups, partners, negatives = outputs.groups, outputs.partner_groups, negatives_mask(weight)
+        groups, partners = outputs.groups, outputs.partner_groups
+        negatives = negatives_mask(weight, within=within_set(batch, config))
         values = [
             group_set_nce(groups[:, i], partners[:, i], scale, negatives)
             for i in range(groups.shape[1])

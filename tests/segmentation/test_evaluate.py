@@ -293,7 +293,7 @@ def test_the_result_does_not_depend_on_the_batch_size():
 
 
 def test_scores_of_one_image():
-    segmenter, text = ByColor(2), np.eye(3, dtype=np.float32)
+    segmenter, text = ByColor(2), (np.eye(3, dtype=np.float32),) * 2
     image, truth = Blocks(((24, 40),))[0]
     (scores,) = image_scores(segmenter.encode, text, [image], PROTOCOL, 2)
     assert (scores.tiles, scores.cells.shape) == ((1, 3), (6, 18, 3))  # starts 0, 12, 16

@@ -58,6 +58,14 @@ def test_the_image_head_is_standardized_too(tiny_config):
     old, new = (jax.tree.map(np.asarray, tree["whole_head"]["fc"]) for tree in (params, folded))
     expected = standardized @ old["kernel"] + old["bias"]
     np.testing.assert_allclose(whole @ new["kernel"] + new["bias"], expected, atol=1e-3)
+    # The neck is standardized on the patches, without the class token.
+    patches = features[:, 1:].reshape(-1, features.shape[-1])
+    standardized = (patches - patches.mean(0)) / np.maximum(patches.std(0), 1e-3)
+    old, new = (
+        jax.tree.map(np.asarray, tree["image_encoder"]["neck"]) for tree in (params, folded)
+    )
+    expected = standardized @ old["kernel"] + old["bias"]
+    np.testing.assert_allclose(patches @ new["kernel"] + new["bias"], expected, atol=1e-3)
 
 
 def test_a_model_without_neck_is_refused(tiny_config):
