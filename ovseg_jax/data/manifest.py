@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,13 +89,6 @@ def manifest_text(manifest: Manifest) -> str:
     document = {"format": FORMAT, "version": manifest.version}
     document |= {"manifest_sha256": manifest.digest(), **manifest.fields()}
     return json.dumps(document, indent=1, ensure_ascii=True) + "\n"
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes the manifest atomically: a folder has either a whole manifest or none."""
-    temporary = directory / f".{MANIFEST_NAME}.{os.getpid()}"
-    temporary.write_text(manifest_text(manifest))
-    temporary.replace(directory / MANIFEST_NAME)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -33,8 +33,8 @@ class PairIndex:
 
     def __init__(
         self,
-        starts: Int64[np.ndarray, "entities_plus_one"],  # noqa: F821
-        records: Int64[np.ndarray, "mentions"],  # noqa: F821
+        starts: Int64[np.ndarray, "entities_plus_one"],
+        records: Int64[np.ndarray, "mentions"],
     ):
         self.starts = starts
         self.records = records
@@ -60,7 +60,7 @@ class PairIndex:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def members(self, entity: int) -> Int64[np.ndarray, "members"]:  # noqa: F821
+    def members(self, entity: int) -> Int64[np.ndarray, "members"]:
         """The records that name an entity; none for an entity that no caption names."""
         if not 0 <= entity < len(self):
             return self.records[:0]

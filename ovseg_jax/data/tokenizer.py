@@ -116,7 +116,7 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
-    def lengths(self, texts: Sequence[str]) -> Int32[np.ndarray, "texts"]:  # noqa: F821
+    def lengths(self, texts: Sequence[str]) -> Int32[np.ndarray, "texts"]:
         """The number of tokens of each text before truncation, special tokens included."""
         return np.asarray([len(ids) for ids in self._ids(texts)], np.int32)
 
@@ -145,7 +145,7 @@ class Tokenizer:
 
     def encode_with_cuts(
         self, texts: Sequence[str], length: int
-    ) -> tuple[Int32[np.ndarray, "texts {length}"], Bool[np.ndarray, "texts"]]:  # noqa: F821
+    ) -> tuple[Int32[np.ndarray, "texts {length}"], Bool[np.ndarray, "texts"]]:
         """The ids of `encode`, and which of the texts were cut."""
         if length < 2:
             family = self.family
@@ -204,7 +204,7 @@ def find_tokenizer(spec: str) -> Tokenizer:
 
 
 def text_length(
-    token_counts: Integer[np.ndarray, "texts"] | Sequence[int],  # noqa: F821
+    token_counts: Integer[np.ndarray, "texts"] | Sequence[int],
     multiple: int = 8,
     cover: float = 0.999,
 ) -> int:

@@ -172,8 +172,16 @@ def group_set_nce(
     return jnp.mean(everything - jax.nn.logsumexp(scale * cosines, axis=-1), axis=1)
 
 
-def false_negative_rate(weight: Float[Array, "B"], label: Int[Array, "B ..."]) -> Float[Array, ""]:
-    """Share of the pairs of different present examples that are alike in a label."""
-    pairs = negatives_mask(weight)
+def false_negative_rate(
+    weight: Float[Array, "B"],
+    label: Int[Array, "B ..."],
+    within: Int[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+    """Share of the pairs of different present examples that are alike in a label.
+
+    Args:
+      within: only pairs that are equal in this count, see `negatives_mask`.
+    """
+    pairs = negatives_mask(weight, within=within)
     equal = jnp.sum((pairs & alike(label)).astype(jnp.float32))
     return equal / jnp.maximum(jnp.sum(pairs.astype(jnp.float32)), 1.0)

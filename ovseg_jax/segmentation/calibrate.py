@@ -247,8 +247,10 @@ def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
     """
     if not config.calibrate:
         return None
-    if name != "scenes" and (name not in FOLDERS or not class_table(FOLDERS[name].base).background):
-        return None
+    if name != "scenes":
+        folder = FOLDERS.get(name)
+        if folder is None or folder.drop_background or not class_table(folder.base).background:
+            return None
     if config.tune_count < 1:
         raise UserError(f"config.eval.tune_count is {config.tune_count}; it must be at least 1")
     return train_split(name, config, config.tune_count)

@@ -111,6 +111,8 @@ def find_pictures(given: Sequence[str], stdin: Iterable[str], every: int = 1) ->
 
 
 def _expanded(entry: str) -> list[str]:
+    if entry.startswith(("http://", "https://")):
+        raise UserError(f"{entry} is an address: download the file, and give its path")
     path = Path(entry)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES + ANIMATED + VIDEOS)

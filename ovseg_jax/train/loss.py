@@ -210,7 +210,7 @@ def joint_loss(
         "group_usage": usage_entropy(outputs.group_shares, weight),
     }
     if equal is not None:
-        metrics["equal_captions"] = false_negative_rate(weight, equal)
+        metrics["equal_captions"] = false_negative_rate(weight, equal, within_set(batch, config))
     entity = mask = None
     if masking is Masking.MULTI_LABEL:
         metrics["entity"] = entity = noun_term(outputs, scale, batch, config)
@@ -260,7 +260,7 @@ def completion_term(
         within=within_set(batch, config),
     )
     values, _ = info_nce(outputs.completed, outputs.prompt, scale, negatives)
-    rate = false_negative_rate(weight, sets)
+    rate = false_negative_rate(weight, sets, within_set(batch, config))
     return weighted_mean(values, weight), {"entity_false_negatives": rate}
 
 

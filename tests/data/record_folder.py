@@ -6,9 +6,13 @@ from pathlib import Path
 from array_record.python import array_record_module
 
 import ovseg_jax
-from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, describe_file, write_manifest
+from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, describe_file, manifest_text
 from ovseg_jax.data.records import INDEX_NAME, RecordSource, index_line, key_digest, pack_record
 from ovseg_jax.errors import UserError
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST_NAME).write_text(manifest_text(manifest))
 
 
 def write_records(

@@ -10,9 +10,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from record_folder import write_records
+from record_folder import write_manifest, write_records
 
-from ovseg_jax.data.manifest import CLASS_NAMES, describe_file, write_manifest
+from ovseg_jax.data.manifest import CLASS_NAMES, describe_file
 from ovseg_jax.data.records import (
     ArrayRecordSource,
     MemorySource,

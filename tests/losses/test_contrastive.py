@@ -106,6 +106,10 @@ def test_negatives_within_a_data_set():
     np.testing.assert_array_equal(found, (sets[:, None] == sets) & ~np.eye(B, dtype=bool))
     values, _ = info_nce(unit_rows(0), unit_rows(1), jnp.float32(9.0), found)
     np.testing.assert_allclose(values[5], 0, atol=1e-6)  # nobody else is of its set
+    label = jnp.asarray([7, 7, 7, 8, 7, 7], jnp.int32)
+    # Of set 0 one pair, of set 1 one of three.
+    rate = false_negative_rate(jnp.ones(B), label, jnp.asarray(sets))
+    np.testing.assert_allclose(rate, 2 / 4)
 
 
 def test_matched_pairs_at_a_high_temperature_cost_nothing_and_stay_finite():

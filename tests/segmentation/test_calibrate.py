@@ -5,12 +5,13 @@ import itertools
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from reference.label_maps import label_map
 from segmentation.test_evaluate import PROTOCOL, Blocks, ByColor
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import calibrate as calibration
-from ovseg_jax.segmentation.calibrate import calibrate
+from ovseg_jax.segmentation.calibrate import calibrate, tune_split
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
 from ovseg_jax.segmentation.protocol import CHOICES, Protocol
@@ -141,3 +142,12 @@ def test_bad_input():
         calibrate([(scores, truth[:3])], Protocol())
     with pytest.raises(UserError, match="rising"):
         calibrate([(scores, truth)], Protocol(), thresholds=(0.5, 0.1))
+
+
+@pytest.mark.parametrize("name", ["voc20", "context59", "ade20k"])
+def test_without_a_background_there_is_no_threshold_to_choose(name):
+    """Their labels are not 1 + class, as calibration counts them."""
+    config = ConfigDict({"calibrate": True, "tune_count": 4, name: {"dir": "nowhere", "count": 0}})
+    assert tune_split(name, config) is None
+    with pytest.raises(UserError, match="nowhere"):
+        tune_split("voc", ConfigDict({**config.to_dict(), "voc": {"dir": "nowhere", "count": 0}}))

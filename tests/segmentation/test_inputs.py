@@ -64,6 +64,7 @@ def test_bad_arguments(tmp_path):
         ([], {}, "is empty"),
         (["-"], {}, "is empty"),
         ([f"{tmp_path}/none.png"], {}, "does not exist"),
+        (["https://example.org/a.png"], {}, "is an address: download the file"),
         ([f"{tmp_path}/*.bmp"], {}, "no file matches"),
         ([f"{tmp_path}/empty"], {}, "holds no image"),
         ([f"{tmp_path}/a.png"], {"every": 0}, "at least 1"),
