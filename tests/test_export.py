@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, export, flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
+from ovseg_jax.models.build import build_model
 from ovseg_jax.models.layers import contract, every_platform
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
 from ovseg_jax.optim.groups import flatten
@@ -241,7 +243,8 @@ image, text = program("image"), program("text")
 found = {}
 for key, value in np.load(inputs).items():
     name = "image" if key.startswith("images") else "text"
-    results = image(value) if name == "image" else (text(value),)
+    results = image(value) if name == "image" else text(value)
+    results = results if isinstance(results, (tuple, list)) else (results,)
     for label, result in zip(signature[name]["results"], results, strict=True):
         shape = [len(value) if size == "batch" else int(size) for size in label["shape"]]
         assert list(result.shape) == shape and result.dtype.name == label["dtype"]
@@ -254,15 +257,19 @@ assert "flatbuffers" in imported
 
 
 @pytest.fixture
-def paper(tmp_path, tiny_config, tiny_params):
-    """A model of the paper's form that rounds to bfloat16."""
+def paper(tmp_path, tiny_config):
+    """A model of the paper's form that rounds to bfloat16, with an image head."""
     config = tiny_config.model
     # Soft: where two groups are near each other, rounding would decide between them.
     config.image.assignment = "soft"
-    config.update(matmul_dtype="bfloat16", dtype="bfloat16")
+    config.update(matmul_dtype="bfloat16", dtype="bfloat16", image_head=6)
+    config.image.update(group_layer=1, trunk_norm=True, class_token=True, keep_class_token=True)
+    ids = jnp.ones((1, 4), jnp.int32)
+    model = build_model(config)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), ids))
     save_model(
         tmp_path / "m",
-        tiny_params,
+        params["params"],
         None,
         model=json.loads(config.to_json_best_effort()),
         # With a border scale, the program gives the keys of the patches too.
@@ -325,13 +332,15 @@ def test_programs_agree_with_the_model_where_only_jax_is(form, size, tolerance, 
             wanted = segmenter.encode(value)
             names = ("assignment", "groups", "embedding", "keys")[: 4 if form == "paper" else 3]
         else:
-            names, wanted = ("embedding",), segmenter._embed(segmenter.variables, value)
+            wanted = segmenter._embed(segmenter.variables, value)
+            names = ("embedding", "image_embedding")[: 2 if form == "paper" else 1]
         for name, array in zip(names, wanted, strict=True):
             scale = np.abs(array).max()
             np.testing.assert_allclose(found[f"{key}/{name}"], array, atol=tolerance * scale)
     said = (out / "README.md").read_text()
     assert said.count("deserialize") == 1
     assert ("embedding, keys = program" in said) == (form == "paper")
+    assert ("classes, image_classes = program" in said) == (form == "paper")
 
 
 def test_without_the_package_that_writes_programs(workdir, tmp_path, monkeypatch):

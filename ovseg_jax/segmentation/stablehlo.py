@@ -29,15 +29,15 @@ from ovseg_jax.weights.model_dir import SavedModel
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-# The parts of the model that each program needs; every method of the model reads the temperature.
+# The parts of the model that each program needs; every method of the model reads the temperatures.
 PARTS = {
     "image": (
         *("image_encoder/", "image_projector/", f"{STATISTICS}/image_projector/", "whole_head/"),
-        "log_scale",
+        *("log_scale", "whole_log_scale"),
     ),
     "text": (
         *("text_encoder/", "text_projector/", f"{STATISTICS}/text_projector/"),
-        *("whole_text_head/", "log_scale"),
+        *("whole_text_head/", "log_scale", "whole_log_scale"),
     ),
 }
 
