@@ -7,7 +7,7 @@ are those of ``vitb.py``; its authors used 26 million pairs and published VOC 52
 mIoU. Not yet trained with this code: time and score are unknown.
 
 Where this is not the authors' training: one temperature serves both losses; the running statistics
-of the image projector's batch norm also see every group; nouns are found as `ovseg_jax.data.nouns`
+of the image projector's batch norm also see every group; nouns are found as `ovseg_jax.data.words`
 does; captions are shuffled anew each epoch; word vectors have no weight decay (see ``vitb.py``).
 
 Variants: ``:own_text`` has GroupViT's own text encoder, a causal transformer over byte pairs, in

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
 from ovseg_jax.data.entities import MASK_TOKEN, EntitySet
-from ovseg_jax.data.nouns import NounFinder, caption_nouns
+from ovseg_jax.data.words import NounFinder, caption_nouns
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 

@@ -1,17 +1,18 @@
-"""Records, each an image with its captions, and the sources that they come from.
+"""Records, each an image with its captions, and the folders that hold them.
 
-A *record source* is anything with the members of `RecordSource`. A folder of records on disk has
-ArrayRecord shards, an index of keys and captions (`index.jsonl`) and `manifest.json`; a folder that
-`ovseg_jax.prepare` wrote also has an entity -> records index. A stored record is the msgpack array
-`[2, key, [captions], image, [entity ids]]`: a layout version, strings, bytes, and integers. Nothing
-in a folder is a pickle. Layout 1, with a single caption in place of the list, is still read.
+A folder of records has ArrayRecord shards, an index of keys and captions (`index.jsonl`), and
+`manifest.json`, which says what the folder must hold and is checked before anything is used; a
+folder that `ovseg_jax.prepare` wrote also has an entity -> records index. A stored record is the
+msgpack array `[2, key, [captions], image, [entity ids]]`: a layout version, strings, bytes, and
+integers. Nothing in a folder is a pickle. Layout 1, with a single caption in place of the list, is
+still read.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,13 +21,20 @@ import numpy as np
 from array_record.python import array_record_data_source
 
 from ovseg_jax.data.captions import CLIP, fill
-from ovseg_jax.data.manifest import CLASS_NAMES, read_manifest, verify_files
 from ovseg_jax.errors import UserError
 
 RECORD_LAYOUT = 2
 INDEX_NAME = "index.jsonl"
 # Starts and records of a `pairs.PairIndex`.
 ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
+MANIFEST_NAME = "manifest.json"
+FORMAT = "ovseg_jax records"
+VERSION = 3
+# What `Manifest.captions` may say.
+TEXTS, CLASS_NAMES = "texts", "class_names"
+_AGAIN = "write the records again into an empty folder"
+# Names of a class that are told apart; `ovseg_jax.prepare` gives no more.
+MOST_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -162,33 +170,137 @@ def index_line(record: Record) -> str:
     return json.dumps([record.key, list(record.captions)]) + "\n"
 
 
-class MemorySource:
-    """A list of records as a record source, for tests and small experiments."""
+# ---- folders of records
 
-    def __init__(self, records: Sequence[Record], name: str = "memory"):
-        self._records = list(records)
-        self.name = name
 
-    def __len__(self) -> int:
-        return len(self._records)
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of the set: its name, the records in it, its size in bytes and its SHA-256."""
 
-    def __getitem__(self, index: int) -> Record:
-        return self._records[index]
+    file: str
+    count: int
+    bytes: int
+    sha256: str
 
-    def keys(self) -> list[str]:
-        return [record.key for record in self._records]
 
-    def captions(self) -> list[Sequence[str]]:
-        return [record.captions for record in self._records]
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that identifies a folder of records.
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for record in self._records:
-            for text in (record.key, *record.captions):
-                _add(digest, text.encode())
-            _add(digest, record.image)
-            _add(digest, repr(record.entities).encode())
-        return digest.hexdigest()[:16]
+    Attributes:
+      count: number of records over all shards.
+      shards: the ArrayRecord files in record order.
+      index: the file with one `[key, [captions]]` a line, in record order.
+      entities: entity name -> surface forms, in id order.
+      source: name of the source that was written.
+      source_fingerprint: the fingerprint of that source.
+      keys_sha256: digest of the key list (`records.key_digest`).
+      tool: program and version that wrote the folder.
+      files: further files: the entity -> records index, where there is one.
+      captions: "texts", or "class_names" that training puts into templates.
+      version: of the layout. Version 2, with one caption for each record, is still read.
+    """
+
+    count: int
+    shards: tuple[FileInfo, ...]
+    index: FileInfo
+    entities: dict[str, list[str]]
+    source: str
+    source_fingerprint: str
+    keys_sha256: str
+    tool: str
+    files: tuple[FileInfo, ...] = ()
+    captions: str = TEXTS
+    version: int = VERSION
+
+    def everything(self) -> tuple[FileInfo, ...]:
+        """Every file of the folder but the manifest."""
+        return (*self.shards, self.index, *self.files)
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest; it is stored in the file, so that an edited one is noticed."""
+        text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def fields(self) -> dict[str, Any]:
+        """What is stored after the version."""
+        fields = asdict(self)
+        if fields.pop("version") == 2:
+            del fields["captions"]
+        return fields
+
+
+def describe_file(path: Path, count: int, name: str | None = None) -> FileInfo:
+    """Measures a finished file, which will have the name `name`."""
+    return FileInfo(name or path.name, count, path.stat().st_size, file_digest(path))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The content of the manifest's file."""
+    document = {"format": FORMAT, "version": manifest.version}
+    document |= {"manifest_sha256": manifest.digest(), **manifest.fields()}
+    return json.dumps(document, indent=1, ensure_ascii=True) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks the manifest and the presence and size of every file that it names.
+
+    Raises:
+      UserError: the folder or a file is missing, cut short, or was changed after it was written.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise UserError(f"there is no folder of records at {directory}; check the path")
+    if not path.is_file():
+        raise UserError(
+            f"{directory} has no {MANIFEST_NAME}, so it is no finished folder of records; {_AGAIN}"
+        )
+    try:
+        document = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); {_AGAIN}") from error
+    if not isinstance(document, Mapping) or document.get("format") != FORMAT:
+        raise UserError(f"{path} is not a manifest of records; check the path")
+    if document.get("version") not in (2, VERSION):
+        raise UserError(
+            f"{path} has layout version {document.get('version')!r}, this program reads 2 and "
+            f"{VERSION}; {_AGAIN}"
+        )
+    try:
+        fields = {"captions": TEXTS} | {
+            name: document[name] for name in Manifest.__annotations__ if name in document
+        }
+        fields |= {
+            name: tuple(FileInfo(**info) for info in document[name]) for name in ("shards", "files")
+        }
+        manifest = Manifest(**fields | {"index": FileInfo(**document["index"])})
+        digest = manifest.digest()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} lacks a field or has a wrong one ({error}); {_AGAIN}") from error
+    if manifest.count != sum(shard.count for shard in manifest.shards):
+        raise UserError(f"{path}: the shards' counts do not add up to {manifest.count}; {_AGAIN}")
+    if digest != document.get("manifest_sha256"):
+        raise UserError(f"{path} was changed after it was written; restore it, or {_AGAIN}")
+    for info in manifest.everything():
+        _check_file(directory / info.file, info)
+    return manifest
+
+
+def _check_file(path: Path, info: FileInfo) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy the file, or {_AGAIN}")
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise UserError(
+            f"{path} has {size} bytes and should have {info.bytes}: it was cut short or changed; "
+            f"copy the file again, or {_AGAIN}"
+        )
 
 
 class ArrayRecordSource:
@@ -255,7 +367,13 @@ class ArrayRecordSource:
         Raises:
           UserError: naming the first file that differs.
         """
-        verify_files(self.directory, self.manifest)
+        for info in self.manifest.everything():
+            path = self.directory / info.file
+            _check_file(path, info)
+            if file_digest(path) != info.sha256:
+                raise UserError(
+                    f"{path} was changed after it was written; copy the file again, or {_AGAIN}"
+                )
 
     def entity_index(self) -> tuple[np.ndarray, ...] | None:
         """The arrays of a `pairs.PairIndex` of the manifest's entities; None if not stored."""

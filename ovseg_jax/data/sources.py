@@ -8,9 +8,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.captions import CLIP_NAME, expand_templates
 from ovseg_jax.data.entities import EntitySet, joined_tables
-from ovseg_jax.data.manifest import MANIFEST_NAME
 from ovseg_jax.data.order import Mixture
-from ovseg_jax.data.records import ArrayRecordSource, RecordSource
+from ovseg_jax.data.records import MANIFEST_NAME, ArrayRecordSource, RecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest

@@ -1,8 +1,20 @@
-"""Words of English text: where they are, their plurals and singulars, and bundled lists of them."""
+"""Words of English text: where they are, their plurals and singulars, and which are nouns.
+
+Where NLTK's WordNet and tagger data are installed, the tagger finds nouns, and WordNet says whether
+a noun's first sense is a physical thing. Elsewhere bundled word lists and the position of a word
+decide: a noun follows a determiner, a number or a preposition, with adjectives between them or not,
+and no other open-class word follows it.
+"""
 
 import functools
 import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
+from typing import Any
+
+from ovseg_jax.errors import UserError
 
 MASK_TOKEN = "[MASK]"
 # Marks that are no words, alone or around a word.
@@ -14,6 +26,19 @@ _TOKEN = re.compile(
     rf"{re.escape(MASK_TOKEN)}|{_RUN}(?:(?:'-|[-/.*+=|~^\\_]|'(?![sS]\b))?{_RUN})*|'[sS]\b|\S"
 )
 _APOSTROPHES = str.maketrans("\u2019\u2018", "''")
+# A word is a noun if at least this share of its uses is in the position of a noun.
+_LEAST_EVIDENCE = 0.2
+_PARTICIPLE_ENDINGS = ("ing", "ed", "ly", "ful", "ous", "less", "est")
+_SHORTEST = 3
+# Kinds this near to the top of WordNet, 'entity', say nothing of how a thing looks: object, whole,
+# artifact (depth 4), instrumentality, organism (5), animal, device, container, food (4 to 6).
+_TOP = 6
+# Nor do these, which lie deeper.
+_TOO_WIDE = frozenset(
+    "vertebrate.n.01 mammal.n.01 domestic_animal.n.01 craft.n.02 instrument.n.01 barrier.n.01 "
+    "game.n.04 electronic_equipment.n.01 percussion_instrument.n.01".split()
+)
+_EVERYDAY = re.compile(r"[a-z-]+(_[a-z-]+)?")
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
@@ -105,3 +130,236 @@ def _compound(word: str, table: dict[str, str]) -> str | None:
         if word[cut:] in table and len(word) - cut > 2 and word[cut:] not in ("die", "dice"):
             return word[:cut] + table[word[cut:]]
     return None
+
+
+# ---- nouns
+
+
+class BundledNouns:
+    """Finds nouns by word lists and by their position in the sentence."""
+
+    name = "bundled word lists"
+
+    def __init__(self) -> None:
+        self._function = word_list("function")
+        self._determiners = word_list("determiners")
+        self._adjectives = word_list("adjectives")
+        self._verbs = word_list("verbs")
+        self._exceptions = word_list("shape_exceptions")
+        self._known = self._function | self._adjectives | self._verbs
+
+    def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
+        """(singular, whether it has the position of a noun) for each word that may be a noun."""
+        nouns = []
+        for at, token in enumerate(tokens):
+            lemma = singular(token)
+            if self._may_be_noun(token, lemma):
+                nouns.append((lemma, self._opens(tokens, at) and self._closes(tokens, at)))
+        return nouns
+
+    def _may_be_noun(self, token: str, lemma: str) -> bool:
+        if len(lemma) < _SHORTEST or not lemma.replace("-", "").isalpha():
+            return False
+        if lemma in self._exceptions:
+            return True
+        # A form such as "leaves" is a verb as well as a plural; the lemma "leaf" speaks for itself.
+        if lemma in self._known or (
+            token in self._known and token in (lemma, lemma + "s", lemma + "es")
+        ):
+            return False
+        return not lemma.endswith(_PARTICIPLE_ENDINGS)
+
+    def _opens(self, tokens: Sequence[str], at: int) -> bool:
+        left = at - 1
+        while left >= 0 and tokens[left] in self._adjectives:
+            left -= 1
+        # A caption may begin with the bare noun: "white dogs", "dogs".
+        return left < 0 or tokens[left] in self._determiners or not tokens[left].isalnum()
+
+    def _closes(self, tokens: Sequence[str], at: int) -> bool:
+        if at + 1 == len(tokens):
+            return True
+        following = tokens[at + 1]
+        return (
+            not following.isalpha()
+            or following in self._function
+            or following in self._verbs
+            or (following.endswith(("ing", "ed")) and following not in self._exceptions)
+        )
+
+
+class WordNetNouns:
+    """NLTK's tagger for nouns, WordNet for singulars and for physical things.
+
+    Raises:
+      LookupError: the data are not installed.
+    """
+
+    name = "WordNet and the tagger"
+
+    def __init__(self) -> None:
+        import nltk
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+        nltk.pos_tag(["test"])
+        self._nltk, self._wordnet = nltk, wordnet
+        self._physical: dict[str, bool] = {}
+
+    def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
+        """As `BundledNouns.nouns`."""
+        nouns = []
+        for token, tag in self._nltk.pos_tag(list(tokens)):
+            if tag in ("NN", "NNS") and token.replace("-", "").isalpha():
+                lemma = self._wordnet.morphy(token, "n") or singular(token)
+                if len(lemma) >= _SHORTEST and self._is_physical(lemma):
+                    nouns.append((lemma, True))
+        return nouns
+
+    def _is_physical(self, lemma: str) -> bool:
+        if lemma not in self._physical:
+            senses = self._wordnet.synsets(lemma, "n")
+            above = list(senses[0].closure(lambda sense: sense.hypernyms())) if senses else []
+            self._physical[lemma] = self._wordnet.synset("physical_entity.n.01") in above
+        return self._physical[lemma]
+
+
+NounFinder = BundledNouns | WordNetNouns
+
+
+def noun_finder() -> NounFinder:
+    """WordNet's finder if its data are installed, else the bundled one. Downloads nothing."""
+    try:
+        return WordNetNouns()
+    except LookupError:
+        return BundledNouns()
+
+
+@functools.cache
+def _finder() -> NounFinder:
+    # WordNet takes a while to load.
+    return noun_finder()
+
+
+def caption_nouns(caption: str, finder: NounFinder | None = None) -> list[str]:
+    """The different nouns of a caption in the singular, in the order of the caption.
+
+    Args:
+      finder: `noun_finder()` by default.
+    """
+    nouns = (finder or _finder()).nouns(words(caption))
+    return list(dict.fromkeys(lemma for lemma, stands_like_noun in nouns if stands_like_noun))
+
+
+@dataclass
+class NounCounts:
+    """How often captions use each noun.
+
+    Attributes:
+      uses: noun, in the singular -> mentions.
+      evidence: noun -> mentions in the position of a noun.
+    """
+
+    uses: Counter[str] = field(default_factory=Counter)
+    evidence: Counter[str] = field(default_factory=Counter)
+
+    def add_caption(self, caption: str, finder: NounFinder) -> None:
+        """Counts the nouns of one caption."""
+        for lemma, stands_like_noun in finder.nouns(words(caption)):
+            self.uses[lemma] += 1
+            self.evidence[lemma] += stands_like_noun
+
+
+def choose_entities(
+    counts: NounCounts, top: int, abstract: Collection[str] | None = None
+) -> dict[str, int]:
+    """The `top` most frequent nouns with their counts, abstract ones left out (Sec. 3.1.2).
+
+    Args:
+      abstract: nouns to leave out, in the singular; the bundled list by default.
+
+    Raises:
+      UserError: there is no noun.
+    """
+    abstract = word_list("abstract") if abstract is None else frozenset(abstract)
+    # Alphabetical among equals, so that the order of the captions does not matter.
+    ranked = sorted(
+        (
+            (count, lemma)
+            for lemma, count in counts.uses.items()
+            if lemma not in abstract and counts.evidence[lemma] >= max(1, _LEAST_EVIDENCE * count)
+        ),
+        key=lambda item: (-item[0], item[1]),
+    )[:top]
+    if not ranked:
+        raise UserError("no nouns were found in the captions; give a list of entities instead")
+    return {lemma: count for count, lemma in ranked}
+
+
+# ---- wider words of WordNet
+
+
+def load_wordnet() -> Any:
+    """NLTK's reader of WordNet.
+
+    Raises:
+      UserError: the data are not installed.
+    """
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except (LookupError, OSError) as error:
+        raise UserError(
+            "--hypernyms needs the data of WordNet; get them with: "
+            "python -m nltk.downloader wordnet"
+        ) from error
+    return wordnet
+
+
+def wider_names(wordnet: Any, name: str, offset: int | None) -> tuple[str, ...]:
+    """The name itself and everyday words for it, the nearest first.
+
+    These are the lemmas of the name's synset and of the synsets above it that occur in WordNet's
+    own texts, have one or two words, and are in small letters.
+
+    Args:
+      wordnet: NLTK's reader.
+      name: of the class; empty where only `offset` is known.
+      offset: of the synset, the digits of its WordNet id. By default the first noun synset that
+        spells the name like this and is a kind of thing, not a single person or place.
+    """
+    synset = _first_synset(wordnet, name) if offset is None else _synset_at(wordnet, offset)
+    lemmas = [name] if name else [synset.lemma_names()[0].replace("_", " ")]
+    level = [synset] if synset is not None else []
+    while level:
+        for kind in level:
+            if kind.min_depth() > _TOP and kind.name() not in _TOO_WIDE:
+                lemmas += [
+                    lemma.name().replace("_", " ")
+                    for lemma in kind.lemmas()
+                    if _EVERYDAY.fullmatch(lemma.name()) and lemma.count()
+                ]
+        level = list(dict.fromkeys(above for kind in level for above in kind.hypernyms()))
+    names: dict[str, str] = {}
+    for lemma in lemmas:
+        names.setdefault(lemma.lower(), lemma)
+    return tuple(names.values())
+
+
+def _first_synset(wordnet: Any, name: str) -> Any:
+    spelled = name.replace(" ", "_")
+    kinds = [s for s in wordnet.synsets(spelled, "n") if not s.instance_hypernyms()]
+    alike = [synset for synset in kinds if spelled in synset.lemma_names()]
+    return next(iter(alike or kinds), None)
+
+
+def _synset_at(wordnet: Any, offset: int) -> Any:
+    try:
+        return wordnet.synset_from_pos_and_offset("n", offset)
+    except Exception as error:
+        # NLTK fails in many ways where no synset begins at the offset.
+        raise UserError(
+            f"n{offset:08d} is no WordNet 3.0 id of a noun; correct the names of folders and "
+            "files, or give the folders words for names"
+        ) from error

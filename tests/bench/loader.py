@@ -1,6 +1,6 @@
 """A loader without decoding against a plain copy of the same batches.
 
-    PYTHONPATH=. python tests/bench/loader.py [SECONDS]
+    PYTHONPATH=.:tests python tests/bench/loader.py [SECONDS]
 
 Cached features of 4096 records (196 patches x 768, float16; three templates, 24 tokens x 768 of
 text, float16) are read in batches of 256 with pairs, as in phase 2 of a run on cached features.
@@ -18,11 +18,12 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from memory_source import MemorySource
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.records import MemorySource, Record
+from ovseg_jax.data.records import Record
 
 RECORDS, BATCH, TEMPLATES = 4096, 256, ("a {}.", "the {}.", "{}")
 NAMES = ("dog", "cat", "bus", "tree")

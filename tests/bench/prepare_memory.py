@@ -19,15 +19,15 @@ import numpy as np
 from caption_corpus import captions
 from PIL import Image
 
-from ovseg_jax.data.prepare.raw_pairs import InputShard, RawPair
+from ovseg_jax.data.prepare.inputs import InputShard, RawPair
 
 ROOT = Path(__file__).parents[2]
 PER_SHARD = 10_000
 PREPARE = """
 from pathlib import Path
 from prepare_memory import MadeUp
-from ovseg_jax.data.prepare.entity_choice import parse_choice
-from ovseg_jax.data.prepare.jobs import local_jobs
+from ovseg_jax.data.prepare.run import parse_choice
+from ovseg_jax.prepare import local_jobs
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import prepare
 prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(),

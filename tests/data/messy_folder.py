@@ -4,11 +4,10 @@ from pair_folders import encoded, jpeg, write_img2dataset
 from PIL import Image
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare.entity_choice import EntityChoice
-from ovseg_jax.data.prepare.jobs import local_jobs
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.run import prepare
+from ovseg_jax.data.prepare.run import EntityChoice, prepare
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
+from ovseg_jax.prepare import local_jobs
 
 NOUNS = ["dog", "cat", "bus", "tree"]
 ENTITIES = EntitySet({"dog": ["puppy"], "cat": [], "bus": [], "unicorn": []})

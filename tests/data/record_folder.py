@@ -6,8 +6,17 @@ from pathlib import Path
 from array_record.python import array_record_module
 
 import ovseg_jax
-from ovseg_jax.data.manifest import MANIFEST_NAME, Manifest, describe_file, manifest_text
-from ovseg_jax.data.records import INDEX_NAME, RecordSource, index_line, key_digest, pack_record
+from ovseg_jax.data.records import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    RecordSource,
+    describe_file,
+    index_line,
+    key_digest,
+    manifest_text,
+    pack_record,
+)
 from ovseg_jax.errors import UserError
 
 

@@ -3,12 +3,13 @@
 import io
 
 import numpy as np
+from memory_source import MemorySource
 from PIL import Image
 
 from ovseg_jax.data.captions import mask_entities, prompt
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.records import MemorySource, Record
+from ovseg_jax.data.records import Record
 from ovseg_jax.data.tokenizer import Tokenizer
 
 NAMES = ("dog", "cat", "bus", "tree")

@@ -25,8 +25,8 @@ from ovseg_jax.data.captions import (
     token_targets,
 )
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.nouns import BundledNouns, caption_nouns
 from ovseg_jax.data.records import ClassCaptions
+from ovseg_jax.data.words import BundledNouns, caption_nouns
 from ovseg_jax.errors import UserError
 
 ENTITIES = EntitySet({"dog": ["puppy"], "fire hydrant": [], "fire": [], "mask": [], "bus": []})

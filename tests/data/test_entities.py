@@ -7,14 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovseg_jax.data.entities import EntitySet, joined_tables, with_names
-from ovseg_jax.data.nouns import (
+from ovseg_jax.data.words import (
     BundledNouns,
     NounCounts,
     WordNetNouns,
     choose_entities,
     noun_finder,
+    plurals,
+    singular,
+    word_list,
+    word_spans,
+    words,
 )
-from ovseg_jax.data.words import plurals, singular, word_list, word_spans, words
 from ovseg_jax.errors import UserError
 
 ENTITIES = EntitySet(

@@ -5,11 +5,11 @@ import pickle
 
 import numpy as np
 import pytest
+from memory_source import MemorySource
 from small_set import BROKEN, ENTITIES, NAMES, SPEC, TEMPLATES, prompts_of
 
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.records import MemorySource
 from ovseg_jax.errors import UserError
 
 LAYOUT = {"image": ((3, 2, 4, 5), "float16"), "masked_mask": ((3, 7), np.bool_)}

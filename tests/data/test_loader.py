@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+from memory_source import MemorySource
 from record_folder import write_records
 from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, text_ids
 
@@ -11,10 +12,10 @@ from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import entity_set_hash
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.nouns import caption_nouns
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
+from ovseg_jax.data.records import ArrayRecordSource, Record
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
+from ovseg_jax.data.words import caption_nouns
 from ovseg_jax.errors import UserError
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_source import MemorySource
 from ml_collections import ConfigDict
 from PIL import Image
 from small_set import assert_same
@@ -14,7 +15,7 @@ from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.order import Mixture, example_rng, interleaved, record_index
 from ovseg_jax.data.pairs import PairIndex, stored_pairs
-from ovseg_jax.data.records import ArrayRecordSource, MemorySource, Record
+from ovseg_jax.data.records import ArrayRecordSource, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.prepare import run
-from ovseg_jax.data.prepare.paths import parse_path
+from ovseg_jax.data.prepare.inputs import parse_path
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main, open_source
 

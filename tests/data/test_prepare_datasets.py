@@ -8,8 +8,8 @@ import pytest
 import tensorflow_datasets as tfds
 from pair_folders import jpeg
 
-from ovseg_jax.data.prepare import source_datasets
-from ovseg_jax.data.prepare.source_datasets import ScenePairs, TfdsSource
+from ovseg_jax.data.prepare import source_sets
+from ovseg_jax.data.prepare.source_sets import ScenePairs, TfdsSource
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import open_source
@@ -77,7 +77,7 @@ def read_all(source, **options):
 
 
 def test_one_caption_an_image(prepared, monkeypatch):
-    monkeypatch.setattr(source_datasets, "_TFDS_SHARD", 2)
+    monkeypatch.setattr(source_sets, "_TFDS_SHARD", 2)
     source = pickle.loads(pickle.dumps(TfdsSource(prepared["one"])))
     pairs = read_all(source)
     assert [shard.start for shard in source.shards()] == [0, 2, 4]

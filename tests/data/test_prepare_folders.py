@@ -10,10 +10,9 @@ from nltk.corpus.util import LazyCorpusLoader
 from pair_folders import jpeg
 from tiny_wordnet import write_wordnet
 
-from ovseg_jax.data.manifest import CLASS_NAMES, TEXTS
-from ovseg_jax.data.prepare import raw_pairs, source_folders
-from ovseg_jax.data.prepare.source_folders import FolderSource
-from ovseg_jax.data.records import ArrayRecordSource
+from ovseg_jax.data.prepare import rules, source_sets
+from ovseg_jax.data.prepare.source_sets import FolderSource
+from ovseg_jax.data.records import CLASS_NAMES, TEXTS, ArrayRecordSource
 from ovseg_jax.data.sources import make_source
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main, open_source
@@ -33,7 +32,7 @@ def classes(tmp_path):
     root = write_classes(
         tmp_path / "photos",
         sorrel=["2.jpg", "1.JPEG", "images/3.png", "notes.txt"],
-        studio_couch=["1.jpg", ".hidden.jpg", "Thumbs.db", "desktop.ini"],
+        studio_couch=["1.jpg", ".hidden.jpg", "._1.jpg", "Thumbs.db", "desktop.ini"],
         woman=["broken.jpg", ".ipynb_checkpoints/1.jpg", "1.webp"],
     )
     (root / "woman" / "broken.jpg").write_bytes(b"garbage")
@@ -59,23 +58,26 @@ def read_all(source, **options):
 
 
 def test_files_of_classes(classes, monkeypatch):
-    monkeypatch.setattr(source_folders, "_PER_SHARD", 2)
+    monkeypatch.setattr(source_sets, "_FOLDERS_SHARD", 2)
     source = pickle.loads(pickle.dumps(FolderSource(classes)))
     pairs = read_all(source)
     assert [(pair.key, pair.captions, pair.cause) for pair in pairs] == [
+        ("README", (), rules.NO_CLASS),
         ("sorrel/1.JPEG", ("sorrel",), ""),
         ("sorrel/2.jpg", ("sorrel",), ""),
         ("sorrel/images/3.png", ("sorrel",), ""),
-        ("sorrel/notes.txt", (), raw_pairs.NO_IMAGE_FILE),
+        ("sorrel/notes.txt", (), rules.NO_IMAGE_FILE),
+        ("studio_couch/.hidden.jpg", (), rules.NO_IMAGE_FILE),
         ("studio_couch/1.jpg", ("studio couch",), ""),
         ("woman/1.webp", ("woman",), ""),
         ("woman/broken.jpg", ("woman",), ""),
     ]
-    assert pairs[0].image == jpeg(len("1.JPEG"))
+    assert pairs[1].image == jpeg(len("1.JPEG"))
     assert all(pair.image is None for pair in read_all(source, images=False))
     assert [shard.name for shard in source.shards()] == [
         "empty to sorrel, 4 files",
-        "studio_couch to woman, 3 files",
+        "studio_couch to studio_couch, 2 files",
+        "woman to woman, 2 files",
     ]
 
 
@@ -87,7 +89,7 @@ def prepared(source, out, *more):
 def test_prepared_classes_can_be_mixed_with_captions(classes, tmp_path, capsys):
     photographs = prepared(f"folders:{classes}", tmp_path / "a")
     said = capsys.readouterr().out
-    assert "5 of 7 pairs kept" in said and raw_pairs.NO_IMAGE_FILE in said
+    assert "5 of 9 pairs kept" in said and rules.NO_IMAGE_FILE in said
     assert photographs.manifest.captions == CLASS_NAMES
     table = photographs.manifest.entities
     # A woman is a person in the published list already.

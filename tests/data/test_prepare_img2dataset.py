@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from pair_folders import add_file, jpeg, write_img2dataset
 
-from ovseg_jax.data.prepare import raw_pairs
-from ovseg_jax.data.prepare.raw_pairs import Damage, InputShard, RawPair, source_fingerprint
+from ovseg_jax.data.prepare import rules
+from ovseg_jax.data.prepare.inputs import Damage, InputShard, RawPair, source_fingerprint
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
 from ovseg_jax.errors import UserError
 
@@ -42,7 +42,7 @@ def test_whole_shard(tmp_path, kind):
     write_img2dataset(tmp_path, 0, PAIRS, FAILED, image_kind=kind)
     pairs, damage = contents(tmp_path)
     assert as_found(pairs) == as_bytes(PAIRS)
-    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == FAILED
+    assert by_cause(pairs, rules.NOT_DOWNLOADED) == FAILED
     assert not damage
     without, _ = contents(tmp_path, images=False)
     assert [(p.key, p.captions, p.cause) for p in without] == [
@@ -81,8 +81,8 @@ def test_shard_cut_short_loses_only_what_is_gone(tmp_path, share, images):
     assert [key for key, *_ in whole] == [key for key, *_ in PAIRS[: len(whole)]]
     if images:
         assert whole == as_bytes(PAIRS[: len(whole)])
-    assert by_cause(pairs, raw_pairs.LOST) == [key for key, *_ in PAIRS[len(whole) :]]
-    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == FAILED
+    assert by_cause(pairs, rules.LOST) == [key for key, *_ in PAIRS[len(whole) :]]
+    assert by_cause(pairs, rules.NOT_DOWNLOADED) == FAILED
     assert len(damage) == 1
     assert f"after {len(whole)} pairs" in damage[0]
 
@@ -101,7 +101,7 @@ def test_cut_between_two_members_is_seen(tmp_path):
         (cut / "00000.tar").write_bytes(path.read_bytes()[:offset])
         pairs, damage = contents(cut)
         assert len(as_found(pairs)) == whole
-        assert len(by_cause(pairs, raw_pairs.LOST)) == 6 - whole
+        assert len(by_cause(pairs, rules.LOST)) == 6 - whole
         assert "no end mark" in damage[0]
 
 
@@ -112,7 +112,7 @@ def test_garbage_in_the_middle_is_seen(tmp_path):
     data[offset : offset + 512] = b"x" * 512
     path.write_bytes(data)
     pairs, damage = contents(tmp_path)
-    assert len(by_cause(pairs, raw_pairs.LOST)) == 4
+    assert len(by_cause(pairs, rules.LOST)) == 4
     assert damage
 
 
@@ -121,7 +121,7 @@ def test_file_that_is_no_tar(tmp_path, content):
     path = write_img2dataset(tmp_path, 0, PAIRS)
     path.write_bytes(content)
     pairs, damage = contents(tmp_path)
-    assert by_cause(pairs, raw_pairs.LOST) == [key for key, *_ in PAIRS]
+    assert by_cause(pairs, rules.LOST) == [key for key, *_ in PAIRS]
     assert len(damage) == 1
 
 
@@ -134,7 +134,7 @@ def test_without_parquet(tmp_path):
     offset = _members(path)[10][0]
     path.write_bytes(path.read_bytes()[:offset])
     pairs, _ = contents(tmp_path)
-    assert by_cause(pairs, raw_pairs.LOST) == [PAIRS[3][0]]
+    assert by_cause(pairs, rules.LOST) == [PAIRS[3][0]]
 
 
 def test_damaged_parquet_or_one_without_columns(tmp_path):
@@ -153,7 +153,7 @@ def test_keys_as_numbers(tmp_path):
     table = pa.table({"key": list(range(7)), "status": ["success"] * 6 + ["failed_to_resize"]})
     pq.write_table(table, tmp_path / "00000.parquet")
     pairs, damage = contents(tmp_path)
-    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == ["000000006"]
+    assert by_cause(pairs, rules.NOT_DOWNLOADED) == ["000000006"]
     assert len(pairs) == 7
     assert not damage
 
@@ -217,21 +217,76 @@ def test_key_that_comes_twice_gives_two_pairs(tmp_path):
     ]
 
 
-def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):
+def test_every_member_of_a_tar_is_counted_but_folders(tmp_path):
     with tarfile.open(tmp_path / "00000.tar", "w") as archive:
         folder = tarfile.TarInfo("a")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        add_file(archive, "a/0.1.jpg", b"x")
-        add_file(archive, "a/0.txt", b"not of the same key")
+        add_file(archive, "a/0.jpg", b"x")
+        # The key ends at the first period, as webdataset has it.
+        add_file(archive, "a/0.1.jpg", b"y")
+        add_file(archive, "a/0.txt", b"a dog")
         link = tarfile.TarInfo("a/1.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link, io.BytesIO())
     pairs, _ = contents(tmp_path)
-    # The key ends at the first period, as webdataset has it.
     assert [(pair.key, pair.image, *pair.captions) for pair in pairs] == [
-        ("a/0", None, b"not of the same key"),
+        ("a/0", b"x", b"a dog"),
+        ("a/1", b""),
     ]
+
+
+def packed(pairs):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for key, caption, image in pairs:
+            add_file(archive, f"{key}.jpg", image)
+            add_file(archive, f"{key}.json", json.dumps({"caption": caption}).encode())
+            add_file(archive, f"{key}.txt", caption.encode())
+    return stream.getvalue()
+
+
+def test_periods_in_keys(tmp_path):
+    pairs = [(f"photo.{key}", caption, image) for key, caption, image in PAIRS]
+    (tmp_path / "0.tar").write_bytes(packed(pairs))
+    assert as_found(contents(tmp_path)[0]) == as_bytes(pairs)
+
+
+def test_tar_that_was_packed_on_macos(tmp_path):
+    files = [(f"{prefix}{n}.{kind}", b"x") for n in "01" for kind in ("jpg", "txt")
+             for prefix in ("._", "", "__MACOSX/a/._")]  # fmt: skip
+    _tar(tmp_path, [*files, (".DS_Store", b"x")])
+    assert [pair.key for pair in contents(tmp_path)[0]] == ["0", "1"]
+
+
+def test_tars_behind_one_another(tmp_path):
+    """As from `cat a.tar b.tar`; what is wrong with the second is said, not passed over."""
+    path, first, second = tmp_path / "0.tar", packed(PAIRS[:3]), packed(PAIRS[3:])
+    path.write_bytes(first + second)
+    assert as_found(contents(tmp_path)[0]) == as_bytes(PAIRS)
+    path.write_bytes(first + second.rstrip(b"\0")[:-3000])
+    pairs, damage = contents(tmp_path)
+    whole = as_found(pairs)
+    assert 3 <= len(whole) < 6 and whole == as_bytes(PAIRS[: len(whole)])
+    assert f"after {len(whole)} pairs" in damage[1]
+    path.write_bytes(first + b"no tar")
+    pairs, damage = contents(tmp_path)
+    assert as_found(pairs) == as_bytes(PAIRS[:3]) and "after 3 pairs" in damage[1]
+
+
+def test_parquet_without_its_tar_and_files_of_other_kinds(tmp_path):
+    write_img2dataset(tmp_path, 0, PAIRS[:2])
+    write_img2dataset(tmp_path, 1, PAIRS[2:], FAILED).unlink()
+    for name in ("00002.tar.gz", "notes.txt", "00000_stats.json", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    pairs, damage = contents(tmp_path)
+    assert as_found(pairs) == as_bytes(PAIRS[:2])
+    assert by_cause(pairs, rules.LOST) == [key for key, *_ in PAIRS[2:]]
+    assert by_cause(pairs, rules.NOT_DOWNLOADED) == FAILED
+    assert "No such file" in damage[0]
+    shards = Img2DatasetSource(tmp_path).shards()
+    assert shards[-1].name == "2 other files (00002.tar.gz, notes.txt)"
+    assert damage[1].startswith("passed over")
 
 
 @pytest.mark.parametrize("prefix", ["./", "folder/", "./a/b/"])
@@ -243,8 +298,8 @@ def test_tar_that_was_packed_again(tmp_path, prefix):
             add_file(archive, f"{prefix}{key}.txt", caption.encode())
     pairs, damage = contents(tmp_path)
     assert [key.rpartition("/")[2] for key, *_ in as_found(pairs)] == [key for key, *_ in PAIRS]
-    assert by_cause(pairs, raw_pairs.NOT_DOWNLOADED) == FAILED
-    assert not by_cause(pairs, raw_pairs.LOST)
+    assert by_cause(pairs, rules.NOT_DOWNLOADED) == FAILED
+    assert not by_cause(pairs, rules.LOST)
     assert not damage
 
 

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from pair_folders import jpeg, write_img2dataset
 
-from ovseg_jax.data.prepare import raw_pairs
-from ovseg_jax.data.prepare.report_page import bars, page
+from ovseg_jax.data.prepare import rules
+from ovseg_jax.data.prepare.report import bars, page
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main
@@ -89,7 +89,7 @@ def test_dry_run_writes_nothing(folder, tmp_path, capsys):
     # Every third shard, whole: two of three pairs are kept, as in all of them.
     assert "dry run: 42 pairs of 7 of 20 shards; nothing is written" in printed
     assert "28 of 42 pairs kept (66.7%)" in printed
-    assert f"{raw_pairs.NOT_DOWNLOADED}" in printed
+    assert f"{rules.NOT_DOWNLOADED}" in printed
     assert "dog 14, bird 7, cat 7 and 53 more" in printed
     assert "of a million pairs about 666,667 would be kept" in printed
     assert sorted(tmp_path.rglob("*")) == before

@@ -10,14 +10,13 @@ import sys
 import pytest
 from messy_folder import ENTITIES, files, run, write_folder
 
-from ovseg_jax.data.prepare import entity_choice, shard
 from ovseg_jax.data.prepare import run as run_module
-from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
-from ovseg_jax.data.prepare.jobs import beam_jobs, local_jobs
+from ovseg_jax.data.prepare import shard
 from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.run import EntityChoice, parse_choice
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
-from ovseg_jax.prepare import main
+from ovseg_jax.prepare import beam_jobs, local_jobs, main
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +100,8 @@ def test_killed_process_goes_on(finished, folder, tmp_path):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from ovseg_jax.data.entities import EntitySet\n"
-        "from ovseg_jax.data.prepare.entity_choice import EntityChoice\n"
-        "from ovseg_jax.data.prepare.jobs import local_jobs\n"
+        "from ovseg_jax.data.prepare.run import EntityChoice\n"
+        "from ovseg_jax.prepare import local_jobs\n"
         "from ovseg_jax.data.prepare.rules import Rules\n"
         "from ovseg_jax.data.prepare.run import prepare\n"
         "from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource\n"
@@ -151,7 +150,7 @@ def test_other_arguments_do_not_go_on(folder, tmp_path, monkeypatch):
 def test_counting_nouns_goes_on_too(folder, tmp_path, monkeypatch):
     run(folder, tmp_path / "whole", choice=parse_choice("auto:2"))
     with monkeypatch.context() as patch:
-        _fail_at(patch, entity_choice, "write_nouns", 2)
+        _fail_at(patch, run_module, "write_nouns", 2)
         with pytest.raises(Killed):
             run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))
     run(folder, tmp_path / "cut", choice=parse_choice("auto:2"))

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ovseg_jax.data.decoding import decode
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare import raw_pairs
-from ovseg_jax.data.prepare.raw_pairs import RawPair
+from ovseg_jax.data.prepare import rules
+from ovseg_jax.data.prepare.inputs import RawPair
 from ovseg_jax.data.prepare.rules import (
     ANIMATED,
     EXIF_ROTATED,
@@ -52,7 +52,7 @@ def _animated():
 
 
 DROPPED_IMAGES = {
-    "missing": (lambda: None, raw_pairs.NO_IMAGE),
+    "missing": (lambda: None, rules.NO_IMAGE),
     "zero-byte": (lambda: b"", "unreadable image: empty"),
     "truncated JPEG": (lambda: GOOD[: len(GOOD) // 2], "unreadable image: damaged"),
     "truncated PNG": (
@@ -60,8 +60,8 @@ DROPPED_IMAGES = {
         "unreadable image: damaged",
     ),
     "a web page": (lambda: b"<html>404</html>", "unreadable image: not an image"),
-    "1x1": (lambda: encoded(Image.new("RGB", (1, 1))), raw_pairs.SMALL_IMAGE),
-    "31 pixels": (lambda: encoded(Image.new("RGB", (31, 500))), raw_pairs.SMALL_IMAGE),
+    "1x1": (lambda: encoded(Image.new("RGB", (1, 1))), rules.SMALL_IMAGE),
+    "31 pixels": (lambda: encoded(Image.new("RGB", (31, 500))), rules.SMALL_IMAGE),
     "20000x20000": (_bomb, "unreadable image: too large"),
 }
 
@@ -71,7 +71,7 @@ def test_images_that_are_dropped(kind):
     make, cause = DROPPED_IMAGES[kind]
     found = verdict(image=make())
     assert (found.record, found.cause) == (None, cause)
-    assert cause in raw_pairs.DROP_REASONS
+    assert cause in rules.DROP_REASONS
 
 
 KEPT_IMAGES = {
@@ -126,19 +126,19 @@ def test_later_frames_may_be_damaged():
 
 
 DROPPED_CAPTIONS = {
-    "none": (None, raw_pairs.NO_CAPTION),
-    "empty": ("", raw_pairs.EMPTY_CAPTION),
-    "blank": (" \t\n\u00a0", raw_pairs.EMPTY_CAPTION),
-    "escaped blank": ("&nbsp;", raw_pairs.EMPTY_CAPTION),
-    "Latin-1 bytes": ("a dog in a caf\u00e9".encode("latin-1"), raw_pairs.NOT_UTF8),
-    "lone surrogate": ("a dog \udce9", raw_pairs.NOT_UTF8),
-    "10 kB": ("a dog " * 1700, raw_pairs.LONG_CAPTION),
-    "emoji alone": ("\U0001f415\U0001f415 !", raw_pairs.NO_LETTERS),
-    "digits": ("2012-05-01 #3", raw_pairs.NO_LETTERS),
-    "right-to-left": ("\u05db\u05dc\u05d1 \u05d2\u05d3\u05d5\u05dc dog", raw_pairs.NON_LATIN),
-    "Chinese": ("\u4e00\u53ea\u5927\u72d7\u5728\u516c\u56ed dog", raw_pairs.NON_LATIN),
-    "Cyrillic": ("\u0441\u043e\u0431\u0430\u043a\u0430", raw_pairs.NON_LATIN),
-    "no entity": ("a bus and a hot-dog", raw_pairs.NO_ENTITY),
+    "none": (None, rules.NO_CAPTION),
+    "empty": ("", rules.EMPTY_CAPTION),
+    "blank": (" \t\n\u00a0", rules.EMPTY_CAPTION),
+    "escaped blank": ("&nbsp;", rules.EMPTY_CAPTION),
+    "Latin-1 bytes": ("a dog in a caf\u00e9".encode("latin-1"), rules.NOT_UTF8),
+    "lone surrogate": ("a dog \udce9", rules.NOT_UTF8),
+    "10 kB": ("a dog " * 1700, rules.LONG_CAPTION),
+    "emoji alone": ("\U0001f415\U0001f415 !", rules.NO_LETTERS),
+    "digits": ("2012-05-01 #3", rules.NO_LETTERS),
+    "right-to-left": ("\u05db\u05dc\u05d1 \u05d2\u05d3\u05d5\u05dc dog", rules.NON_LATIN),
+    "Chinese": ("\u4e00\u53ea\u5927\u72d7\u5728\u516c\u56ed dog", rules.NON_LATIN),
+    "Cyrillic": ("\u0441\u043e\u0431\u0430\u043a\u0430", rules.NON_LATIN),
+    "no entity": ("a bus and a hot-dog", rules.NO_ENTITY),
 }
 
 
@@ -147,7 +147,7 @@ def test_captions_that_are_dropped(kind):
     caption, cause = DROPPED_CAPTIONS[kind]
     found = verdict(caption)
     assert (found.record, found.cause) == (None, cause)
-    assert cause in raw_pairs.DROP_REASONS
+    assert cause in rules.DROP_REASONS
 
 
 KEPT_CAPTIONS = {
@@ -177,9 +177,9 @@ def test_each_of_several_captions_is_judged():
     pair = RawPair("k", captions, GOOD)
     found = judge(pair, Rules(), ENTITIES)
     assert found.record.captions == ("a dog", "a cat") and found.record.entities == (0, 1)
-    letters, repeated = raw_pairs.NO_LETTERS, raw_pairs.REPEATED
-    assert found.dropped == (letters, raw_pairs.NO_ENTITY, repeated, raw_pairs.NOT_UTF8)
-    assert set(found.dropped) < set(raw_pairs.DROP_REASONS)
+    letters, repeated = rules.NO_LETTERS, rules.REPEATED
+    assert found.dropped == (letters, rules.NO_ENTITY, repeated, rules.NOT_UTF8)
+    assert set(found.dropped) < set(rules.DROP_REASONS)
     everything = judge(pair, Rules(keep_without_entities=True), ENTITIES)
     assert everything.record.captions == ("a dog", "a bus", "a cat")
     assert clean_captions(pair, Rules()) == ["a dog", "a bus", "a dog", "a cat"]
@@ -188,23 +188,23 @@ def test_each_of_several_captions_is_judged():
 
 
 def test_cause_of_the_source_comes_first():
-    assert verdict(None, None, cause=raw_pairs.LOST).cause == raw_pairs.LOST
+    assert verdict(None, None, cause=rules.LOST).cause == rules.LOST
 
 
 @pytest.mark.parametrize("key", ["", "a\udce9"])
 def test_keys_that_cannot_be_stored(key):
-    assert verdict(key=key).cause == raw_pairs.BAD_KEY
+    assert verdict(key=key).cause == rules.BAD_KEY
 
 
 def test_pairs_without_entities_are_kept_on_request():
     found = verdict("a bus", rules=Rules(keep_without_entities=True))
     assert found.record.entities == ()
-    assert verdict("", rules=Rules(keep_without_entities=True)).cause == raw_pairs.EMPTY_CAPTION
+    assert verdict("", rules=Rules(keep_without_entities=True)).cause == rules.EMPTY_CAPTION
 
 
 def test_bounds_can_be_set_and_are_checked():
-    assert verdict(rules=Rules(min_side=41)).cause == raw_pairs.SMALL_IMAGE
-    assert verdict(rules=Rules(max_caption=4)).cause == raw_pairs.LONG_CAPTION
+    assert verdict(rules=Rules(min_side=41)).cause == rules.SMALL_IMAGE
+    assert verdict(rules=Rules(max_caption=4)).cause == rules.LONG_CAPTION
     with pytest.raises(UserError, match="--min_side=0"):
         Rules(min_side=0)
 
@@ -220,4 +220,4 @@ def test_cleaning_is_settled_after_once(text):
 def test_any_bytes_get_a_verdict(caption, image):
     found = verdict(b"dog " + caption, image)
     assert found.record is None
-    assert found.cause in raw_pairs.DROP_REASONS
+    assert found.cause in rules.DROP_REASONS

@@ -11,9 +11,9 @@ from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.prepare import raw_pairs
-from ovseg_jax.data.prepare.entity_choice import EntityChoice, parse_choice
+from ovseg_jax.data.prepare import rules
 from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.run import EntityChoice, parse_choice
 from ovseg_jax.data.records import ArrayRecordSource, key_digest
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main
@@ -32,20 +32,20 @@ def finished(folder, tmp_path_factory):
 
 def test_every_pair_is_kept_or_counted(finished):
     out, report = finished
-    lost = report["dropped"][raw_pairs.LOST]
+    lost = report["dropped"][rules.LOST]
     assert report["read"] == 5 * 8 + 4 == report["kept"] + sum(report["dropped"].values())
     assert 0 < lost < 8
     assert report["dropped"] == {
-        raw_pairs.NOT_DOWNLOADED: 4,
-        raw_pairs.LOST: lost,
-        raw_pairs.NOT_UTF8: 1,
-        raw_pairs.NO_ENTITY: report["dropped"][raw_pairs.NO_ENTITY],
+        rules.NOT_DOWNLOADED: 4,
+        rules.LOST: lost,
+        rules.NOT_UTF8: 1,
+        rules.NO_ENTITY: report["dropped"][rules.NO_ENTITY],
         "unreadable image: not an image": 1,
-        raw_pairs.SMALL_IMAGE: 1,
-        raw_pairs.DUPLICATE: 2,
+        rules.SMALL_IMAGE: 1,
+        rules.DUPLICATE: 2,
     }
-    assert report["dropped_examples"][raw_pairs.DUPLICATE] == ["000000002", "twice"]
-    assert report["dropped_examples"][raw_pairs.NOT_DOWNLOADED] == ["f0", "f1", "f2", "f3"]
+    assert report["dropped_examples"][rules.DUPLICATE] == ["000000002", "twice"]
+    assert report["dropped_examples"][rules.NOT_DOWNLOADED] == ["f0", "f1", "f2", "f3"]
     assert len(report["damaged_shards"]) == 1
     assert report["damaged_shards"][0].startswith("00004.tar: ")
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -58,7 +58,7 @@ def test_the_folder_holds_the_records(finished, folder):
     records = [source[index] for index in range(len(source))]
     assert len(records) == report["kept"] == report["records"]["count"]
     keys = [record.key for record in records]
-    assert len(set(keys)) == len(keys) == 8 + 4 + 6 + 0 + 8 - report["dropped"][raw_pairs.LOST]
+    assert len(set(keys)) == len(keys) == 8 + 4 + 6 + 0 + 8 - report["dropped"][rules.LOST]
     assert keys == source.keys()
     assert report["records"]["keys_sha256"] == key_digest(keys)
     # Of equal keys the first that nothing is wrong with stays.
@@ -123,8 +123,8 @@ def test_captions_are_counted(tmp_path, capsys):
     assert not main([f"--source=files:{tmp_path / 't.csv'}", f"--out={out}", listed, "--workers=0"])
     report = json.loads((out / "report.json").read_text())
     assert (report["read"], report["kept"], report["captions"]) == (4, 2, 3)
-    assert report["dropped"] == {raw_pairs.NO_ENTITY: 1, raw_pairs.NO_IMAGE: 1}
-    assert report["captions_dropped"] == {raw_pairs.NO_ENTITY: 1, raw_pairs.REPEATED: 1}
+    assert report["dropped"] == {rules.NO_ENTITY: 1, rules.NO_IMAGE: 1}
+    assert report["captions_dropped"] == {rules.NO_ENTITY: 1, rules.REPEATED: 1}
     assert sum(report["caption_words"]) == 3 and report["caption_words"][2:4] == [2, 1]
     said = capsys.readouterr().out
     assert "with 3 captions" in said and "1 of their captions: repeated caption" in said
@@ -178,7 +178,7 @@ def test_entities_from_the_captions(folder, tmp_path, monkeypatch):
 def test_pairs_without_entities_on_request(folder, tmp_path):
     report = run(folder, tmp_path / "out", rules=Rules(keep_without_entities=True))
     source = ArrayRecordSource(tmp_path / "out")
-    assert raw_pairs.NO_ENTITY not in report["dropped"]
+    assert rules.NO_ENTITY not in report["dropped"]
     assert any(source[index].entities == () for index in range(len(source)))
 
 
@@ -206,7 +206,7 @@ def test_many_duplicates_are_warned_of(tmp_path):
     for shard in range(3):
         write_img2dataset(tmp_path / "in", shard, [good_pair(0)])
     report = run(tmp_path / "in", tmp_path / "out")
-    assert report["dropped"] == {raw_pairs.DUPLICATE: 2}
+    assert report["dropped"] == {rules.DUPLICATE: 2}
     assert "number each shard from 0" in report["warnings"][0]
     assert len(ArrayRecordSource(tmp_path / "out").manifest.shards) == 1
 
@@ -215,5 +215,6 @@ def test_names_that_are_no_utf8_can_be_reported(tmp_path):
     path = write_img2dataset(tmp_path / "in", 0, [good_pair(0)])
     os.rename(path, os.fsencode(path.parent) + b"/1\xff.tar")
     report = run(tmp_path / "in", tmp_path / "out")
-    assert report["damaged_shards"][0].startswith("1\\udcff.tar: ")
+    lost, named = report["damaged_shards"]
+    assert lost.startswith("00000.tar: ") and named.startswith("1\\udcff.tar: ")
     assert "udcff.tar" in (tmp_path / "out" / "report.html").read_text("utf-8")

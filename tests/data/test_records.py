@@ -10,14 +10,15 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_source import MemorySource
 from record_folder import write_manifest, write_records
 
-from ovseg_jax.data.manifest import CLASS_NAMES, describe_file
 from ovseg_jax.data.records import (
+    CLASS_NAMES,
     ArrayRecordSource,
-    MemorySource,
     Record,
     RecordSource,
+    describe_file,
     key_digest,
     keys_of,
     pack_record,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from memory_source import MemorySource
 from small_set import ENTITIES, NAMES, SPEC, TEMPLATES, assert_same, make_tokenizer, text_ids
 from small_set import make_source as small
 
@@ -9,7 +10,7 @@ from ovseg_jax.data.examples import MOST_NAMES, caption_set
 from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.order import Mixture
 from ovseg_jax.data.pairs import PairIndex
-from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
+from ovseg_jax.data.records import ClassCaptions, Record
 
 CLASS = ClassCaptions(("bus", "tree"), ("a photo of a {}", "{}"))
 PLAIN = 2  # the record with a single caption

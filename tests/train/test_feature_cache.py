@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory_source import MemorySource
 
 from ovseg_jax.data.captions import mask_entities, prompt, shared_prompt
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.records import ClassCaptions, MemorySource, Record
+from ovseg_jax.data.records import ClassCaptions, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.models.build import build_model

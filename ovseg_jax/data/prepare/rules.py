@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import io
 import re
 import unicodedata
 import warnings
@@ -10,17 +9,64 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ovseg_jax.data.decoding import MAX_PIXELS, UnreadableImage, decode
+from ovseg_jax.data.decoding import UnreadableImage, opened, orientation_of, upright
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare import raw_pairs
-from ovseg_jax.data.prepare.raw_pairs import RawPair
+from ovseg_jax.data.prepare.inputs import RawPair
 from ovseg_jax.data.records import Record
 from ovseg_jax.errors import UserError
 
 _ESCAPE = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[A-Za-z]\w*);")
-_EXIF_ORIENTATION = 0x0112
 
-# What is remarked about a pair that is kept.
+# ---- why a pair or a caption is dropped
+
+NOT_DOWNLOADED = "not downloaded"
+LOST = "lost with its shard"
+BAD_ROW = "unreadable row"
+BAD_KEY = "unusable key"
+NO_IMAGE_FILE = "no image file"
+NO_CLASS = "in no folder of a class"
+NO_CAPTION = "no caption"
+EMPTY_CAPTION = "empty caption"
+NOT_UTF8 = "caption not UTF-8"
+LONG_CAPTION = "caption too long"
+NO_LETTERS = "caption without letters"
+NON_LATIN = "non-Latin caption"
+NO_ENTITY = "no entity"
+REPEATED = "repeated caption"
+NO_IMAGE = "no image"
+SMALL_IMAGE = "image too small"
+DUPLICATE = "duplicate key"
+# The reason of `decoding.UnreadableImage` follows the colon.
+UNREADABLE = "unreadable image: "
+
+# In the order in which the rules are tried. A pair, or a caption of a pair that has others, is
+# counted under the first rule that it breaks. A pair without any good caption counts as its first.
+DROP_REASONS = {
+    NOT_DOWNLOADED: "img2dataset could not download or resize the image",
+    LOST: "the shard's parquet file lists the pair, the tar (damaged or cut short) lacks it",
+    BAD_ROW: "a row of the table that lacks a column or cannot be parsed",
+    BAD_KEY: "the key is empty or not valid Unicode",
+    NO_IMAGE_FILE: "a file in the folder of a class that is hidden or, by its ending, no image",
+    NO_CLASS: "a file beside the folders of the classes",
+    NO_CAPTION: "there is an image and no text",
+    NOT_UTF8: "the caption's bytes are not UTF-8 (never guessed)",
+    EMPTY_CAPTION: "the caption is empty or blank",
+    LONG_CAPTION: "the caption has more characters than --max_caption",
+    NO_LETTERS: "the caption has no letter in it: emoji, digits, punctuation",
+    NON_LATIN: "half of the caption's letters or more are not Latin",
+    NO_ENTITY: "the caption names no entity (kept with --keep_without_entities)",
+    REPEATED: "the same image has the very same caption before",
+    NO_IMAGE: "the image file does not exist or cannot be opened",
+    UNREADABLE + "empty": "the image has no bytes",
+    UNREADABLE + "too large": "the image has more pixels than 2^26; it is never decoded",
+    UNREADABLE + "not an image": "no known image format",
+    UNREADABLE + "damaged": "the image is cut short or cannot be decoded",
+    SMALL_IMAGE: "the shorter side has fewer pixels than --min_side",
+    DUPLICATE: "an earlier pair, with nothing wrong with it, has the same key",
+}
+
+# ---- what is remarked about a pair that is kept
+
 HTML_ESCAPED = "caption: HTML escapes resolved"
 SPACES = "caption: blanks and line breaks tidied"
 EXIF_ROTATED = "image: turned upright by its EXIF orientation when read"
@@ -67,7 +113,7 @@ class Verdict:
 
     Attributes:
       record: to keep; None if the pair is dropped.
-      cause: the drop reason (`raw_pairs.DROP_REASONS`); '' if the pair is kept.
+      cause: the drop reason (of `DROP_REASONS`); '' if the pair is kept.
       size: width and height of the image, upright, in pixels.
       remarks: what is unusual about a pair that is kept.
       dropped: the drop reason of each caption that is dropped of a pair that is kept.
@@ -90,10 +136,10 @@ def judge(pair: RawPair, rules: Rules, entities: EntitySet) -> Verdict:
         if pair.cause:
             raise _Dropped(pair.cause)
         if not pair.key or any("\ud800" <= sign <= "\udfff" for sign in pair.key):
-            raise _Dropped(raw_pairs.BAD_KEY)  # lone surrogates cannot be stored
+            raise _Dropped(BAD_KEY)  # lone surrogates cannot be stored
         captions, dropped, remarks = _judge_captions(pair, rules, entities)
         if pair.image is None:
-            raise _Dropped(raw_pairs.NO_IMAGE)
+            raise _Dropped(NO_IMAGE)
         size, image_remarks = _check_image(pair.image, rules)
     except _Dropped as dropped:
         return Verdict(None, str(dropped))
@@ -113,16 +159,16 @@ def _judge_captions(
             caption, unusual = clean_caption(text, rules)
             named = entities.find(caption)
             if not named and not rules.keep_without_entities:
-                raise _Dropped(raw_pairs.NO_ENTITY)
+                raise _Dropped(NO_ENTITY)
             if caption in kept:
-                raise _Dropped(raw_pairs.REPEATED)
+                raise _Dropped(REPEATED)
         except _Dropped as cause:
             dropped.append(str(cause))
             continue
         kept[caption] = named
         remarks += unusual
     if not kept:
-        raise _Dropped(dropped[0] if dropped else raw_pairs.NO_CAPTION)
+        raise _Dropped(dropped[0] if dropped else NO_CAPTION)
     return kept, tuple(dropped), tuple(remarks)
 
 
@@ -142,7 +188,7 @@ def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]
         caption = text.decode("utf-8") if isinstance(text, bytes) else text
         caption.encode("utf-8")  # a lone surrogate is a byte that was not UTF-8
     except UnicodeError as error:
-        raise _Dropped(raw_pairs.NOT_UTF8) from error
+        raise _Dropped(NOT_UTF8) from error
     if _ESCAPE.search(caption) and (plain := html.unescape(caption)) != caption:
         caption = plain
         remarks.append(HTML_ESCAPED)
@@ -150,9 +196,9 @@ def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]
         caption = tidy
         remarks.append(SPACES)
     if not caption:
-        raise _Dropped(raw_pairs.EMPTY_CAPTION)
+        raise _Dropped(EMPTY_CAPTION)
     if len(caption) > rules.max_caption:
-        raise _Dropped(raw_pairs.LONG_CAPTION)
+        raise _Dropped(LONG_CAPTION)
     _check_script(caption)
     return caption, tuple(remarks)
 
@@ -164,9 +210,9 @@ def _check_script(caption: str) -> None:
         names = [unicodedata.name(sign, "") for sign in caption if sign.isalpha()]
         letters, latin = len(names), sum(name.startswith("LATIN ") for name in names)
     if not letters:
-        raise _Dropped(raw_pairs.NO_LETTERS)
+        raise _Dropped(NO_LETTERS)
     if 2 * latin <= letters:
-        raise _Dropped(raw_pairs.NON_LATIN)
+        raise _Dropped(NON_LATIN)
 
 
 def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str, ...]]:
@@ -175,26 +221,26 @@ def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str,
         # Pillow warns of much that is odd about an image; what matters here is counted.
         warnings.simplefilter("ignore")
         try:
-            image = decode(data, MAX_PIXELS)
+            with opened(data) as image:
+                mode = image.mode  # decoding may change it
+                size = upright(image).size
+                remarks = _image_remarks(image, mode)
         except UnreadableImage as error:
-            raise _Dropped(raw_pairs.UNREADABLE + error.cause) from error
-        if min(image.size) < rules.min_side:
-            raise _Dropped(raw_pairs.SMALL_IMAGE)
-        # The header once more: `decode` returns pixels alone.
-        with Image.open(io.BytesIO(data)) as header:
-            return image.size, _image_remarks(header)
+            raise _Dropped(UNREADABLE + error.cause) from error
+    if min(size) < rules.min_side:
+        raise _Dropped(SMALL_IMAGE)
+    return size, remarks
 
 
-def _image_remarks(header: Image.Image) -> tuple[str, ...]:
+def _image_remarks(image: Image.Image, mode: str) -> tuple[str, ...]:
+    remarks = {
+        _MODES.get(mode, ""): mode in _MODES,
+        EXIF_ROTATED: orientation_of(image) != 1,
+        TRANSPARENT: image.has_transparency_data,
+    }
     try:
-        animated = bool(getattr(header, "is_animated", False))
+        remarks[ANIMATED] = bool(getattr(image, "is_animated", False))
     except Exception:
         # Frames after the first are damaged: Pillow raises nearly anything. The first is whole.
-        animated = True
-    remarks = {
-        _MODES.get(header.mode, ""): header.mode in _MODES,
-        ANIMATED: animated,
-        EXIF_ROTATED: header.getexif().get(_EXIF_ORIENTATION, 1) != 1,
-        TRANSPARENT: header.has_transparency_data,
-    }
+        remarks[ANIMATED] = True
     return tuple(remark for remark, applies in remarks.items() if applies)

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,51 +18,116 @@ from typing import Any
 import numpy as np
 
 import ovseg_jax
-from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.manifest import (
+from ovseg_jax.data.entities import EntitySet, with_names
+from ovseg_jax.data.prepare.inputs import (
+    AnyPath,
+    InputShard,
+    PairSource,
+    class_names,
+    local_copy,
+    remove_folder,
+    source_fingerprint,
+    whole_file,
+    write_whole,
+)
+from ovseg_jax.data.prepare.report import Statistics, make_report, page, report_counts, summary
+from ovseg_jax.data.prepare.rules import Rules
+from ovseg_jax.data.prepare.shard import (
+    WORK_LAYOUT,
+    ShardOutput,
+    Tally,
+    count_nouns,
+    drop_repeated,
+    find_repeated,
+    judge_all,
+    process_shard,
+    read_nouns,
+    write_nouns,
+)
+from ovseg_jax.data.records import (
     CLASS_NAMES,
+    ENTITY_INDEX_NAMES,
+    INDEX_NAME,
     MANIFEST_NAME,
     TEXTS,
     FileInfo,
     Manifest,
     describe_file,
+    key_digest,
     manifest_text,
 )
-from ovseg_jax.data.prepare import entity_choice
-from ovseg_jax.data.prepare.entity_choice import EntityChoice
-from ovseg_jax.data.prepare.jobs import Jobs, local_jobs
-from ovseg_jax.data.prepare.paths import (
-    AnyPath,
-    local_copy,
-    remove_folder,
-    whole_file,
-    write_whole,
-)
-from ovseg_jax.data.prepare.raw_pairs import (
-    InputShard,
-    PairSource,
-    class_names,
-    source_fingerprint,
-)
-from ovseg_jax.data.prepare.report_page import page
-from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.shard import (
-    WORK_LAYOUT,
-    ShardOutput,
-    drop_repeated,
-    find_repeated,
-    judge_all,
-    process_shard,
-)
-from ovseg_jax.data.prepare.tally import Statistics, Tally, make_report, report_counts, summary
-from ovseg_jax.data.records import ENTITY_INDEX_NAMES, INDEX_NAME, key_digest
+from ovseg_jax.data.scenes import scene_entity_table
+from ovseg_jax.data.words import NounCounts, choose_entities, noun_finder
 from ovseg_jax.errors import UserError
 
+# (function, its arguments job by job): yields once for each finished job, in order. A function
+# leaves its result in a file.
+Jobs = Callable[[Callable[..., None], Sequence[tuple[Any, ...]]], Iterator[None]]
 WORK_NAME = ".work"
 ENTITIES_NAME = "entities.json"
 REPORT_NAMES = ("report.json", "report.html")
 # A dry run reads so many pairs, of so many shards.
 _SAMPLE_PAIRS, _SAMPLE_SHARDS = 2000, 8
+
+
+@dataclass(frozen=True)
+class EntityChoice:
+    """The entities of a preparation.
+
+    Attributes:
+      table: the entities (`EntitySet.table`); None where they are still to be built.
+      source: where they come from, and how nouns were found where they were.
+      top: how many to build.
+      counts: mentions of each noun, where nouns were counted.
+    """
+
+    table: dict[str, list[str]] | None
+    source: str
+    top: int = 0
+    counts: dict[str, int] | None = None
+
+
+def parse_choice(text: str) -> EntityChoice:
+    """'published', 'scenes', 'auto:N', or a file that `EntitySet.from_json` reads.
+
+    Raises:
+      UserError: none of these.
+    """
+    if text == "published":
+        return EntityChoice(EntitySet.published().table, "the published list")
+    if text == "scenes":
+        return EntityChoice(scene_entity_table(), "the classes of scenes that captions name")
+    kind, _, number = text.partition(":")
+    if kind == "auto":
+        if not number.isdecimal() or not int(number):
+            raise UserError(f"--entities={text} must say how many, for example --entities=auto:100")
+        source = f"the {number} most frequent nouns of the captions, by {noun_finder().name}"
+        return EntityChoice(None, source, int(number))
+    if not text.endswith(".json") and not Path(text).is_file():
+        raise UserError(
+            f"--entities={text} is none of: published, scenes, auto:100, or a .json file of names "
+            "and their forms"
+        )
+    return EntityChoice(EntitySet.from_json(text).table, f"the file {Path(text).name}")
+
+
+def build_entities(
+    choice: EntityChoice, nouns: NounCounts | None, class_names: Sequence[str]
+) -> EntityChoice:
+    """A choice with its table, to which class names are added that are no form of an entity in it.
+
+    Args:
+      choice: what --entities says.
+      nouns: of the captions; needed only where `choice` has no table.
+      class_names: of the source.
+
+    Raises:
+      UserError: no noun was found.
+    """
+    source = choice.source + (" and the names of the classes" if class_names else "")
+    counts = None if nouns is None else choose_entities(nouns, choice.top)
+    table = choice.table if counts is None else {noun: [noun] for noun in counts}
+    return replace(choice, table=with_names(table, class_names), source=source, counts=counts)
 
 
 def prepare(
@@ -78,7 +144,7 @@ def prepare(
     Args:
       source: the pairs.
       out: the folder to write: absent, empty, or begun by a run with the same arguments.
-      choice: the entities (`entity_choice.parse_choice`).
+      choice: the entities (`parse_choice`).
       rules: what a pair must pass.
       run_jobs: where the work is done. Changes nothing in the result.
       say: gets a line now and then.
@@ -104,10 +170,10 @@ def prepare(
         if choice.table is None:
             files = [work / f"nouns-{n:05d}.json" for n in range(len(shards))]
             jobs = [(source, *job, rules) for job in zip(shards, files, strict=True)]
-            for done, _ in enumerate(run_jobs(entity_choice.write_nouns, jobs), 1):
+            for done, _ in enumerate(run_jobs(write_nouns, jobs), 1):
                 say(f"counted the nouns of {done} of {len(shards)} shards")
-            nouns = entity_choice.read_nouns(files)
-        choice = entity_choice.build(choice, nouns, class_names(source))
+            nouns = read_nouns(files)
+        choice = build_entities(choice, nouns, class_names(source))
         outputs = _process_shards(source, shards, choice, rules, work, run_jobs, say)
         report = _finish(out, work, outputs, choice, plan, class_names(source), run_jobs)
     remove_folder(work)
@@ -205,9 +271,12 @@ def _finish(
     jobs = [
         (shard.path("array_record"), out / name) for shard, name in zip(full, targets, strict=True)
     ]
-    # A move is a copy in a bucket, and costs nothing on a disk.
-    for _ in (local_jobs(0) if isinstance(out, Path) else run_jobs)(move_file, jobs):
-        pass
+    if isinstance(out, Path):
+        for job in jobs:
+            move_file(*job)
+    else:  # a move is a copy in a bucket
+        for _ in run_jobs(move_file, jobs):
+            pass
     index, keys_sha256 = _write_index(out, work, full, tally.kept)
     records, entities = map(np.concatenate, zip(*mentions, strict=True))
     files = _write_entity_index(out, work, records, entities, len(choice.table))
@@ -227,7 +296,7 @@ def _finish(
         files=files,
         captions=CLASS_NAMES if names else TEXTS,
     )
-    report = make_report(manifest, choice, tally, statistics, plan["rules"], len(outputs))
+    report = make_report(manifest, choice.source, tally, statistics, plan["rules"], len(outputs))
     write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)
     write_whole(out / REPORT_NAMES[1], page(report), work)
     if not manifest.count:
@@ -292,7 +361,7 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
     are not looked for.
 
     Returns:
-      `tally.report_counts`, with `entities`: name -> records of the sample that name it, `bytes`
+      `report.report_counts`, with `entities`: name -> records of the sample that name it, `bytes`
       of the images that are kept, `shards_read` and `input_shards`.
 
     Raises:
@@ -304,8 +373,8 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
     nouns = None
     if choice.table is None:
         pairs = (p for s in sample for p in islice(source.read(s, images=False), most))
-        nouns = entity_choice.count_nouns(pairs, rules)
-    entities = EntitySet(entity_choice.build(choice, nouns, class_names(source)).table)
+        nouns = count_nouns(pairs, rules)
+    entities = EntitySet(build_entities(choice, nouns, class_names(source)).table)
     named = dict.fromkeys(entities.names, 0)
     tally, size = Tally(), 0
     for shard in sample:

@@ -7,22 +7,39 @@ records whose keys an earlier record has is written again without them, as `uniq
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.manifest import FileInfo, describe_file
-from ovseg_jax.data.prepare.paths import AnyPath, local_copy, whole_file, write_whole
-from ovseg_jax.data.prepare.raw_pairs import DUPLICATE, Damage, InputShard, PairSource, RawPair
-from ovseg_jax.data.prepare.rules import Rules, Verdict, judge
-from ovseg_jax.data.prepare.tally import Tally
-from ovseg_jax.data.records import Record, index_line, pack_record, unpack_record
+from ovseg_jax.data.prepare.inputs import (
+    AnyPath,
+    Damage,
+    InputShard,
+    PairSource,
+    RawPair,
+    local_copy,
+    whole_file,
+    write_whole,
+)
+from ovseg_jax.data.prepare.rules import DUPLICATE, Rules, Verdict, clean_captions, judge
+from ovseg_jax.data.records import (
+    FileInfo,
+    Record,
+    describe_file,
+    index_line,
+    pack_record,
+    unpack_record,
+)
+from ovseg_jax.data.words import NounCounts, noun_finder
 
 WORK_LAYOUT = 2  # changes when these files do
+# Keys shown for each cause, so that a person can look one up.
+_EXAMPLES = 5
 # One record a group: reading one record never decodes its neighbors.
 _WRITER_OPTIONS = "group_size:1"
 # Arrays of a shard with n records.
@@ -33,6 +50,79 @@ _FACTS = (
     "records",  # for each mention of an entity: the record's number in the shard
     "entities",  # and the entity
 )
+
+
+@dataclass
+class Tally:
+    """Counts of pairs: `read` = `kept` + all that was dropped.
+
+    Attributes:
+      captions: of the pairs that are kept, the captions that are kept.
+      captions_dropped: cause -> captions of kept pairs that are dropped.
+      dropped: cause -> pairs.
+      examples: cause -> the first keys.
+      remarks: what was unusual about pairs that passed the rules (duplicates too) -> pairs.
+      damage: what was wrong with whole shards, in words.
+    """
+
+    read: int = 0
+    kept: int = 0
+    captions: int = 0
+    captions_dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+    damage: list[str] = field(default_factory=list)
+
+    def count(self, key: str, verdict: Verdict) -> None:
+        """Counts a pair that was judged."""
+        self.read += 1
+        if verdict.record is None:
+            self._drop(key, verdict.cause)
+            return
+        self.kept += 1
+        self.captions += len(verdict.record.captions)
+        self.captions_dropped.update(verdict.dropped)
+        self.remarks.update(verdict.remarks)
+
+    def drop_kept(self, key: str, captions: int, cause: str) -> None:
+        """Counts a pair as dropped that was counted as kept with so many captions."""
+        self.kept -= 1
+        self.captions -= captions
+        self._drop(key, cause)
+
+    def _drop(self, key: str, cause: str) -> None:
+        self.dropped[cause] += 1
+        keys = self.examples.setdefault(cause, [])
+        if len(keys) < _EXAMPLES:
+            keys.append(_printable(key))
+
+    def damaged(self, shard: str, what: str) -> None:
+        """Notes what is wrong with a shard."""
+        self.damage.append(_printable(f"{shard}: {what}"))
+
+    def add(self, other: "Tally") -> None:
+        """Adds the counts of a later shard."""
+        self.read += other.read
+        self.kept += other.kept
+        self.captions += other.captions
+        self.captions_dropped.update(other.captions_dropped)
+        self.dropped.update(other.dropped)
+        self.remarks.update(other.remarks)
+        self.damage.extend(other.damage)
+        for cause, keys in other.examples.items():
+            self.examples[cause] = (self.examples.get(cause, []) + keys)[:_EXAMPLES]
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Tally":
+        """Inverse of `vars`, through JSON."""
+        counters = ("captions_dropped", "dropped", "remarks")
+        return cls(**document | {name: Counter(document[name]) for name in counters})
+
+
+def _printable(name: str) -> str:
+    """A name of a file or pair whose bytes may not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -108,6 +198,32 @@ def judge_all(
             yield verdict
 
 
+def write_nouns(source: PairSource, shard: InputShard, path: AnyPath, rules: Rules) -> None:
+    """Counts the nouns of one shard's captions into a file, unless it exists."""
+    if not path.exists():
+        counts = count_nouns(source.read(shard, images=False), rules)
+        write_whole(path, json.dumps([counts.uses, counts.evidence]) + "\n")
+
+
+def count_nouns(pairs: Iterable[RawPair | Damage], rules: Rules) -> NounCounts:
+    """Counts the nouns of captions that pass the rules."""
+    counts, finder = NounCounts(), noun_finder()
+    for pair in pairs:
+        for caption in [] if isinstance(pair, Damage) else clean_captions(pair, rules):
+            counts.add_caption(caption, finder)
+    return counts
+
+
+def read_nouns(paths: Iterable[AnyPath]) -> NounCounts:
+    """The sum of the counts in several files."""
+    total = NounCounts()
+    for path in paths:
+        uses, evidence = json.loads(path.read_text("utf-8"))
+        total.uses.update(uses)
+        total.evidence.update(evidence)
+    return total
+
+
 def drop_repeated(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
     """Writes the output of a shard again without some records, which count as duplicates.
 
@@ -166,7 +282,7 @@ def _write_output(output: ShardOutput, kept: Iterator[tuple[Record, int]], tally
     arrays = {name: np.asarray(values, np.int64) for name, values in facts.items()}
     with whole_file(output.path("npz")) as facts_file:
         np.savez(facts_file, digests=digests, **arrays)
-    document = {"tally": tally.to_json(), "records": vars(info)}
+    document = {"tally": vars(tally), "records": vars(info)}
     write_whole(output.path("json"), json.dumps(document) + "\n")
 
 

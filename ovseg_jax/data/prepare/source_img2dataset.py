@@ -7,7 +7,9 @@ and in the parquet file may be a list of several.
 
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,18 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ovseg_jax.data.prepare.paths import AnyPath, file_size, is_file, network_errors, parse_path
-from ovseg_jax.data.prepare.raw_pairs import LOST, NOT_DOWNLOADED, Damage, InputShard, RawPair
+from ovseg_jax.data.decoding import is_foreign
+from ovseg_jax.data.prepare.inputs import (
+    AnyPath,
+    Damage,
+    InputShard,
+    RawPair,
+    file_size,
+    is_file,
+    network_errors,
+    parse_path,
+)
+from ovseg_jax.data.prepare.rules import LOST, NOT_DOWNLOADED
 from ovseg_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -24,12 +36,14 @@ _TEXTS = ("txt", "json")
 # img2dataset before 1.5 stored keys as numbers.
 _KEY_DIGITS = 9
 _DAMAGED = (tarfile.TarError, EOFError)
-# Key -> captions, and whether the image was downloaded.
-_Rows = dict[str, tuple[tuple[str, ...], bool]]
+# Of a row of a parquet file: key, captions, and whether the image was downloaded.
+_Row = tuple[str, tuple[str, ...], bool]
 
 
 class Img2DatasetSource:
     """All tars below a folder, in the order of their paths.
+
+    A parquet file without its tar is a shard of which everything is lost.
 
     Raises:
       UserError: no such folder, or no tar in it.
@@ -41,51 +55,70 @@ class Img2DatasetSource:
         self.directory = parse_path(directory)
         if not self.directory.is_dir():
             raise UserError(f"there is no folder {self.directory}; check --source")
-        if not next(_tars(self.directory), None):
+        if not any(path.suffix == ".tar" for path in _files(self.directory)):
             raise UserError(
                 f"there is no .tar file below {self.directory}: img2dataset writes them with "
                 "--output_format=webdataset"
             )
 
     def shards(self) -> list[InputShard]:
-        tars = {path.relative_to(self.directory).as_posix(): path for path in _tars(self.directory)}
-        return [InputShard(name, 0, file_size(tars[name])) for name in sorted(tars)]
+        names, sizes, others = set(), {}, []
+        for path in _files(self.directory):
+            name = path.with_suffix(".tar").relative_to(self.directory).as_posix()
+            if path.suffix == ".tar":
+                sizes[name] = file_size(path)
+            elif path.suffix == ".parquet":
+                names.add(name)
+            elif path.suffix != ".json":  # img2dataset's statistics
+                others.append(path.name)
+        shards = [InputShard(name, 0, sizes.get(name, 0)) for name in sorted({*names, *sizes})]
+        if others:
+            first = ", ".join(sorted(others)[:3])
+            shards.append(InputShard(f"{len(others)} other files ({first})", 0, 0, -1))
+        return shards
 
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair | Damage]:
+        if shard.first < 0:
+            yield Damage("passed over, because they are no .tar and no .parquet files")
+            return
         path = self.directory / shard.name
         rows, complaint = _metadata(path.with_suffix(".parquet"))
         if complaint:
             yield Damage(complaint)
-        seen = set()
+        listed = {key: captions for key, captions, _ in rows}
+        unseen = Counter(key for key, _, _ in rows)
         for item in _samples(path, images):
             if isinstance(item, Damage):
                 yield item
                 continue
-            key, files = item
+            name, files = item
             # A tar that was packed again has folders before the names.
-            listed = key if key in rows else key.rpartition("/")[2]
+            key = name if name in listed else name.rpartition("/")[2]
             if files is None:  # begun, and cut off by the end of the tar
-                if listed not in rows:
-                    yield RawPair(key, cause=LOST)
+                if key not in listed:
+                    yield RawPair(name, cause=LOST)
                 continue
-            seen.add(listed)
+            unseen[key] -= 1
             image = next((files[k] for k in IMAGES if images and k in files), None)
-            yield RawPair(key, _captions(files, rows.get(listed, ((), True))[0]), image)
-        for key, (captions, downloaded) in rows.items():
-            if key not in seen:
+            yield RawPair(name, _captions(files, listed.get(key, ())), image)
+        for key, captions, downloaded in rows:
+            if unseen[key] > 0:
+                unseen[key] -= 1
                 yield RawPair(key, captions, cause=LOST if downloaded else NOT_DOWNLOADED)
 
 
-def _tars(folder: AnyPath) -> Iterator[AnyPath]:
-    """The tars below a folder, unordered.
+def _files(folder: AnyPath) -> Iterator[AnyPath]:
+    """The files below a folder, unordered, but for those of other programs.
 
-    In a bucket only two levels are searched: a search at any depth would list all of it.
+    In a bucket only tars and parquet files of two levels: a search for all would list all of it.
     """
     if isinstance(folder, Path):
-        paths = folder.rglob("*.tar")
-    else:
-        paths = (path for pattern in ("*.tar", "*/*.tar") for path in folder.glob(pattern))
-    yield from filter(is_file, paths)
+        for root, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not is_foreign(name)]
+            yield from (Path(root) / name for name in names if not is_foreign(name))
+        return
+    for pattern in ("*.tar", "*/*.tar", "*.parquet", "*/*.parquet"):
+        yield from (path for path in folder.glob(pattern) if not is_foreign(path.name))
 
 
 def _captions(files: dict[str, bytes], listed: tuple[str, ...]) -> tuple[str | bytes, ...]:
@@ -116,29 +149,19 @@ def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes
     wanted = (*IMAGES, *_TEXTS) if images else _TEXTS
     key, files, count, damage = "", {}, 0, ""
     try:
-        with (
-            network_errors(path, *_DAMAGED),
-            path.open("rb") as file,
-            tarfile.open(fileobj=file, mode="r:") as archive,
-        ):
-            for member in archive:
-                archive.members.clear()  # or the list grows with the file
-                if not member.isfile():
-                    continue
-                prefix, kind = _split(member.name)
+        with network_errors(path, *_DAMAGED, FileNotFoundError), path.open("rb") as file:
+            for archive, member in _members(file):
+                prefix, kind = _split(member.name, key if files else "") if member else ("", "")
                 if files and (prefix != key or kind in files):
                     yield key, files
                     count += 1
                     files = {}
+                if member is None:
+                    continue
                 key = prefix
-                stream = archive.extractfile(member) if kind in wanted else None
+                read = kind in wanted and member.isfile()
                 # An entry without content says that the kind is there.
-                files[kind] = stream.read() if stream else b""
-            # tarfile takes the end of a file that was cut between two members for the end of the
-            # archive. A whole archive has a block of zeros there.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                damage = f"cut short, or damaged, after {count} pairs: it has no end mark there"
+                files[kind] = archive.extractfile(member).read() if read else b""
     except (*_DAMAGED, OSError) as error:
         damage = f"cannot be read after {count} pairs ({error})"
     if files:
@@ -147,31 +170,75 @@ def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes
         yield Damage(damage)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """'a/000.jpg' -> ('a/000', 'jpg'); the key ends at the first period of the file name."""
+def _members(file: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo | None]]:
+    """The members of one tar or of several, one behind the other, without folders.
+
+    None follows the members of each.
+
+    Raises:
+      TarError: damage, or an end without an end mark.
+    """
+    start = 0
+    while True:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                archive.members.clear()  # or the list grows with the file
+                if not member.isdir() and not any(map(is_foreign, member.name.split("/"))):
+                    yield archive, member
+            end = archive.offset
+        # tarfile takes the end of a file that was cut between two members for the end of the
+        # archive. A whole archive has a block of zeros there.
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("cut short, or damaged: it has no end mark there")
+        yield archive, None
+        start = file.tell()
+        while block := file.read(tarfile.RECORDSIZE):
+            if rest := block.lstrip(b"\0"):
+                start = file.tell() - len(rest)
+                break
+        else:
+            return
+
+
+def _split(name: str, current: str) -> tuple[str, str]:
+    """'a/000.jpg' -> ('a/000', 'jpg').
+
+    The key ends at the first period of the file name, as webdataset has it, unless only the ending
+    behind the last one is known ('photo.001.jpg') and no file of the key came before.
+
+    Args:
+      name: of the member of a tar.
+      current: the key of the member before it.
+    """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, kind = base.partition(".")
-    return folder + slash + stem, kind.lower()
+    key, ending = folder + slash + stem, kind.lower()
+    last = ending.rpartition(".")[2]
+    if key != current and last != ending and last in (*IMAGES, *_TEXTS):
+        return folder + slash + base[: -len(last) - 1], last
+    return key, ending
 
 
-def _metadata(path: AnyPath) -> tuple[_Rows, str]:
+def _metadata(path: AnyPath) -> tuple[list[_Row], str]:
     """(rows of a parquet file, what is wrong with the file or ''); no rows without a file."""
     if not is_file(path):
-        return {}, f"{path.name} is missing: failed downloads and lost pairs are not counted"
+        return [], f"{path.name} is missing: failed downloads and lost pairs are not counted"
     try:
         with network_errors(path):
             content = io.BytesIO(path.read_bytes())
         present = pyarrow.parquet.read_schema(content).names
         lacking = [name for name in ("key", "status") if name not in present]
         if lacking:
-            return {}, f"{path.name} has no column {' and no '.join(lacking)}; it is not used"
+            return [], f"{path.name} has no column {' and no '.join(lacking)}; it is not used"
         columns = [name for name in ("key", "caption", "status") if name in present]
         rows = pyarrow.parquet.read_table(content, columns=columns).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         # Arrow's messages go over many lines, with addresses in memory.
         reason = str(error).splitlines()[0][:80]
-        return {}, f"{path.name} cannot be read ({reason}); it is not used"
-    return {_key(r["key"]): (_texts(r.get("caption")), r["status"] == "success") for r in rows}, ""
+        return [], f"{path.name} cannot be read ({reason}); it is not used"
+    return [(_key(r["key"]), _texts(r.get("caption")), r["status"] == "success") for r in rows], ""
 
 
 def _key(value: Any) -> str:

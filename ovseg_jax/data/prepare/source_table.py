@@ -2,6 +2,10 @@
 
 CC12M's table is `url<TAB>caption`, CC3M's `caption<TAB>url`, neither with a header; others name
 their columns. So the first rows tell which column is what.
+
+In a .csv file, cells with separators, quotes or line breaks in them stand in quotes, and a quote in
+a cell is doubled or follows a backslash. A .tsv file may be like that too (pandas), or quotes in it
+are letters (CC12M): the rows with quotes tell. A row that cannot be parsed costs its first line.
 """
 
 import contextlib
@@ -10,17 +14,25 @@ import functools
 import hashlib
 import re
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from jaxtyping import Int64
 
-from ovseg_jax.data.prepare.paths import AnyPath, file_size, is_file, network_errors, parse_path
-from ovseg_jax.data.prepare.raw_pairs import BAD_ROW, InputShard, RawPair
+from ovseg_jax.data.prepare.inputs import (
+    AnyPath,
+    InputShard,
+    RawPair,
+    file_size,
+    is_file,
+    network_errors,
+    parse_path,
+)
+from ovseg_jax.data.prepare.rules import BAD_ROW
 from ovseg_jax.errors import UserError
 
 _PER_SHARD = 10_000
@@ -32,21 +44,16 @@ _KEY_NAMES = ("key", "id", "image_id")
 _IMAGE_CELL = re.compile(r"https?://\S+|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 _BYTE_ORDER_MARK = "\ufeff"  # some programs begin a UTF-8 file with it
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
-
-
-def _hashed(algorithm: str) -> Callable[[str, int], str]:
-    return lambda cell, row: hashlib.new(
-        algorithm, cell.encode(), usedforsecurity=False
-    ).hexdigest()
-
+# A row of a .tsv file in which quotes are around cells, and doubled within.
+_QUOTED_ROW = re.compile(r'([^"\t]*|"([^"]|"")*")(\t([^"\t]*|"([^"]|"")*"))*')
 
 # How image files may be named -> (cell of the image, number of the row) -> name of the file, with
 # or without its ending.
 NAMINGS: dict[str, Callable[[str, int], str]] = {
     "path in the table": lambda cell, row: cell,
     "end of the URL": lambda cell, row: unquote(urlsplit(cell).path.rpartition("/")[2]),
-    "MD5 of the URL": _hashed("md5"),
-    "SHA-256 of the URL": _hashed("sha256"),
+    "MD5 of the URL": lambda cell, row: hashlib.md5(cell.encode()).hexdigest(),
+    "SHA-256 of the URL": lambda cell, row: hashlib.sha256(cell.encode()).hexdigest(),
     "number of the row, 9 digits": lambda cell, row: f"{row:09d}",
     "number of the row": lambda cell, row: str(row),
 }
@@ -70,13 +77,16 @@ class FileSource:
         self._path = parse_path(table)
         if not is_file(self._path):
             raise UserError(f"there is no file {self._path}; check --source")
-        self._quoted = self._path.suffix.lower() == ".csv"
-        if not self._quoted and self._path.suffix.lower() != ".tsv":
+        suffix = self._path.suffix.lower()
+        if suffix not in (".csv", ".tsv"):
             raise UserError(f"{self._path} must be a .tsv or .csv file of images and captions")
-        self._separator = _separator(self._path) if self._quoted else "\t"
-        rows = [cells for cells in _first_rows(self._path, self._separator, self._quoted) if cells]
+        self._quoted = suffix == ".csv" or _has_quoted_cells(self._path)
+        self._separator = _separator(self._path) if suffix == ".csv" else "\t"
+        self._columns = 0
+        rows = [cells for _, cells in islice(self._rows(0), _SAMPLE_ROWS) if cells]
         if not rows:
             raise UserError(f"{self._path} has no rows; check --source")
+        self._columns = Counter(map(len, rows)).most_common(1)[0][0]
         named = _named_columns(rows[0])
         self._has_header = named is not None
         self._image, self._caption, self._key = named or _guessed_columns(self._path, rows)
@@ -142,7 +152,8 @@ class FileSource:
         return starts, repeats[np.lexsort((repeats[:, 1], repeats[:, 0]))]
 
     def _rows(self, start: int, stop: int | None = None) -> Iterator[tuple[int, list[str]]]:
-        return _read_rows(self._path, self._separator, self._quoted, start, stop)
+        quoted, columns = self._quoted, self._columns
+        return _read_rows(self._path, self._separator, quoted, columns, start, stop)
 
     def _data_rows(self) -> Iterator[tuple[int, list[str]]]:
         return islice(self._rows(0), int(self._has_header), None)
@@ -223,53 +234,96 @@ def _separator(path: AnyPath) -> str:
     """Of a .csv file: the sign that gives most rows the same number, above 1, of columns."""
 
     def alike(separator: str) -> int:
-        widths = [len(cells) for cells in _first_rows(path, separator, True)]
-        return max((widths.count(w) for w in set(widths) if w > 1), default=0)
+        rows = islice(_read_rows(path, separator, quoted=True), _SAMPLE_ROWS)
+        widths = Counter(len(cells) for _, cells in rows if len(cells) > 1)
+        return max(widths.values(), default=0)
 
     return max((",", ";", "\t"), key=alike)
 
 
-def _first_rows(path: AnyPath, separator: str, quoted: bool) -> list[list[str]]:
-    return [cells for _, cells in islice(_read_rows(path, separator, quoted), _SAMPLE_ROWS)]
+def _has_quoted_cells(path: AnyPath) -> bool:
+    """Whether quotes in a .tsv file are around cells: in three of four rows that have quotes."""
+    votes: list[bool] = []
+    row = ""
+    with path.open("rb") as stream:
+        for line in stream:
+            text = line.decode("utf-8", "replace")
+            if '"' in text or row:
+                row += text
+                if row.count('"') % 2 and len(row) < csv.field_size_limit():
+                    continue  # a quoted cell goes on in the next line
+                votes.append(bool(_QUOTED_ROW.fullmatch(row.rstrip("\r\n"))))
+                row = ""
+                if len(votes) == _SAMPLE_ROWS:
+                    break
+    return bool(votes) and 4 * sum(votes) >= 3 * len(votes)
 
 
 def _read_rows(
-    path: AnyPath, separator: str, quoted: bool, start: int = 0, stop: int | None = None
+    path: AnyPath,
+    separator: str,
+    quoted: bool,
+    columns: int = 0,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
     """(byte where the row begins, its cells); no cells where the row cannot be parsed.
 
-    Bytes that are not UTF-8 become lone surrogates. The header is a row too.
+    Bytes that are not UTF-8 become lone surrogates. The header is a row too; blank lines are none.
 
     Args:
       path: of the file.
       separator: between two columns.
-      quoted: rows are as a spreadsheet writes them: quoted, and over several lines where need be.
+      quoted: quotes are around cells; otherwise they are letters.
+      columns: how many a row over several lines must have; 0 for any number.
       start: the byte where the first row begins.
       stop: the byte where no further row begins.
     """
+    is_csv = path.suffix.lower() == ".csv"
     with path.open("rb") as stream:
         stream.seek(start)
-        position = start
-
-        def lines() -> Iterator[str]:
-            nonlocal position
-            for line in stream:
-                position += len(line)
-                text = line.decode("utf-8", "surrogateescape")
-                yield text.removeprefix(_BYTE_ORDER_MARK) if position == len(line) else text
-
-        if quoted:
-            reader = csv.reader(lines(), delimiter=separator)
-        else:
-            reader = (line.rstrip("\r\n").split(separator) for line in lines())
-        while stop is None or position < stop:
-            begin = position
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
+        begin = start
+        while (stop is None or begin < stop) and (line := stream.readline()):
+            end = begin + len(line)
+            text = line.decode("utf-8", "surrogateescape")
+            if begin == 0:
+                text = text.removeprefix(_BYTE_ORDER_MARK)
+            row = None
+            if quoted and '"' in text:
+                row = _parse_quoted(text, stream, separator, columns)
+                if row is not None:
+                    end += row[1]
+                stream.seek(end)
+            if row is not None:
+                cells = row[0]
+            elif quoted and is_csv and '"' in text:
                 cells = []
-            # A blank line is no row; a line that cannot be parsed is.
-            if cells != [""] and (cells or position > begin):
+            else:
+                cells = text.rstrip("\r\n").split(separator)
+            if cells != [""]:
                 yield begin, cells
+            begin = end
+
+
+def _parse_quoted(
+    text: str, stream: Any, separator: str, columns: int
+) -> tuple[list[str], int] | None:
+    """(cells, bytes of the lines after the first) of a row; None if it is none.
+
+    Args:
+      text: the first line.
+      stream: the lines after it.
+      separator, columns: of `_read_rows`.
+    """
+    begin = stream.tell()
+    for escape in (None, "\\"):
+        stream.seek(begin)
+        lines = (line.decode("utf-8", "surrogateescape") for line in stream)
+        reader = csv.reader(
+            chain([text], lines), delimiter=separator, escapechar=escape, strict=True
+        )
+        with contextlib.suppress(csv.Error):
+            cells = next(reader)
+            if reader.line_num == 1 or len(cells) == columns or not columns:
+                return cells, stream.tell() - begin
+    return None

@@ -1,19 +1,16 @@
-"""What became of the pairs: counts that add up over shards, the report, and its lines of text."""
+"""The report of a preparation: counts, a few lines for a terminal, and one HTML page."""
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
 
-from ovseg_jax.data.manifest import Manifest
-from ovseg_jax.data.prepare.entity_choice import EntityChoice
-from ovseg_jax.data.prepare.raw_pairs import DROP_REASONS, DUPLICATE
-from ovseg_jax.data.prepare.rules import Verdict
+from ovseg_jax.data.prepare.rules import DROP_REASONS, DUPLICATE
+from ovseg_jax.data.prepare.shard import Tally
+from ovseg_jax.data.records import Manifest
 
-# Keys shown for each cause, so that a person can look one up.
-_EXAMPLES = 5
 _MOST_WORDS = 80  # longer captions are counted here
 # Lower ends of the bins of images' shorter sides, in pixels.
 _SIDES = (0, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 4096)
@@ -21,83 +18,12 @@ _SIDES = (0, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 4096)
 _MOST_PAIRS = 1000
 # A source whose shards all count their keys from 0 loses nearly everything to its "duplicates".
 _MANY_DUPLICATES = 0.2
-
-
-@dataclass
-class Tally:
-    """Counts of pairs: `read` = `kept` + all that was dropped.
-
-    Attributes:
-      captions: of the pairs that are kept, the captions that are kept.
-      captions_dropped: cause -> captions of kept pairs that are dropped.
-      dropped: cause -> pairs.
-      examples: cause -> the first keys.
-      remarks: what was unusual about pairs that passed the rules (duplicates too) -> pairs.
-      damage: what was wrong with whole shards, in words.
-    """
-
-    read: int = 0
-    kept: int = 0
-    captions: int = 0
-    captions_dropped: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    remarks: Counter[str] = field(default_factory=Counter)
-    damage: list[str] = field(default_factory=list)
-
-    def count(self, key: str, verdict: Verdict) -> None:
-        """Counts a pair that was judged."""
-        self.read += 1
-        if verdict.record is None:
-            self._drop(key, verdict.cause)
-            return
-        self.kept += 1
-        self.captions += len(verdict.record.captions)
-        self.captions_dropped.update(verdict.dropped)
-        self.remarks.update(verdict.remarks)
-
-    def drop_kept(self, key: str, captions: int, cause: str) -> None:
-        """Counts a pair as dropped that was counted as kept with so many captions."""
-        self.kept -= 1
-        self.captions -= captions
-        self._drop(key, cause)
-
-    def _drop(self, key: str, cause: str) -> None:
-        self.dropped[cause] += 1
-        keys = self.examples.setdefault(cause, [])
-        if len(keys) < _EXAMPLES:
-            keys.append(_printable(key))
-
-    def damaged(self, shard: str, what: str) -> None:
-        """Notes what is wrong with a shard."""
-        self.damage.append(_printable(f"{shard}: {what}"))
-
-    def add(self, other: "Tally") -> None:
-        """Adds the counts of a later shard."""
-        self.read += other.read
-        self.kept += other.kept
-        self.captions += other.captions
-        self.captions_dropped.update(other.captions_dropped)
-        self.dropped.update(other.dropped)
-        self.remarks.update(other.remarks)
-        self.damage.extend(other.damage)
-        for cause, keys in other.examples.items():
-            self.examples[cause] = (self.examples.get(cause, []) + keys)[:_EXAMPLES]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values, for a file."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "Tally":
-        """Inverse of `to_json`."""
-        counters = ("captions_dropped", "dropped", "remarks")
-        return cls(**document | {name: Counter(document[name]) for name in counters})
-
-
-def _printable(name: str) -> str:
-    """A name of a file or pair whose bytes may not be UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
+_BARS = 100  # entities shown, and pairs of entities, the most frequent ones
+_STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums}h2{margin-top:2em}
+.scroll{overflow-x:auto}.bars td{padding:0 .6em 0 0;font-size:12px}
+.bars i{display:block;height:13px;background:#3b6ea5}"""
 
 
 class Statistics:
@@ -117,7 +43,7 @@ class Statistics:
     def add(
         self, sides: np.ndarray, words: np.ndarray, records: np.ndarray, entities: np.ndarray
     ) -> None:
-        """Adds a shard; the arrays are those of `shard.ShardOutput`."""
+        """Adds a shard; the arrays are those of `shard.ShardOutput.read_facts`."""
         named = np.zeros((len(sides), len(self.together)), np.float32)
         named[records, entities] = 1
         # Exact: a shard has far fewer than 2^24 records.
@@ -129,7 +55,7 @@ class Statistics:
 
 def make_report(
     manifest: Manifest,
-    choice: EntityChoice,
+    entities_source: str,
     tally: Tally,
     statistics: Statistics,
     rules: Mapping[str, Any],
@@ -145,7 +71,7 @@ def make_report(
         "source": manifest.source,
         "source_fingerprint": manifest.source_fingerprint,
         "input_shards": input_shards,
-        "entities_source": choice.source,
+        "entities_source": entities_source,
         "rules": dict(rules),
         **report_counts(tally),
         "records": {
@@ -208,3 +134,94 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"  ... and {len(report['damaged_shards']) - 10} more")
     lines += [f"  warning: {text}" for text in report["warnings"]]
     return "\n".join(lines)
+
+
+# ---- the page
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """HTML of a report (`tally.make_report`)."""
+    title = f"{report['kept']:,} of {report['read']:,} pairs kept"
+    entities = dict(sorted(report["entities"].items(), key=lambda item: (-item[1], item[0])))
+    sections = {
+        "Dropped, by cause": _dropped(report),
+        "Remarks on pairs that passed the rules": _rows(
+            [_cells(remark, count) for remark, count in report["remarks"].items()]
+        ),
+        "Damaged shards": _rows([_cells(line) for line in report["damaged_shards"]]),
+        "Records that name each entity": bars(dict(list(entities.items())[:_BARS])),
+        "Records that name two entities": bars(
+            {f"{first} + {second}": count for first, second, count in report["together"][:_BARS]}
+        ),
+        "Words in a caption": bars(_words(report["caption_words"])),
+        "Shorter side of images, in pixels and more": bars(report["image_sides"]),
+    }
+    warnings = [f"<p><b>Warning:</b> {escape(text)}</p>" for text in report["warnings"]]
+    body = [f"<h1>{title}</h1>", _facts(report), *warnings]
+    body += [f'<h2>{name}</h2><div class="scroll">{html}</div>' for name, html in sections.items()]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>"
+        + "\n".join(body)
+        + "</body></html>\n"
+    )
+
+
+def bars(values: Mapping[str, int]) -> str:
+    """A table with one horizontal bar a name, and its number."""
+    most = max(values.values(), default=0) or 1
+    rows = [
+        f'<tr><td class="n">{escape(name)}</td><td style="width:420px">'
+        f'<i style="width:{100 * value / most:.1f}%"></i></td><td class="n">{value:,}</td></tr>'
+        for name, value in values.items()
+    ]
+    return _rows(rows, "bars")
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    records = report["records"]
+    dropped = [f"{cause} {count:,}" for cause, count in report["captions_dropped"].items()]
+    others = f"; dropped of kept pairs: {', '.join(dropped)}" if dropped else ""
+    facts = {
+        "Source": report["source"],
+        "Input shards": f"{report['input_shards']:,}",
+        "Entities": f"{len(report['entities'])}: {report['entities_source']}",
+        "Rules": ", ".join(f"{name} = {value}" for name, value in report["rules"].items()),
+        "Records": f"{records['count']:,} in {records['shards']} files, {records['bytes']:,} bytes",
+        "Captions": f"{report['captions']:,}{others}",
+        "Hash of the key list": records["keys_sha256"],
+        "Written by": report["tool"],
+    }
+    return _rows([_cells(name, text) for name, text in facts.items()])
+
+
+def _dropped(report: Mapping[str, Any]) -> str:
+    dropped = report["dropped"]
+    if not dropped:
+        return "<p>none</p>"
+    rows = [
+        _cells(cause, count, DROP_REASONS[cause], ", ".join(report["dropped_examples"][cause]))
+        for cause, count in dropped.items()
+    ]
+    head = "<tr><th>cause</th><th>pairs</th><th>rule</th><th>first keys</th></tr>"
+    return bars({"kept": report["kept"], **dropped}) + _rows([head, *rows])
+
+
+def _words(counts: list[int]) -> dict[str, int]:
+    """Number of words -> captions, up to the longest caption."""
+    used = max((number for number, count in enumerate(counts) if count), default=0)
+    names = [*map(str, range(len(counts) - 1)), f"{len(counts) - 1}+"]
+    return dict(zip(names[: used + 1], counts, strict=False))
+
+
+def _cells(*values: str | int) -> str:
+    """A row of a table, with numbers right-aligned."""
+    cells = (
+        f'<td class="n">{value:,}</td>' if isinstance(value, int) else f"<td>{escape(value)}</td>"
+        for value in values
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _rows(rows: list[str], kind: str = "facts") -> str:
+    return f'<table class="{kind}">{"".join(rows)}</table>' if rows else "<p>none</p>"

@@ -7,9 +7,9 @@ import pickle
 import pytest
 from pair_folders import jpeg
 
-from ovseg_jax.data.prepare import source_files
-from ovseg_jax.data.prepare.raw_pairs import BAD_ROW
-from ovseg_jax.data.prepare.source_files import FileSource
+from ovseg_jax.data.prepare import source_table
+from ovseg_jax.data.prepare.rules import BAD_ROW
+from ovseg_jax.data.prepare.source_table import FileSource
 from ovseg_jax.errors import UserError
 
 CAPTIONS = ["a dog, and a cat", 'the "dog"', "dogs\u2019 home", "a caf\u00e9 with a dog", "x dog"]
@@ -102,7 +102,7 @@ def test_naming_of_image_files_is_found(tmp_path, naming, header):
 
 
 def test_shards_hold_every_row_once(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(source_files, "_PER_SHARD", 2)
+    monkeypatch.setattr(source_table, "_PER_SHARD", 2)
     for name, quoted in (("t.csv", True), ("t.tsv", False)):
         path = tmp_path / name
         with path.open("w", newline="", encoding="utf-8") as stream:
@@ -122,7 +122,7 @@ def test_shards_hold_every_row_once(tmp_path, images, monkeypatch):
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
 def test_rows_of_one_image_are_its_captions(tmp_path, images, monkeypatch, per_shard, name):
     """Also where they are apart, in other shards, and where a row between them is bad."""
-    monkeypatch.setattr(source_files, "_PER_SHARD", per_shard)
+    monkeypatch.setattr(source_table, "_PER_SHARD", per_shard)
     separator = "," if name == "t.csv" else "\t"
     rows = [
         (0, "a dog"),

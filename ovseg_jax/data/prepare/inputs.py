@@ -1,14 +1,19 @@
-"""Files on this machine or in a bucket: gs://bucket/cc12m and s3://bucket/cc12m, through epath.
+"""What preparation reads and where: paths, the shards of an input, and the pairs in them.
 
-A path of this machine is a `pathlib.Path`, a path in a bucket an `epath.Path`.
+A path of this machine is a `pathlib.Path`, a path in a bucket (gs://bucket/cc12m, s3://bucket/cc12m)
+an `epath.Path`.
 """
 
 import contextlib
+import hashlib
+import json
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 
@@ -17,6 +22,84 @@ from ovseg_jax.errors import UserError
 AnyPath = Path | epath.Path
 # Prefix -> the package that reads such paths.
 BUCKETS = {"gs://": "gcsfs", "s3://": "s3fs"}
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """A section of the input that is read by one call.
+
+    Attributes:
+      name: of the shard, as the report shows it.
+      start: where it begins: a byte of the file, or the index of a record.
+      stop: where it ends. Both change when the input does.
+      first: number of its first row, where rows are numbered.
+    """
+
+    name: str
+    start: int
+    stop: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class RawPair:
+    """An image with its captions, as the source has it.
+
+    Attributes:
+      key: its name.
+      captions: the texts, or their bytes where nothing has decoded them.
+      image: the encoded image; None if there is none, or none was asked for.
+      cause: the drop reason if the source itself has no usable pair here; '' otherwise.
+    """
+
+    key: str
+    captions: tuple[str | bytes, ...] = ()
+    image: bytes | None = None
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something wrong with a shard as a whole, in words for the report."""
+
+    what: str
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """A data set to prepare. It is pickled and read in other processes.
+
+    A source may also have `class_names() -> list[str]`: then its captions are names of classes.
+    """
+
+    name: str
+
+    def shards(self) -> list[InputShard]:
+        """All input shards. Their order decides the order of the records."""
+        ...
+
+    def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair | Damage]:
+        """The pairs of a shard in order.
+
+        Args:
+          shard: one of `shards()`.
+          images: False leaves the images out, where that makes reading faster.
+        """
+        ...
+
+
+def class_names(source: PairSource) -> list[str]:
+    """The names of the classes that a source has for captions; none where it has sentences."""
+    return source.class_names() if hasattr(source, "class_names") else []
+
+
+def source_fingerprint(source: PairSource, shards: list[InputShard]) -> str:
+    """16 hexadecimal digits that change when the list of shards or the size of a shard does."""
+    text = json.dumps([source.name, [asdict(shard) for shard in shards]])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# ---- paths
 
 
 def parse_path(text: str | AnyPath) -> AnyPath:

@@ -1,16 +1,126 @@
-"""Pairs of data sets that another library reads: TFDS, and the embedded scenes."""
+"""Data sets in other forms: photographs in class-named folders, TFDS, the embedded scenes."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.prepare.raw_pairs import BAD_ROW, InputShard, RawPair
+from ovseg_jax.data.decoding import is_foreign
+from ovseg_jax.data.prepare.inputs import (
+    AnyPath,
+    InputShard,
+    RawPair,
+    network_errors,
+    parse_path,
+)
+from ovseg_jax.data.prepare.rules import BAD_ROW, NO_CLASS, NO_IMAGE_FILE
+from ovseg_jax.data.records import MOST_NAMES
 from ovseg_jax.data.scenes import ScenesSource
+from ovseg_jax.data.words import load_wordnet, wider_names
 from ovseg_jax.errors import UserError
 
+# A shard of folders ends with the class in which it reaches so many files.
+_FOLDERS_SHARD = 4000
 _TFDS_SHARD, _SCENES_SHARD = 10_000, 1000
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_WORDNET_ID = re.compile(r"n(\d{8})(?![0-9])")
 _CAPTIONS = ("caption", "text", "title", "sentence")
 _KEYS = ("key", "id", "image/id", "image_id", "image/filename", "file_name")
+
+
+class FolderSource:
+    """One class a folder; its name, "_" read as a blank, is the caption of each image in it.
+
+    Args:
+      directory: the folder with the classes.
+      hypernyms: wider words from WordNet are further captions. Where a folder or its first file
+        begins with a WordNet id (n02389026), that is looked up, and otherwise the name.
+
+    Raises:
+      UserError: no such folder, no classes in it, ids for names without `hypernyms`, or WordNet is
+        not installed.
+    """
+
+    def __init__(self, directory: str | AnyPath, hypernyms: bool = False):
+        self.directory = parse_path(directory)
+        self.name = "folders of classes" + (", with hypernyms" if hypernyms else "")
+        if not self.directory.is_dir():
+            raise UserError(f"there is no folder {self.directory}; check --source")
+        listed = _listed(self.directory)
+        self._classes = [path.name for path in listed if path.is_dir()]
+        self._beside = [path.name for path in listed if not path.is_dir()]
+        if not self._classes:
+            raise UserError(
+                f"{self.directory} has no folders in it; it must have one for each class, with "
+                "the images of the class"
+            )
+        wordnet = load_wordnet() if hypernyms else None
+        self._names = [self._names_of(folder, wordnet) for folder in self._classes]
+
+    def _names_of(self, folder: str, wordnet: Any) -> tuple[str, ...]:
+        name, only_id = " ".join(folder.split("_")).strip(), _WORDNET_ID.fullmatch(folder)
+        if wordnet is None:
+            if only_id:
+                raise UserError(
+                    f"{self.directory / folder} has a WordNet id for its name; --hypernyms finds "
+                    "the words for it"
+                )
+            return (name,)
+        first = next((path.name for _, path in _files(self.directory / folder, "")), "")
+        match = _WORDNET_ID.match(folder) or _WORDNET_ID.match(first)
+        offset = int(match[1]) if match else None
+        return wider_names(wordnet, "" if only_id else name, offset)[:MOST_NAMES]
+
+    def class_names(self) -> list[str]:
+        """All names of all classes, each once."""
+        return list(dict.fromkeys(name for names in self._names for name in names))
+
+    def shards(self) -> list[InputShard]:
+        shards: list[InputShard] = []
+        start = first = count = 0
+        for number, folder in enumerate(self._classes, 1):
+            count += sum(1 for _ in _files(self.directory / folder, folder))
+            if count - first >= _FOLDERS_SHARD or number == len(self._classes):
+                name = f"{self._classes[start]} to {folder}, {count - first} files"
+                shards.append(InputShard(name, start, number, first))
+                start, first = number, count
+        return shards
+
+    def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair]:
+        if not shard.start:
+            yield from (RawPair(name, cause=NO_CLASS) for name in self._beside)
+        for number in range(shard.start, shard.stop):
+            folder = self._classes[number]
+            for key, path in _files(self.directory / folder, folder):
+                if path.name.startswith(".") or not path.name.lower().endswith(_IMAGES):
+                    yield RawPair(key, cause=NO_IMAGE_FILE)
+                    continue
+                yield RawPair(key, self._names[number], _content(path) if images else None)
+
+
+def _listed(folder: AnyPath) -> list[AnyPath]:
+    """The content of a folder by name, without what other programs left: hidden folders too."""
+    paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    hidden = [path.name.startswith(".") and path.is_dir() for path in paths]
+    return [p for p, hide in zip(paths, hidden, strict=True) if not hide and not is_foreign(p.name)]
+
+
+def _files(folder: AnyPath, below: str) -> Iterator[tuple[str, AnyPath]]:
+    """(key, path) of the files at any depth."""
+    for path in _listed(folder):
+        key = f"{below}/{path.name}"
+        if path.is_dir():
+            yield from _files(path, key)
+        else:
+            yield key, path
+
+
+def _content(path: AnyPath) -> bytes | None:
+    try:
+        with network_errors(path, FileNotFoundError):
+            return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _index_shards(name: str, total: int, size: int) -> list[InputShard]:
