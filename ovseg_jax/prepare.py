@@ -119,7 +119,16 @@ def main(argv: list[str]) -> int:
         print(_sample_text(dry_run(source, choice, rules)))
         return 0
     out = parse_path(args.out)
-    report = prepare(source, out, choice, rules, run_jobs=run_jobs, say=_say)
+    try:
+        report = prepare(source, out, choice, rules, run_jobs=run_jobs, say=_say)
+    except (OSError, RuntimeError) as error:
+        # ArrayRecord raises a RuntimeError where the disk is full.
+        if isinstance(error, RuntimeError) and "write() failed" not in str(error):
+            raise
+        raise UserError(
+            f"{args.out} cannot be finished ({error}); make room, or mend what it says; the same "
+            "command goes on where it was"
+        ) from error
     print(summary(report))
     print(f"records: {args.out}, report: {out / 'report.html'}")
     return 0

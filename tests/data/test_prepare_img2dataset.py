@@ -3,10 +3,14 @@
 import io
 import json
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pair_folders import add_file, jpeg, write_img2dataset
 
 from ovseg_jax.data.prepare import rules
@@ -272,6 +276,34 @@ def test_tars_behind_one_another(tmp_path):
     path.write_bytes(first + b"no tar")
     pairs, damage = contents(tmp_path)
     assert as_found(pairs) == as_bytes(PAIRS[:3]) and "after 3 pairs" in damage[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(parts=st.lists(st.integers(0, 3), min_size=1, max_size=3), share=st.floats(0.02, 1))
+def test_every_row_of_the_parquet_file_is_kept_or_counted(parts, share):
+    """For several tars behind one another, cut anywhere; tarfile tells which pairs are whole."""
+    numbers = iter(range(9))
+    groups = [[(f"{next(numbers):09d}", "a dog", b"x" * 700) for _ in range(n)] for n in parts]
+    tars = [packed(group) for group in groups]
+    keys = [key for group in groups for key, *_ in group]
+    size = int(share * sum(map(len, tars)))
+    whole, offset = [], 0
+    for tar in tars:
+        with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+            members = [m for m in archive if offset + m.offset_data + m.size <= size]
+        whole += [member.name[:-4] for member in members if member.name.endswith(".txt")]
+        offset += len(tar)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "0.tar").write_bytes(b"".join(tars)[:size])
+        rows = {"key": keys, "status": ["success"] * len(keys)}
+        pq.write_table(
+            pa.table(rows, pa.schema(dict.fromkeys(rows, pa.string()))), f"{folder}/0.parquet"
+        )
+        pairs, damage = contents(folder)
+    assert sorted(pair.key for pair in pairs) == keys
+    kept = [key for key, *_ in as_found(pairs)]
+    # The last pair before a cut may have had more files.
+    assert kept == whole[: len(kept)] and len(whole) - len(kept) <= bool(damage)
 
 
 def test_parquet_without_its_tar_and_files_of_other_kinds(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -148,6 +149,25 @@ def test_folders_that_hold_something_else(finished, folder, tmp_path):
         run(folder, tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
         run(folder, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("room", [500, 20_000], ids=["for no record", "for some records"])
+def test_full_disk_is_one_line_and_the_run_goes_on(finished, folder, tmp_path, room):
+    """A limit on the size of files stands in for the full disk: the same errors come of it."""
+    (tmp_path / "entities.json").write_text(json.dumps(ENTITIES.table))
+    out = tmp_path / "out"
+    command = [f"--source=img2dataset:{folder}", f"--out={out}", "--workers=0"]
+    command.append(f"--entities={tmp_path / 'entities.json'}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be finished \(.*goes on where it was"):
+            main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in out.iterdir()] == [".work"] and not list(out.glob(".work/.*"))
+    assert main(command) == 0
+    assert len(ArrayRecordSource(out)) == finished[1]["kept"]
 
 
 def test_nothing_kept_is_said_with_the_causes(folder, tmp_path):

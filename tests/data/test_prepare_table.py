@@ -2,9 +2,12 @@
 
 import csv
 import hashlib
+import io
 import pickle
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from pair_folders import jpeg
 
 from ovseg_jax.data.prepare import source_table
@@ -163,15 +166,79 @@ def test_bad_rows_are_counted(tmp_path, images):
     assert pairs[2].captions == ("caf\udce9",)
 
 
-def test_quote_that_is_never_closed_ends_the_harm_at_the_field_limit(tmp_path, images):
-    path = tmp_path / "t.csv"
-    rows = [f'"{URLS[0]}","{CAPTIONS[0]}"', f'{URLS[1]},"never closed']
-    rows += [f"{URLS[2]},{'z' * 1000}"] * 300
-    path.write_text("\n".join(rows))
-    pairs = read_all(FileSource(path, images))
-    assert pairs[0].key == URLS[0]
-    assert pairs[1].cause == BAD_ROW
-    assert pairs[-1].key == URLS[2]
+CELL = st.text(st.sampled_from("ab ,;\"'\\\n\t\u00e9"), max_size=12)
+PLAIN = st.text(st.sampled_from("ab ,;\"'\\\u00e9"), max_size=12)
+
+
+def table_of(folder, name, content):
+    """A source of a table whose images are all one file, and the rows that it gives."""
+    path = folder / name
+    path.write_text(content, "utf-8", newline="")
+    source = FileSource(path)
+    return [(pair.key, caption) for pair in read_all(source) for caption in pair.captions], [
+        pair for pair in read_all(source) if pair.cause
+    ]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    captions=st.lists(CELL, min_size=1, max_size=8),
+    separator=st.sampled_from(",\t"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_quoted_rows_are_those_of_the_csv_module(tmp_path, captions, separator, quoting, end):
+    (tmp_path / "x.jpg").touch()
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=separator, quoting=quoting, lineterminator=end)
+    writer.writerows([("image", "caption"), *(("x.jpg", caption) for caption in captions)])
+    stream.seek(0)
+    expected = [tuple(row) for row in csv.reader(stream, delimiter=separator)][1:]
+    name = "t.csv" if separator == "," else "t.tsv"
+    rows, bad = table_of(tmp_path, name, stream.getvalue())
+    assert (rows, bad) == (expected, [])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(captions=st.lists(PLAIN, min_size=1, max_size=8), extra=st.sampled_from(["", "in", "out"]))
+def test_unquoted_rows_are_lines(tmp_path, captions, extra):
+    """As in CC12M: a quote is a letter, also where it begins a caption and never ends."""
+    (tmp_path / "x.jpg").touch()
+    captions += {"in": ['the "dog" house'] * 9, "out": ['"Hello" she said'] * 9}.get(extra, [])
+    has_quotes = any('"' in caption for caption in captions)
+    assume(extra or not has_quotes)
+    rows, bad = table_of(tmp_path, "t.tsv", "".join(f"x.jpg\t{text}\n" for text in captions))
+    assert (rows, bad) == ([("x.jpg", text) for text in captions], [])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    captions=st.lists(st.text(st.sampled_from("ab ,\u00e9"), max_size=9), min_size=2, max_size=9),
+    broken=st.integers(0, 8),
+    cut=st.booleans(),
+)
+def test_row_that_is_never_closed_costs_itself_alone(tmp_path, captions, broken, cut):
+    (tmp_path / "x.jpg").touch()
+    broken %= len(captions)
+    lines = [f'x.jpg,"{caption} ""so"""\n' for caption in captions]
+    # The quote that ends the cell is missing, or a file was cut within its last row.
+    lines[broken] = f'x.jpg,"{captions[broken]}' + ("" if cut else "\n")
+    if cut:
+        del lines[broken + 1 :]
+    rows, bad = table_of(tmp_path, "t.csv", "image,caption\n" + "".join(lines))
+    whole = [text for n, text in enumerate(captions[: len(lines)]) if n != broken]
+    assert rows == [("x.jpg", f'{text} "so"') for text in whole]
+    assert [pair.cause for pair in bad] == [BAD_ROW]
+
+
+def test_quotes_behind_backslashes(tmp_path):
+    (tmp_path / "x.jpg").touch()
+    content = (
+        'image,caption\nx.jpg,"a \\"big\\" dog, and a cat"\nx.jpg,"a cat, 5\\""\nx.jpg,a cat\n'
+    )
+    rows, bad = table_of(tmp_path, "t.csv", content)
+    assert [caption for _, caption in rows] == ['a "big" dog, and a cat', 'a cat, 5"', "a cat"]
+    assert not bad
 
 
 @pytest.mark.parametrize(
