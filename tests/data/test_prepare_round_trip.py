@@ -7,7 +7,7 @@ from pair_folders import write_img2dataset
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.pairs import PairIndex, stored_pairs
+from ovseg_jax.data.order import PairIndex, stored_pairs
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.data.sources import make_source

@@ -11,7 +11,7 @@ from messy_folder import ENTITIES, files, good_pair, run, write_folder
 from pair_folders import jpeg, write_img2dataset
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.order import PairIndex
 from ovseg_jax.data.prepare import rules
 from ovseg_jax.data.prepare.rules import Rules
 from ovseg_jax.data.prepare.run import EntityChoice, parse_choice

@@ -8,9 +8,9 @@ from small_set import make_source as small
 
 from ovseg_jax.data.examples import MOST_NAMES, caption_set
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.order import Mixture
-from ovseg_jax.data.pairs import PairIndex
+from ovseg_jax.data.order import PairIndex
 from ovseg_jax.data.records import ClassCaptions, Record
+from ovseg_jax.data.sources import Mixture
 
 CLASS = ClassCaptions(("bus", "tree"), ("a photo of a {}", "{}"))
 PLAIN = 2  # the record with a single caption
