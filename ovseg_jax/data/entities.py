@@ -136,7 +136,7 @@ class EntitySet:
           UserError: the file is missing or is not an object of lists of strings.
         """
         try:
-            document = json.loads(Path(path).read_text("utf-8"))
+            document = json.loads(Path(path).read_text("utf-8-sig"))
         except FileNotFoundError as error:
             raise UserError(f"there is no entity file at {path}; check the path") from error
         except (OSError, ValueError) as error:
@@ -179,12 +179,12 @@ def with_names(table: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict
     Names without a letter or without a word are left out.
     """
     known = EntitySet(table)
-    new = [
-        name
+    new = {
+        name: []
         for name in names
         if any(map(str.isalpha, name)) and _form_words(name) and not known.is_form(name)
-    ]
-    return joined_tables([table, {name: [] for name in new}]) if new else joined_tables([table])
+    }
+    return joined_tables([table, new] if new else [table])
 
 
 def _table_of(document: Any, path: str | Path) -> dict[str, list[str]]:

@@ -90,15 +90,10 @@ class FeatureStore:
         Raises:
           UserError: the store has no such array, or its file was damaged after it was opened.
         """
-        if name not in self._layout:
-            raise UserError(
-                f"the feature store {self.directory} has no array {name!r} (it has "
-                f"{', '.join(self.names)}); delete the folder to have it computed again"
-            )
         if name not in self._arrays:
             try:
                 self._load(name)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 raise UserError(
                     f"{self.directory / name}.npy cannot be read ({error}); delete the folder to "
                     "have it computed again"
@@ -106,8 +101,8 @@ class FeatureStore:
         return self._arrays[name]
 
     def _load(self, name: str) -> None:
-        array = np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         shape, kind = self._layout[name]
+        array = np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         if array.shape != shape or array.dtype != kind:
             raise ValueError(f"array {name} is {array.dtype}{array.shape}, not {kind}{shape}")
         # A plain view of the same pages: np.memmap costs more for every slice.
@@ -117,14 +112,9 @@ class FeatureStore:
         """Writes the arrays out and moves the folder to its name, over a store that is there.
 
         Returns the store, opened read-only.
-
-        Raises:
-          UserError: the store was opened, not created.
         """
-        if self._target is None:
-            raise UserError(f"the feature store {self.directory} is already complete")
+        assert self._target is not None, "only a store from `create` can be committed"
         for array in self._arrays.values():
-            assert isinstance(array, np.memmap)
             array.flush()
         self._arrays.clear()
         arrays = {name: (shape, kind.str) for name, (shape, kind) in self._layout.items()}

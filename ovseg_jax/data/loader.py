@@ -42,14 +42,14 @@ class _Batches:
     """
 
     def __init__(self, examples: Examples):
-        self._examples = examples
+        self._examples, self._slots = examples, len(examples.slots)
 
     def __len__(self) -> int:
-        return len(self._examples) // len(self._examples.slots)
+        return len(self._examples) // self._slots
 
     def __getitem__(self, step: int) -> Batch:
-        slots = len(self._examples.slots)
-        rows = [self._examples[int(step) * slots + column] for column in range(slots)]
+        first = int(step) * self._slots
+        rows = [self._examples[index] for index in range(first, first + self._slots)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

@@ -5,16 +5,13 @@ import logging
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from record_folder import write_records
 from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, text_ids
 
 from ovseg_jax.data.captions import mask_entities
-from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.examples import entity_set_hash
 from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.order import PairIndex
-from ovseg_jax.data.records import ArrayRecordSource, Record
-from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
+from ovseg_jax.data.records import Record
 from ovseg_jax.data.words import caption_nouns
 from ovseg_jax.errors import UserError
 
@@ -216,18 +213,6 @@ def test_entity_set_hash_is_stable():
     hashes = {entity_set_hash((one, other)) for one in range(40) for other in range(one)}
     assert len(hashes) == 40 * 39 // 2
     assert all(-(2**31) <= value < 2**31 for value in hashes)
-
-
-def test_scenes_go_through_the_same_path_as_files(tokenizer, tmp_path):
-    entities = EntitySet(scene_entity_table())
-    scenes = ScenesSource("train", 12, 0, 32, entities)
-    write_records(scenes, tmp_path / "scenes", entity_names=entities.table)
-    settings = {"batch_size": 6, "seed": 0, "first_step": 0, "last_step": 4, "with_pairs": True}
-    direct = list(make_loader(scenes, entities, tokenizer, SPEC, **settings))
-    stored = ArrayRecordSource(tmp_path / "scenes")
-    assert_same(list(make_loader(stored, entities, tokenizer, SPEC, **settings)), direct)
-    assert all(batch["weight"].all() for batch in direct)
-    assert any(batch["pair_weight"].any() for batch in direct)
 
 
 @pytest.mark.parametrize("masking", ["single_entity", "all_nouns", "mlm"])

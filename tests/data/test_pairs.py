@@ -40,12 +40,6 @@ def test_index_holds_each_mention_once_in_order(lists):
         assert index.members(entity).tolist() == expected
 
 
-def test_partner_is_a_function_of_the_generator():
-    index = PairIndex.build([[0, 1]] * 10)
-    draws = [index.partner(np.random.default_rng(5), 3, [0, 1]) for _ in range(5)]
-    assert len(set(draws)) == 1
-
-
 def test_record_outside_the_index_may_draw_any_member():
     index = PairIndex.build([[0], [0]])
     rng = np.random.default_rng(0)

@@ -55,7 +55,7 @@ def _fail_at(monkeypatch, module, name, call):
 STAGES = [
     (run_module, "process_shard", 0),
     (run_module, "process_shard", 3),
-    (shard, "key_hash", 20),
+    (shard, "index_line", 20),
     (run_module, "find_repeated", 0),
     (run_module, "drop_repeated", 1),
     (shard, "pack_record", 30),

@@ -106,19 +106,18 @@ def parse_path(text: str | AnyPath) -> AnyPath:
     """The path that a text names.
 
     Raises:
-      UserError: a bucket of another kind, one that cannot be reached, or the package that reads
-        this kind is not installed.
+      UserError: a bucket that cannot be reached, or that no installed package reads.
     """
     scheme, mark, _ = str(text).partition("://")
     if not mark:
         return Path(text)
-    if scheme + mark not in BUCKETS:
+    package = BUCKETS.get(scheme + mark)
+    if package is None:
         raise UserError(f"{text} must be a path of this machine, or begin with gs:// or s3://")
     path = epath.Path(text)
     try:
         path.exists()
     except ImportError as error:
-        package = BUCKETS[scheme + mark]
         raise UserError(
             f"{text} needs {package}; install it with: pip install {package}"
         ) from error
@@ -130,16 +129,9 @@ def parse_path(text: str | AnyPath) -> AnyPath:
 
 @contextlib.contextmanager
 def network_errors(path: AnyPath, *expected: type[Exception]) -> Iterator[None]:
-    """Ends the run when a path in a bucket cannot be read.
+    """Turns errors in a bucket, other than `expected`, into a UserError.
 
     A damaged file is a fact of the input. A network that fails is not, and must not drop a shard.
-
-    Args:
-      path: where an error comes from. On this machine, every error passes unchanged.
-      expected: errors that pass unchanged in a bucket too.
-
-    Raises:
-      UserError: any other error, if the path is in a bucket.
     """
     try:
         yield
@@ -179,12 +171,10 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: AnyPath, scratch: AnyPath | None = None) -> Iterator[Path]:
-    """A local file to write, which becomes `path` when the block ends without an error.
+    """A local file to write, which becomes `path`, whole, when the block ends without an error.
 
-    Args:
-      path: the file to appear. It is never there in part.
-      scratch: the folder for the unfinished file, on the disk of `path`; by default the folder of
-        `path`. A killed run leaves the file there. Not used for a bucket.
+    A killed run leaves the unfinished file in `scratch`, a folder on the same disk; by default the
+    folder of `path`.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory() as folder:

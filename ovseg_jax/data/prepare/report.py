@@ -91,12 +91,11 @@ def report_counts(tally: Tally) -> dict[str, Any]:
     """The fields of a report that say what became of the pairs."""
     dropped = _in_rule_order(tally.dropped)
     duplicates = tally.dropped[DUPLICATE]
-    warnings = []
-    if duplicates > _MANY_DUPLICATES * (tally.kept + duplicates):
-        warnings.append(
-            "many keys are duplicates: either the input holds pairs several times, or its keys "
-            "are not unique (very old versions of img2dataset number each shard from 0)"
-        )
+    warning = (
+        "many keys are duplicates: either the input holds pairs several times, or its keys are not "
+        "unique (very old versions of img2dataset number each shard from 0)"
+    )
+    is_suspect = duplicates > _MANY_DUPLICATES * (tally.kept + duplicates)
     return {
         "read": tally.read,
         "kept": tally.kept,
@@ -106,7 +105,7 @@ def report_counts(tally: Tally) -> dict[str, Any]:
         "dropped_examples": {cause: tally.examples[cause] for cause in dropped},
         "remarks": dict(sorted(tally.remarks.items())),
         "damaged_shards": tally.damage,
-        "warnings": warnings,
+        "warnings": [warning] if is_suspect else [],
     }
 
 

@@ -118,7 +118,7 @@ def build_entities(
 
     Args:
       choice: what --entities says.
-      nouns: of the captions; needed only where `choice` has no table.
+      nouns: of the captions; needed where `choice` has no table.
       class_names: of the source.
 
     Raises:
@@ -139,7 +139,7 @@ def prepare(
     run_jobs: Jobs,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Writes a folder of records (`records.ArrayRecordSource`) with its report.
+    """Writes a folder of records (`records.ArrayRecordSource`); returns the report, as a dict.
 
     Args:
       source: the pairs.
@@ -148,9 +148,6 @@ def prepare(
       rules: what a pair must pass.
       run_jobs: where the work is done. Changes nothing in the result.
       say: gets a line now and then.
-
-    Returns:
-      The report, as in report.json.
 
     Raises:
       UserError: the folder holds something else, or no pair is left.
@@ -334,15 +331,7 @@ def _write_index(
 def _write_entity_index(
     out: AnyPath, work: AnyPath, records: np.ndarray, entities: np.ndarray, count: int
 ) -> tuple[FileInfo, FileInfo]:
-    """Writes the arrays of a `PairIndex`.
-
-    Args:
-      out: the folder for the two files.
-      work: the folder for unfinished files.
-      records: the record of each mention of an entity, ascending.
-      entities: the entity of each mention.
-      count: how many entities there are.
-    """
+    """Writes the arrays of a `PairIndex`; each mention has a record, ascending, and an entity."""
     # Stable: records stay ascending within an entity.
     order = np.argsort(entities, kind="stable")
     starts = np.searchsorted(entities[order], np.arange(count + 1)).astype(np.int64)
@@ -361,8 +350,8 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
     are not looked for.
 
     Returns:
-      `report.report_counts`, with `entities`: name -> records of the sample that name it, `bytes`
-      of the images that are kept, `shards_read` and `input_shards`.
+      `report.report_counts`, with `entities` (name -> records that name it), `bytes` of the images
+      that are kept, `shards_read` and `input_shards`.
 
     Raises:
       UserError: the sample has no pair, or no noun where entities are to be built.

@@ -97,20 +97,19 @@ class Tally:
         if len(keys) < _EXAMPLES:
             keys.append(_printable(key))
 
-    def damaged(self, shard: str, what: str) -> None:
-        """Notes what is wrong with a shard."""
-        self.damage.append(_printable(f"{shard}: {what}"))
-
-    def add(self, other: "Tally") -> None:
+    def add(self, later: "Tally") -> None:
         """Adds the counts of a later shard."""
-        self.read += other.read
-        self.kept += other.kept
-        self.captions += other.captions
-        self.captions_dropped.update(other.captions_dropped)
-        self.dropped.update(other.dropped)
-        self.remarks.update(other.remarks)
-        self.damage.extend(other.damage)
-        for cause, keys in other.examples.items():
+        for name in (
+            "read",
+            "kept",
+            "captions",
+            "captions_dropped",
+            "dropped",
+            "remarks",
+            "damage",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for cause, keys in later.examples.items():
             self.examples[cause] = (self.examples.get(cause, []) + keys)[:_EXAMPLES]
 
     @classmethod
@@ -127,10 +126,10 @@ def _printable(name: str) -> str:
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """The output of an input shard in the work folder.
+    """The output of an input shard in the work folder, four files.
 
-    Its files are `array_record` with the records; `jsonl` with a line [key, [captions]] for each;
-    `npz` with the arrays of `_FACTS`; and `json` with counts and a description of the first.
+    They are `array_record` with the records; `jsonl` with a line [key, [captions]] for each; `npz`
+    with the arrays of `_FACTS`; and `json` with counts and a description of the first.
     """
 
     work: AnyPath
@@ -166,17 +165,10 @@ def process_shard(
 ) -> None:
     """Writes the output of an input shard, a function of these arguments and of the shard alone.
 
-    Args:
-      source: of the shard.
-      shard: the input.
-      number: of the shard; it names the files.
-      work: the folder for them.
-      table: the entities (`EntitySet.table`).
-      rules: what a pair must pass.
+    `number` names the files in the folder `work`; `table` has the entities (`EntitySet.table`).
     """
     tally = Tally()
-    entities = EntitySet(table)
-    verdicts = judge_all(source.read(shard), shard.name, rules, entities, tally)
+    verdicts = judge_all(source.read(shard), shard.name, rules, EntitySet(table), tally)
     _write_output(ShardOutput(work, number), ((v.record, min(v.size)) for v in verdicts), tally)
 
 
@@ -190,7 +182,7 @@ def judge_all(
     """The verdicts on the pairs of a shard that are kept; `tally` counts all of them."""
     for item in items:
         if isinstance(item, Damage):
-            tally.damaged(shard, item.what)
+            tally.damage.append(_printable(f"{shard}: {item.what}"))
             continue
         verdict = judge(item, rules, entities)
         tally.count(item.key, verdict)
@@ -225,13 +217,7 @@ def read_nouns(paths: Iterable[AnyPath]) -> NounCounts:
 
 
 def drop_repeated(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
-    """Writes the output of a shard again without some records, which count as duplicates.
-
-    Args:
-      work: the folder with the output.
-      number: of the shard.
-      repeated: positions of the records to leave out.
-    """
+    """Writes a shard's output again without the records at `repeated`, counted as duplicates."""
     shard, unique = ShardOutput(work, number), ShardOutput(work, number, unique=True)
     if unique.is_done():
         return
@@ -256,10 +242,8 @@ def drop_repeated(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
 def _write_output(output: ShardOutput, kept: Iterator[tuple[Record, int]], tally: Tally) -> None:
     """Writes the files of a shard's output.
 
-    Args:
-      output: which files.
-      kept: the records, each with the length of its image's shorter side.
-      tally: complete when `kept` is exhausted.
+    `kept` are the records, each with the length of its image's shorter side. `tally` is complete
+    when they are exhausted.
     """
     facts: dict[str, list[Any]] = {name: [] for name in _FACTS}
     with (
@@ -271,7 +255,7 @@ def _write_output(output: ShardOutput, kept: Iterator[tuple[Record, int]], tally
         for number, (record, side) in enumerate(kept):
             writer.write(pack_record(record))
             index.write(index_line(record))
-            facts["digests"].append(key_hash(record.key))
+            facts["digests"].append(hashlib.blake2b(record.key.encode(), digest_size=16).digest())
             facts["sides"].append(side)
             facts["words"].extend(text.count(" ") + 1 for text in record.captions)
             facts["records"].extend([number] * len(record.entities))
@@ -286,21 +270,10 @@ def _write_output(output: ShardOutput, kept: Iterator[tuple[Record, int]], tally
     write_whole(output.path("json"), json.dumps(document) + "\n")
 
 
-def key_hash(key: str) -> bytes:
-    """16 bytes that stand for a key."""
-    return hashlib.blake2b(key.encode("utf-8"), digest_size=16).digest()
-
-
 def find_repeated(work: AnyPath, shards: int) -> list[list[int]]:
-    """The records whose key an earlier record has.
+    """For each shard, the ascending positions of records whose key an earlier record has.
 
-    Takes about 60 bytes of memory a record.
-
-    Args:
-      work: the folder with the outputs of the shards 0 to `shards` - 1, all finished.
-
-    Returns:
-      For each shard, the positions of such records, ascending.
+    The shards 0 to `shards` - 1 are finished. Takes about 60 bytes of memory a record.
     """
     if not shards:
         return []

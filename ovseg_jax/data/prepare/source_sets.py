@@ -140,19 +140,14 @@ class ScenePairs:
     name = "scenes"
 
     def __init__(self, text: str):
-        count, *rest = text.split(",")
-        try:
-            options = {name: int(value) for name, value in (option.split("=") for option in rest)}
-            options = {"size": 224, "seed": 0} | options
-            number, size, seed = int(count), options.pop("size"), options.pop("seed")
-            if options:
-                raise ValueError(options)
-        except ValueError as error:
+        match = re.fullmatch(r"(\d+)(?:,size=(\d+))?(?:,seed=(\d+))?", text)
+        if match is None:
             raise UserError(
                 f"--source=scenes:{text} is not of the form scenes:1000 or "
                 "scenes:1000,size=224,seed=0"
-            ) from error
-        self._source = ScenesSource("train", number, seed, size)
+            )
+        number, size, seed = (int(group or 0) for group in match.groups())
+        self._source = ScenesSource("train", number, seed, size or 224)
 
     def shards(self) -> list[InputShard]:
         return _index_shards("scenes", len(self._source), _SCENES_SHARD)
@@ -166,8 +161,8 @@ class ScenePairs:
 class TfdsSource:
     """One split of a TFDS set with images and captions, read without TensorFlow.
 
-    The text is 'coco_captions', 'name,split=val', or the folder of a prepared set. The set must
-    have been prepared with `file_format='array_record'`. All captions of an image are kept.
+    The text is 'coco_captions', 'name,split=val', or the folder of a set, prepared with
+    `file_format='array_record'`. All captions of an image are kept.
 
     Raises:
       UserError: no such set, not prepared as ArrayRecord, or no image or caption in it.

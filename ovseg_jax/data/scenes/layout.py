@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ovseg_jax.data.scenes.backgrounds import FAMILIES, Background
-from ovseg_jax.data.scenes.captions import caption_of
-from ovseg_jax.data.scenes.vocabulary import CLASSES, NUM_CLASSES, class_of
+from ovseg_jax.data.scenes.vocabulary import NUM_CLASSES, caption_of, class_of
 from ovseg_jax.errors import UserError
 
 # Part of every random key and of every fingerprint: raise it when any picture or caption changes.
@@ -104,14 +103,13 @@ def _objects(rng: np.random.Generator) -> tuple[PlacedObject, ...]:
     for _ in range(count):
         repeat = bool(placed) and rng.random() < _REPEATED_CLASS
         label = placed[-1].label if repeat else 1 + int(rng.integers(NUM_CLASSES))
-        drawings = class_of(label).drawings
+        entry = class_of(label)
         side = float(rng.uniform(*_SIDE)) * _SIDE_BY_COUNT[count - 1]
-        is_person = CLASSES[label - 1].name == "person"
         placed.append(
             PlacedObject(
                 label=label,
-                emoji=drawings[int(rng.integers(len(drawings)))],
-                skin=int(rng.integers(NUM_SKINS)) if is_person else 0,
+                emoji=entry.drawings[int(rng.integers(len(entry.drawings)))],
+                skin=int(rng.integers(NUM_SKINS)) if entry.name == "person" else 0,
                 center=_place(rng, side, placed),
                 side=side,
                 angle=float(rng.uniform(-_LARGEST_TURN, _LARGEST_TURN)),
