@@ -219,7 +219,8 @@ def test_unquoted_rows_are_lines(tmp_path, captions, extra):
 )
 def test_row_that_is_never_closed_costs_itself_alone(tmp_path, captions, broken, cut):
     (tmp_path / "x.jpg").touch()
-    broken %= len(captions)
+    # A file without a whole row is refused.
+    broken = max(broken % len(captions), int(cut))
     lines = [f'x.jpg,"{caption} ""so"""\n' for caption in captions]
     # The quote that ends the cell is missing, or a file was cut within its last row.
     lines[broken] = f'x.jpg,"{captions[broken]}' + ("" if cut else "\n")

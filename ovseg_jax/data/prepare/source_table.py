@@ -288,36 +288,26 @@ def _read_rows(
             text = line.decode("utf-8", "surrogateescape")
             if begin == 0:
                 text = text.removeprefix(_BYTE_ORDER_MARK)
-            row = None
+            cells = text.rstrip("\r\n").split(separator)
             if quoted and '"' in text:
                 row = _parse_quoted(text, stream, separator, columns)
-                if row is not None:
-                    end += row[1]
-                stream.seek(end)
-            if row is not None:
-                cells = row[0]
-            elif quoted and is_csv and '"' in text:
-                cells = []
-            else:
-                cells = text.rstrip("\r\n").split(separator)
+                end = stream.tell()
+                if row is not None or is_csv:
+                    cells = row or []
             if cells != [""]:
                 yield begin, cells
             begin = end
 
 
-def _parse_quoted(
-    text: str, stream: Any, separator: str, columns: int
-) -> tuple[list[str], int] | None:
-    """(cells, bytes of the lines after the first) of a row; None if it is none.
+def _parse_quoted(text: str, stream: Any, separator: str, columns: int) -> list[str] | None:
+    """The cells of a row with quotes that begins with the line `text`; None if it is none.
 
-    Args:
-      text: the first line.
-      stream: the lines after it.
-      separator, columns: of `_read_rows`.
+    Leaves `stream`, which has the lines after it, behind the row, or behind `text`.
     """
+    with contextlib.suppress(csv.Error):
+        return next(csv.reader([text], delimiter=separator, strict=True))
     begin = stream.tell()
     for escape in (None, "\\"):
-        stream.seek(begin)
         lines = (line.decode("utf-8", "surrogateescape") for line in stream)
         reader = csv.reader(
             chain([text], lines), delimiter=separator, escapechar=escape, strict=True
@@ -325,5 +315,6 @@ def _parse_quoted(
         with contextlib.suppress(csv.Error):
             cells = next(reader)
             if reader.line_num == 1 or len(cells) == columns or not columns:
-                return cells, stream.tell() - begin
+                return cells
+        stream.seek(begin)
     return None
