@@ -6,7 +6,7 @@ import io
 import pickle
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from pair_folders import jpeg
 
@@ -201,10 +201,12 @@ def test_quoted_rows_are_those_of_the_csv_module(tmp_path, captions, separator, 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(captions=st.lists(PLAIN, min_size=1, max_size=8), extra=st.sampled_from(["", "in", "out"]))
+@example(captions=['"'] * 3, extra="in")
 def test_unquoted_rows_are_lines(tmp_path, captions, extra):
     """As in CC12M: a quote is a letter, also where it begins a caption and never ends."""
     (tmp_path / "x.jpg").touch()
-    captions += {"in": ['the "dog" house'] * 9, "out": ['"Hello" she said'] * 9}.get(extra, [])
+    more = {"": [], "in": ['the "dog" house'] * 30, "out": ['"Hello" she said'] * 30}
+    captions = captions + more[extra]
     has_quotes = any('"' in caption for caption in captions)
     assume(extra or not has_quotes)
     rows, bad = table_of(tmp_path, "t.tsv", "".join(f"x.jpg\t{text}\n" for text in captions))

@@ -44,8 +44,8 @@ _KEY_NAMES = ("key", "id", "image_id")
 _IMAGE_CELL = re.compile(r"https?://\S+|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 _BYTE_ORDER_MARK = "\ufeff"  # some programs begin a UTF-8 file with it
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
-# A row of a .tsv file in which quotes are around cells, and doubled within.
-_QUOTED_ROW = re.compile(r'([^"\t]*|"([^"]|"")*")(\t([^"\t]*|"([^"]|"")*"))*')
+# A quote, not doubled, within the text of a cell of a .tsv file: it is a letter.
+_LETTER = re.compile(r'(?<=[^\t"])"(?:"")*(?=[^\t"])')
 
 # How image files may be named -> (cell of the image, number of the row) -> name of the file, with
 # or without its ending.
@@ -242,20 +242,10 @@ def _separator(path: AnyPath) -> str:
 
 
 def _has_quoted_cells(path: AnyPath) -> bool:
-    """Whether quotes in a .tsv file are around cells: in three of four rows that have quotes."""
-    votes: list[bool] = []
-    row = ""
+    """Whether quotes in a .tsv file are around cells: in three of four lines that have quotes."""
     with path.open("rb") as stream:
-        for line in stream:
-            text = line.decode("utf-8", "replace")
-            if '"' in text or row:
-                row += text
-                if row.count('"') % 2 and len(row) < csv.field_size_limit():
-                    continue  # a quoted cell goes on in the next line
-                votes.append(bool(_QUOTED_ROW.fullmatch(row.rstrip("\r\n"))))
-                row = ""
-                if len(votes) == _SAMPLE_ROWS:
-                    break
+        texts = (line.decode("utf-8", "replace").rstrip("\r\n") for line in stream if b'"' in line)
+        votes = [_LETTER.search(text) is None for text in islice(texts, _SAMPLE_ROWS)]
     return bool(votes) and 4 * sum(votes) >= 3 * len(votes)
 
 
