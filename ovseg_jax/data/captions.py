@@ -155,7 +155,7 @@ def masked_texts(
     Args:
       template: of the prompt, in which names have the order of ids.
       rng: used only for SINGLE_ENTITY.
-      finder: of nouns; `nouns.noun_finder()` by default.
+      finder: of nouns; `words.noun_finder()` by default.
     """
     if masking is Masking.ALL_NOUNS:
         # A table of the nouns, so that every mention and plural is masked.

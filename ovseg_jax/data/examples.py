@@ -72,7 +72,7 @@ class Examples:
       slots: the slots of the global batch that this process reads; all of them by default.
       image_store: cached image features, read in place of images.
       text_store: cached text features, read in place of token ids.
-      pairs: partners of records; `pairs.find_pairs` by default.
+      pairs: partners of records; `order.find_pairs` by default.
 
     Attributes:
       slots: as above.

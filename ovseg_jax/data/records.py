@@ -25,7 +25,7 @@ from ovseg_jax.errors import UserError
 
 RECORD_LAYOUT = 2
 INDEX_NAME = "index.jsonl"
-# Starts and records of a `pairs.PairIndex`.
+# Starts and records of a `order.PairIndex`.
 ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ovseg_jax records"
@@ -85,7 +85,7 @@ class RecordSource(Protocol):
 
     A source may also have `keys() -> list[str]`, so that a reader who needs no images (the text
     caches, cached image features) reads none; `caption_sample` (see `sample_captions`); and
-    `find_pairs(entity_set)`, if it has another way to find partners than `pairs.find_pairs`.
+    `find_pairs(entity_set)`, if it has another way to find partners than `order.find_pairs`.
     """
 
     name: str
@@ -376,7 +376,7 @@ class ArrayRecordSource:
                 )
 
     def entity_index(self) -> tuple[np.ndarray, ...] | None:
-        """The arrays of a `pairs.PairIndex` of the manifest's entities; None if not stored."""
+        """The arrays of a `order.PairIndex` of the manifest's entities; None if not stored."""
         if not self.manifest.files:
             return None
         return tuple(np.load(self.directory / name, mmap_mode="r") for name in ENTITY_INDEX_NAMES)

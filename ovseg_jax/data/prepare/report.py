@@ -139,7 +139,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """HTML of a report (`tally.make_report`)."""
+    """HTML of a report (`make_report`)."""
     title = f"{report['kept']:,} of {report['read']:,} pairs kept"
     entities = dict(sorted(report["entities"].items(), key=lambda item: (-item[1], item[0])))
     sections = {
