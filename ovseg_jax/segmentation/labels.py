@@ -1,5 +1,9 @@
-"""Label maps at the size of the images, from the scores of their windows."""
+"""Label maps at the size of the images, from the scores of their windows.
 
+A protocol may refine score maps by the image's own colors (`pamr`).
+"""
+
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -10,11 +14,10 @@ import numpy as np
 from jaxtyping import Integer
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import one_group, readout, windows
+from ovseg_jax.segmentation import readout, windows
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import ImageScores
-from ovseg_jax.shapes import Float
+from ovseg_jax.shapes import Array, Float, UInt8
 
 # Class probabilities that exist at once, in floats; larger images are labeled in bands of rows.
 BAND_FLOATS = 32 << 20
@@ -200,33 +203,11 @@ def _refined(one: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
         total = total + _spread(maps[None], *view.weights(base))[0]
     maps = total / np.float32(len(one.more) + 1)
     if protocol.pamr_steps:
-        dilations = tuple(protocol.pamr_dilations)
-        maps = pamr(maps, one.image, steps=protocol.pamr_steps, dilations=dilations)
+        maps = pamr(maps, one.image, steps=protocol.pamr_steps)
     return maps
 
 
 _spread = jax.jit(readout.spread)
-
-
-def _one_group_labels(
-    one: ImageScores,
-    protocol: Protocol,
-    threshold: float | None,
-    classes: Integer[np.ndarray, " words"],
-) -> Integer[np.ndarray, "H W"]:
-    side, stride = protocol.window, protocol.stride
-    return one_group.label_image(
-        one.by_window(),
-        class_probabilities(one, protocol),
-        window=tuple(min(side, length) for length in one.resized),
-        corners=tuple(windows.window_grid(*one.resized, side, stride)),
-        resized=one.resized,
-        size=one.size,
-        threshold=threshold,
-        cap=protocol.cap_threshold,
-        classes=classes,
-        band_floats=BAND_FLOATS,
-    )
 
 
 def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarray, "... C"]:
@@ -243,4 +224,109 @@ def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarra
     return np.asarray(p)
 
 
-_group_probabilities = jax.jit(one_group.group_probabilities, static_argnames="image_classes")
+_group_probabilities = jax.jit(readout.group_probabilities, static_argnames="image_classes")
+
+
+def _one_group_labels(
+    one: ImageScores,
+    protocol: Protocol,
+    threshold: float | None,
+    classes: Integer[np.ndarray, " words"],
+) -> Integer[np.ndarray, "H W"]:
+    side, stride = protocol.window, protocol.stride
+    return readout.label_image(
+        one.by_window(),
+        class_probabilities(one, protocol),
+        window=tuple(min(side, length) for length in one.resized),
+        corners=tuple(windows.window_grid(*one.resized, side, stride)),
+        resized=one.resized,
+        size=one.size,
+        threshold=threshold,
+        cap=protocol.cap_threshold,
+        classes=classes,
+        band_floats=BAND_FLOATS,
+    )
+
+
+# ---- pixel-adaptive mask refinement
+
+_AROUND = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
+DILATIONS = (1, 2, 4, 8, 12, 24)  # pixels, those of TCL
+# Floats of the maps that are refined at one time: each class by itself, so that many need no more
+# memory than few. A multiple of 16 classes suits vector units.
+FLOATS, VECTOR = 16 << 20, 16
+
+
+def pamr(
+    maps: Float[Array | np.ndarray, "H W C"],
+    image: UInt8[Array | np.ndarray, "H W 3"],
+    *,
+    steps: int,
+    dilations: tuple[int, ...] = DILATIONS,
+) -> Float[Array, "H W C"]:
+    """PAMR of Araslanov and Roth, *Single-Stage Semantic Segmentation from Image Labels*, CVPR
+    2020, Sec. 3.3: the score of a pixel becomes a mean over its neighbors, `steps` times.
+
+    A pixel's neighbors are the eight around it at each of the distances `dilations`, the border
+    repeated outside. Their weights are
+
+        softmax over neighbors of  -mean over channels of |x_i - x_n| / (0.1 sigma_i + 1e-8)
+
+    where sigma_i is the (unbiased) standard deviation of each channel over the pixel and its
+    neighbors, the pixel once for each distance.
+
+    Args:
+      maps: scores of any kind. image: of the same size.
+    """
+    maps, weights = jnp.asarray(maps), _weights(image, dilations=dilations)
+    h, w, count = maps.shape
+    most = min(count, max(1, FLOATS // (h * w * VECTOR)) * VECTOR)
+    parts = []
+    for first in range(0, count, most):
+        # The last classes once more where they don't fill it up: nothing is compiled again.
+        start = min(first, count - most)
+        part = _smoothed(maps[..., start : start + most], weights, steps=steps, dilations=dilations)
+        parts.append(part[..., first - start :])
+    return jnp.concatenate(parts, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("dilations",))
+def _weights(
+    image: UInt8[Array | np.ndarray, "H W 3"], *, dilations: tuple[int, ...]
+) -> Float[Array, "neighbors H W"]:
+    # Differences are divided by their own spread, so the range of the colors does not matter.
+    colors, many = jnp.asarray(image).astype(jnp.float32) / 255.0, len(dilations)
+    mean = (sum(_shifted(colors, dilations)) + many * colors) / (9.0 * many)
+    squares = sum(jnp.square(x - mean) for x in _shifted(colors, dilations))
+    squares = squares + many * jnp.square(colors - mean)
+    deviation = jnp.sqrt(squares / (9.0 * many - 1.0))
+    unit = 0.1 * deviation + 1e-8
+    near = [-jnp.mean(jnp.abs(x - colors) / unit, axis=-1) for x in _shifted(colors, dilations)]
+    return jax.nn.softmax(jnp.stack(near), axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "dilations"))
+def _smoothed(
+    maps: Float[Array, "H W C"],
+    weights: Float[Array, "neighbors H W"],
+    *,
+    steps: int,
+    dilations: tuple[int, ...],
+) -> Float[Array, "H W C"]:
+    def smooth(step: Array, current: Array) -> Array:
+        total = jnp.zeros_like(current)
+        for number, shifted in enumerate(_shifted(current, dilations)):
+            total = total + weights[number][..., None] * shifted
+        return total
+
+    return jax.lax.fori_loop(0, steps, smooth, maps)
+
+
+def _shifted(x: Array, dilations: tuple[int, ...]) -> Iterator[Array]:
+    """The values of each neighbor, as maps of the same size."""
+    h, w = x.shape[:2]
+    for far in dilations:
+        padded = jnp.pad(x, ((far, far), (far, far), (0, 0)), mode="edge")
+        for down, right in _AROUND:
+            top, left = far * (1 + down), far * (1 + right)
+            yield padded[top : top + h, left : left + w]

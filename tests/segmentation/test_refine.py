@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import refine, windows
-from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation import labels as labels_module
+from ovseg_jax.segmentation import windows
+from ovseg_jax.segmentation.labels import DILATIONS, label_maps, pamr
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import image_scores
 
 PATCH, K, C = 4, 5, 4
@@ -108,7 +108,7 @@ def plain(image, protocol, words=C):
     maps = np.mean(means, 0)
     if protocol.pamr_steps:
         seen = windows.resize_image(image, *base)
-        maps = numpy_pamr(maps, seen, protocol.pamr_steps, protocol.pamr_dilations)
+        maps = numpy_pamr(maps, seen, protocol.pamr_steps, DILATIONS)
     maps = upsample(maps, size)
     p = softmax(protocol.scale * maps) if late else maps
     if protocol.min_area:
@@ -128,8 +128,8 @@ OPTIONS = {
     "none": {},
     "flip": {"flip": True},
     "scales": {"scales": (0.8, 1.0, 1.5)},
-    "pamr": {"pamr_steps": 3, "pamr_dilations": (1, 2)},
-    "all at once": {"flip": True, "scales": (1.0, 1.3), "pamr_steps": 2, "pamr_dilations": (1, 4)},
+    "pamr": {"pamr_steps": 3},
+    "all at once": {"flip": True, "scales": (1.0, 1.3), "pamr_steps": 2},
     "cosines": {"averaged": "cosines"},
     "cosines, refined": {"averaged": "cosines", "flip": True, "pamr_steps": 1},
     "large classes alone": {"min_area": 0.35},
@@ -165,7 +165,7 @@ def test_pamr_of_many_classes_is_done_in_parts(monkeypatch):
     maps = rng.random((13, 17, 40)).astype(np.float32)
     image = rng.integers(0, 256, (13, 17, 3), np.uint8)
     whole = pamr(maps, image, steps=2, dilations=(1, 4))
-    monkeypatch.setattr(refine, "FLOATS", 0)  # 16, 16, and the last 8 with 8 once more
+    monkeypatch.setattr(labels_module, "FLOATS", 0)  # 16, 16, and the last 8 with 8 once more
     parts = pamr(maps, image, steps=2, dilations=(1, 4))
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
 
@@ -177,7 +177,6 @@ def test_refinement_that_does_not_fit():
         ({"scales": ()}, "at least one factor"),
         ({"scales": (0.0,)}, "above 0"),
         ({"pamr_steps": -1}, "at least 0"),
-        ({"pamr_dilations": ()}, "dilations"),
         ({"min_area": 1.0}, "below 1"),
         ({"averaged": "cosines", "image_scale": 1.0}, "image_scale"),
         ({"averaged": "cosines", "border_scale": 1.0}, "border_scale"),
