@@ -8,16 +8,33 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 # Left, top, right, bottom in pixels: integers, or fractions where the image was reduced.
 Box = tuple[int | float, int | float, int | float, int | float]
 # An image with more pixels is refused before it is decoded: a small file can hold a huge image.
 MAX_PIXELS = 2**26
-# What a JPEG decoder can divide both sides by, which makes decoding faster.
+# A JPEG decoder can divide both sides by these, which makes decoding faster.
 _REDUCTIONS = (8, 4, 2)
 # Attempts at a crop that fits before the largest centered one is taken.
 _TRIES = 10
+# EXIF orientation -> what turns the image upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Files and folders of macOS, Windows and Jupyter, in lower case.
+_FOREIGN = (".ds_store", "__macosx", "thumbs.db", "desktop.ini", ".ipynb_checkpoints")
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder of this name was left by another program and holds no data."""
+    return name.startswith("._") or name.lower() in _FOREIGN
 
 
 class UnreadableImage(Exception):
@@ -28,7 +45,7 @@ class UnreadableImage(Exception):
         self.cause = cause
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """Decodes an image file to RGB, upright.
 
     Only the first frame of an animation is decoded, the EXIF rotation is applied, transparent
@@ -37,8 +54,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
       UnreadableImage: with the cause 'empty', 'too large', 'not an image' or 'damaged'.
     """
-    with _opened(data, max_pixels) as image:
-        return _upright(image)
+    with opened(data) as image:
+        return upright(image)
 
 
 def decode_reduced(
@@ -64,9 +81,11 @@ def decode_reduced(
     Raises:
       UnreadableImage: as `decode`.
     """
-    with _opened(data, MAX_PIXELS) as image:
+    with opened(data) as image:
+        if image.format != "JPEG":
+            image.load()
         width, height = image.size
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = orientation_of(image)
         turned = orientation in (5, 6, 7, 8)
         box = choose((height, width) if turned else (width, height))
         if image.format == "JPEG" and orientation == 1:
@@ -78,7 +97,7 @@ def decode_reduced(
                 shrink = reduced[1][2] / width
                 left, top, right, bottom = (side * shrink for side in box)
                 box = (left, top, right, bottom)
-        return _upright(image), box
+        return upright(image), box
 
 
 def crop_box(
@@ -143,20 +162,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # In place, because copying a large image takes a quarter as long as decoding it.
-    ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as RGB, turned as its EXIF orientation says."""
+    # The pixels first: a PNG may have its EXIF data behind them.
+    image.load()
+    turn = _TURNS.get(orientation_of(image))
+    # Not ImageOps.exif_transpose, which fails where any other tag is damaged.
+    return to_rgb(image if turn is None else image.transpose(turn))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where damaged metadata do not tell."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # Pillow raises nearly anything on damaged metadata. They say nothing of the pixels.
+        return 1
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """Pillow's image of a file, whose pixels are not decoded yet.
+
+    Raises:
+      UnreadableImage: as `decode`, here or where the block decodes the pixels.
+    """
     if not data:
         raise UnreadableImage("empty", "the file has no bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            if width * height > MAX_PIXELS:
                 raise UnreadableImage("too large", f"{width}x{height} pixels")
             yield image
     except UnreadableImage:

@@ -15,6 +15,7 @@ from ovseg_jax.data.decoding import (
     crop_box,
     decode,
     decode_reduced,
+    is_foreign,
     resized_crop,
 )
 
@@ -107,10 +108,30 @@ def test_bad_files_have_a_cause(data, cause):
     assert caught.value.cause == cause
 
 
-def test_pixel_limit_is_a_parameter():
-    with pytest.raises(UnreadableImage, match="20x12"):
-        decode(PNG, max_pixels=239)
-    assert decode(PNG, max_pixels=240).size == (20, 12)
+def with_broken_exif():
+    """A PNG whose EXIF chunk is none, and a JPEG turned by tag 6 whose resolution is a text."""
+    chunk = b"eXIfthis is no TIFF header"
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    tags = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI", 0x11A, 2, 4) + b"72dp"
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    turned = Image.fromarray(PIXELS).transpose(Image.Transpose.ROTATE_90)
+    return PNG[:33] + chunk + PNG[33:], encode(turned, "JPEG", exif=exif, quality=95)
+
+
+def test_damaged_metadata_are_no_damaged_pixels():
+    png, jpeg = with_broken_exif()
+    np.testing.assert_array_equal(np.asarray(decode(png)), PIXELS)
+    plain = decode(encode(Image.fromarray(PIXELS), "JPEG", quality=95))
+    difference = np.asarray(decode(jpeg), np.float32) - np.asarray(plain)
+    assert np.abs(difference).mean() < 8, "upright"
+    reduced, box = decode_reduced(jpeg, lambda size: (0, 0, *size), 4)
+    assert box == (0, 0, 20, 12) and reduced.size == (20, 12)
+
+
+def test_files_of_other_programs():
+    foreign = ["._a.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"]
+    assert all(map(is_foreign, foreign))
+    assert not any(map(is_foreign, ["a.jpg", ".hidden.jpg", "thumbs.jpg", "_a", ".txt"]))
 
 
 @settings(deadline=None)
