@@ -19,7 +19,7 @@ from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchma
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
-from ovseg_jax.segmentation.extreme_images import write_pictures
+from ovseg_jax.segmentation.page import write_pictures
 from ovseg_jax.segmentation.protocol import NAMES, Protocol
 from ovseg_jax.segmentation.report import (
     comparison_rows,
@@ -303,7 +303,10 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     for result in results.values():
         if rows := comparison_rows(result):
             print(f"\n{table(rows)}")
-    print(f"\nresults   {where}")
+    print(f"\nresults   {where}", flush=True)
+    for result in (*results.values(), *whole.values()):
+        if "not_written" in result:
+            raise UserError(result["not_written"])
 
 
 if __name__ == "__main__":

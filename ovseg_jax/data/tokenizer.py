@@ -73,7 +73,8 @@ class Tokenizer:
 
     Attributes:
       family: its special tokens.
-      pad_id, mask_id, end_id: ids of special tokens; the mask's is -1 where there is none.
+      pad_id, mask_id, end_id, unknown_id: ids of special tokens; the mask's is -1 where there is
+        none.
 
     Raises:
       UserError: the directory has no such files, or the vocabulary lacks a special token.
@@ -91,6 +92,7 @@ class Tokenizer:
         self.pad_id: int = backend.token_to_id(self.family.pad)
         self.mask_id: int = backend.token_to_id(self.family.mask) if self.family.mask else -1
         self.end_id: int = backend.token_to_id(self.family.end)
+        self.unknown_id: int = backend.token_to_id(self.family.unknown)
 
     @classmethod
     def from_hub(cls, name: str) -> "Tokenizer":

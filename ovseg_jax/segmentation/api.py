@@ -16,7 +16,7 @@ from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition, ordered
 from ovseg_jax.segmentation.windows import resize_image
 from ovseg_jax.weights.model_dir import load_model
 
@@ -95,7 +95,8 @@ class LoadedModel:
           images: a path, a PIL image, or uint8 [H, W, 3] RGB (or [H, W] gray) of NumPy or JAX, of
             any size; or a list of those, or uint8 [B, H, W, 3].
           classes: names in plain words, such as ["cat", "fire hydrant"]; synonyms of one class
-            between bars, "cat|kitten|tabby".
+            between bars, "cat|kitten|tabby". Any sequence that has an order. Names that the text
+            encoder cannot tell apart are logged.
           background: whether pixels may belong to none of the classes. Without, every pixel gets
             the best class. A list of words instead: pixels that one of them wins are background.
           threshold: a pixel whose best probability is lower is background; by default the
@@ -110,7 +111,7 @@ class LoadedModel:
           A result, or a list of results in the order of the images.
 
         Raises:
-          UserError: an image that cannot be read, or a bad list of classes.
+          UserError: no image, one that cannot be read, or a bad list of classes.
         """
         many, images = _as_list(images)
         options = {"background": background, "threshold": threshold, "words": words}
@@ -180,8 +181,6 @@ class LoadedModel:
         side, rows = self.protocol.window, []
         size = self._whole_batch(batch_size)
         squares = [_middle(read_image(x), side) for x in images]
-        if not squares:
-            raise UserError("no images: give at least one")
         for start in range(0, len(squares), size):
             part = np.stack(squares[start : start + size])
             padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
@@ -202,7 +201,7 @@ class LoadedModel:
         Raises:
           UserError: no text, or a template without {}.
         """
-        texts = () if isinstance(texts, str) else tuple(texts)
+        texts = () if isinstance(texts, str) else tuple(ordered(texts, "texts"))
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError("texts is a list of at least one text, none of them empty")
         templates = self.protocol.templates if templates is None else templates
@@ -256,13 +255,10 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
     """Raises UserError for options that `LoadedModel.segment` cannot take."""
     if isinstance(background, str):
         raise UserError(f"background is a list of words: [{background!r}], not one text")
-    if not isinstance(background, bool) and (
-        not isinstance(background, list | tuple) or not background
-    ):
-        raise UserError(
-            f"background is True, False, or a list of words for it; not {background!r} (a least "
-            "probability is given as threshold)"
-        )
+    if isinstance(background, numbers.Number) and not isinstance(background, bool):
+        raise UserError(f"background is not {background!r}: a least probability is the threshold")
+    if not isinstance(background, bool) and not ordered(background, "background"):
+        raise UserError("background is True, False, or a list of at least one word for it")
     if not (threshold is None or isinstance(threshold, numbers.Real)):
         raise UserError(f"threshold is a probability, or None for the model's; not {threshold!r}")
     if not isinstance(words, numbers.Integral) or words < 0:
@@ -271,9 +267,12 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
 
 
-def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Iterable[AnyImage]]:
+def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Sequence[AnyImage]]:
     """(whether several images were given, the images)."""
-    many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    many = many or getattr(images, "ndim", 0) == 4
+    if many and not len(images):
+        raise UserError("no images: give at least one")
     return many, images if many else [images]
 
 

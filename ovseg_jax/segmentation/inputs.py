@@ -10,17 +10,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image
 
-from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
+from ovseg_jax.data.decoding import UnreadableImage, decode, is_foreign, opened, upright
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 
 # The bytes are those of an image file.
 AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-ANIMATED = (".gif",)
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".jp2", ".j2k", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".gif"),
+)
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+# Formats whose further frames are pictures too; those of others are previews or depths.
+_OF_FRAMES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 
 
 def read_image(image: AnyImage) -> np.ndarray:
@@ -29,17 +34,31 @@ def read_image(image: AnyImage) -> np.ndarray:
     Raises:
       UserError: a file that cannot be read, or an array of another form.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    if isinstance(image, str | bytes | os.PathLike):
-        name = "the data" if isinstance(image, bytes) else image
+    if isinstance(image, str | os.PathLike):
         try:
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return np.asarray(decode(data))
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}") from None
-        except UnreadableImage as error:
-            raise UserError(f"{name} is no image that can be read: {error}") from None
+            data, name = Path(image).read_bytes(), image
+        except (OSError, ValueError) as error:
+            raise UserError(f"{image} cannot be read: {_reason(error)}") from None
+    elif isinstance(image, bytes):
+        data, name = image, "the data"
+    elif isinstance(image, Image.Image):
+        try:
+            return np.asarray(upright(image))
+        except Exception as error:  # Pillow raises nearly anything on damaged data
+            raise UserError(f"the PIL image cannot be decoded: {error}") from None
+    else:
+        return _rgb_array(image)
+    try:
+        return np.asarray(decode(data))
+    except UnreadableImage as error:
+        raise UserError(f"{name} is no image that can be read: {error}") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _rgb_array(image: np.ndarray | jax.Array) -> np.ndarray:
     if not hasattr(image, "__array__"):
         kind = type(image).__name__
         raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
@@ -70,7 +89,15 @@ def _advice(array: np.ndarray) -> str:
     return ""
 
 
-# ---- the command line
+# ---- files and folders
+
+
+def files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """(files whose names end so, in any case; the other files), by name; without those of other
+    programs, such as .DS_Store."""
+    files = sorted(p for p in folder.iterdir() if not is_foreign(p.name) and p.is_file())
+    wanted = [path for path in files if path.suffix.lower() in suffixes]
+    return wanted, [path for path in files if path not in set(wanted)]
 
 
 @dataclass(frozen=True)
@@ -88,45 +115,50 @@ class Picture:
     read: Callable[[], np.ndarray]
 
 
-def find_pictures(given: Sequence[str], stdin: Iterable[str], every: int = 1) -> list[str]:
-    """The files that the arguments name, in their order.
+def find_pictures(given: Sequence[str], stdin: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files that the arguments name, in their order, and the files of folders that are none.
 
     Args:
       given: files, folders (their images and videos, not those of folders below), globs ("**"
         goes down), and "-" for the lines of `stdin`.
-      every: see `pictures`; checked here, before any model is read.
 
     Raises:
       UserError: nothing is named, a file does not exist, or a folder or a glob has no image.
     """
-    if every < 1:
-        raise UserError("--every is a number of frames, at least 1")
     entries: list[str] = []
     for argument in given:
         entries += (line.strip() for line in stdin) if argument == "-" else [argument]
-    files = [file for entry in entries if entry for file in _expanded(entry)]
+    files: list[str] = []
+    passed_over: list[str] = []
+    for entry in filter(None, entries):
+        entry = os.path.expanduser(entry)
+        if os.path.isdir(entry):
+            images, others = files_in(Path(entry), IMAGES + VIDEOS)
+            if not images:
+                raise UserError(
+                    f"folder {entry} holds no image (of {', '.join(IMAGES)}) or video"
+                    + (f", but {listed([path.name for path in others])}" if others else "")
+                )
+            files += map(str, images)
+            passed_over += map(str, others)
+        else:
+            files += _named_files(entry)
     if not files:
         raise UserError("--images is empty: name at least one file")
-    return list(dict.fromkeys(files))  # what is named twice is done once
+    return list(dict.fromkeys(files)), passed_over  # what is named twice is done once
 
 
-def _expanded(entry: str) -> list[str]:
+def _named_files(entry: str) -> list[str]:
     if entry.startswith(("http://", "https://")):
         raise UserError(f"{entry} is an address: download the file, and give its path")
-    path = Path(entry)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES + ANIMATED + VIDEOS)
-        if not files:
-            raise UserError(f"folder {entry} holds no image (of {', '.join(IMAGES)}) or video")
-        return [str(p) for p in files]
-    if path.exists():
+    if os.path.exists(entry):
         return [entry]
-    if any(sign in entry for sign in "*?["):
-        matches = sorted(p for p in glob.glob(entry, recursive=True) if Path(p).is_file())
-        if not matches:
-            raise UserError(f"no file matches {entry}")
-        return matches
-    raise UserError(f"{entry} does not exist")
+    if not any(sign in entry for sign in "*?["):
+        raise UserError(f"{entry} does not exist")
+    matches = sorted(p for p in glob.glob(entry, recursive=True) if os.path.isfile(p))
+    if not matches:
+        raise UserError(f"no file matches {entry}")
+    return [path for path in matches if not is_foreign(os.path.basename(path))]
 
 
 def result_names(sources: Sequence[str]) -> dict[str, str]:
@@ -168,19 +200,29 @@ def _longer_name(source: str, depth: int) -> str:
     return "_".join([*folders[max(len(folders) - depth, 0) :], path.stem or "image", *suffix])
 
 
+# ---- frames
+
+
 def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
-    """Each image, and of videos and animations each `every`-th frame from the first on.
+    """Each image; of videos, animations and files of several pages each `every`-th frame.
 
     A source that cannot be read gives a picture whose `read` raises.
     """
     for source, name in result_names(sources).items():
-        suffix = Path(source).suffix.lower()
-        if suffix in ANIMATED:
-            yield from _frames(source, name, every, _animation)
-        elif suffix in VIDEOS:
+        if Path(source).suffix.lower() in VIDEOS:
             yield from _frames(source, name, every, _video)
+        elif _is_animation(source):
+            yield from _frames(source, name, every, _animation)
         else:
             yield Picture(source, name, lambda source=source: read_image(source))
+
+
+def _is_animation(source: str) -> bool:
+    try:
+        with Image.open(source) as image:
+            return image.format in _OF_FRAMES and getattr(image, "n_frames", 1) > 1
+    except Exception:
+        return False  # `read_image` will say what is wrong
 
 
 def _frames(
@@ -203,10 +245,11 @@ def _frames(
 
 def _animation(source: str) -> Iterator[np.ndarray]:
     try:
-        with Image.open(source) as image:
-            for frame in ImageSequence.Iterator(image):
-                yield read_image(frame.copy())
-    except (OSError, SyntaxError, ValueError) as error:
+        with opened(Path(source).read_bytes()) as image:
+            for number in range(image.n_frames):
+                image.seek(number)
+                yield np.asarray(upright(image.copy()))
+    except (OSError, UnreadableImage) as error:
         raise UserError(f"{source} cannot be read as an animation ({error})") from None
 
 

@@ -1,5 +1,6 @@
 """ovseg_jax.load: what people call."""
 
+import collections
 import io
 import subprocess
 import sys
@@ -98,7 +99,6 @@ def test_lists_stacks_and_jax_arrays(model):
             np.testing.assert_array_equal(one.labels, other.labels)
             np.testing.assert_array_equal(one.groups, other.groups)
     assert alone[0].groups.shape == (40, 56) and alone[0].groups.max() < 4 * 6
-    assert model.segment([], ["cat"]) == []
     stream = io.BytesIO()
     Image.fromarray(PIXELS).save(stream, "PNG")
     found = model.segment(stream.getvalue(), ["cat", "dog"])
@@ -155,6 +155,29 @@ def test_settings_of_the_protocol(directory):
         ovseg_jax.load(directory, flipp=True)
 
 
+def truncated():
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "PNG")
+    return Image.open(io.BytesIO(stream.getvalue()[:2000]))
+
+
+def test_any_sequence_with_an_order(model):
+    wanted = model.segment([PIXELS], ["cat", "dog"])
+    for classes in (("cat", "dog"), np.array(["cat", "dog"]), collections.deque(["cat", "dog"])):
+        (found,) = model.segment(collections.deque([PIXELS]), classes)
+        assert found.classes == ("cat", "dog")
+        np.testing.assert_array_equal(found.labels, wanted[0].labels)
+
+
+def test_names_that_the_text_encoder_cannot_tell_apart(model, caplog):
+    long = " ".join(["cat"] * 9)
+    model.segment(PIXELS, ["cat", "CÁT", "\N{HORSE FACE}", "\N{THAI CHARACTER KO KAI}", long])
+    said = caplog.messages
+    assert any("are unknown" in line and "\N{HORSE FACE}" in line for line in said)
+    assert any("cat = CÁT" in line for line in said)
+    assert any("are cut after 8 tokens" in line and long in line for line in said)
+
+
 BAD = {
     "not one text": lambda m, p: m.segment(PIXELS, "cat"),
     "background is a list": lambda m, p: m.segment(PIXELS, ["cat"], background="sky"),
@@ -170,6 +193,12 @@ BAD = {
     "np.moveaxis": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
     "drop the fourth": lambda m, p: m.segment(np.zeros((4, 4, 4), np.uint8), ["cat"]),
     "no images": lambda m, p: m.embed_image([]),
+    "no images: give": lambda m, p: m.segment([], ["cat"]),
+    "not a set": lambda m, p: m.segment(PIXELS, {"cat", "dog"}),
+    "not a generator": lambda m, p: m.segment(PIXELS, (name for name in ["cat"])),
+    "not a dict": lambda m, p: m.segment(PIXELS, ["cat"], background={"sky": 1}),
+    "or an array, not generator": lambda m, p: m.segment((x for x in [PIXELS]), ["cat"]),
+    "PIL image cannot be decoded": lambda m, p: m.segment(truncated(), ["cat"]),
     "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
     "a least probability": lambda m, p: _check_options(0.4, None, 0),
     "threshold is a probability": lambda m, p: _check_options(True, "0.5", 0),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ovseg_jax.data.tokenizer import Tokenizer
+from ovseg_jax.data.tokenizer import BERT, Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
@@ -92,31 +92,6 @@ def test_a_perfect_segmenter_scores_100():
     assert result["miou"] == result["pixel_accuracy"] == result["miou_unseen"] == 100.0
     assert result["iou"] == dict.fromkeys(("background", "red", "green", "blue"), 100.0)
     assert result["images"] == 7 and result["images_per_second"] > 0
-
-
-def test_the_rate_leaves_out_images_that_were_begun_before(monkeypatch):
-    """What is in work when the first image is done has had its share of the time already."""
-    now = [0.0]
-    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: now[0])
-
-    def rate(images, ahead=1, first=10.0, each=2.0):
-        now[0] = 0.0
-        clock = evaluation._Clock()
-        for _ in range(min(1 + ahead, images)):
-            clock.begin()
-        now[0] = first
-        for done in range(1, images + 1):
-            clock.tick(done)
-            if clock.begun < images:
-                clock.begin()
-            now[0] += each
-        return clock.rate()
-
-    # 0.5 images a second, after a start of ten seconds; with two images, both were in it.
-    assert rate(2) == pytest.approx(2 / 12)
-    assert rate(100) == pytest.approx(0.5, rel=0.02)
-    assert rate(1) == pytest.approx(1 / 10)
-    assert evaluation._Clock().rate() == 0.0
 
 
 def test_without_background():
@@ -247,8 +222,11 @@ def test_an_untrained_vitb_finds_something_under_the_paper_protocol():
         def __init__(self):
             pass
 
-        def encode(self, texts, length):
-            return 1 + np.arange(len(texts) * length).reshape(-1, length).astype(np.int32) % 299
+        family, unknown_id = BERT, 0
+
+        def encode_with_cuts(self, texts, length):
+            ids = 1 + np.arange(len(texts) * length).reshape(-1, length).astype(np.int32) % 299
+            return ids, np.zeros(len(texts), bool)
 
     segmenter = ModelSegmenter(model, params, Words(), text_length=4, protocol=protocol)
     benchmark = Blocks(((64, 96), (80, 64)))

@@ -210,16 +210,16 @@ def test_unknown_names_and_missing_folders_before_any_compute(directory, tmp_pat
 
 BROKEN = {
     "no classes": (lambda root: (root / "classes.txt").unlink(), "classes.txt cannot be read"),
-    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), "must list 1 to"),
+    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), "lists no classes"),
     "background alone": (
-        lambda root: (root / "classes.txt").write_text("background\n"), "must list 1 to"),
+        lambda root: (root / "classes.txt").write_text("background\n"), "lists no classes"),
     "one class, no background": (
         lambda root: (root / "classes.txt").write_text("cat\n"), "add 'background'"),
     "a name twice": (
         lambda root: (root / "classes.txt").write_text("cat\ndog\ncat\n"), "listed twice"),
     "too many": (
         lambda root: (root / "classes.txt").write_text("\n".join(map(str, range(500)))),
-        "1 to 254",
+        "room for 254",
     ),
     "no masks": (lambda root: [p.unlink() for p in (root / "masks").iterdir()], "holds no .png"),
     "no image": (lambda root: (root / "images" / "photo1.png").unlink(), "1 masks have no image"),

@@ -4,17 +4,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import ExifTags, Image
+from PIL import Image
 
 from ovseg_jax.data.benchmarks.class_tables import ClassTable, WrongLabels
+from ovseg_jax.data.decoding import orientation_of
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 
-# Missing files that a message names before it only counts them.
-_NAMED = 5
 LABEL_MODES = ("L", "P", "I", "I;16")  # of Pillow: one number a pixel
 
 
@@ -69,7 +68,8 @@ class LabeledFolder:
         except WrongLabels as error:
             raise UserError(
                 f"benchmark {self.name}: the labels of {self.keys[index]} in {self.root} {error}: "
-                "they are not the official ones; unpack those again"
+                "they were shifted or renumbered, as programs do for training; unpack the official "
+                "ones again"
             ) from error
         except Exception as error:
             # Decoders of images, .mat and JSON files raise nearly anything on damaged files.
@@ -139,7 +139,7 @@ def require(name: str, files: Iterable[Path]) -> None:
     if missing:
         raise UserError(
             f"benchmark {name} is incomplete: {len(missing)} files are missing: "
-            f"{_first(missing, ', ')}; unpack the official files again"
+            f"{listed(missing)}; unpack the official files again"
         )
 
 
@@ -168,13 +168,8 @@ def require_equal_sizes(name: str, images: Sequence[Path], masks: Sequence[Path]
     if wrong:
         raise UserError(
             f"benchmark {name}: {len(wrong)} of {len(masks)} label files cannot be used: "
-            f"{_first(wrong, '; ')}"
+            f"{listed(wrong, '; ')}"
         )
-
-
-def _first(items: Sequence[Any], separator: str) -> str:
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return separator.join(map(str, items[:_NAMED])) + more
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -184,7 +179,7 @@ def upright_size(path: Path) -> tuple[int, int]:
       OSError: it is no image.
     """
     with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        turned = orientation_of(image) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
