@@ -52,11 +52,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 OPTIONAL = ("scale", "threshold", "binding_scale", "layer_scale", "start")
 
 
-def load_config(spec: str | Path) -> ConfigDict:
-    """The config that 'path/to/file.py' or 'path/to/file.py:variant' describes.
+def read_config(spec: str | Path) -> ConfigDict:
+    """What the config file 'path/to/file.py' or 'path/to/file.py:variant' says.
 
     The file is imported by its path and `get_config(variant)` is called ('' without a variant). A
-    config file that builds on another loads it with this function too.
+    config file that builds on another one reads it with this function too. What the file leaves
+    out is filled in by `train.config.load_config`.
 
     Raises:
       UserError: no such file, a file that cannot be imported, no `get_config`, or an unknown
@@ -82,6 +83,9 @@ def load_config(spec: str | Path) -> ConfigDict:
         config = get_config(variant)
     except (UserError, ValueError) as error:
         raise UserError(f"config {str(spec)!r}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # a field that the base does not name
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"config {str(spec)!r}: {cause}") from error
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise UserError(f"config {str(spec)!r}: get_config returned {kind}, not a ConfigDict")
@@ -273,16 +277,6 @@ def usage(spec: Sequence[Flag], about: str = "") -> str:
         if flag.name == "config":
             lines.append("  --config.KEY=VALUE\n      set one key of the config, e.g. a.b[0].c")
     return "\n".join(lines)
-
-
-def config_from(args: SimpleNamespace) -> ConfigDict:
-    """The config named by `args.config`, with the overrides of the command line applied."""
-    if args.config is None:
-        raise UserError("no config: give --config=FILE.py")
-    config = load_config(args.config)
-    for key, text in args.overrides:
-        apply_override(config, key, text)
-    return config
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
