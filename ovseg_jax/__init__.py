@@ -10,7 +10,18 @@ found.groups  # [height, width]: the group of each pixel
 model.embed_image("street.jpg") @ model.embed_text(["a street", "a beach"], ["{}"]).T
 """
 
+import sys
 from typing import Any
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m ovseg_jax.main` begins here. Its imports take seconds, and Ctrl-C then is no fault.
+    def _say_interrupted(kind: Any, error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = _say_interrupted
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -290,13 +291,20 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the arguments of the process and exit: 0, or what it returns.
 
     The error's own code (2, or `errors.RESTART`) after a UserError, printed as 'error: ...' without
-    a traceback; 130 after Ctrl-C.
+    a traceback; 130 after Ctrl-C, and 141 where the reader of our output has gone (``| head``).
     """
     try:
-        code = main(sys.argv[1:])
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # a broken pipe shows here, and not after the last line of Python
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)

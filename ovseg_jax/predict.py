@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -355,7 +354,4 @@ def run_lengths(
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        # `predict ... | head` ends quietly when head does.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     flags.run(main)

@@ -1,7 +1,9 @@
 """Pictures: overlays with a legend, panels of image, groups, prediction and truth, and colors."""
 
 import functools
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
@@ -67,7 +69,7 @@ def _write_names(
 ) -> None:
     """Writes names on their regions: in each connected part at the pixel farthest from its edge.
     Parts that a name would hide get none."""
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
+    draw = ImageDraw.Draw(picture)
     first = int(background)
     for label in np.unique(labels):
         if not first <= label < first + len(class_names):
@@ -75,7 +77,7 @@ def _write_names(
         # With a margin of zeros, so that the edge of the image is an edge too.
         inside = ndimage.distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
         parts, count = ndimage.label(inside > 0)
-        text = class_names[label - first]
+        text, font = _drawable(class_names[label - first])
         half = font.getlength(text) / 2
         for y, x in ndimage.maximum_position(inside, parts, range(1, count + 1)):
             if inside[y, x] < FONT:
@@ -181,8 +183,8 @@ def _enlarged(pixels: np.ndarray) -> Image.Image:
 def _legend(labels: np.ndarray, class_names: Sequence[str], background: bool) -> Legend:
     """(name, color) of the labels present, most frequent first; ignored pixels are left out."""
     table = colors(len(class_names))
-    names = (["background"] if background else []) + list(class_names)
-    palette = ([BACKGROUND] if background else []) + list(table)
+    names = ["background"] * background + list(class_names)
+    palette = [BACKGROUND] * background + list(table)
     values, counts = np.unique(labels, return_counts=True)
     present = [int(v) for v in values[np.argsort(-counts)] if 0 <= v < len(names)]
     return [(names[v], palette[v]) for v in present]
@@ -190,19 +192,19 @@ def _legend(labels: np.ndarray, class_names: Sequence[str], background: bool) ->
 
 def _with_legend(picture: Image.Image, legend: Legend) -> Image.Image:
     """The picture with colored boxes and names below it, in as many lines as they need."""
-    font = ImageFont.load_default(size=FONT)
     places, x, y, box = [], MARGIN, MARGIN // 2, FONT
     for name, _ in legend:
+        name, font = _drawable(name)
         name = _shortened(name, font, max(picture.width - 3 * MARGIN - box, FONT))
         width = box + 6 + round(font.getlength(name)) + 2 * MARGIN
         if x > MARGIN and x + width > picture.width:
             x, y = MARGIN, y + FONT + 10
-        places.append((name, x, y))
+        places.append((name, font, x, y))
         x += width
     sheet = Image.new("RGB", (picture.width, picture.height + y + FONT + MARGIN), PAPER)
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
-    for (name, x, y), (_, color) in zip(places, legend, strict=True):
+    for (name, font, x, y), (_, color) in zip(places, legend, strict=True):
         y += picture.height
         draw.rectangle((x, y, x + box, y + box), fill=color, outline=FRAME)
         draw.text((x + box + 6, y + box // 2), name, INK, font, anchor="lm")
@@ -215,6 +217,51 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+# ---- fonts
+
+_FONT_FOLDERS = (
+    *("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts"),
+    *("/System/Library/Fonts", "/Library/Fonts", "C:/Windows/Fonts"),
+)
+
+
+@functools.cache
+def _drawable(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text, and a font that has all of its letters; where none has, "?" for those it lacks."""
+    default = ImageFont.load_default(size=FONT)
+    if not _lacking(default, text):
+        return text, default
+    for path in _font_files():
+        try:
+            font = ImageFont.truetype(path, FONT)
+            if not _lacking(font, text):
+                return text, font
+        except OSError:  # damaged, or with pictures of other sizes alone
+            continue
+    lacking = _lacking(default, text)
+    logging.getLogger(__name__).warning(
+        "pictures show %r with question marks: no font on this machine has all of its letters", text
+    )
+    return "".join("?" if letter in lacking else letter for letter in text), default
+
+
+@functools.cache
+def _font_files() -> tuple[str, ...]:
+    folders = (Path(folder).expanduser() for folder in _FONT_FOLDERS)
+    files = [path for folder in folders if folder.is_dir() for path in folder.rglob("*.?t[fc]")]
+    # Plain fonts before bold and special ones.
+    files.sort(key=lambda path: ("sans" not in path.name.lower(), len(path.name), path))
+    return tuple(map(str, files))
+
+
+def _lacking(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
+    """The letters of a text that the font draws as a box."""
+    box = bytes(font.getmask("\U0010fffe"))
+    return {
+        letter for letter in text if not letter.isspace() and bytes(font.getmask(letter)) == box
+    }
 
 
 # ---- colors

@@ -86,3 +86,10 @@ def test_scene_panel(with_truth):
     assert has_color(panel, colors(5)[2]) == with_truth
     sheet = pictures.contact_sheet([panel, panel, panel], columns=2)
     assert sheet.width == 2 * panel.width and sheet.height > 2 * panel.height
+
+
+def test_letters_that_no_font_has_are_told(caplog):
+    known, font = pictures._drawable("caf\u00e9")
+    assert known.startswith("caf") and font.getlength(known) > 0
+    shown, _ = pictures._drawable("cat \U0010fffd")
+    assert shown == "cat ?" and "no font on this machine" in caplog.text
