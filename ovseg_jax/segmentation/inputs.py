@@ -2,7 +2,6 @@
 
 import collections
 import glob
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,27 +65,13 @@ def _rgb_array(image: np.ndarray | jax.Array) -> np.ndarray:
     gray = array.ndim == 2
     if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):
         raise UserError(
-            f"an image as an array is uint8 [height, width, 3], 0 to 255, RGB; not {array.dtype} "
-            f"{list(array.shape)}{_advice(array)}"
+            f"an image as an array is uint8 [height, width, 3], RGB, 0 to 255; not {array.dtype} "
+            f"{list(array.shape)}: np.moveaxis(x, 0, -1) brings channels to the end, x[..., :3] "
+            "drops transparency, (255 * x).round().astype('uint8') scales 0 to 1"
         )
     if 0 in array.shape:
         raise UserError(f"an image of {array.shape[0]} x {array.shape[1]} pixels is empty")
     return np.repeat(array[..., None], 3, axis=2) if gray else array
-
-
-def _advice(array: np.ndarray) -> str:
-    """How to make an image of an array, where that is plain."""
-    if array.ndim != 3:
-        return ""
-    if array.shape[2] == 4:
-        return (
-            ": drop the fourth channel, or give a PIL image, whose transparent parts become white"
-        )
-    if array.shape[0] == 3 and array.shape[2] != 3:
-        return ": the channels come last, as np.moveaxis(x, 0, -1) brings them"
-    if np.issubdtype(array.dtype, np.floating):
-        return ": for values from 0 to 1, (255 * x).round().astype('uint8')"
-    return ""
 
 
 # ---- files and folders
@@ -162,8 +147,8 @@ def _named_files(entry: str) -> list[str]:
 
 
 def result_names(sources: Sequence[str]) -> dict[str, str]:
-    """What the results of each source are called: its name without suffix, and where several share
-    it also as many folders above (and then the suffix) as tell them apart.
+    """What the results of each source are called: its name without suffix; where several share it,
+    with the folder's name before it; where that is no help, the whole path.
 
     ``a/x.jpg, b/x.jpg, b/y.jpg, b/y.png`` give ``a_x, b_x, b_y_jpg, b_y_png``.
 
@@ -171,33 +156,25 @@ def result_names(sources: Sequence[str]) -> dict[str, str]:
       UserError: that does not tell two of them apart.
     """
     names: dict[str, str] = {}
-    taken: set[str] = set()
-    for depth in itertools.count():
-        longer = {source: _longer_name(source, depth) for source in sources}
-        counts = collections.Counter(longer.values())
-        for source, name in longer.items():
-            alone = counts[name] == 1 and name not in taken
-            if source not in names and (alone or name == _longer_name(source, depth + 1)):
-                names[source] = name
-                taken.add(name)
-        if len(names) == len(longer):
-            break
-    writer: dict[str, str] = {}
-    for source, name in names.items():
-        if writer.setdefault(name, source) != source:
-            raise UserError(
-                f"{writer[name]} and {source} would both write {name!r}: rename one, or use two "
-                "calls with another --out"
-            )
+    for parts in (1, 2, 0):
+        left = {s: _joined_name(s, parts) for s in sources if s not in names}
+        counts = collections.Counter((*left.values(), *names.values()))
+        names |= {source: name for source, name in left.items() if counts[name] == 1}
+    if left := [source for source in sources if source not in names]:
+        raise UserError(
+            f"the results of {listed(left)} would have the names of others: rename them, or use "
+            "two calls with another --out"
+        )
     return {source: names[source] for source in sources}
 
 
-def _longer_name(source: str, depth: int) -> str:
-    """The name with `depth` folders above it; where there are fewer, also with its suffix."""
+def _joined_name(source: str, parts: int) -> str:
+    """The last parts of a path without suffix, or with 0 all of them and the suffix."""
     path = Path(source)
-    folders = [part for part in path.parent.parts if part not in (path.anchor, ".", "..")]
-    suffix = [path.suffix[1:]] if path.suffix and depth > len(folders) else []
-    return "_".join([*folders[max(len(folders) - depth, 0) :], path.stem or "image", *suffix])
+    folders = [name for name in path.parent.parts if name not in (path.anchor, ".", "..")]
+    if not parts:
+        return "_".join([*folders, path.stem or "image", *filter(None, [path.suffix[1:]])])
+    return "_".join([*folders, path.stem or "image"][-parts:])
 
 
 # ---- frames
