@@ -100,6 +100,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
     # A file whose name has a comma is itself.
     given = [args.images] if os.path.exists(args.images) else split_at_commas(args.images)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be text
     sources, passed_over = find_pictures(given, sys.stdin)
     if passed_over:
         _say(f"passed over, as no image: {listed(passed_over)}", sys.stderr)
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> int:
         if (file := f"{name}.{FORMATS[kind][0]}") in present:
             _check_free(out / file, args.overwrite)
     enable_compilation_cache()
-    model = ovseg_jax.load(args.model, **_settings(args))
+    model = ovseg_jax.load(os.path.expanduser(args.model), **_settings(args))
     return _segment(model, sources, classes, background, args, out)
 
 

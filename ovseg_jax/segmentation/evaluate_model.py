@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def evaluate_model(
       UserError: an override that does not apply, an unknown name, or missing files, before
         anything is computed.
     """
+    data_dir = os.path.expanduser(data_dir)
     masked = tuple(name for name in names if name not in WHOLE_IMAGES)
     for name in masked:
         check_name(name, WHOLE_IMAGES)

@@ -112,7 +112,7 @@ def find_pictures(given: Sequence[str], stdin: Iterable[str]) -> tuple[list[str]
     """
     entries: list[str] = []
     for argument in given:
-        entries += (line.strip() for line in stdin) if argument == "-" else [argument]
+        entries += (line.rstrip("\r\n") for line in stdin) if argument == "-" else [argument]
     files: list[str] = []
     passed_over: list[str] = []
     for entry in filter(None, entries):
@@ -140,10 +140,14 @@ def _named_files(entry: str) -> list[str]:
         return [entry]
     if not any(sign in entry for sign in "*?["):
         raise UserError(f"{entry} does not exist")
-    matches = sorted(p for p in glob.glob(entry, recursive=True) if os.path.isfile(p))
+    matches = sorted(
+        path
+        for path in glob.glob(entry, recursive=True)
+        if os.path.isfile(path) and not any(map(is_foreign, Path(path).parts))
+    )
     if not matches:
         raise UserError(f"no file matches {entry}")
-    return [path for path in matches if not is_foreign(os.path.basename(path))]
+    return matches
 
 
 def result_names(sources: Sequence[str]) -> dict[str, str]:

@@ -311,23 +311,6 @@ def test_all_background_baseline():
     assert result["all_background_miou"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_protocol_round_trip_and_mistakes():
-    protocol = Protocol(scale=20.0, threshold=0.3, templates=("{}", "a {}."))
-    assert Protocol.from_config(json.loads(json.dumps(protocol.as_dict()))) == protocol
-    assert Protocol.from_config({"scale": 20}) == Protocol(scale=20.0)
-    assert protocol.replace(threshold=0.4).threshold == 0.4
-    assert names_hash(("a", "b")) != names_hash(("b", "a"))
-    for wrong, said in (
-        ({"strid": 3}, "unknown strid"),
-        ({"order": "x"}, "upsample_first"),
-        ({"window": 0}, "window"),
-        ({"affinity": "x"}, "affinity"),
-        ({"templates": ["a photo"]}, "template"),
-    ):
-        with pytest.raises(UserError, match=said):
-            Protocol.from_config(wrong)
-
-
 # ---- benchmarks
 
 

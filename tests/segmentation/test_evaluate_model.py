@@ -9,7 +9,6 @@ from data.benchmarks import miniatures as mini
 from PIL import ExifTags, Image
 
 import ovseg_jax
-from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
 from ovseg_jax.main import main
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
@@ -100,18 +99,6 @@ def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
     assert found["ade20k"]["entities"]["in_paper"] == (31, 119)
     usage = voc["group_usage"]
     assert usage["groups"] == 4 and 1 <= usage["used"] <= 4 and 0 <= usage["entropy"] <= 1
-
-
-def test_prepared_sets_of_the_same_folder(directory, folders, tmp_path):
-    build("voc", folders, tmp_path / "tfds")
-    results = [
-        evaluate_model(str(directory), ("voc",), tmp_path, data_dir=str(where), overrides=SMALL)[
-            "voc"
-        ]
-        for where in (folders, tmp_path / "tfds")
-    ]
-    assert [result["data"]["form"] for result in results] == ["palette", "tfds, palette"]
-    assert results[0]["confusion"] == results[1]["confusion"]
 
 
 @pytest.mark.parametrize("name", ["released", "tcl", "sclip"])

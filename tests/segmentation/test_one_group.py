@@ -14,7 +14,7 @@ from ovseg_jax.segmentation.calibrate import calibrated
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.protocol import Protocol, named_protocol
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores, with_scale
 
 RELEASED = Path(__file__).parents[1] / "released"
@@ -300,22 +300,3 @@ def test_benchmarks_have_their_own_thresholds():
     result = evaluate(Random(), Painted(), protocol, batch_size=4)["protocol"]
     assert result["threshold"] == 0.3 and result["thresholds"] == {}
     assert protocol.for_benchmark("third").threshold == PROTOCOL.threshold
-    released = named_protocol("released")
-    limits = [released.for_benchmark(name).threshold for name in ("voc", "context", "coco_object")]
-    assert limits == [0.95, 0.35, 0.9]
-    assert Protocol.from_config(json.loads(json.dumps(released.as_dict()))) == released
-
-
-def test_protocols_that_do_not_fit():
-    assert Protocol.from_config(json.loads(json.dumps(PROTOCOL.as_dict()))) == PROTOCOL
-    for changes, said in (
-        ({"grouping": "x"}, "soft_patches"),
-        ({"order": "argmax_first"}, "upsample_first"),
-        ({"grouping": "soft_patches", "cap_threshold": False}, "image_classes"),
-        ({"image_classes": -1}, "at least 0"),
-        ({"average": "x"}, "raw"),
-        ({"resize": "x"}, "four_pixels"),
-        ({"grid": "x"}, "rounded_patch"),
-    ):
-        with pytest.raises(UserError, match=said):
-            PROTOCOL.replace(**changes)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import labels as labels_module
 from ovseg_jax.segmentation import windows
 from ovseg_jax.segmentation.labels import DILATIONS, label_maps, pamr
@@ -168,23 +167,3 @@ def test_pamr_of_many_classes_is_done_in_parts(monkeypatch):
     monkeypatch.setattr(labels_module, "FLOATS", 0)  # 16, 16, and the last 8 with 8 once more
     parts = pamr(maps, image, steps=2, dilations=(1, 4))
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
-
-
-def test_refinement_that_does_not_fit():
-    for changes, said in (
-        ({"flip": True, "order": "argmax_first"}, "upsample_first"),
-        ({"pamr_steps": 2, "grouping": "one_group"}, "soft_patches"),
-        ({"scales": ()}, "at least one factor"),
-        ({"scales": (0.0,)}, "above 0"),
-        ({"pamr_steps": -1}, "at least 0"),
-        ({"min_area": 1.0}, "below 1"),
-        ({"averaged": "cosines", "image_scale": 1.0}, "image_scale"),
-        ({"averaged": "cosines", "border_scale": 1.0}, "border_scale"),
-        ({"border_scale": 1.0, "grouping": "one_group"}, "border_scale"),
-        ({"border_scale": -1.0}, "at least 0"),
-        ({"averaged": "x"}, "cosines"),
-        ({"per_benchmark": {"voc": {"name": "x"}}}, "per_benchmark.voc"),
-        ({"per_benchmark": {"voc": {"scales": ()}}}, "factor"),
-    ):
-        with pytest.raises(UserError, match=said):
-            PROTOCOL.replace(**changes)
