@@ -145,21 +145,21 @@ class LoadedModel:
         )
         classes_of_words = np.array(vocabulary.word_to_class)
         is_class = classes_of_words != BACKGROUND
-        for one, labels in label_maps(scored, protocol, vocabulary.word_to_class, group=1):
-            p = class_probabilities(one, protocol).reshape(-1, len(is_class)).max(axis=0)
+        for scored_image, labels in label_maps(scored, protocol, vocabulary.word_to_class, group=1):
+            p = class_probabilities(scored_image, protocol).reshape(-1, len(is_class)).max(axis=0)
             best = np.zeros(len(vocabulary.classes), np.float32)
             np.maximum.at(best, classes_of_words[is_class], p[is_class])
             # Without background, labels count the classes from 0.
             shifted = labels if protocol.threshold is not None else labels + 1
             yield (
-                one.index,
+                scored_image.index,
                 Segmentation(
                     labels=shifted.astype(np.int32, copy=False),
                     classes=vocabulary.classes,
                     scores=best,
                     competitors=vocabulary.background_words,
                     protocol=protocol,
-                    parts=one,
+                    parts=scored_image,
                 ),
             )
 

@@ -90,7 +90,7 @@ def calibrate(
     pairs = list(itertools.product(map(float, scales), map(float, image_scales)))
     counts = None
     for same in runs_of_equal_shape(scored, batch_size, lambda pair: pair[0]):
-        scores = [one for one, _ in same]
+        scores = [scored_image for scored_image, _ in same]
         if counts is None:
             words = scores[0].group_cosines.shape[-1]
             classes = np.arange(words) if word_to_class is None else np.asarray(word_to_class)
@@ -201,10 +201,10 @@ def swept(
     thresholds = sorted({*SWEPT_THRESHOLDS, *([] if present is None else [present])})
     counts = [ConfusionMatrix.empty(labels) for _ in thresholds]
     scored = scored_benchmark(segmenter, train, ready, batch_size=batch_size, part=part)
-    for one, truth in scored:
+    for scored_image, truth in scored:
         for matrix, threshold in zip(counts, thresholds, strict=True):
             at = ready.replace(threshold=threshold)
-            ((_, predicted),) = label_maps([one], at, vocabulary.word_to_class)
+            ((_, predicted),) = label_maps([scored_image], at, vocabulary.word_to_class)
             matrix.update(predicted, truth)
     packed = np.concatenate([matrix.counts.ravel() for matrix in counts])
     summed = gather(packed).sum(0).reshape(len(thresholds), labels, labels)

@@ -93,12 +93,14 @@ def evaluate(
 
     def scores():
         options = {"batch_size": batch_size, "part": part}
-        for one, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
-            truths[one.index] = truth
-            yield one
+        for scored_image, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
+            truths[scored_image.index] = truth
+            yield scored_image
 
-    for one, labels in label_maps(scores(), protocol, vocabulary.word_to_class, group=batch_size):
-        counts.add(one, labels, truths.pop(one.index))
+    for scored_image, labels in label_maps(
+        scores(), protocol, vocabulary.word_to_class, group=batch_size
+    ):
+        counts.add(scored_image, labels, truths.pop(scored_image.index))
         done += 1
         if done == batch_size < total:
             warm = (done, time.perf_counter())

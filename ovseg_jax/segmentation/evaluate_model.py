@@ -161,13 +161,13 @@ def evaluate_model(
         "scenes": dataclasses.asdict(ScenesBenchmark()),
         **saved.info["benchmarks"],
     }
-    own = {name: dict(fields[name]) for name in masked}
+    fields_of = {name: dict(fields[name]) for name in masked}
     settings = protocol.as_dict()
-    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **own}})
+    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **fields_of}})
     for key, text in overrides:
-        _check_applies(key, protocol, own)
+        _check_applies(key, protocol, fields_of)
         flags.apply_override(config, key, text)
-    for name in own:
+    for name in fields_of:
         if name in FOLDER_FIELDS and not config.eval[name].dir:
             config.eval[name].dir = data_dir
     if config.eval.batch_size < 0:
@@ -190,23 +190,27 @@ def evaluate_model(
     return {**masked_results, **whole_image_results(model, unmasked, results)}
 
 
-def _check_applies(key: str, protocol: Protocol, own: Mapping[str, Any]) -> None:
+def _check_applies(key: str, protocol: Protocol, fields_of: Mapping[str, Any]) -> None:
     """Raises UserError for a key that nothing reads, or that a benchmark has a value of its own
     for."""
     part = key.removeprefix("eval.").split(".")[0]
-    if not key.startswith("eval.") or part not in ("protocol", "batch_size", *own):
+    if not key.startswith("eval.") or part not in ("protocol", "batch_size", *fields_of):
         if part in BENCHMARKS:
             raise UserError(
                 f"--config.{key} does not apply: benchmark {part} is not evaluated; add it to "
                 "--benchmark"
             )
-        known = ("eval.protocol.FIELD", "eval.batch_size", *(f"eval.{name}.FIELD" for name in own))
+        known = (
+            "eval.protocol.FIELD",
+            "eval.batch_size",
+            *(f"eval.{name}.FIELD" for name in fields_of),
+        )
         raise UserError(
             f"--config.{key} does not apply to a model directory, whose model is what it is; there "
             f"are: {', '.join(known)}"
         )
     field = key.removeprefix("eval.protocol.")
-    for name in own:
+    for name in fields_of:
         instead = ""
         if field == "threshold" and name in protocol.thresholds:
             instead = f"thresholds.{name}"

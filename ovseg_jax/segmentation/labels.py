@@ -49,7 +49,9 @@ def label_maps(
 
 
 def runs_of_equal_shape(
-    items: Iterable[T], most: int, scores_of: Callable[[T], ImageScores] = lambda one: one
+    items: Iterable[T],
+    most: int,
+    scores_of: Callable[[T], ImageScores] = lambda scored_image: scored_image,
 ) -> Iterator[list[T]]:
     """Consecutive items whose scores have equal shapes, at most `most` in a list."""
     for _, run in itertools.groupby(items, lambda item: scores_of(item).shapes):
@@ -66,7 +68,9 @@ def _labels_of(
     if threshold is None and classes.min() < 0:
         raise UserError("words for the background need a background that they can be painted as")
     if protocol.grouping == "one_group":
-        return np.stack([_one_group_labels(one, protocol, threshold, classes) for one in same])
+        return np.stack(
+            [_one_group_labels(scored_image, protocol, threshold, classes) for scored_image in same]
+        )
     highest, best = best_words(same, protocol, group)
     if protocol.min_area:
         # The rule counts the pixels of the best class, whatever the threshold.
@@ -113,9 +117,9 @@ def best_words(
         sides = zip(same[0].size, maps.shape[1:3], strict=True)
         rows, columns = (windows.bilinear_weights(pixels, cells) for pixels, cells in sides)
     else:
-        maps = np.stack([one.cells for one in same])
-        margins = np.stack([one.image_margins() for one in same])
-        foreground = np.stack([one.foreground_or_zero() for one in same])
+        maps = np.stack([scored_image.cells for scored_image in same])
+        margins = np.stack([scored_image.image_margins() for scored_image in same])
+        foreground = np.stack([scored_image.foreground_or_zero() for scored_image in same])
         maps, margins, foreground = (_padded(x, group) for x in (maps, margins, foreground))
         if not late:
             maps = _cell_probabilities(
@@ -190,35 +194,41 @@ def _most_votes(labels, rows, columns, kinds):
     return jnp.argmax(readout.spread(votes, rows, columns), axis=-1).astype(jnp.int32)
 
 
-def _refined(one: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
+def _refined(scored_image: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
     """Scores at the protocol's size: the mean over the image's views, refined by its colors."""
-    base = windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
-    total, margins = 0.0, one.image_margins()
-    for view in (one, *one.more):
+    base = windows.resized_shape(*scored_image.size, protocol.short_side, protocol.long_limit)
+    total, margins = 0.0, scored_image.image_margins()
+    for view in (scored_image, *scored_image.more):
         maps = view.cells
         if protocol.averaged == "probabilities":
             maps = _cell_probabilities(
                 maps, margins, view.foreground_or_zero(), protocol.scale, protocol.image_scale
             )
         total = total + _spread(maps[None], *view.weights(base))[0]
-    maps = total / np.float32(len(one.more) + 1)
+    maps = total / np.float32(len(scored_image.more) + 1)
     if protocol.pamr_steps:
-        maps = pamr(maps, one.image, steps=protocol.pamr_steps)
+        maps = pamr(maps, scored_image.image, steps=protocol.pamr_steps)
     return maps
 
 
 _spread = jax.jit(readout.spread)
 
 
-def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarray, "... C"]:
+def class_probabilities(
+    scored_image: ImageScores, protocol: Protocol
+) -> Float[np.ndarray, "... C"]:
     """Probabilities of the classes: of each patch, or (grouping 'one_group') of each group of each
     window."""
     if protocol.grouping == "one_group":
-        cosines = one.group_cosines, one.image_cosines
+        cosines = scored_image.group_cosines, scored_image.image_cosines
         p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
     else:
         # With the batch axis of `best_words`, so that both use the same compiled program.
-        arrays = (one.cells, one.image_margins(), one.foreground_or_zero())
+        arrays = (
+            scored_image.cells,
+            scored_image.image_margins(),
+            scored_image.foreground_or_zero(),
+        )
         arrays = (array[None] for array in arrays)
         p = _cell_probabilities(*arrays, protocol.scale, protocol.image_scale)[0]
     return np.asarray(p)
@@ -228,19 +238,19 @@ _group_probabilities = jax.jit(readout.group_probabilities, static_argnames="ima
 
 
 def _one_group_labels(
-    one: ImageScores,
+    scored_image: ImageScores,
     protocol: Protocol,
     threshold: float | None,
     classes: Integer[np.ndarray, " words"],
 ) -> Integer[np.ndarray, "H W"]:
     side, stride = protocol.window, protocol.stride
     return readout.label_image(
-        one.by_window(),
-        class_probabilities(one, protocol),
-        window=tuple(min(side, length) for length in one.resized),
-        corners=tuple(windows.window_grid(*one.resized, side, stride)),
-        resized=one.resized,
-        size=one.size,
+        scored_image.by_window(),
+        class_probabilities(scored_image, protocol),
+        window=tuple(min(side, length) for length in scored_image.resized),
+        corners=tuple(windows.window_grid(*scored_image.resized, side, stride)),
+        resized=scored_image.resized,
+        size=scored_image.size,
         threshold=threshold,
         cap=protocol.cap_threshold,
         classes=classes,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.data.benchmarks import OPENERS, LabeledFolder, open_train
-from ovseg_jax.data.benchmarks.prepared import PreparedSet, open_prepared, prepared_folder
+from ovseg_jax.data.benchmarks.folders import PreparedSet, open_prepared, prepared_folder
 from ovseg_jax.data.decoding import UnreadableImage, decode
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.metric import IGNORE

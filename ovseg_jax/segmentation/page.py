@@ -122,9 +122,9 @@ def write_sheet(
       groups: how many the model has, so that a group has one color in every picture.
     """
     rows = []
-    for one in images:
-        title = f"{one.kind}: image {one.index}, mIoU {one.miou:.1f} %"
-        shown = one.image, one.groups, one.prediction, one.truth
+    for extreme in images:
+        title = f"{extreme.kind}: image {extreme.index}, mIoU {extreme.miou:.1f} %"
+        shown = extreme.image, extreme.groups, extreme.prediction, extreme.truth
         rows.append(_panel(*shown, benchmark, groups, title))
     _save(contact_sheet(rows), path)
 
@@ -203,7 +203,7 @@ def write_page(
         "names": names,
         "colors": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in table],
         "iou": [result["iou"][name] for name in names],
-        "images": [_entry(one, groups) for one in images],
+        "images": [_entry(extreme, groups) for extreme in images],
         "ignored": IGNORE,
     }
     measures = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
@@ -222,17 +222,19 @@ def write_page(
     replace_file(path, page)
 
 
-def _entry(one: ExtremeImage, groups: int) -> dict[str, Any]:
-    step = -(-max(one.image.shape[:2]) // WIDTH)
-    small = tuple(x[::step, ::step] for x in (one.prediction, one.truth, one.groups % groups))
+def _entry(extreme: ExtremeImage, groups: int) -> dict[str, Any]:
+    step = -(-max(extreme.image.shape[:2]) // WIDTH)
+    small = tuple(
+        x[::step, ::step] for x in (extreme.prediction, extreme.truth, extreme.groups % groups)
+    )
     height, width = small[0].shape
     return {
-        "index": one.index,
-        "kind": one.kind,
-        "miou": round(one.miou, 2),
+        "index": extreme.index,
+        "kind": extreme.kind,
+        "miou": round(extreme.miou, 2),
         "width": width,
         "height": height,
-        "image": _embedded(one.image, (width, height), "JPEG"),
+        "image": _embedded(extreme.image, (width, height), "JPEG"),
         "groups": _embedded(paint(small[2], groups, background=False), None, "PNG"),
         # Painted by the script, which reads the classes from them.
         "prediction": base64.b64encode(small[0].astype(np.uint8).tobytes()).decode(),

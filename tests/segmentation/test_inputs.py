@@ -356,9 +356,13 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(call, tmp_path):
         assert code == 2 and "cannot be written" in error
 
 
-def test_a_broken_pipe_is_a_quiet_end(tmp_path):
-    for number in range(3):
-        write(tmp_path / f"{number}.png", (16, 16))
-    command = [sys.executable, "-m", "ovseg_jax.predict", "--help"]
-    done = subprocess.run(f"{shlex.join(command)} | true", shell=True, stderr=subprocess.PIPE)
-    assert done.stderr == b""
+PRINTS = "from ovseg_jax import flags; flags.run(lambda argv: print('x' * 10**6))"
+INTERRUPTED = "import sys; sys.argv = ['-m']; import ovseg_jax; raise KeyboardInterrupt"
+
+
+def test_a_broken_pipe_and_ctrl_c_while_importing_are_no_tracebacks():
+    command = f"{shlex.join([sys.executable, '-c', PRINTS])} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -2 and done.stderr == "interrupted\n"
