@@ -11,14 +11,14 @@ Rows = list[tuple[str, ...]]
 
 def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
     """One row per benchmark, below a head."""
-    head = ("benchmark", "mIoU, %", "seen", "unseen", "pixel acc.", "mean acc.", "images/s")
+    head = ("benchmark", "mIoU, %", "seen", "unseen", "pixel acc.", "mean acc.", "images")
     keys = ("miou", "miou_seen", "miou_unseen", "pixel_accuracy", "mean_accuracy")
-    keys = (*keys, "images_per_second")
-    rows = [
-        (name, *(number(result.get(key)) for key in keys), str(result["images"]))
-        for name, result in results.items()
-    ]
-    return [(*head, "images"), *rows]
+    rows: Rows = [(*head, "images/s")]
+    for name, result in results.items():
+        measures = (number(result.get(key)) for key in keys)
+        rate = number(result["images_per_second"])
+        rows.append((name, *measures, str(result["images"]), rate))
+    return rows
 
 
 def whole_image_rows(result: Mapping[str, Any]) -> Rows:
