@@ -119,13 +119,22 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
     trained = time.monotonic() - start
     progress.say(f"trained in {duration(trained)}; evaluating")
     segmenter, protocol, results = _evaluate_state(run, state, names, workdir)
-    _write_model(run, state, protocol, results, workdir)
+    unwritten = [result["not_written"] for result in results.values() if "not_written" in result]
+    try:
+        _write_model(run, state, protocol, results, workdir)
+    except UserError as error:
+        unwritten.append(str(error))
     if not names:
+        if unwritten:
+            raise UserError(unwritten[0])
         progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
         return 0
     # With the untrained model, which all processes make together.
     summary = _summary(run, names, protocol, results, config)
     if processes.is_first():
+        print(summary, flush=True)  # before anything that a full disk may stop
+        if unwritten:
+            raise UserError(unwritten[0])
         sheet: Path | str = "none (config.eval.pictures = 0)"
         if config.eval.pictures:
             sheet = write_pictures(
@@ -136,7 +145,6 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
                 count=config.eval.pictures,
                 group_count=config.model.image.num_groups,
             )
-        print(summary)
         print(
             f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
             f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"

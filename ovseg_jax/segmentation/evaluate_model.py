@@ -100,10 +100,12 @@ def run_benchmarks(
             continue
         try:
             write_result(results / f"{name}.json", result)
+            images = []
             if pictures:
                 images = extreme_images(
                     segmenter, benchmark, chosen, result["image_miou"], pictures, config.batch_size
                 )
+            if images:
                 groups = result["group_usage"]["groups"]
                 write_sheet(images, benchmark, results / f"{name}.png", groups)
                 write_page(results / f"{name}.html", result, benchmark, images, groups)
@@ -161,13 +163,13 @@ def evaluate_model(
         "scenes": dataclasses.asdict(ScenesBenchmark()),
         **saved.info["benchmarks"],
     }
-    fields_of = {name: dict(fields[name]) for name in masked}
+    benchmark_fields = {name: dict(fields[name]) for name in masked}
     settings = protocol.as_dict()
-    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **fields_of}})
+    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **benchmark_fields}})
     for key, text in overrides:
-        _check_applies(key, protocol, fields_of)
+        _check_applies(key, protocol, benchmark_fields)
         flags.apply_override(config, key, text)
-    for name in fields_of:
+    for name in benchmark_fields:
         if name in FOLDER_FIELDS and not config.eval[name].dir:
             config.eval[name].dir = data_dir
     if config.eval.batch_size < 0:
@@ -190,11 +192,11 @@ def evaluate_model(
     return {**masked_results, **whole_image_results(model, unmasked, results)}
 
 
-def _check_applies(key: str, protocol: Protocol, fields_of: Mapping[str, Any]) -> None:
+def _check_applies(key: str, protocol: Protocol, benchmark_fields: Mapping[str, Any]) -> None:
     """Raises UserError for a key that nothing reads, or that a benchmark has a value of its own
     for."""
     part = key.removeprefix("eval.").split(".")[0]
-    if not key.startswith("eval.") or part not in ("protocol", "batch_size", *fields_of):
+    if not key.startswith("eval.") or part not in ("protocol", "batch_size", *benchmark_fields):
         if part in BENCHMARKS:
             raise UserError(
                 f"--config.{key} does not apply: benchmark {part} is not evaluated; add it to "
@@ -203,14 +205,14 @@ def _check_applies(key: str, protocol: Protocol, fields_of: Mapping[str, Any]) -
         known = (
             "eval.protocol.FIELD",
             "eval.batch_size",
-            *(f"eval.{name}.FIELD" for name in fields_of),
+            *(f"eval.{name}.FIELD" for name in benchmark_fields),
         )
         raise UserError(
             f"--config.{key} does not apply to a model directory, whose model is what it is; there "
             f"are: {', '.join(known)}"
         )
     field = key.removeprefix("eval.protocol.")
-    for name in fields_of:
+    for name in benchmark_fields:
         instead = ""
         if field == "threshold" and name in protocol.thresholds:
             instead = f"thresholds.{name}"
