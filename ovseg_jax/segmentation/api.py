@@ -3,7 +3,7 @@
 import functools
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,10 +81,10 @@ class LoadedModel:
 
     def segment(
         self,
-        images: AnyImage | Sequence[AnyImage],
-        classes: Sequence[str],
+        images: AnyImage | Iterable[AnyImage],
+        classes: Iterable[str],
         *,
-        background: bool | Sequence[str] = True,
+        background: bool | Iterable[str] = True,
         threshold: float | None = None,
         words: int = 0,
         batch_size: int = 0,
@@ -121,9 +121,9 @@ class LoadedModel:
     def segment_each(
         self,
         images: Iterable[AnyImage],
-        classes: Sequence[str],
+        classes: Iterable[str],
         *,
-        background: bool | Sequence[str] = True,
+        background: bool | Iterable[str] = True,
         threshold: float | None = None,
         words: int = 0,
         batch_size: int = 0,
@@ -164,7 +164,7 @@ class LoadedModel:
             )
 
     def embed_image(
-        self, images: AnyImage | Sequence[AnyImage], batch_size: int = 0
+        self, images: AnyImage | Iterable[AnyImage], batch_size: int = 0
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of whole images, to be compared with those of `embed_text`.
 
@@ -189,7 +189,7 @@ class LoadedModel:
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
     def embed_text(
-        self, texts: Sequence[str], templates: Sequence[str] | None = None
+        self, texts: Iterable[str], templates: Sequence[str] | None = None
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of class names in the protocol's templates, averaged over them.
 
@@ -219,8 +219,8 @@ class LoadedModel:
 
     def _competition(
         self,
-        classes: Sequence[str],
-        background: bool | Sequence[str],
+        classes: Iterable[str],
+        background: bool | Iterable[str],
         threshold: float | None,
         words: int,
     ) -> tuple[Vocabulary, Protocol]:
@@ -267,10 +267,13 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
 
 
-def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Sequence[AnyImage]]:
+def _as_list(images: AnyImage | Iterable[AnyImage]) -> tuple[bool, Sequence[AnyImage]]:
     """(whether several images were given, the images)."""
     many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     many = many or getattr(images, "ndim", 0) == 4
+    if isinstance(images, Iterator | Set | Mapping):
+        kind = type(images).__name__
+        raise UserError(f"images is a list, not a {kind}, which `segment_each` takes")
     if many and not len(images):
         raise UserError("no images: give at least one")
     return many, images if many else [images]

@@ -11,7 +11,7 @@ short lists up with everyday nouns that stand for the background.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -73,8 +73,11 @@ class Vocabulary:
     word_to_class: tuple[int, ...]
 
     @classmethod
-    def of(cls, entries: Sequence[str], background: Sequence[str] = ()) -> "Vocabulary":
+    def of(cls, entries: Iterable[str], background: Iterable[str] = ()) -> "Vocabulary":
         """From one entry per class, synonyms between bars, and words for the background.
+
+        Args:
+          entries, background: any sequences that have an order.
 
         Raises:
           UserError: no class, an empty word, or a word that is listed twice.

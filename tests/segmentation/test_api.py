@@ -194,7 +194,7 @@ BAD = {
     "not a set": lambda m, p: m.segment(PIXELS, {"cat", "dog"}),
     "not a generator": lambda m, p: m.segment(PIXELS, (name for name in ["cat"])),
     "not a dict": lambda m, p: m.segment(PIXELS, ["cat"], background={"sky": 1}),
-    "or an array, not generator": lambda m, p: m.segment((x for x in [PIXELS]), ["cat"]),
+    "images is a list, not a generator": lambda m, p: m.segment((x for x in [PIXELS]), ["cat"]),
     "PIL image cannot be decoded": lambda m, p: m.segment(truncated(), ["cat"]),
     "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
     "a least probability": lambda m, p: _check_options(0.4, None, 0),
