@@ -32,8 +32,8 @@ def load(model_dir: Any, **settings: Any) -> Any:
     Args:
       model_dir: path of a directory that training, `ovseg_jax.convert` or `ovseg_jax.export` wrote;
         or the name of a model that comes with this package, such as "photos".
-      settings: fields of the model's protocol that are to differ, such as ``flip=True``,
-        ``scales=(0.75, 1.0, 1.25)`` or ``pamr_steps=10``; see `segmentation.protocol.Protocol`.
+      settings: fields of the model's protocol that are to differ, such as ``pamr_steps=10``; see
+        `segmentation.protocol.Protocol`.
 
     Returns:
       A `segmentation.api.LoadedModel`; its method `segment(images, classes)` is all that most

@@ -76,8 +76,6 @@ FLAGS = (
     flags.Flag("words", int, default=0, help="total of competing words; 0: as in calibration"),
     flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0 to choose"),
     flags.Flag("every", int, default=1, help="take every N-th frame of videos"),
-    flags.Flag("flip", bool, default=False, help="average with the mirrored image"),
-    flags.Flag("scales", flags.comma_list, help="average over sizes, such as 0.75,1,1.25"),
     flags.Flag("pamr", int, default=0, help="rounds of refinement by the image's colors"),
 )
 
@@ -112,7 +110,8 @@ def main(argv: list[str]) -> int:
         if (file := f"{name}.{FORMATS[kind][0]}") in present:
             _check_free(out / file, args.overwrite)
     enable_compilation_cache()
-    model = ovseg_jax.load(os.path.expanduser(args.model), **_settings(args))
+    settings = {"pamr_steps": args.pamr} if args.pamr else {}
+    model = ovseg_jax.load(os.path.expanduser(args.model), **settings)
     return _segment(model, sources, classes, background, args, out)
 
 
@@ -207,21 +206,6 @@ def _background(text: str | None) -> dict[str, Any]:
     if not 0 <= threshold <= 1:
         raise UserError(f"--background={text}: a threshold is a probability, from 0 to 1")
     return {"background": True, "threshold": threshold}
-
-
-def _settings(args: SimpleNamespace) -> dict[str, Any]:
-    """The fields of the protocol that the flags change."""
-    settings: dict[str, Any] = {}
-    if args.flip:
-        settings["flip"] = True
-    if args.scales:
-        try:
-            settings["scales"] = tuple(float(text) for text in args.scales)
-        except ValueError:
-            raise UserError(f"--scales={','.join(args.scales)} are not numbers") from None
-    if args.pamr:
-        settings["pamr_steps"] = args.pamr
-    return settings
 
 
 # ---- results

@@ -68,7 +68,7 @@ class LoadedModel:
     Args:
       directory: the model directory, or the name of a model that comes with this package.
       settings: fields of the protocol (`segmentation.protocol.Protocol`) that are to differ, such
-        as ``flip=True`` or ``pamr_steps=10``.
+        as ``pamr_steps=10``.
     """
 
     def __init__(self, directory: str | os.PathLike, **settings: Any):

@@ -155,7 +155,7 @@ def calibrated(
     Never pass the split that is reported. A protocol with one group per pixel, or one that refines,
     keeps its scale and threshold, and is only measured.
     """
-    plain = protocol.averaged == "probabilities" and not (protocol.refined or protocol.min_area)
+    plain = protocol.averaged == "probabilities" and not (protocol.pamr_steps or protocol.min_area)
     if protocol.grouping == "one_group" or not plain:
         result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
         return protocol, result["miou"]

@@ -44,7 +44,7 @@ def label_maps(
     Raises:
       UserError: words for the background, and no threshold.
     """
-    for same in runs_of_equal_shape(scores, 1 if protocol.refined else group):
+    for same in runs_of_equal_shape(scores, 1 if protocol.pamr_steps else group):
         yield from zip(same, _labels_of(same, protocol, word_to_class, group), strict=True)
 
 
@@ -112,7 +112,7 @@ def best_words(
     """
     count = len(same)
     late = protocol.averaged == "cosines"
-    if protocol.refined:
+    if protocol.pamr_steps:
         maps = _refined(same[0], protocol)[None]
         sides = zip(same[0].size, maps.shape[1:3], strict=True)
         rows, columns = (windows.bilinear_weights(pixels, cells) for pixels, cells in sides)
@@ -195,20 +195,13 @@ def _most_votes(labels, rows, columns, kinds):
 
 
 def _refined(scored_image: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
-    """Scores at the protocol's size: the mean over the image's views, refined by its colors."""
-    base = windows.resized_shape(*scored_image.size, protocol.short_side, protocol.long_limit)
-    total, margins = 0.0, scored_image.image_margins()
-    for view in (scored_image, *scored_image.more):
-        maps = view.cells
-        if protocol.averaged == "probabilities":
-            maps = _cell_probabilities(
-                maps, margins, view.foreground_or_zero(), protocol.scale, protocol.image_scale
-            )
-        total = total + _spread(maps[None], *view.weights(base))[0]
-    maps = total / np.float32(len(scored_image.more) + 1)
-    if protocol.pamr_steps:
-        maps = pamr(maps, scored_image.image, steps=protocol.pamr_steps)
-    return maps
+    """Scores at the size of the resized image, refined by its colors."""
+    maps = scored_image.cells
+    if protocol.averaged == "probabilities":
+        evidence = scored_image.image_margins(), scored_image.foreground_or_zero()
+        maps = _cell_probabilities(maps, *evidence, protocol.scale, protocol.image_scale)
+    maps = _spread(maps[None], *scored_image.weights(scored_image.resized))[0]
+    return pamr(maps, scored_image.image, steps=protocol.pamr_steps)
 
 
 _spread = jax.jit(readout.spread)

@@ -39,6 +39,8 @@ _NOT_PER_BENCHMARK = ("name", "thresholds", "per_benchmark")
 _RETIRED = {
     "assignment": "soft",
     "assignment_temperature": 1.0,
+    "flip": False,
+    "scales": (1.0,),
     "pamr_dilations": (1, 2, 4, 8, 12, 24),
 }
 
@@ -87,8 +89,6 @@ class Protocol:
       class_names: whose words stand for the classes of a benchmark, see `benchmarks.class_words`.
       min_area: classes that win less than this share of all foreground pixels are removed, and
         their pixels go to the best of the other words; 0 for none.
-      flip: average with the mirrored image.
-      scales: factors on the size of the resized image; probabilities are averaged over them.
       pamr_steps: rounds of refinement by the image's colors, see `labels.pamr`; 0 for none.
       per_benchmark: fields that differ for some benchmarks, by the benchmarks' names.
     """
@@ -116,8 +116,6 @@ class Protocol:
     averaged: str = "probabilities"
     class_names: str = "released"
     min_area: float = 0.0
-    flip: bool = False
-    scales: tuple[float, ...] = (1.0,)
     pamr_steps: int = 0
     per_benchmark: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -140,10 +138,6 @@ class Protocol:
             "templates need at least one text, each with {} for the name",
         )
         self._require(0 <= self.min_area < 1, "min_area must be at least 0 and below 1")
-        self._require(
-            len(self.scales) > 0 and min(self.scales) > 0,
-            "scales need at least one factor, all above 0",
-        )
         soft = self.grouping == "soft_patches"
         upsample_first = self.order == "upsample_first"
         self._require(soft or upsample_first, "grouping='one_group' needs order='upsample_first'")
@@ -154,11 +148,11 @@ class Protocol:
             "image_scale and border_scale need grouping='soft_patches' and "
             "averaged='probabilities'",
         )
-        changed = self.refined or self.averaged != "probabilities" or self.min_area > 0
+        changed = self.pamr_steps > 0 or self.averaged != "probabilities" or self.min_area > 0
         self._require(
             not changed or (soft and upsample_first),
-            "flip, scales, pamr_steps, averaged='cosines' and min_area need "
-            "grouping='soft_patches' and order='upsample_first'",
+            "pamr_steps, averaged='cosines' and min_area need grouping='soft_patches' and "
+            "order='upsample_first'",
         )
         for name, fields in self.per_benchmark.items():
             self.replace(**_per_benchmark(fields, f"per_benchmark.{name}"), per_benchmark={})
@@ -166,17 +160,6 @@ class Protocol:
     def _require(self, holds: bool, rule: str) -> None:
         if not holds:
             raise UserError(f"protocol: {rule}")
-
-    @property
-    def refined(self) -> bool:
-        """Whether an image is seen more than once, or refined by its colors."""
-        return self.flip or tuple(self.scales) != (1.0,) or self.pamr_steps > 0
-
-    @property
-    def views(self) -> tuple[tuple[float, bool], ...]:
-        """(factor on the size, mirrored) of each time an image is seen."""
-        sides = (False, True) if self.flip else (False,)
-        return tuple((float(scale), side) for scale in self.scales for side in sides)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Protocol":
@@ -258,7 +241,6 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "threshold": float,
         "min_area": float,
         "templates": lambda names: expand_templates(names) if len(names) else (),
-        "scales": lambda factors: tuple(float(factor) for factor in factors),
         "thresholds": dict,
     }
     for key, kind in kinds.items():

@@ -208,7 +208,7 @@ def test_every_format_and_a_failure_among_others(call, tmp_path):
 @pytest.mark.parametrize("background", ["none", "wall,sky,grass,car,tree,floor,person"])
 def test_kinds_of_background(call, tmp_path, background):
     write(tmp_path / "a.png", (40, 70))
-    options = ("--formats=npz", "--pamr=1", "--flip", "--scales=1,1.5")
+    options = ("--formats=npz", "--pamr=1")
     more = (f"--background={background}", *options)
     code, out, _, error = call(f"--images={tmp_path}/a.png", "--classes=cat,dog", *more)
     assert code == 0, error
@@ -226,7 +226,6 @@ def test_kinds_of_background(call, tmp_path, background):
         (("--classes=cat", "--background=cat"), "twice"),
         (("--classes=cat", "--background=,"), "threshold, 'none', or words"),
         (("--classes=cat", "--formats=gif"), "unknown format"),
-        (("--classes=cat", "--scales=a"), "not numbers"),
         (("--classes=cat", "--batch_size=-1"), "at least 0"),
         (("--classes=cat", "--every=0"), "at least 1"),
         (("--classes=cat", "--background=50%"), "'50%' is no word"),

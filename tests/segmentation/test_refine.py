@@ -82,31 +82,25 @@ def numpy_pamr(maps, image, steps, dilations):
 
 
 def plain(image, protocol, words=C):
-    """One image by the book: every view, window by window, then refinement, then labels."""
+    """One image by the book: window by window, then refinement, then labels."""
     size = image.shape[:2]
-    base = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
-    late, means = protocol.averaged == "cosines", []
-    for scale, mirrored in protocol.views:
-        resized = tuple(max(16, int(side * scale + 0.5)) for side in base)
-        seen = windows.resize_image(image, *resized)
-        seen = seen[:, ::-1] if mirrored else seen
-        total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
-        for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
-            part = seen[top : top + protocol.window, left : left + protocol.window]
-            affinity, groups, _ = (x[0].astype(np.float64) for x in Linear().encode(part[None]))
-            unit = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
-            scores = affinity @ unit
-            if not late:
-                scores = softmax(protocol.scale * scores)
-            scores = scores.reshape(part.shape[0] // PATCH, part.shape[1] // PATCH, C)
-            place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
-            total[place] += upsample(scores, part.shape[:2])
-            cover[place] += 1
-        mean = total / cover
-        means.append(upsample(mean[:, ::-1] if mirrored else mean, base))
-    maps = np.mean(means, 0)
+    resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+    late = protocol.averaged == "cosines"
+    seen = windows.resize_image(image, *resized)
+    total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
+    for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
+        part = seen[top : top + protocol.window, left : left + protocol.window]
+        affinity, groups, _ = (x[0].astype(np.float64) for x in Linear().encode(part[None]))
+        unit = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
+        scores = affinity @ unit
+        if not late:
+            scores = softmax(protocol.scale * scores)
+        scores = scores.reshape(part.shape[0] // PATCH, part.shape[1] // PATCH, C)
+        place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
+        total[place] += upsample(scores, part.shape[:2])
+        cover[place] += 1
+    maps = total / cover
     if protocol.pamr_steps:
-        seen = windows.resize_image(image, *base)
         maps = numpy_pamr(maps, seen, protocol.pamr_steps, DILATIONS)
     maps = upsample(maps, size)
     p = softmax(protocol.scale * maps) if late else maps
@@ -125,14 +119,11 @@ def softmax(x):
 
 OPTIONS = {
     "none": {},
-    "flip": {"flip": True},
-    "scales": {"scales": (0.8, 1.0, 1.5)},
     "pamr": {"pamr_steps": 3},
-    "all at once": {"flip": True, "scales": (1.0, 1.3), "pamr_steps": 2},
     "cosines": {"averaged": "cosines"},
-    "cosines, refined": {"averaged": "cosines", "flip": True, "pamr_steps": 1},
+    "cosines, refined": {"averaged": "cosines", "pamr_steps": 1},
     "large classes alone": {"min_area": 0.35},
-    "large classes alone, refined": {"min_area": 0.2, "averaged": "cosines", "flip": True},
+    "large classes alone, refined": {"min_area": 0.2, "averaged": "cosines", "pamr_steps": 1},
 }
 
 
