@@ -9,6 +9,7 @@
 They are compiled where they are called, for cpu, cuda or tpu, with any batch size.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Mapping
@@ -148,8 +149,15 @@ def write_programs(
         keys=", keys" * keys,
         image_classes=", image_classes" * image_head,
     )
-    for file, content in files.items():
-        replace_file(directory / file, content)
+    try:
+        for file, content in files.items():
+            replace_file(directory / file, content)
+    except UserError:  # a full disk: nothing half is left
+        with contextlib.suppress(OSError):
+            for file in files:
+                (directory / file).unlink(missing_ok=True)
+            directory.rmdir()  # where nothing else is in it
+        raise
     return signature
 
 
