@@ -16,4 +16,4 @@ bash launch/environment.sh quickstart
 # The model above has seen drawings only. This one was trained on photographs.
 printf '\nThe model that comes with ovseg_jax, on launch/photographs:\n'
 exec .venv/bin/python -m ovseg_jax.predict --images=launch/photographs \
-    --classes="cat,cup,woman|astronaut,rocket" --out=runs/photographs
+    --classes="cat,cup,woman|astronaut,rocket" --out=runs/photographs --overwrite

@@ -10,7 +10,18 @@ found.groups  # [height, width]: the group of each pixel
 model.embed_image("street.jpg") @ model.embed_text(["a street", "a beach"], ["{}"]).T
 """
 
+import sys
 from typing import Any
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m ovseg_jax.main` begins here. Its imports take seconds, and Ctrl-C then is no fault.
+    def _say_interrupted(kind: Any, error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = _say_interrupted
 
 __version__ = "0.1.0"
 
@@ -21,8 +32,8 @@ def load(model_dir: Any, **settings: Any) -> Any:
     Args:
       model_dir: path of a directory that training, `ovseg_jax.convert` or `ovseg_jax.export` wrote;
         or the name of a model that comes with this package, such as "photos".
-      settings: fields of the model's protocol that are to differ, such as ``flip=True``,
-        ``scales=(0.75, 1.0, 1.25)`` or ``pamr_steps=10``; see `segmentation.protocol.Protocol`.
+      settings: fields of the model's protocol that are to differ, such as ``pamr_steps=10``; see
+        `segmentation.protocol.Protocol`.
 
     Returns:
       A `segmentation.api.LoadedModel`; its method `segment(images, classes)` is all that most

@@ -10,6 +10,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.progress import table
 from ovseg_jax.train import chips, compile_ahead
 from ovseg_jax.train.compile_ahead import Measured
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.phases import make_phases
 
 ABOUT = """What a train step needs on a TPU, from the real compiler, on any machine without one.
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit code: 1 where a step does not fit."""
     args = flags.parse(argv, FLAGS, ABOUT)
     chips.prepare_compiler()
-    config = flags.config_from(args)
+    config = load_config(args.config, args.overrides)
     if min(args.batch_size, args.text_length, args.pairs) < 0:
         raise UserError("--batch_size, --text_length and --pairs must not be negative")
     if not 0 < args.utilization <= 1:

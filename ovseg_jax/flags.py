@@ -1,12 +1,15 @@
 """The command line of every entry point: named flags, and overrides of a Python config file.
 
-A thin layer of our own. The usual flag libraries answer a typing mistake with a traceback and exit
-code 1; here a mistake is one line that names the nearest right spelling, and exit code 2.
+A mistake is one line that names the nearest right spelling, and exit code 2. This is why it is not
+`ml_collections.config_flags`, which answers with tracebacks, has no None for a number, cannot set a
+field of a phase that the file leaves out, and silently reads words=a,b as the one word "a,b".
 """
 
 import ast
 import difflib
 import importlib.util
+import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,11 +55,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 OPTIONAL = ("scale", "threshold", "binding_scale", "layer_scale", "start")
 
 
-def load_config(spec: str | Path) -> ConfigDict:
-    """The config that 'path/to/file.py' or 'path/to/file.py:variant' describes.
+def read_config(spec: str | Path) -> ConfigDict:
+    """What the config file 'path/to/file.py' or 'path/to/file.py:variant' says.
 
     The file is imported by its path and `get_config(variant)` is called ('' without a variant). A
-    config file that builds on another loads it with this function too.
+    config file that builds on another one reads it with this function too. What the file leaves
+    out is filled in by `train.config.load_config`.
 
     Raises:
       UserError: no such file, a file that cannot be imported, no `get_config`, or an unknown
@@ -82,6 +86,9 @@ def load_config(spec: str | Path) -> ConfigDict:
         config = get_config(variant)
     except (UserError, ValueError) as error:
         raise UserError(f"config {str(spec)!r}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # a field that the base does not name
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"config {str(spec)!r}: {cause}") from error
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise UserError(f"config {str(spec)!r}: get_config returned {kind}, not a ConfigDict")
@@ -167,7 +174,7 @@ def convert(text: str, present: Any, key: str) -> Any:
         value = comma_list(text)
     try:
         return _fit(value, present)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise UserError(f"config key {key!r}: {text!r} is not {error}") from None
 
 
@@ -192,6 +199,8 @@ def _fit(value: Any, present: Any) -> Any:
             value = [_fit(item, present[0]) for item in value]
         return type(present)(value)
     if isinstance(present, float) and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise TypeError("a finite number")
         return float(value)
     if type(value) is type(present):
         return value
@@ -256,10 +265,13 @@ def _flag_value(flag: Flag, text: str) -> Any:
             raise UserError(f"flag --{flag.name} is true or false, not {text!r}")
         return text.lower() == "true"
     try:
-        return flag.type(text)
+        value = flag.type(text)
     except ValueError as error:
         kind = getattr(flag.type, "__name__", "value")
         raise UserError(f"flag --{flag.name}: {text!r} is not a valid {kind}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"flag --{flag.name}: {text!r} is not a finite number")
+    return value
 
 
 def usage(spec: Sequence[Flag], about: str = "") -> str:
@@ -275,27 +287,24 @@ def usage(spec: Sequence[Flag], about: str = "") -> str:
     return "\n".join(lines)
 
 
-def config_from(args: SimpleNamespace) -> ConfigDict:
-    """The config named by `args.config`, with the overrides of the command line applied."""
-    if args.config is None:
-        raise UserError("no config: give --config=FILE.py")
-    config = load_config(args.config)
-    for key, text in args.overrides:
-        apply_override(config, key, text)
-    return config
-
-
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the arguments of the process and exit: 0, or what it returns.
 
     The error's own code (2, or `errors.RESTART`) after a UserError, printed as 'error: ...' without
-    a traceback; 130 after Ctrl-C.
+    a traceback; 130 after Ctrl-C, and 141 where the reader of our output has gone (``| head``).
     """
     try:
-        code = main(sys.argv[1:])
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # a broken pipe shows here, and not after the last line of Python
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)

@@ -19,7 +19,7 @@ from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchma
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
-from ovseg_jax.segmentation.extreme_images import write_pictures
+from ovseg_jax.segmentation.page import write_pictures
 from ovseg_jax.segmentation.protocol import NAMES, Protocol
 from ovseg_jax.segmentation.report import (
     comparison_rows,
@@ -32,6 +32,7 @@ from ovseg_jax.segmentation.report import (
 )
 from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range
 from ovseg_jax.train.resume import restored
@@ -93,7 +94,9 @@ def main(argv: list[str]) -> int:
     with processes.leaving_at_once():
         if args.model:
             return _evaluate_model(args, progress)
-        config = flags.config_from(args)
+        if not args.config:
+            raise UserError("no config: give --config=FILE.py")
+        config = load_config(args.config, args.overrides)
         workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
         if args.mode == "eval":
             return _evaluate_run(config, workdir, args, progress)
@@ -116,13 +119,22 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
     trained = time.monotonic() - start
     progress.say(f"trained in {duration(trained)}; evaluating")
     segmenter, protocol, results = _evaluate_state(run, state, names, workdir)
-    _write_model(run, state, protocol, results, workdir)
+    unwritten = [result["not_written"] for result in results.values() if "not_written" in result]
+    try:
+        _write_model(run, state, protocol, results, workdir)
+    except UserError as error:
+        unwritten.append(str(error))
     if not names:
+        if unwritten:
+            raise UserError(unwritten[0])
         progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
         return 0
     # With the untrained model, which all processes make together.
     summary = _summary(run, names, protocol, results, config)
     if processes.is_first():
+        print(summary, flush=True)  # before anything that a full disk may stop
+        if unwritten:
+            raise UserError(unwritten[0])
         sheet: Path | str = "none (config.eval.pictures = 0)"
         if config.eval.pictures:
             sheet = write_pictures(
@@ -133,7 +145,6 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
                 count=config.eval.pictures,
                 group_count=config.model.image.num_groups,
             )
-        print(summary)
         print(
             f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
             f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
@@ -303,7 +314,10 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     for result in results.values():
         if rows := comparison_rows(result):
             print(f"\n{table(rows)}")
-    print(f"\nresults   {where}")
+    print(f"\nresults   {where}", flush=True)
+    for result in (*results.values(), *whole.values()):
+        if "not_written" in result:
+            raise UserError(result["not_written"])
 
 
 if __name__ == "__main__":

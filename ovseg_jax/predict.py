@@ -3,57 +3,65 @@
 ``python -m ovseg_jax.predict --images=a.jpg,b.png --classes="cat,dog" --out=DIR``
 """
 
+import io
 import itertools
+import json
+import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import check_writable, listed, replace_file
+from ovseg_jax.segmentation.api import Segmentation
 from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
-from ovseg_jax.segmentation.outputs import (
-    FORMATS,
-    check_formats,
-    shown_file,
-    summary,
-    write_results,
-)
-from ovseg_jax.segmentation.vocabulary import Vocabulary, word_list
+from ovseg_jax.segmentation.pictures import overlay, palette_image
+from ovseg_jax.segmentation.vocabulary import Vocabulary, read_words, split_at_commas, word_list
 
-ABOUT = (
-    """Segment images into classes that you name.
+# Formats of results: how their files end, and what they are.
+FORMATS = {
+    "png": ("mask.png", "palette image, 0 background, then the classes in order"),
+    "overlay": ("overlay.png", "the image, tinted, with the names on it and a legend"),
+    "json": ("json", "area and score of each class"),
+    "npz": ("npz", "labels, groups, scores, classes, for NumPy"),
+    "rle": ("rle.json", "run lengths of each class, as COCO's results have them"),
+}
+_PALETTE = 255  # classes that fit into a palette image
+# By this we know our own files.
+_MARK = "written by ovseg_jax.predict"
+
+_LISTED = "\n         ".join(f"NAME.{suffix}: {what}" for suffix, what in FORMATS.values())
+ABOUT = f"""Segment images into classes that you name.
 
     python -m ovseg_jax.predict --images=holiday/ --classes="cat|kitten,dog"
     find . -name '*.jpg' | python -m ovseg_jax.predict --model=DIR --images=- --vocabulary=coco
 
-Formats: """
-    + "\n         ".join(FORMATS.values())
-    + """
+Formats: {_LISTED}
 
 With few classes, everyday words compete too, so that a single class does not take every pixel; what
-they win becomes background. An image that fails is reported and the others are still done; the exit
-code is then 1.
+they win becomes background. A comma in a name is written \\,. An image that fails is reported and
+the others are still done; the exit code is then 1.
 """
-)
 
 FLAGS = (
     flags.Flag("model", default="photos", help="model directory, or the name of a shipped model"),
     flags.Flag(
         "images",
-        flags.comma_list,
         required=True,
         help="files, folders, globs, videos, or - to read a list from stdin; comma-separated",
     ),
-    flags.Flag(
-        "classes", flags.comma_list, help="class names, comma-separated; synonyms as cat|kitten"
-    ),
+    flags.Flag("classes", help="class names, comma-separated; synonyms as cat|kitten"),
     flags.Flag("vocabulary", help="a list of classes: voc, coco, ade20k, ..., or a text file"),
     flags.Flag(
         "background",
@@ -61,14 +69,13 @@ FLAGS = (
         "by default the model's threshold",
     ),
     flags.Flag("out", default="predictions", help="folder for the results"),
+    flags.Flag("overwrite", bool, default=False, help="replace results of an earlier call"),
     flags.Flag(
         "formats", flags.comma_list, default=["png", "overlay", "json"], help="what to write"
     ),
     flags.Flag("words", int, default=0, help="total of competing words; 0: as in calibration"),
     flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0 to choose"),
     flags.Flag("every", int, default=1, help="take every N-th frame of videos"),
-    flags.Flag("flip", bool, default=False, help="average with the mirrored image"),
-    flags.Flag("scales", flags.comma_list, help="average over sizes, such as 0.75,1,1.25"),
     flags.Flag("pamr", int, default=0, help="rounds of refinement by the image's colors"),
 )
 
@@ -78,30 +85,40 @@ def main(argv: list[str]) -> int:
     args = flags.parse(argv, FLAGS, ABOUT)
     if (args.classes is None) == (args.vocabulary is None):
         raise UserError("give exactly one of --classes and --vocabulary")
-    classes = list(word_list(args.vocabulary)) if args.vocabulary else args.classes
+    if args.vocabulary:
+        classes = word_list(args.vocabulary)
+    else:
+        classes, _ = read_words(args.classes, "--classes")
     background = _background(args.background)
     words = background["background"]
     vocabulary = Vocabulary.of(classes, words if isinstance(words, list) else ())
     check_formats(args.formats, len(vocabulary.classes))
-    for name in ("words", "batch_size"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1, or 0 to choose")
-    sources = find_pictures(args.images, sys.stdin, every=args.every)
-    result_names(sources)  # raises now, not later, if two would write the same files
+    for name, least in (("words", 0), ("batch_size", 0), ("every", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    # A file whose name has a comma is itself.
+    given = [args.images] if os.path.exists(args.images) else split_at_commas(args.images)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be text
+    sources, passed_over = find_pictures(given, sys.stdin)
+    if passed_over:
+        _say(f"passed over, as no image: {listed(passed_over)}", sys.stderr)
+    out = Path(args.out).expanduser()
+    check_writable(out)
+    present = set(os.listdir(out))
+    for name, kind in itertools.product(result_names(sources).values(), args.formats):
+        if (file := f"{name}.{FORMATS[kind][0]}") in present:
+            _check_free(out / file, args.overwrite)
     enable_compilation_cache()
-    model = ovseg_jax.load(args.model, **_settings(args))
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    settings = {"pamr_steps": args.pamr} if args.pamr else {}
+    model = ovseg_jax.load(os.path.expanduser(args.model), **settings)
     return _segment(model, sources, classes, background, args, out)
 
 
 def _segment(
     model: Any,
     sources: list[str],
-    classes: list[str],
+    classes: Sequence[str],
     background: dict[str, Any],
     args: SimpleNamespace,
     out: Path,
@@ -138,9 +155,13 @@ def _segment(
             readable(), classes, **background, words=args.words, batch_size=args.batch_size
         ):
             picture, image = waiting.pop(index)
-            files = write_results(out, picture.name, image, result, args.formats)
+            try:
+                files = write_results(out, picture.name, image, result, args)
+            except UserError as error:
+                fail(f"{picture.source}: {error}")
+                continue
             done, empty = done + 1, empty + (not result.labels.any())
-            _say(f"{picture.source}: {summary(result)} -> {shown_file(files)}", sys.stdout)
+            _say(f"{picture.source}: {summary(result)} -> {files[0]}", sys.stdout)
             bar.total = max(bar.total, done + failed)  # a video is one source of many images
             bar.update()
     if empty:
@@ -155,8 +176,13 @@ def _segment(
 
 
 def _say(text: str, file: Any) -> None:
-    """Writes a line above the progress bar, at once even into a pipe."""
-    tqdm.write(text, file=file)
+    """Writes a line above the progress bar, at once even into a pipe.
+
+    What a terminal cannot show, such as bytes of a name that are no text, is escaped.
+    """
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
     file.flush()
 
 
@@ -164,33 +190,153 @@ def _background(text: str | None) -> dict[str, Any]:
     """The arguments of `segment` for a value of --background."""
     if text is None:
         return {"background": True}
-    if text.lower() == "none":
+    if text.strip().lower() == "none":
         return {"background": False}
     try:
         threshold = float(text)
     except ValueError:
-        words = flags.comma_list(text)
+        words = [word for word in split_at_commas(text) if word]
         if not words:
             raise UserError("--background is a threshold, 'none', or words") from None
+        if numbers := [word for word in words if re.fullmatch(r"[\d.+-]+\s*%?", word)]:
+            raise UserError(
+                f"--background={text}: {numbers[0]!r} is no word; a threshold is written as 0.5"
+            ) from None
         return {"background": words}
     if not 0 <= threshold <= 1:
         raise UserError(f"--background={text}: a threshold is a probability, from 0 to 1")
     return {"background": True, "threshold": threshold}
 
 
-def _settings(args: SimpleNamespace) -> dict[str, Any]:
-    """The fields of the protocol that the flags change."""
-    settings: dict[str, Any] = {}
-    if args.flip:
-        settings["flip"] = True
-    if args.scales:
-        try:
-            settings["scales"] = tuple(float(text) for text in args.scales)
-        except ValueError:
-            raise UserError(f"--scales={','.join(args.scales)} are not numbers") from None
-    if args.pamr:
-        settings["pamr_steps"] = args.pamr
-    return settings
+# ---- results
+
+
+def check_formats(formats: list[str], classes: int) -> None:
+    """Raises UserError for a format that does not exist, or cannot hold so many classes."""
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"unknown format {name!r}; there are: {', '.join(FORMATS)}")
+    if not formats:
+        raise UserError(f"--formats is empty; there are: {', '.join(FORMATS)}")
+    if classes > _PALETTE and {"png", "overlay"} & set(formats):
+        raise UserError(
+            f"{classes} classes do not fit into a palette image, which has {_PALETTE} beside the "
+            "background: use --formats=npz,rle,json"
+        )
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raises UserError where a file would be lost that may not be."""
+    content = path.read_bytes() if path.is_file() else b""
+    ours = _MARK.encode() in content or content.strip() == b"[]"
+    if not ours:
+        raise UserError(f"{path} is there and is no result of predict: choose another --out")
+    if not overwrite:
+        raise UserError(f"{path} is there already: choose another --out, or add --overwrite")
+
+
+def write_results(
+    out: Path, name: str, image: np.ndarray, result: Segmentation, args: SimpleNamespace
+) -> list[Path]:
+    """Writes each of `args.formats`; returns the files, the overlay first if there is one.
+
+    Raises:
+      UserError: a file cannot be written, or another one would be lost.
+    """
+    kinds = sorted(args.formats, key=lambda kind: kind != "overlay")
+    files = [out / f"{name}.{FORMATS[kind][0]}" for kind in kinds]
+    for path in files:
+        if os.path.lexists(path):
+            _check_free(path, args.overwrite)
+    for kind, path in zip(kinds, files, strict=True):
+        replace_file(path, _content(kind, name, image, result))
+    return files
+
+
+def _content(kind: str, name: str, image: np.ndarray, result: Segmentation) -> bytes | str:
+    stream = io.BytesIO()
+    if kind in ("png", "overlay"):
+        if kind == "png":
+            picture = palette_image(result.labels, len(result.classes))
+        else:
+            picture = overlay(image, result.labels, list(result.classes), names=True)
+        text = PngInfo()
+        text.add_text("Software", _MARK)
+        picture.save(stream, "PNG", pnginfo=text)
+    elif kind == "npz":
+        arrays = {"labels": result.labels, "groups": result.groups, "scores": result.scores}
+        np.savez_compressed(stream, **arrays, classes=np.array(result.classes))
+        # Behind the end of an archive there may be a comment.
+        return stream.getvalue()[:-2] + len(_MARK).to_bytes(2, "little") + _MARK.encode()
+    else:
+        record = _runs(name, result) if kind == "rle" else _numbers(name, result)
+        return json.dumps(record, indent=2) + "\n"
+    return stream.getvalue()
+
+
+def summary(result: Segmentation, most: int = 5) -> str:
+    """The largest classes with their share of the image, for a line: ``cat 43 %, cup 2 %``."""
+    areas = result.areas
+    order = [i for i in np.argsort(-areas, kind="stable") if areas[i] > 0]
+    if not order:
+        best = int(result.scores.argmax())
+        return f"all background (best: {result.classes[best]}, {result.scores[best]:.2f})"
+    parts = [f"{result.classes[i]} {100 * areas[i]:.3g} %" for i in order[:most]]
+    more = len(order) - most
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+
+
+def _numbers(name: str, result: Segmentation) -> dict[str, Any]:
+    return {
+        "image": name,
+        "height": result.labels.shape[0],
+        "width": result.labels.shape[1],
+        "background": round(float((result.labels == 0).mean()), 6),
+        "classes": [
+            {"name": name, "area": round(float(area), 6), "score": round(float(score), 6)}
+            for name, area, score in zip(result.classes, result.areas, result.scores, strict=True)
+        ],
+        "competitors": list(result.competitors),
+        "protocol": result.protocol.as_dict(),
+        "about": _MARK,
+    }
+
+
+def _runs(name: str, result: Segmentation) -> list[dict[str, Any]]:
+    """An entry for each class that was found, in the form of COCO's segmentation results."""
+    present = [i + 1 for i in np.flatnonzero(result.areas).tolist()]
+    return [
+        {
+            "image_id": name,
+            "category_id": label,
+            "category": result.classes[label - 1],
+            "score": round(float(result.scores[label - 1]), 6),
+            "segmentation": segmentation,
+            "about": _MARK,
+        }
+        for label, segmentation in run_lengths(result.labels, present).items()
+    ]
+
+
+def run_lengths(
+    labels: Integer[np.ndarray, "H W"], wanted: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """COCO's uncompressed run lengths of the mask of each wanted label.
+
+    Runs go column by column and begin with zeros.
+    """
+    flat = labels.T.reshape(-1)
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    values, ends = flat[starts], np.append(starts[1:], flat.size)
+    by_label = {}
+    for label in wanted:
+        ones = values == label
+        # Where zeros end and ones end, in turn; what is left is zeros.
+        turns = np.stack([starts[ones], ends[ones]], axis=1).reshape(-1)
+        turns = turns if turns.size and turns[-1] == flat.size else np.append(turns, flat.size)
+        counts = np.diff(turns, prepend=0).tolist()
+        by_label[label] = {"size": list(labels.shape), "counts": counts}
+    return by_label
 
 
 if __name__ == "__main__":

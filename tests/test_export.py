@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, export, flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.layers import contract, every_platform
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
@@ -23,6 +22,7 @@ from ovseg_jax.optim.groups import flatten
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.resume import saved_state
 from ovseg_jax.weights.model_dir import load_model, save_model
 

@@ -28,6 +28,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Tags of TIFF: the largest gray value, of any type and of integers.
+_LARGEST_FLOAT, _LARGEST = 341, 281
 # Files and folders of macOS, Windows and Jupyter, in lower case.
 _FOREIGN = (".ds_store", "__macosx", "thumbs.db", "desktop.ini", ".ipynb_checkpoints")
 
@@ -49,10 +51,11 @@ def decode(data: bytes) -> Image.Image:
     """Decodes an image file to RGB, upright.
 
     Only the first frame of an animation is decoded, the EXIF rotation is applied, transparent
-    areas become white, and 16-bit gray is scaled to 8 bits.
+    areas become white, and gray of 16 bits or floating point is scaled to 8 bits.
 
     Raises:
-      UnreadableImage: with the cause 'empty', 'too large', 'not an image' or 'damaged'.
+      UnreadableImage: with the cause 'empty', 'too large', 'not an image', 'unknown range' or
+        'damaged'.
     """
     with opened(data) as image:
         return upright(image)
@@ -148,18 +151,39 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent areas white, 16-bit gray scaled to 8 bits."""
+    """An image of any mode as RGB: transparent areas white, other ranges scaled to 8 bits.
+
+    Raises:
+      UnreadableImage: with the cause 'unknown range'.
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips these modes at 255 instead of scaling them.
-        values = np.asarray(image, np.float64)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values / 257.0
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+        image = _in_8_bits(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, layer)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A gray image of 16 or 32 bits, which Pillow would clip at 255 instead of scaling it.
+
+    The largest value is what a TIFF file says; else 65535 for 16 bits, 255 or 65535 for 32, and 1
+    or 255 for floating point, whichever the values reach.
+    """
+    values = np.asarray(image, np.float64)
+    tags = getattr(image, "tag_v2", {})
+    told = np.ravel(tags.get(_LARGEST_FLOAT, tags.get(_LARGEST, ())))
+    tops = (1, 255) if image.mode == "F" else (255, 65535)
+    tops = told[:1] if told.size else (65535,) if image.mode.startswith("I;16") else tops
+    low, high = values.min(initial=0), values.max(initial=0)
+    top = next((top for top in tops if 0 < top and low >= 0 and high <= top), None)
+    if top is None:
+        raise UnreadableImage(
+            "unknown range",
+            f"gray values from {low:g} to {high:g} in mode {image.mode}; save them as 0 to 255",
+        )
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -168,7 +192,8 @@ def upright(image: Image.Image) -> Image.Image:
     image.load()
     turn = _TURNS.get(orientation_of(image))
     # Not ImageOps.exif_transpose, which fails where any other tag is damaged.
-    return to_rgb(image if turn is None else image.transpose(turn))
+    rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -66,7 +66,8 @@ class Tokenizer:
 
     Attributes:
       family: its special tokens.
-      pad_id, mask_id, end_id: ids of special tokens; the mask's is -1 where there is none.
+      pad_id, mask_id, end_id, unknown_id: ids of special tokens; the mask's is -1 where there is
+        none.
 
     Raises:
       UserError: no such files, a failed download, or a vocabulary without a special token.
@@ -84,6 +85,7 @@ class Tokenizer:
         self.pad_id: int = backend.token_to_id(self.family.pad)
         self.mask_id: int = backend.token_to_id(self.family.mask) if self.family.mask else -1
         self.end_id: int = backend.token_to_id(self.family.end)
+        self.unknown_id: int = backend.token_to_id(self.family.unknown)
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,7 @@
 import functools
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition
+from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition, ordered
 from ovseg_jax.segmentation.windows import resize_image
 from ovseg_jax.weights.model_dir import load_model
 
@@ -68,7 +68,7 @@ class LoadedModel:
     Args:
       directory: the model directory, or the name of a model that comes with this package.
       settings: fields of the protocol (`segmentation.protocol.Protocol`) that are to differ, such
-        as ``flip=True`` or ``pamr_steps=10``.
+        as ``pamr_steps=10``.
     """
 
     def __init__(self, directory: str | os.PathLike, **settings: Any):
@@ -81,10 +81,10 @@ class LoadedModel:
 
     def segment(
         self,
-        images: AnyImage | Sequence[AnyImage],
-        classes: Sequence[str],
+        images: AnyImage | Iterable[AnyImage],
+        classes: Iterable[str],
         *,
-        background: bool | Sequence[str] = True,
+        background: bool | Iterable[str] = True,
         threshold: float | None = None,
         words: int = 0,
         batch_size: int = 0,
@@ -95,7 +95,8 @@ class LoadedModel:
           images: a path, a PIL image, or uint8 [H, W, 3] RGB (or [H, W] gray) of NumPy or JAX, of
             any size; or a list of those, or uint8 [B, H, W, 3].
           classes: names in plain words, such as ["cat", "fire hydrant"]; synonyms of one class
-            between bars, "cat|kitten|tabby".
+            between bars, "cat|kitten|tabby". Any sequence that has an order. Names that the text
+            encoder cannot tell apart are logged.
           background: whether pixels may belong to none of the classes. Without, every pixel gets
             the best class. A list of words instead: pixels that one of them wins are background.
           threshold: a pixel whose best probability is lower is background; by default the
@@ -110,7 +111,7 @@ class LoadedModel:
           A result, or a list of results in the order of the images.
 
         Raises:
-          UserError: an image that cannot be read, or a bad list of classes.
+          UserError: no image, one that cannot be read, or a bad list of classes.
         """
         many, images = _as_list(images)
         options = {"background": background, "threshold": threshold, "words": words}
@@ -120,9 +121,9 @@ class LoadedModel:
     def segment_each(
         self,
         images: Iterable[AnyImage],
-        classes: Sequence[str],
+        classes: Iterable[str],
         *,
-        background: bool | Sequence[str] = True,
+        background: bool | Iterable[str] = True,
         threshold: float | None = None,
         words: int = 0,
         batch_size: int = 0,
@@ -144,26 +145,26 @@ class LoadedModel:
         )
         classes_of_words = np.array(vocabulary.word_to_class)
         is_class = classes_of_words != BACKGROUND
-        for one, labels in label_maps(scored, protocol, vocabulary.word_to_class, group=1):
-            p = class_probabilities(one, protocol).reshape(-1, len(is_class)).max(axis=0)
+        for scored_image, labels in label_maps(scored, protocol, vocabulary.word_to_class, group=1):
+            p = class_probabilities(scored_image, protocol).reshape(-1, len(is_class)).max(axis=0)
             best = np.zeros(len(vocabulary.classes), np.float32)
             np.maximum.at(best, classes_of_words[is_class], p[is_class])
             # Without background, labels count the classes from 0.
             shifted = labels if protocol.threshold is not None else labels + 1
             yield (
-                one.index,
+                scored_image.index,
                 Segmentation(
                     labels=shifted.astype(np.int32, copy=False),
                     classes=vocabulary.classes,
                     scores=best,
                     competitors=vocabulary.background_words,
                     protocol=protocol,
-                    parts=one,
+                    parts=scored_image,
                 ),
             )
 
     def embed_image(
-        self, images: AnyImage | Sequence[AnyImage], batch_size: int = 0
+        self, images: AnyImage | Iterable[AnyImage], batch_size: int = 0
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of whole images, to be compared with those of `embed_text`.
 
@@ -180,8 +181,6 @@ class LoadedModel:
         side, rows = self.protocol.window, []
         size = self._whole_batch(batch_size)
         squares = [_middle(read_image(x), side) for x in images]
-        if not squares:
-            raise UserError("no images: give at least one")
         for start in range(0, len(squares), size):
             part = np.stack(squares[start : start + size])
             padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
@@ -190,7 +189,7 @@ class LoadedModel:
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
     def embed_text(
-        self, texts: Sequence[str], templates: Sequence[str] | None = None
+        self, texts: Iterable[str], templates: Sequence[str] | None = None
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of class names in the protocol's templates, averaged over them.
 
@@ -202,7 +201,7 @@ class LoadedModel:
         Raises:
           UserError: no text, or a template without {}.
         """
-        texts = () if isinstance(texts, str) else tuple(texts)
+        texts = () if isinstance(texts, str) else tuple(ordered(texts, "texts"))
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError("texts is a list of at least one text, none of them empty")
         templates = self.protocol.templates if templates is None else templates
@@ -220,8 +219,8 @@ class LoadedModel:
 
     def _competition(
         self,
-        classes: Sequence[str],
-        background: bool | Sequence[str],
+        classes: Iterable[str],
+        background: bool | Iterable[str],
         threshold: float | None,
         words: int,
     ) -> tuple[Vocabulary, Protocol]:
@@ -256,13 +255,10 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
     """Raises UserError for options that `LoadedModel.segment` cannot take."""
     if isinstance(background, str):
         raise UserError(f"background is a list of words: [{background!r}], not one text")
-    if not isinstance(background, bool) and (
-        not isinstance(background, list | tuple) or not background
-    ):
-        raise UserError(
-            f"background is True, False, or a list of words for it; not {background!r} (a least "
-            "probability is given as threshold)"
-        )
+    if isinstance(background, numbers.Number) and not isinstance(background, bool):
+        raise UserError(f"background is not {background!r}: a least probability is the threshold")
+    if not isinstance(background, bool) and not ordered(background, "background"):
+        raise UserError("background is True, False, or a list of at least one word for it")
     if not (threshold is None or isinstance(threshold, numbers.Real)):
         raise UserError(f"threshold is a probability, or None for the model's; not {threshold!r}")
     if not isinstance(words, numbers.Integral) or words < 0:
@@ -271,9 +267,15 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
 
 
-def _as_list(images: AnyImage | Sequence[AnyImage]) -> tuple[bool, Iterable[AnyImage]]:
+def _as_list(images: AnyImage | Iterable[AnyImage]) -> tuple[bool, Sequence[AnyImage]]:
     """(whether several images were given, the images)."""
-    many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    many = many or getattr(images, "ndim", 0) == 4
+    if isinstance(images, Iterator | Set | Mapping):
+        kind = type(images).__name__
+        raise UserError(f"images is a list, not a {kind}, which `segment_each` takes")
+    if many and not len(images):
+        raise UserError("no images: give at least one")
     return many, images if many else [images]
 
 

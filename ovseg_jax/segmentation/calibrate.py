@@ -4,9 +4,8 @@
 any protocol.
 
 For one pair of scales, the labels at every threshold follow from the best class of each pixel and
-its probability: below the threshold the pixel is background, above it the label does not change.
-So `calibrate` counts pixels once by (probability bin, best class, truth), and sums over bins are
-the confusion matrices of all thresholds.
+its probability. So `calibrate` counts pixels once by (probability bin, best class, truth), and sums
+over bins are the confusion matrices of all thresholds.
 """
 
 import dataclasses
@@ -85,18 +84,13 @@ def calibrate(
         word is a class.
 
     Raises:
-      UserError: no image, or true labels beyond the classes.
+      UserError: no image, no pixel that is not ignored, or true labels beyond the classes.
     """
     edges = np.asarray(thresholds, np.float32)
-    if not len(edges) or (np.diff(edges) <= 0).any():
-        raise UserError("calibration needs thresholds in rising order")
     pairs = list(itertools.product(map(float, scales), map(float, image_scales)))
     counts = None
     for same in runs_of_equal_shape(scored, batch_size, lambda pair: pair[0]):
-        scores = [one for one, _ in same]
-        for one, truth in same:
-            if truth.shape != one.size:
-                raise UserError(f"image of {one.size} pixels, but its truth has {truth.shape}")
+        scores = [scored_image for scored_image, _ in same]
         if counts is None:
             words = scores[0].group_cosines.shape[-1]
             classes = np.arange(words) if word_to_class is None else np.asarray(word_to_class)
@@ -161,7 +155,7 @@ def calibrated(
     Never pass the split that is reported. A protocol with one group per pixel, or one that refines,
     keeps its scale and threshold, and is only measured.
     """
-    plain = protocol.averaged == "probabilities" and not (protocol.refined or protocol.min_area)
+    plain = protocol.averaged == "probabilities" and not (protocol.pamr_steps or protocol.min_area)
     if protocol.grouping == "one_group" or not plain:
         result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
         return protocol, result["miou"]
@@ -190,8 +184,8 @@ def swept(
 ) -> tuple[Protocol, dict[str, Any]]:
     """The protocol with the best threshold by mIoU, and facts about the sweep for the result.
 
-    The candidates are `SWEPT_THRESHOLDS` and the protocol's own, which stays where none is better.
-    The images are encoded once and labeled with every threshold, so any protocol can be swept.
+    The protocol's own threshold stays where none of `SWEPT_THRESHOLDS` is better. The images are
+    encoded once and labeled with every threshold, so any protocol can be swept.
 
     Args:
       train: images that are not reported.
@@ -207,10 +201,10 @@ def swept(
     thresholds = sorted({*SWEPT_THRESHOLDS, *([] if present is None else [present])})
     counts = [ConfusionMatrix.empty(labels) for _ in thresholds]
     scored = scored_benchmark(segmenter, train, ready, batch_size=batch_size, part=part)
-    for one, truth in scored:
+    for scored_image, truth in scored:
         for matrix, threshold in zip(counts, thresholds, strict=True):
             at = ready.replace(threshold=threshold)
-            ((_, predicted),) = label_maps([one], at, vocabulary.word_to_class)
+            ((_, predicted),) = label_maps([scored_image], at, vocabulary.word_to_class)
             matrix.update(predicted, truth)
     packed = np.concatenate([matrix.counts.ravel() for matrix in counts])
     summed = gather(packed).sum(0).reshape(len(thresholds), labels, labels)

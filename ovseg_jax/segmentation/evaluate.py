@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import replace_file
 from ovseg_jax.segmentation.benchmarks import Benchmark, words_of
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix, Counts, Gather, percent
@@ -28,14 +28,12 @@ def scored_benchmark(
     *,
     batch_size: int = 32,
     part: tuple[int, int] = (0, 1),
-    on_read: Callable[[], None] | None = None,
 ) -> Iterator[tuple[ImageScores, UInt8[np.ndarray, "H W"]]]:
     """Scores of the words and true labels of each image: what `calibrate` takes.
 
     Args:
       part: (p, n) for every n-th image from image p on. The scores' index is still the image's
         number in the whole benchmark.
-      on_read: called with each image that is read; several images are processed at a time.
     """
     vocabulary, _ = words_of(benchmark, protocol)
     numbers, truths = range(part[0], len(benchmark), part[1]), {}
@@ -43,8 +41,6 @@ def scored_benchmark(
     def images():
         for place, number in enumerate(numbers):
             image, truths[place] = benchmark[number]
-            if on_read is not None:
-                on_read()
             yield image
 
     for scores in score_images(segmenter, vocabulary, images(), protocol, batch_size):
@@ -90,23 +86,29 @@ def evaluate(
         )
     vocabulary, names_file = words_of(benchmark, protocol)
     counts = Counts(len(vocabulary.classes) + benchmark.has_background, len(benchmark))
-    truths, clock, done = {}, _Clock(), 0
     total = len(range(part[0], len(benchmark), part[1]))
+    truths, done = {}, 0
+    start = time.perf_counter()
+    warm = (0, start)  # (images, time) after the first batch, which waits for compilation
 
     def scores():
-        options = {"batch_size": batch_size, "part": part, "on_read": clock.begin}
-        for one, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
-            truths[one.index] = truth
-            yield one
+        options = {"batch_size": batch_size, "part": part}
+        for scored_image, truth in scored_benchmark(segmenter, benchmark, protocol, **options):
+            truths[scored_image.index] = truth
+            yield scored_image
 
-    for one, labels in label_maps(scores(), protocol, vocabulary.word_to_class, group=batch_size):
-        counts.add(one, labels, truths.pop(one.index))
+    for scored_image, labels in label_maps(
+        scores(), protocol, vocabulary.word_to_class, group=batch_size
+    ):
+        counts.add(scored_image, labels, truths.pop(scored_image.index))
         done += 1
-        if done % batch_size == 0 or done == total:
-            clock.tick(done)
-            if progress:
-                progress(done, total)
-    counts.images, counts.clock = done, (clock.seconds(), clock.rate())
+        if done == batch_size < total:
+            warm = (done, time.perf_counter())
+        if progress and (done % batch_size == 0 or done == total):
+            progress(done, total)
+    end = time.perf_counter()
+    counts.images = done
+    counts.clock = (end - start, (done - warm[0]) / max(end - warm[1], 1e-9))
     if gather is not None:
         counts = counts.joined(gather)
     seconds, rate = counts.clock
@@ -170,58 +172,11 @@ def summary(confusion: ConfusionMatrix, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Writes a result as JSON; a reader never finds half a file."""
-    replace_file(Path(path), _readable(result) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file atomically.
+    """Writes a result as JSON with one line per field, and one per row of long lists of numbers.
 
     Raises:
       UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _readable(result: dict[str, Any]) -> str:
-    """JSON with one line per field, and one per row of long lists of numbers."""
     text = json.dumps(result, indent=2, allow_nan=False)
     numbers = re.compile(r"\[\s+(-?[\d.e+-]+|null)(,\s+(-?[\d.e+-]+|null))*\s+\]")
-    return numbers.sub(lambda match: re.sub(r"\s+", " ", match[0]), text)
-
-
-class _Clock:
-    """Seconds of an evaluation, and its images a second without the wait for compilation.
-
-    The first batch waits for compilation, so the rate is counted from its end on. Images that were
-    already in work then are left out, like the time spent on them. With few images none is left,
-    and the rate is that of everything.
-    """
-
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.begun = 0
-        # (images done, images begun, time) at the end of the first and of the last batch.
-        self.first: tuple[int, int, float] | None = None
-        self.last = (0, 0, self.start)
-
-    def begin(self) -> None:
-        self.begun += 1
-
-    def tick(self, done: int) -> None:
-        self.last = (done, self.begun, time.perf_counter())
-        self.first = self.first or self.last
-
-    def seconds(self) -> float:
-        return self.last[2] - self.start
-
-    def rate(self) -> float:
-        if self.first and self.last[0] > self.first[1]:
-            return (self.last[0] - self.first[1]) / max(self.last[2] - self.first[2], 1e-9)
-        return self.last[0] / max(self.seconds(), 1e-9)
+    replace_file(Path(path), numbers.sub(lambda row: re.sub(r"\s+", " ", row[0]), text) + "\n")

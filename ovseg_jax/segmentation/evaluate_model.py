@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import check_writable
 from ovseg_jax.segmentation.benchmarks import (
     BENCHMARKS,
     FOLDER_FIELDS,
@@ -22,10 +24,9 @@ from ovseg_jax.segmentation.benchmarks import (
 )
 from ovseg_jax.segmentation.calibrate import swept, train_split
 from ovseg_jax.segmentation.evaluate import evaluate, write_result
-from ovseg_jax.segmentation.extreme_images import extreme_images, write_sheet
 from ovseg_jax.segmentation.metric import gather_counts, this_part
+from ovseg_jax.segmentation.page import extreme_images, write_page, write_sheet
 from ovseg_jax.segmentation.protocol import Protocol, named_protocol, saved_protocol
-from ovseg_jax.segmentation.report import write_page
 from ovseg_jax.segmentation.retrieval import (
     WHOLE_IMAGES,
     model_facts,
@@ -63,13 +64,15 @@ def run_benchmarks(
         ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
       progress: called with (benchmark, images done, images of this process).
 
+    Returns:
+      The results by name. What could not be written is in their field `not_written`.
+
     Raises:
-      UserError: an unknown benchmark, or missing files, before any is run.
+      UserError: an unknown benchmark, missing files, or a place that cannot be written, before any
+        is run.
     """
     # A name given twice is one benchmark.
     benchmarks = {name: benchmark_of(name, config) for name in names}
-    if not benchmarks:
-        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
     tuned = {
         name: train_split(name, config, sweep)
         for name, benchmark in benchmarks.items()
@@ -80,6 +83,8 @@ def run_benchmarks(
             "--sweep chooses thresholds of the background, and none of the benchmarks "
             f"({', '.join(benchmarks)}) has one: leave it out"
         )
+    if this_part()[0] == 0:
+        check_writable(results)
     parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
     results_by_name = {}
     for name, benchmark in benchmarks.items():
@@ -91,15 +96,22 @@ def run_benchmarks(
             count(0, len(benchmark))  # the rate is counted from here
         result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
         results_by_name[name] = result = {**result, **extra, **provenance}
-        if parts["part"][0] == 0:
+        if parts["part"][0] > 0:
+            continue
+        try:
             write_result(results / f"{name}.json", result)
+            images = []
             if pictures:
                 images = extreme_images(
                     segmenter, benchmark, chosen, result["image_miou"], pictures, config.batch_size
                 )
+            if images:
                 groups = result["group_usage"]["groups"]
                 write_sheet(images, benchmark, results / f"{name}.png", groups)
                 write_page(results / f"{name}.html", result, benchmark, images, groups)
+        except UserError as error:
+            # Hours of work: the caller prints the result, then says this.
+            result["not_written"] = str(error)
     return results_by_name
 
 
@@ -130,8 +142,7 @@ def evaluate_model(
       UserError: an override that does not apply, an unknown name, or missing files, before
         anything is computed.
     """
-    if not names:
-        raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
+    data_dir = os.path.expanduser(data_dir)
     masked = tuple(name for name in names if name not in WHOLE_IMAGES)
     for name in masked:
         check_name(name, WHOLE_IMAGES)
@@ -142,8 +153,9 @@ def evaluate_model(
                 "--config.*, --protocol, --sweep and --pictures are about label maps, and "
                 f"{' and '.join(WHOLE_IMAGES)} have none"
             )
+        if not unmasked:
+            raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
         return whole_image_results(model, unmasked, results)
-    names = masked
     saved = load_model(model)
     protocol = named_protocol(protocol_name) if protocol_name else saved_protocol(saved.info)
     fields = {
@@ -151,14 +163,13 @@ def evaluate_model(
         "scenes": dataclasses.asdict(ScenesBenchmark()),
         **saved.info["benchmarks"],
     }
-    own = {name: dict(fields[name]) for name in dict.fromkeys(names) if name in BENCHMARKS}
+    benchmark_fields = {name: dict(fields[name]) for name in masked}
     settings = protocol.as_dict()
-    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **own}})
+    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **benchmark_fields}})
     for key, text in overrides:
-        _check_applies(key, own)
-        _check_not_hidden(key, protocol, own)
+        _check_applies(key, protocol, benchmark_fields)
         flags.apply_override(config, key, text)
-    for name in own:
+    for name in benchmark_fields:
         if name in FOLDER_FIELDS and not config.eval[name].dir:
             config.eval[name].dir = data_dir
     if config.eval.batch_size < 0:
@@ -169,7 +180,7 @@ def evaluate_model(
     provenance = model_facts(model, saved.info)
     masked_results = run_benchmarks(
         segmenter,
-        names,
+        masked,
         config.eval,
         protocol,
         results,
@@ -181,34 +192,34 @@ def evaluate_model(
     return {**masked_results, **whole_image_results(model, unmasked, results)}
 
 
-def _check_applies(key: str, own: dict[str, Any]) -> None:
-    """Raises UserError for a key that nothing here would read."""
+def _check_applies(key: str, protocol: Protocol, benchmark_fields: Mapping[str, Any]) -> None:
+    """Raises UserError for a key that nothing reads, or that a benchmark has a value of its own
+    for."""
     part = key.removeprefix("eval.").split(".")[0]
-    if key.startswith("eval.") and part in ("protocol", "batch_size", *own):
-        return
-    known = ("eval.protocol.FIELD", "eval.batch_size", *(f"eval.{name}.FIELD" for name in own))
-    if part in BENCHMARKS:
-        raise UserError(
-            f"--config.{key} does not apply: benchmark {part} is not evaluated; add it to "
-            "--benchmark"
+    if not key.startswith("eval.") or part not in ("protocol", "batch_size", *benchmark_fields):
+        if part in BENCHMARKS:
+            raise UserError(
+                f"--config.{key} does not apply: benchmark {part} is not evaluated; add it to "
+                "--benchmark"
+            )
+        known = (
+            "eval.protocol.FIELD",
+            "eval.batch_size",
+            *(f"eval.{name}.FIELD" for name in benchmark_fields),
         )
-    raise UserError(
-        f"--config.{key} does not apply to a model directory, whose model is what it is; there "
-        f"are: {', '.join(known)}"
-    )
-
-
-def _check_not_hidden(key: str, protocol: Protocol, own: dict[str, Any]) -> None:
-    """Raises UserError for a setting of which a benchmark has a value of its own."""
+        raise UserError(
+            f"--config.{key} does not apply to a model directory, whose model is what it is; there "
+            f"are: {', '.join(known)}"
+        )
     field = key.removeprefix("eval.protocol.")
-    for name in own:
+    for name in benchmark_fields:
+        instead = ""
         if field == "threshold" and name in protocol.thresholds:
             instead = f"thresholds.{name}"
         elif field in protocol.per_benchmark.get(name, {}):
             instead = f"per_benchmark.{name}.{field}"
-        else:
-            continue
-        raise UserError(
-            f"--config.{key} does not apply to benchmark {name}, which has a value of its own: set "
-            f"--config.eval.protocol.{instead}"
-        )
+        if instead:
+            raise UserError(
+                f"--config.{key} does not apply to benchmark {name}, which has a value of its own: "
+                f"set --config.eval.protocol.{instead}"
+            )

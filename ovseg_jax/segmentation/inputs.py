@@ -2,7 +2,6 @@
 
 import collections
 import glob
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image
 
-from ovseg_jax.data.decoding import UnreadableImage, decode, to_rgb
+from ovseg_jax.data.decoding import UnreadableImage, decode, is_foreign, opened, upright
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 
 # The bytes are those of an image file.
 AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-ANIMATED = (".gif",)
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".jp2", ".j2k", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".gif"),
+)
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+# Formats whose further frames are pictures too; those of others are previews or depths.
+_OF_FRAMES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 
 
 def read_image(image: AnyImage) -> np.ndarray:
@@ -29,17 +33,31 @@ def read_image(image: AnyImage) -> np.ndarray:
     Raises:
       UserError: a file that cannot be read, or an array of another form.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    if isinstance(image, str | bytes | os.PathLike):
-        name = "the data" if isinstance(image, bytes) else image
+    if isinstance(image, str | os.PathLike):
         try:
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return np.asarray(decode(data))
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}") from None
-        except UnreadableImage as error:
-            raise UserError(f"{name} is no image that can be read: {error}") from None
+            data, name = Path(image).read_bytes(), image
+        except (OSError, ValueError) as error:
+            raise UserError(f"{image} cannot be read: {_reason(error)}") from None
+    elif isinstance(image, bytes):
+        data, name = image, "the data"
+    elif isinstance(image, Image.Image):
+        try:
+            return np.asarray(upright(image))
+        except Exception as error:  # Pillow raises nearly anything on damaged data
+            raise UserError(f"the PIL image cannot be decoded: {error}") from None
+    else:
+        return _rgb_array(image)
+    try:
+        return np.asarray(decode(data))
+    except UnreadableImage as error:
+        raise UserError(f"{name} is no image that can be read: {error}") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _rgb_array(image: np.ndarray | jax.Array) -> np.ndarray:
     if not hasattr(image, "__array__"):
         kind = type(image).__name__
         raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
@@ -47,30 +65,24 @@ def read_image(image: AnyImage) -> np.ndarray:
     gray = array.ndim == 2
     if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):
         raise UserError(
-            f"an image as an array is uint8 [height, width, 3], 0 to 255, RGB; not {array.dtype} "
-            f"{list(array.shape)}{_advice(array)}"
+            f"an image as an array is uint8 [height, width, 3], RGB, 0 to 255; not {array.dtype} "
+            f"{list(array.shape)}: np.moveaxis(x, 0, -1) brings channels to the end, x[..., :3] "
+            "drops transparency, (255 * x).round().astype('uint8') scales 0 to 1"
         )
     if 0 in array.shape:
         raise UserError(f"an image of {array.shape[0]} x {array.shape[1]} pixels is empty")
     return np.repeat(array[..., None], 3, axis=2) if gray else array
 
 
-def _advice(array: np.ndarray) -> str:
-    """How to make an image of an array, where that is plain."""
-    if array.ndim != 3:
-        return ""
-    if array.shape[2] == 4:
-        return (
-            ": drop the fourth channel, or give a PIL image, whose transparent parts become white"
-        )
-    if array.shape[0] == 3 and array.shape[2] != 3:
-        return ": the channels come last, as np.moveaxis(x, 0, -1) brings them"
-    if np.issubdtype(array.dtype, np.floating):
-        return ": for values from 0 to 1, (255 * x).round().astype('uint8')"
-    return ""
+# ---- files and folders
 
 
-# ---- the command line
+def files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """(files whose names end so, in any case; the other files), by name; without those of other
+    programs, such as .DS_Store."""
+    files = sorted(p for p in folder.iterdir() if not is_foreign(p.name) and p.is_file())
+    wanted = [path for path in files if path.suffix.lower() in suffixes]
+    return wanted, [path for path in files if path not in set(wanted)]
 
 
 @dataclass(frozen=True)
@@ -88,50 +100,59 @@ class Picture:
     read: Callable[[], np.ndarray]
 
 
-def find_pictures(given: Sequence[str], stdin: Iterable[str], every: int = 1) -> list[str]:
-    """The files that the arguments name, in their order.
+def find_pictures(given: Sequence[str], stdin: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files that the arguments name, in their order, and the files of folders that are none.
 
     Args:
       given: files, folders (their images and videos, not those of folders below), globs ("**"
         goes down), and "-" for the lines of `stdin`.
-      every: see `pictures`; checked here, before any model is read.
 
     Raises:
       UserError: nothing is named, a file does not exist, or a folder or a glob has no image.
     """
-    if every < 1:
-        raise UserError("--every is a number of frames, at least 1")
     entries: list[str] = []
     for argument in given:
-        entries += (line.strip() for line in stdin) if argument == "-" else [argument]
-    files = [file for entry in entries if entry for file in _expanded(entry)]
+        entries += (line.rstrip("\r\n") for line in stdin) if argument == "-" else [argument]
+    files: list[str] = []
+    passed_over: list[str] = []
+    for entry in filter(None, entries):
+        entry = os.path.expanduser(entry)
+        if os.path.isdir(entry):
+            images, others = files_in(Path(entry), IMAGES + VIDEOS)
+            if not images:
+                raise UserError(
+                    f"folder {entry} holds no image (of {', '.join(IMAGES)}) or video"
+                    + (f", but {listed([path.name for path in others])}" if others else "")
+                )
+            files += map(str, images)
+            passed_over += map(str, others)
+        else:
+            files += _named_files(entry)
     if not files:
         raise UserError("--images is empty: name at least one file")
-    return list(dict.fromkeys(files))  # what is named twice is done once
+    return list(dict.fromkeys(files)), passed_over  # what is named twice is done once
 
 
-def _expanded(entry: str) -> list[str]:
+def _named_files(entry: str) -> list[str]:
     if entry.startswith(("http://", "https://")):
         raise UserError(f"{entry} is an address: download the file, and give its path")
-    path = Path(entry)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES + ANIMATED + VIDEOS)
-        if not files:
-            raise UserError(f"folder {entry} holds no image (of {', '.join(IMAGES)}) or video")
-        return [str(p) for p in files]
-    if path.exists():
+    if os.path.exists(entry):
         return [entry]
-    if any(sign in entry for sign in "*?["):
-        matches = sorted(p for p in glob.glob(entry, recursive=True) if Path(p).is_file())
-        if not matches:
-            raise UserError(f"no file matches {entry}")
-        return matches
-    raise UserError(f"{entry} does not exist")
+    if not any(sign in entry for sign in "*?["):
+        raise UserError(f"{entry} does not exist")
+    matches = sorted(
+        path
+        for path in glob.glob(entry, recursive=True)
+        if os.path.isfile(path) and not any(map(is_foreign, Path(path).parts))
+    )
+    if not matches:
+        raise UserError(f"no file matches {entry}")
+    return matches
 
 
 def result_names(sources: Sequence[str]) -> dict[str, str]:
-    """What the results of each source are called: its name without suffix, and where several share
-    it also as many folders above (and then the suffix) as tell them apart.
+    """What the results of each source are called: its name without suffix; where several share it,
+    with the folder's name before it; where that is no help, the whole path.
 
     ``a/x.jpg, b/x.jpg, b/y.jpg, b/y.png`` give ``a_x, b_x, b_y_jpg, b_y_png``.
 
@@ -139,48 +160,50 @@ def result_names(sources: Sequence[str]) -> dict[str, str]:
       UserError: that does not tell two of them apart.
     """
     names: dict[str, str] = {}
-    taken: set[str] = set()
-    for depth in itertools.count():
-        longer = {source: _longer_name(source, depth) for source in sources}
-        counts = collections.Counter(longer.values())
-        for source, name in longer.items():
-            alone = counts[name] == 1 and name not in taken
-            if source not in names and (alone or name == _longer_name(source, depth + 1)):
-                names[source] = name
-                taken.add(name)
-        if len(names) == len(longer):
-            break
-    writer: dict[str, str] = {}
-    for source, name in names.items():
-        if writer.setdefault(name, source) != source:
-            raise UserError(
-                f"{writer[name]} and {source} would both write {name!r}: rename one, or use two "
-                "calls with another --out"
-            )
+    for parts in (1, 2, 0):
+        left = {s: _joined_name(s, parts) for s in sources if s not in names}
+        counts = collections.Counter((*left.values(), *names.values()))
+        names |= {source: name for source, name in left.items() if counts[name] == 1}
+    if left := [source for source in sources if source not in names]:
+        raise UserError(
+            f"the results of {listed(left)} would have the names of others: rename them, or use "
+            "two calls with another --out"
+        )
     return {source: names[source] for source in sources}
 
 
-def _longer_name(source: str, depth: int) -> str:
-    """The name with `depth` folders above it; where there are fewer, also with its suffix."""
+def _joined_name(source: str, parts: int) -> str:
+    """The last parts of a path without suffix, or with 0 all of them and the suffix."""
     path = Path(source)
-    folders = [part for part in path.parent.parts if part not in (path.anchor, ".", "..")]
-    suffix = [path.suffix[1:]] if path.suffix and depth > len(folders) else []
-    return "_".join([*folders[max(len(folders) - depth, 0) :], path.stem or "image", *suffix])
+    folders = [name for name in path.parent.parts if name not in (path.anchor, ".", "..")]
+    if not parts:
+        return "_".join([*folders, path.stem or "image", *filter(None, [path.suffix[1:]])])
+    return "_".join([*folders, path.stem or "image"][-parts:])
+
+
+# ---- frames
 
 
 def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
-    """Each image, and of videos and animations each `every`-th frame from the first on.
+    """Each image; of videos, animations and files of several pages each `every`-th frame.
 
     A source that cannot be read gives a picture whose `read` raises.
     """
     for source, name in result_names(sources).items():
-        suffix = Path(source).suffix.lower()
-        if suffix in ANIMATED:
-            yield from _frames(source, name, every, _animation)
-        elif suffix in VIDEOS:
+        if Path(source).suffix.lower() in VIDEOS:
             yield from _frames(source, name, every, _video)
+        elif _is_animation(source):
+            yield from _frames(source, name, every, _animation)
         else:
             yield Picture(source, name, lambda source=source: read_image(source))
+
+
+def _is_animation(source: str) -> bool:
+    try:
+        with Image.open(source) as image:
+            return image.format in _OF_FRAMES and getattr(image, "n_frames", 1) > 1
+    except Exception:
+        return False  # `read_image` will say what is wrong
 
 
 def _frames(
@@ -203,10 +226,11 @@ def _frames(
 
 def _animation(source: str) -> Iterator[np.ndarray]:
     try:
-        with Image.open(source) as image:
-            for frame in ImageSequence.Iterator(image):
-                yield read_image(frame.copy())
-    except (OSError, SyntaxError, ValueError) as error:
+        with opened(Path(source).read_bytes()) as image:
+            for number in range(image.n_frames):
+                image.seek(number)
+                yield np.asarray(upright(image.copy()))
+    except (OSError, UnreadableImage) as error:
         raise UserError(f"{source} cannot be read as an animation ({error})") from None
 
 

@@ -1,5 +1,9 @@
-"""Label maps at the size of the images, from the scores of their windows."""
+"""Label maps at the size of the images, from the scores of their windows.
 
+A protocol may refine score maps by the image's own colors (`pamr`).
+"""
+
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -10,11 +14,10 @@ import numpy as np
 from jaxtyping import Integer
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import one_group, readout, windows
+from ovseg_jax.segmentation import readout, windows
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import ImageScores
-from ovseg_jax.shapes import Float
+from ovseg_jax.shapes import Array, Float, UInt8
 
 # Class probabilities that exist at once, in floats; larger images are labeled in bands of rows.
 BAND_FLOATS = 32 << 20
@@ -41,12 +44,14 @@ def label_maps(
     Raises:
       UserError: words for the background, and no threshold.
     """
-    for same in runs_of_equal_shape(scores, 1 if protocol.refined else group):
+    for same in runs_of_equal_shape(scores, 1 if protocol.pamr_steps else group):
         yield from zip(same, _labels_of(same, protocol, word_to_class, group), strict=True)
 
 
 def runs_of_equal_shape(
-    items: Iterable[T], most: int, scores_of: Callable[[T], ImageScores] = lambda one: one
+    items: Iterable[T],
+    most: int,
+    scores_of: Callable[[T], ImageScores] = lambda scored_image: scored_image,
 ) -> Iterator[list[T]]:
     """Consecutive items whose scores have equal shapes, at most `most` in a list."""
     for _, run in itertools.groupby(items, lambda item: scores_of(item).shapes):
@@ -63,7 +68,9 @@ def _labels_of(
     if threshold is None and classes.min() < 0:
         raise UserError("words for the background need a background that they can be painted as")
     if protocol.grouping == "one_group":
-        return np.stack([_one_group_labels(one, protocol, threshold, classes) for one in same])
+        return np.stack(
+            [_one_group_labels(scored_image, protocol, threshold, classes) for scored_image in same]
+        )
     highest, best = best_words(same, protocol, group)
     if protocol.min_area:
         # The rule counts the pixels of the best class, whatever the threshold.
@@ -105,14 +112,14 @@ def best_words(
     """
     count = len(same)
     late = protocol.averaged == "cosines"
-    if protocol.refined:
+    if protocol.pamr_steps:
         maps = _refined(same[0], protocol)[None]
         sides = zip(same[0].size, maps.shape[1:3], strict=True)
         rows, columns = (windows.bilinear_weights(pixels, cells) for pixels, cells in sides)
     else:
-        maps = np.stack([one.cells for one in same])
-        margins = np.stack([one.image_margins() for one in same])
-        foreground = np.stack([one.foreground_or_zero() for one in same])
+        maps = np.stack([scored_image.cells for scored_image in same])
+        margins = np.stack([scored_image.image_margins() for scored_image in same])
+        foreground = np.stack([scored_image.foreground_or_zero() for scored_image in same])
         maps, margins, foreground = (_padded(x, group) for x in (maps, margins, foreground))
         if not late:
             maps = _cell_probabilities(
@@ -187,41 +194,56 @@ def _most_votes(labels, rows, columns, kinds):
     return jnp.argmax(readout.spread(votes, rows, columns), axis=-1).astype(jnp.int32)
 
 
-def _refined(one: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
-    """Scores at the protocol's size: the mean over the image's views, refined by its colors."""
-    base = windows.resized_shape(*one.size, protocol.short_side, protocol.long_limit)
-    total, margins = 0.0, one.image_margins()
-    for view in (one, *one.more):
-        maps = view.cells
-        if protocol.averaged == "probabilities":
-            maps = _cell_probabilities(
-                maps, margins, view.foreground_or_zero(), protocol.scale, protocol.image_scale
-            )
-        total = total + _spread(maps[None], *view.weights(base))[0]
-    maps = total / np.float32(len(one.more) + 1)
-    if protocol.pamr_steps:
-        dilations = tuple(protocol.pamr_dilations)
-        maps = pamr(maps, one.image, steps=protocol.pamr_steps, dilations=dilations)
-    return maps
+def _refined(scored_image: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
+    """Scores at the size of the resized image, refined by its colors."""
+    maps = scored_image.cells
+    if protocol.averaged == "probabilities":
+        evidence = scored_image.image_margins(), scored_image.foreground_or_zero()
+        maps = _cell_probabilities(maps, *evidence, protocol.scale, protocol.image_scale)
+    maps = _spread(maps[None], *scored_image.weights(scored_image.resized))[0]
+    return pamr(maps, scored_image.image, steps=protocol.pamr_steps)
 
 
 _spread = jax.jit(readout.spread)
 
 
+def class_probabilities(
+    scored_image: ImageScores, protocol: Protocol
+) -> Float[np.ndarray, "... C"]:
+    """Probabilities of the classes: of each patch, or (grouping 'one_group') of each group of each
+    window."""
+    if protocol.grouping == "one_group":
+        cosines = scored_image.group_cosines, scored_image.image_cosines
+        p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
+    else:
+        # With the batch axis of `best_words`, so that both use the same compiled program.
+        arrays = (
+            scored_image.cells,
+            scored_image.image_margins(),
+            scored_image.foreground_or_zero(),
+        )
+        arrays = (array[None] for array in arrays)
+        p = _cell_probabilities(*arrays, protocol.scale, protocol.image_scale)[0]
+    return np.asarray(p)
+
+
+_group_probabilities = jax.jit(readout.group_probabilities, static_argnames="image_classes")
+
+
 def _one_group_labels(
-    one: ImageScores,
+    scored_image: ImageScores,
     protocol: Protocol,
     threshold: float | None,
     classes: Integer[np.ndarray, " words"],
 ) -> Integer[np.ndarray, "H W"]:
     side, stride = protocol.window, protocol.stride
-    return one_group.label_image(
-        one.by_window(),
-        class_probabilities(one, protocol),
-        window=tuple(min(side, length) for length in one.resized),
-        corners=tuple(windows.window_grid(*one.resized, side, stride)),
-        resized=one.resized,
-        size=one.size,
+    return readout.label_image(
+        scored_image.by_window(),
+        class_probabilities(scored_image, protocol),
+        window=tuple(min(side, length) for length in scored_image.resized),
+        corners=tuple(windows.window_grid(*scored_image.resized, side, stride)),
+        resized=scored_image.resized,
+        size=scored_image.size,
         threshold=threshold,
         cap=protocol.cap_threshold,
         classes=classes,
@@ -229,18 +251,85 @@ def _one_group_labels(
     )
 
 
-def class_probabilities(one: ImageScores, protocol: Protocol) -> Float[np.ndarray, "... C"]:
-    """Probabilities of the classes: of each patch, or (grouping 'one_group') of each group of each
-    window."""
-    if protocol.grouping == "one_group":
-        cosines = one.group_cosines, one.image_cosines
-        p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
-    else:
-        # With the batch axis of `best_words`, so that both use the same compiled program.
-        arrays = (one.cells, one.image_margins(), one.foreground_or_zero())
-        arrays = (array[None] for array in arrays)
-        p = _cell_probabilities(*arrays, protocol.scale, protocol.image_scale)[0]
-    return np.asarray(p)
+# ---- pixel-adaptive mask refinement
+
+_AROUND = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
+DILATIONS = (1, 2, 4, 8, 12, 24)  # pixels, those of TCL
+# Floats of the maps that are refined at one time: each class by itself, so that many need no more
+# memory than few. A multiple of 16 classes suits vector units.
+FLOATS, VECTOR = 16 << 20, 16
 
 
-_group_probabilities = jax.jit(one_group.group_probabilities, static_argnames="image_classes")
+def pamr(
+    maps: Float[Array | np.ndarray, "H W C"],
+    image: UInt8[Array | np.ndarray, "H W 3"],
+    *,
+    steps: int,
+    dilations: tuple[int, ...] = DILATIONS,
+) -> Float[Array, "H W C"]:
+    """PAMR of Araslanov and Roth, *Single-Stage Semantic Segmentation from Image Labels*, CVPR
+    2020, Sec. 3.3: the score of a pixel becomes a mean over its neighbors, `steps` times.
+
+    A pixel's neighbors are the eight around it at each of the distances `dilations`, the border
+    repeated outside. Their weights are
+
+        softmax over neighbors of  -mean over channels of |x_i - x_n| / (0.1 sigma_i + 1e-8)
+
+    where sigma_i is the (unbiased) standard deviation of each channel over the pixel and its
+    neighbors, the pixel once for each distance.
+
+    Args:
+      maps: scores of any kind. image: of the same size.
+    """
+    maps, weights = jnp.asarray(maps), _weights(image, dilations=dilations)
+    h, w, count = maps.shape
+    most = min(count, max(1, FLOATS // (h * w * VECTOR)) * VECTOR)
+    parts = []
+    for first in range(0, count, most):
+        # The last classes once more where they don't fill it up: nothing is compiled again.
+        start = min(first, count - most)
+        part = _smoothed(maps[..., start : start + most], weights, steps=steps, dilations=dilations)
+        parts.append(part[..., first - start :])
+    return jnp.concatenate(parts, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("dilations",))
+def _weights(
+    image: UInt8[Array | np.ndarray, "H W 3"], *, dilations: tuple[int, ...]
+) -> Float[Array, "neighbors H W"]:
+    # Differences are divided by their own spread, so the range of the colors does not matter.
+    colors, many = jnp.asarray(image).astype(jnp.float32) / 255.0, len(dilations)
+    mean = (sum(_shifted(colors, dilations)) + many * colors) / (9.0 * many)
+    squares = sum(jnp.square(x - mean) for x in _shifted(colors, dilations))
+    squares = squares + many * jnp.square(colors - mean)
+    deviation = jnp.sqrt(squares / (9.0 * many - 1.0))
+    unit = 0.1 * deviation + 1e-8
+    near = [-jnp.mean(jnp.abs(x - colors) / unit, axis=-1) for x in _shifted(colors, dilations)]
+    return jax.nn.softmax(jnp.stack(near), axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "dilations"))
+def _smoothed(
+    maps: Float[Array, "H W C"],
+    weights: Float[Array, "neighbors H W"],
+    *,
+    steps: int,
+    dilations: tuple[int, ...],
+) -> Float[Array, "H W C"]:
+    def smooth(step: Array, current: Array) -> Array:
+        total = jnp.zeros_like(current)
+        for number, shifted in enumerate(_shifted(current, dilations)):
+            total = total + weights[number][..., None] * shifted
+        return total
+
+    return jax.lax.fori_loop(0, steps, smooth, maps)
+
+
+def _shifted(x: Array, dilations: tuple[int, ...]) -> Iterator[Array]:
+    """The values of each neighbor, as maps of the same size."""
+    h, w = x.shape[:2]
+    for far in dilations:
+        padded = jnp.pad(x, ((far, far), (far, far), (0, 0)), mode="edge")
+        for down, right in _AROUND:
+            top, left = far * (1 + down), far * (1 + right)
+            yield padded[top : top + h, left : left + w]

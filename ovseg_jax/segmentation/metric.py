@@ -147,7 +147,7 @@ class Counts:
 
     def add(
         self,
-        one: ImageScores,
+        scored_image: ImageScores,
         labels: Integer[np.ndarray, "H W"],
         truth: Integer[np.ndarray, "H W"],
     ) -> None:
@@ -155,9 +155,9 @@ class Counts:
         of_image = ConfusionMatrix.empty(len(self.confusion.counts)).update(labels, truth)
         self.confusion += of_image
         if not math.isnan(of_image.miou()):
-            self._by_image[one.index] = 1 + round(of_image.miou() * MICRO)
-        groups = one.group_cosines.shape[1]
-        for window in one.windows_of(one.groups):
+            self._by_image[scored_image.index] = 1 + round(of_image.miou() * MICRO)
+        groups = scored_image.group_cosines.shape[1]
+        for window in scored_image.windows_of(scored_image.groups):
             share = np.bincount(window.ravel(), minlength=groups) / window.size
             used = share[share > 0]
             # A single group has no entropy to be compared with.

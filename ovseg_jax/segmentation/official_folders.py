@@ -1,13 +1,12 @@
 """Official folders of evaluation sets as benchmarks, and which of their classes count as unseen.
 
 *Entities* (the paper's Table 7): a class is seen if training captions were filtered, and their
-words masked, by an entity of its name. The paper does not list the classes, only their numbers, so
-membership follows a written rule here: a class is seen if its official name is one of the 100
-surface forms or one of the 73 names of their entities, or one of the five other names in
-`OTHER_NAMES`. Kinds of an entity ("wine glass", "traffic light", "swivel chair") are unseen. Counts
-by this rule: VOC 20 + 0, COCO Object 64 + 16, Context 31 + 28, ADE20K 32 + 118; `PAPER_COUNTS` has
-the paper's. Each difference is one class: COCO's are 81 with background, and Context and ADE20K
-have the paper's numbers if "person" is unseen, which the paper's text calls seen.
+words masked, by an entity of its name. The paper lists only numbers, so membership follows a
+written rule: a class is seen if its official name is one of the 100 surface forms, one of the 73
+names of their entities, or in `OTHER_NAMES`. Kinds of an entity ("wine glass", "traffic light") are
+unseen. By this rule VOC has 20 + 0, COCO Object 64 + 16, Context 31 + 28, ADE20K 32 + 118;
+`PAPER_COUNTS` has the paper's. Each difference is one class: COCO's are 81 with background, and
+Context and ADE20K have the paper's numbers if "person" is unseen, which its text calls seen.
 
 *ZSS* (Table 2): the classes that zero-shot segmentation leaves out of training.
 """
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.data.benchmarks import OPENERS, LabeledFolder, open_train
-from ovseg_jax.data.benchmarks.prepared import PreparedSet, open_prepared, prepared_folder
+from ovseg_jax.data.benchmarks.folders import PreparedSet, open_prepared, prepared_folder
 from ovseg_jax.data.decoding import UnreadableImage, decode
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.metric import IGNORE
@@ -118,7 +117,7 @@ class FolderBenchmark:
       every: only every so many-th image.
 
     Raises:
-      UserError: files are missing (it names them), or a field is wrong.
+      UserError: files are missing (it names them), labels are of another kind, or a field is wrong.
     """
 
     name: str
@@ -134,8 +133,14 @@ class FolderBenchmark:
         if not len(self._images):
             raise UserError(f"benchmark {self.name}: {self._images.root} holds no images")
         # Labels of another kind show in nearly every file.
-        for index in range(0, len(self), -(-len(self) // _LOOKED_AT)):
-            self._images.labels(index * self.every)
+        looked_at = range(0, len(self), -(-len(self) // _LOOKED_AT))
+        has_background = [(self._images.labels(i * self.every) == 0).any() for i in looked_at]
+        if self._images.table.background and len(looked_at) > 1 and not any(has_background):
+            raise UserError(
+                f"benchmark {self.name}: none of {len(looked_at)} label files in "
+                f"{self._images.root} has the value 0, background. They seem to be shifted by one, "
+                "as some programs train with them: unpack the official ones"
+            )
 
     @functools.cached_property
     def _images(self) -> LabeledFolder | PreparedSet:

@@ -1,7 +1,7 @@
 """Pictures: overlays with a legend, panels of image, groups, prediction and truth, and colors."""
 
 import functools
-import itertools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.shapes import Float, UInt8
+from ovseg_jax.shapes import UInt8
 
 LARGEST = 2048  # pixels: the longest side of a picture
 PANEL = 320  # pixels: small images are enlarged to about this side
@@ -69,7 +69,7 @@ def _write_names(
 ) -> None:
     """Writes names on their regions: in each connected part at the pixel farthest from its edge.
     Parts that a name would hide get none."""
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=FONT)
+    draw = ImageDraw.Draw(picture)
     first = int(background)
     for label in np.unique(labels):
         if not first <= label < first + len(class_names):
@@ -77,7 +77,7 @@ def _write_names(
         # With a margin of zeros, so that the edge of the image is an edge too.
         inside = ndimage.distance_transform_edt(np.pad(labels == label, 1))[1:-1, 1:-1]
         parts, count = ndimage.label(inside > 0)
-        text = class_names[label - first]
+        text, font = _drawable(class_names[label - first])
         half = font.getlength(text) / 2
         for y, x in ndimage.maximum_position(inside, parts, range(1, count + 1)):
             if inside[y, x] < FONT:
@@ -121,25 +121,6 @@ def scene_panel(
     sheet = _row(tiles, title)
     parts = np.concatenate([label.ravel() for _, label in labels])
     return _with_legend(sheet, _legend(parts, class_names, background))
-
-
-def soft_maps(
-    maps: Float[np.ndarray, "maps h w"], groups: Sequence[int], width: int
-) -> Image.Image:
-    """Affinity maps in a row, each from black (its lowest) to white (its highest).
-
-    Args:
-      groups: which group each map is of. width: of the row, pixels.
-    """
-    side = (width - MARGIN) // max(len(maps), 1) - MARGIN
-    height = max(1, round(side * maps.shape[1] / maps.shape[2]))
-    tiles = []
-    for group, soft in zip(groups, maps, strict=True):
-        spread = max(float(np.ptp(soft)), 1e-9)
-        gray = np.rint(255 * (soft - soft.min()) / spread).astype(np.uint8)
-        tile = Image.fromarray(gray).resize((side, height), Image.Resampling.NEAREST)
-        tiles.append((f"group {group}", tile.convert("RGB")))
-    return _row(tiles)
 
 
 def _row(tiles: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
@@ -202,8 +183,8 @@ def _enlarged(pixels: np.ndarray) -> Image.Image:
 def _legend(labels: np.ndarray, class_names: Sequence[str], background: bool) -> Legend:
     """(name, color) of the labels present, most frequent first; ignored pixels are left out."""
     table = colors(len(class_names))
-    names = (["background"] if background else []) + list(class_names)
-    palette = ([BACKGROUND] if background else []) + list(table)
+    names = ["background"] * background + list(class_names)
+    palette = [BACKGROUND] * background + list(table)
     values, counts = np.unique(labels, return_counts=True)
     present = [int(v) for v in values[np.argsort(-counts)] if 0 <= v < len(names)]
     return [(names[v], palette[v]) for v in present]
@@ -211,19 +192,19 @@ def _legend(labels: np.ndarray, class_names: Sequence[str], background: bool) ->
 
 def _with_legend(picture: Image.Image, legend: Legend) -> Image.Image:
     """The picture with colored boxes and names below it, in as many lines as they need."""
-    font = ImageFont.load_default(size=FONT)
     places, x, y, box = [], MARGIN, MARGIN // 2, FONT
     for name, _ in legend:
+        name, font = _drawable(name)
         name = _shortened(name, font, max(picture.width - 3 * MARGIN - box, FONT))
         width = box + 6 + round(font.getlength(name)) + 2 * MARGIN
         if x > MARGIN and x + width > picture.width:
             x, y = MARGIN, y + FONT + 10
-        places.append((name, x, y))
+        places.append((name, font, x, y))
         x += width
     sheet = Image.new("RGB", (picture.width, picture.height + y + FONT + MARGIN), PAPER)
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
-    for (name, x, y), (_, color) in zip(places, legend, strict=True):
+    for (name, font, x, y), (_, color) in zip(places, legend, strict=True):
         y += picture.height
         draw.rectangle((x, y, x + box, y + box), fill=color, outline=FRAME)
         draw.text((x + box + 6, y + box // 2), name, INK, font, anchor="lm")
@@ -236,6 +217,51 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+# ---- fonts
+
+_FONT_FOLDERS = (
+    *("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts"),
+    *("/System/Library/Fonts", "/Library/Fonts", "C:/Windows/Fonts"),
+)
+
+
+@functools.cache
+def _drawable(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text, and a font that has all of its letters; where none has, "?" for those it lacks."""
+    default = ImageFont.load_default(size=FONT)
+    if not _lacking(default, text):
+        return text, default
+    for path in _font_files():
+        try:
+            font = ImageFont.truetype(path, FONT)
+            if not _lacking(font, text):
+                return text, font
+        except OSError:  # damaged, or with pictures of other sizes alone
+            continue
+    lacking = _lacking(default, text)
+    logging.getLogger(__name__).warning(
+        "pictures show %r with question marks: no font on this machine has all of its letters", text
+    )
+    return "".join("?" if letter in lacking else letter for letter in text), default
+
+
+@functools.cache
+def _font_files() -> tuple[str, ...]:
+    folders = (Path(folder).expanduser() for folder in _FONT_FOLDERS)
+    files = [path for folder in folders if folder.is_dir() for path in folder.rglob("*.?t[fc]")]
+    # Plain fonts before bold and special ones.
+    files.sort(key=lambda path: ("sans" not in path.name.lower(), len(path.name), path))
+    return tuple(map(str, files))
+
+
+def _lacking(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
+    """The letters of a text that the font draws as a box."""
+    box = bytes(font.getmask("\U0010fffe"))
+    return {
+        letter for letter in text if not letter.isspace() and bytes(font.getmask(letter)) == box
+    }
 
 
 # ---- colors
@@ -255,52 +281,22 @@ FIRST = (
 
 @functools.cache
 def colors(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` RGB colors, none of them near black (which is background) or one another.
+    """`count` RGB colors, none of them black (which is background) or equal to one another.
 
-    The first seven are safe for color-blind readers. Each further one is the color of a coarse RGB
-    lattice that lies farthest, in a perceptual space, from all before it; so a longer list begins
-    with the shorter one, and a class keeps its color when others are added.
+    The first seven are safe for color-blind readers, the others those of the PASCAL VOC development
+    kit, dark ones last. A longer list begins with the shorter one, so a class keeps its color when
+    others are added.
     """
     if not 0 <= count <= 255:
         raise UserError(f"{count} colors: a palette image has room for 255 beside background")
-    chosen = list(FIRST[:count])
-    lattice = np.array(list(itertools.product(range(23, 255, 33), repeat=3)))
-    places = _perceptual(lattice)
-    clear = (places[:, 0] > 0.42) & (places[:, 0] < 0.95)  # lightness, away from black and white
-    lattice, places = lattice[clear], places[clear]
-    avoid = [BACKGROUND, (255, 255, 255), (128, 128, 128), *chosen]
-    distance = np.full(len(lattice), np.inf)
-    for color in avoid:
-        distance = np.minimum(distance, _gap(places, color))
-    while len(chosen) < count:
-        color = tuple(int(c) for c in lattice[distance.argmax()])
-        chosen.append(color)
-        distance = np.minimum(distance, _gap(places, color))
-    return tuple(chosen)
-
-
-def _gap(places: Float[np.ndarray, "N 3"], color: tuple[int, int, int]) -> Float[np.ndarray, " N"]:
-    return np.linalg.norm(places - _perceptual(np.array([color])), axis=1)
-
-
-def _perceptual(rgb: Integer[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
-    """sRGB 0..255 in Oklab coordinates (Ottosson 2020), whose distances follow what eyes see."""
-    x = rgb / 255
-    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-    cones = linear @ np.array(
-        [
-            [0.4122214708, 0.2119034982, 0.0883024619],
-            [0.5363325363, 0.6806995451, 0.2817188376],
-            [0.0514459929, 0.1073969566, 0.6299787005],
-        ]
-    )
-    return np.cbrt(cones) @ np.array(
-        [
-            [0.2104542553, 1.9779984951, 0.0259040371],
-            [0.7936177850, -2.4285922050, 0.7827717662],
-            [-0.0040720468, 0.4505937099, -0.8086757660],
-        ]
-    )
+    # Bits 0, 1 and 2 of the number are the highest bits of VOC's red, green and blue, bits 3, 4 and
+    # 5 the next ones, and so on.
+    number, channel = np.arange(1, 256)[:, None], np.arange(3)
+    table = sum((number >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+    near = np.linalg.norm(table[:, None] - np.array([BACKGROUND, *FIRST]), axis=-1).min(1)
+    late = (table.max(1) < 128) | (near < 40)
+    table = table[np.argsort(late, kind="stable")].tolist()
+    return (*FIRST, *map(tuple, table))[:count]
 
 
 def paint(
@@ -316,9 +312,9 @@ def paint(
     return table[labels]
 
 
-def write_palette_png(path: str | Path, labels: Integer[np.ndarray, "H W"], count: int) -> None:
-    """A palette PNG whose pixel values are the labels: 0 background, 1..count the classes."""
+def palette_image(labels: Integer[np.ndarray, "H W"], count: int) -> Image.Image:
+    """A palette image whose pixel values are the labels: 0 background, 1..count the classes."""
     image = Image.fromarray(labels.astype(np.uint8))
     table = [BACKGROUND, *colors(count)] + [(255, 255, 255)] * (255 - count)
     image.putpalette([channel for color in table for channel in color])
-    image.save(path, format="PNG")
+    return image

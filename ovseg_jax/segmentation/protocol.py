@@ -35,8 +35,14 @@ CHOICES = {
 FEWEST_WORDS = 20
 # Every other field may have another value for some benchmarks.
 _NOT_PER_BENCHMARK = ("name", "thresholds", "per_benchmark")
-# Fields that model directories of earlier versions have. Only these values were ever written.
-_RETIRED = {"assignment": "soft", "assignment_temperature": 1.0}
+# Fields that earlier versions wrote, and the only values that they wrote.
+_RETIRED = {
+    "assignment": "soft",
+    "assignment_temperature": 1.0,
+    "flip": False,
+    "scales": (1.0,),
+    "pamr_dilations": (1, 2, 4, 8, 12, 24),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +89,7 @@ class Protocol:
       class_names: whose words stand for the classes of a benchmark, see `benchmarks.class_words`.
       min_area: classes that win less than this share of all foreground pixels are removed, and
         their pixels go to the best of the other words; 0 for none.
-      flip: average with the mirrored image.
-      scales: factors on the size of the resized image; probabilities are averaged over them.
-      pamr_steps, pamr_dilations: refinement by the image's colors, see `refine`; 0 steps for none.
+      pamr_steps: rounds of refinement by the image's colors, see `labels.pamr`; 0 for none.
       per_benchmark: fields that differ for some benchmarks, by the benchmarks' names.
     """
 
@@ -112,10 +116,7 @@ class Protocol:
     averaged: str = "probabilities"
     class_names: str = "released"
     min_area: float = 0.0
-    flip: bool = False
-    scales: tuple[float, ...] = (1.0,)
     pamr_steps: int = 0
-    pamr_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     per_benchmark: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -125,75 +126,52 @@ class Protocol:
                     f"protocol: {field} is {getattr(self, field)!r}; it must be "
                     + " or ".join(map(repr, allowed))
                 )
-        for holds, rule in self._rules():
-            if not holds:
-                raise UserError(f"protocol: {rule}")
+        for field in ("short_side", "long_limit", "window", "stride"):
+            self._require(getattr(self, field) >= 1, f"{field} must be at least 1 pixel")
+        counts = ("image_scale", "border_scale", "image_classes", "competing_words", "pamr_steps")
+        for field in counts:
+            self._require(getattr(self, field) >= 0, f"{field} must be at least 0")
+        scale = self.scale
+        self._require(scale is None or scale > 0, f"scale {scale} must be above 0, or none")
+        self._require(
+            bool(self.templates) and all("{}" in text for text in self.templates),
+            "templates need at least one text, each with {} for the name",
+        )
+        self._require(0 <= self.min_area < 1, "min_area must be at least 0 and below 1")
+        soft = self.grouping == "soft_patches"
+        upsample_first = self.order == "upsample_first"
+        self._require(soft or upsample_first, "grouping='one_group' needs order='upsample_first'")
+        self._require(not (soft and self.image_classes), "image_classes needs grouping='one_group'")
+        evidence = self.image_scale > 0 or self.border_scale > 0
+        self._require(
+            not evidence or (soft and self.averaged == "probabilities"),
+            "image_scale and border_scale need grouping='soft_patches' and "
+            "averaged='probabilities'",
+        )
+        changed = self.pamr_steps > 0 or self.averaged != "probabilities" or self.min_area > 0
+        self._require(
+            not changed or (soft and upsample_first),
+            "pamr_steps, averaged='cosines' and min_area need grouping='soft_patches' and "
+            "order='upsample_first'",
+        )
         for name, fields in self.per_benchmark.items():
             self.replace(**_per_benchmark(fields, f"per_benchmark.{name}"), per_benchmark={})
 
-    def _rules(self) -> list[tuple[bool, str]]:
-        """(whether it holds, how to say it) of each rule that the values must follow."""
-        soft = self.grouping == "soft_patches"
-        upsample_first = self.order == "upsample_first"
-        changed = self.refined or self.averaged != "probabilities" or self.min_area > 0
-        evidence = self.image_scale > 0 or self.border_scale > 0
-        return [
-            *(
-                (getattr(self, field) >= 1, f"{field} must be at least 1 pixel")
-                for field in ("short_side", "long_limit", "window", "stride")
-            ),
-            *(
-                (getattr(self, field) >= 0, f"{field} must be at least 0")
-                for field in ("image_scale", "border_scale", "image_classes", "competing_words")
-            ),
-            (self.scale is None or self.scale > 0, f"scale {self.scale} must be above 0, or none"),
-            (soft or upsample_first, "grouping='one_group' needs order='upsample_first'"),
-            (not (soft and self.image_classes), "image_classes needs grouping='one_group'"),
-            (
-                not evidence or (soft and self.averaged == "probabilities"),
-                "image_scale and border_scale need grouping='soft_patches' and "
-                "averaged='probabilities'",
-            ),
-            (
-                bool(self.templates) and all("{}" in text for text in self.templates),
-                "templates need at least one text, each with {} for the name",
-            ),
-            (0 <= self.min_area < 1, "min_area is a share of the pixels, at least 0 and below 1"),
-            (
-                len(self.scales) > 0 and min(self.scales) > 0,
-                "scales need at least one factor, all above 0",
-            ),
-            (self.pamr_steps >= 0, "pamr_steps must be at least 0"),
-            (
-                len(self.pamr_dilations) > 0 and min(self.pamr_dilations) >= 1,
-                "pamr_dilations need at least one distance, all at least 1 pixel",
-            ),
-            (
-                not changed or (soft and upsample_first),
-                "flip, scales, pamr_steps, averaged='cosines' and min_area need "
-                "grouping='soft_patches' and order='upsample_first'",
-            ),
-        ]
-
-    @property
-    def refined(self) -> bool:
-        """Whether an image is seen more than once, or refined by its colors."""
-        return self.flip or tuple(self.scales) != (1.0,) or self.pamr_steps > 0
-
-    @property
-    def views(self) -> tuple[tuple[float, bool], ...]:
-        """(factor on the size, mirrored) of each time an image is seen."""
-        sides = (False, True) if self.flip else (False,)
-        return tuple((float(scale), side) for scale in self.scales for side in sides)
+    def _require(self, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"protocol: {rule}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Protocol":
         """From a mapping with any of the fields, such as a ConfigDict or what `as_dict` gave.
 
+        Fields of earlier versions are passed over where they hold what they always held.
+
         Raises:
           UserError: a field that does not exist, or a value that makes no sense.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        config = {key: config[key] for key in config if not _is_retired(key, config[key])}
         unknown = sorted(set(config) - known)
         if unknown:
             raise UserError(f"protocol: unknown {', '.join(unknown)}; there are: {sorted(known)}")
@@ -248,6 +226,11 @@ class Protocol:
         return {**values, **lists, "thresholds": dict(self.thresholds), "per_benchmark": own}
 
 
+def _is_retired(key: str, value: Any) -> bool:
+    value = tuple(value) if isinstance(value, list) else value
+    return key in _RETIRED and value == _RETIRED[key]
+
+
 def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Lists and ints of JSON and config files as the fields' own types."""
     values = {key: config[key] for key in config}
@@ -258,8 +241,6 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "threshold": float,
         "min_area": float,
         "templates": lambda names: expand_templates(names) if len(names) else (),
-        "scales": lambda factors: tuple(float(factor) for factor in factors),
-        "pamr_dilations": lambda pixels: tuple(int(far) for far in pixels),
         "thresholds": dict,
     }
     for key, kind in kinds.items():
@@ -277,7 +258,11 @@ def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
 
 
 def _per_benchmark(fields: Mapping[str, Any] | ConfigDict, where: str) -> dict[str, Any]:
-    """The fields as plain values, if all of them may differ between benchmarks."""
+    """The fields as plain values.
+
+    Raises:
+      UserError: one of them may not differ between benchmarks.
+    """
     known = {field.name for field in dataclasses.fields(Protocol)} - set(_NOT_PER_BENCHMARK)
     unknown = sorted(set(fields) - known)
     if unknown:
@@ -296,9 +281,6 @@ def saved_protocol(info: Mapping[str, Any]) -> Protocol:
     fields = dict(info["protocol"])
     if "calibrated_words" in info["provenance"]:
         fields.setdefault("competing_words", info["provenance"]["calibrated_words"])
-    for name, value in _RETIRED.items():
-        if fields.get(name) == value:
-            del fields[name]
     return Protocol.from_config(fields)
 
 

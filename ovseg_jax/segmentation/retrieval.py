@@ -3,7 +3,7 @@
 ``classification``: DIR/CLASS/*.jpg, a folder for each class, named after it (``_`` for a blank);
 ``retrieval``: DIR/captions.tsv, lines with the name of a file, a tab, and a caption of it.
 
-Both compare unit embeddings of whole images with those of texts, so they need no masks.
+Both compare unit embeddings of whole images with those of texts, and need no masks.
 """
 
 import time
@@ -16,14 +16,16 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from ovseg_jax import processes
+from ovseg_jax.data.decoding import is_foreign
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import check_writable
 from ovseg_jax.segmentation.api import LoadedModel
 from ovseg_jax.segmentation.evaluate import write_result
-from ovseg_jax.segmentation.inputs import IMAGES
+from ovseg_jax.segmentation.inputs import IMAGES, files_in
 from ovseg_jax.segmentation.protocol import names_hash
+from ovseg_jax.segmentation.vocabulary import read_text
 
 WHOLE_IMAGES = ("classification", "retrieval")
-CAPTIONS = "captions.tsv"
 RANKS = (1, 5, 10)
 _AT_ONCE = 64  # images that are read before they are encoded
 
@@ -34,11 +36,13 @@ class LabeledImages:
 
     Attributes:
       match: the text of each image (classification), or the image of each text (retrieval).
+      passed_over: files and folders that are no part of the set.
     """
 
     files: tuple[Path, ...]
     texts: tuple[str, ...]
     match: tuple[int, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 def whole_image_sets(names: Sequence[str], data_dir: str) -> dict[str, LabeledImages]:
@@ -58,28 +62,25 @@ def whole_image_sets(names: Sequence[str], data_dir: str) -> dict[str, LabeledIm
 
 
 def _class_folders(root: Path) -> LabeledImages:
-    files, texts, match = [], [], []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    files, texts, match, passed_over = [], [], [], []
+    for path in sorted(path for path in root.iterdir() if not is_foreign(path.name)):
+        images, others = files_in(path, IMAGES) if path.is_dir() else ([], [])
+        passed_over += [f"{path.name}/{other.name}" for other in others] if images else [path.name]
         if images:
             match += [len(texts)] * len(images)
             files += images
-            texts.append(folder.name.replace("_", " "))
+            texts.append(path.name.replace("_", " "))
     if len(texts) < 2:
         raise UserError(
             f"benchmark classification: {root} needs a folder of images for each of at least two "
             "classes"
         )
-    return LabeledImages(tuple(files), tuple(texts), tuple(match))
+    return LabeledImages(tuple(files), tuple(texts), tuple(match), tuple(passed_over))
 
 
 def _captioned(root: Path) -> LabeledImages:
-    path, numbers, texts, match = root / CAPTIONS, {}, [], []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"benchmark retrieval: {path} cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
+    path, numbers, texts, match = root / "captions.tsv", {}, [], []
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").splitlines(), 1):
         if not line.strip():
             continue
         where = f"benchmark retrieval: line {number} of {path}"
@@ -111,6 +112,8 @@ def whole_image_results(
     """
     if not sets:
         return {}
+    if processes.is_first():
+        check_writable(results)
     loaded, by_name = LoadedModel(model), {}
     for name, data in sets.items():
         start = time.perf_counter()
@@ -130,6 +133,7 @@ def whole_image_results(
         by_name[name] = {
             "benchmark": name,
             **measures,
+            "passed_over": list(data.passed_over),
             "seconds": round(seconds, 3),
             "images_per_second": round(len(images) / max(seconds, 1e-9), 3),
             "protocol": {
@@ -142,7 +146,10 @@ def whole_image_results(
             **model_facts(model, loaded.info),
         }
         if processes.is_first():
-            write_result(results / f"{name}.json", by_name[name])
+            try:
+                write_result(results / f"{name}.json", by_name[name])
+            except UserError as error:
+                by_name[name]["not_written"] = str(error)
     return by_name
 
 

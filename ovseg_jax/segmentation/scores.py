@@ -5,7 +5,6 @@ batches; the last is padded. The results are small, one cosine for each patch an
 the host until an image has all its windows.
 """
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,8 +66,6 @@ class ImageScores:
       size, resized: (height, width) of the original image, and of the image that was segmented.
       tiles: number of windows along the height and the width.
       window, stride: of the windows, pixels.
-      mirrored: whether it is the image seen in a mirror.
-      more: the same image at the protocol's other scales, and mirrored.
       image: at the protocol's size, where it refines by colors.
       foreground: log-probability that a cell shows no surroundings, for each word; None where the
         protocol has no `border_scale`.
@@ -85,8 +82,6 @@ class ImageScores:
     tiles: tuple[int, int]
     window: int
     stride: int
-    mirrored: bool = False
-    more: tuple["ImageScores", ...] = ()
     image: UInt8[np.ndarray, "H W 3"] | None = None
     foreground: Float[np.ndarray, "h w C"] | None = None
 
@@ -110,20 +105,17 @@ class ImageScores:
             )
             for axis in (0, 1)
         )
-        return rows, columns[::-1] if self.mirrored else columns
+        return rows, columns
 
     def image_margins(self) -> Float[np.ndarray, "1 1 C"]:
         """How far each class falls short of the image's best class (cosines, at most 0).
 
         The cosines are those of the whole image, whose embedding is the mean of the embeddings of
-        all its windows in all its views. With margins window by window, labels jump where
-        windows meet.
+        all its windows. With margins window by window, labels jump where windows meet.
         """
-        views = (self, *self.more)
         # The cosine with a mean of embeddings is the mean of the cosines, over the mean's norm.
-        embedding = np.mean([view.embeddings.mean(0) for view in views], axis=0)
-        cosines = np.mean([view.image_cosines.mean(0) for view in views], axis=0)
-        cosines = cosines / max(float(np.linalg.norm(embedding)), 1e-12)
+        norm = float(np.linalg.norm(self.embeddings.mean(0)))
+        cosines = self.image_cosines.mean(0) / max(norm, 1e-12)
         return (cosines - cosines.max()).astype(np.float32)[None, None]
 
     def foreground_or_zero(self) -> Float[np.ndarray, "h w C"]:
@@ -208,19 +200,17 @@ def image_scores(
         grid = results[0].shape[1:3]
         results[5:] = [keys.reshape(batch_size, *grid, -1) for keys in results[5:]]
         for row, window in enumerate(batch):
-            window.view.parts[window.number] = tuple(result[row] for result in results)
-            if all(view.complete() for view in window.views):
-                first, *more = (view.scores(things) for view in window.views)
-                yield dataclasses.replace(first, more=tuple(more))
+            window.image.parts[window.number] = tuple(result[row] for result in results)
+            if len(window.image.parts) == len(window.image.grid):
+                yield window.image.scores(things)
 
     for index, pixels in enumerate(images):
-        views = [_View(index, pixels.shape[:2], protocol, *how) for how in protocol.views]
-        for view in views:
-            for number, window in enumerate(view.cut(pixels)):
-                same = waiting.setdefault(window.shape, [])
-                same.append(_Window(window, number, view, views))
-                if len(same) == batch_size:
-                    start(waiting.pop(window.shape))
+        image = _Image(index, pixels.shape[:2], protocol)
+        for number, window in enumerate(image.cut(pixels)):
+            same = waiting.setdefault(window.shape, [])
+            same.append(_Window(window, number, image))
+            if len(same) == batch_size:
+                start(waiting.pop(window.shape))
         while len(running) > 1:
             yield from finish()
     for batch in waiting.values():
@@ -229,37 +219,23 @@ def image_scores(
         yield from finish()
 
 
-class _View:
-    """An image at one scale, some of whose windows are not encoded yet."""
+class _Image:
+    """An image, some of whose windows are not encoded yet."""
 
-    def __init__(
-        self,
-        index: int,
-        size: tuple[int, int],
-        protocol: protocol_lib.Protocol,
-        scale: float,
-        mirrored: bool,
-    ):
-        self.index, self.size, self.protocol, self.mirrored = index, size, protocol, mirrored
-        self.base = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
-        least = windows.least_side(protocol.short_side)
-        self.resized = tuple(max(least, int(side * scale + 0.5)) for side in self.base)
+    def __init__(self, index: int, size: tuple[int, int], protocol: protocol_lib.Protocol):
+        self.index, self.size, self.protocol = index, size, protocol
+        self.resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
         self.grid = windows.window_grid(*self.resized, protocol.window, protocol.stride)
         self.parts: dict[int, tuple[np.ndarray, ...]] = {}
         self.image: np.ndarray | None = None
 
     def cut(self, image: np.ndarray) -> Iterator[np.ndarray]:
-        if self.protocol.pamr_steps:
-            self.image = windows.resize_image(image, *self.base, self.protocol.resize)
         image = windows.resize_image(image, *self.resized, self.protocol.resize)
-        if self.mirrored:
-            image = image[:, ::-1]
+        if self.protocol.pamr_steps:
+            self.image = image
         side = self.protocol.window
         for top, left in self.grid:
             yield image[top : top + side, left : left + side]
-
-    def complete(self) -> bool:
-        return len(self.parts) == len(self.grid)
 
     def scores(self, things: Sequence[bool] | None) -> ImageScores:
         parts = [self.parts[i] for i in sorted(self.parts)]
@@ -284,7 +260,6 @@ class _View:
             tiles=tiles,
             window=self.protocol.window,
             stride=self.protocol.stride,
-            mirrored=self.mirrored,
             image=self.image,
             foreground=foreground,
         )
@@ -292,12 +267,11 @@ class _View:
 
 @dataclass(frozen=True)
 class _Window:
-    """Pixels to encode: window `number` of a view, which is one of the views of an image."""
+    """Pixels to encode: window `number` of an image."""
 
     pixels: UInt8[np.ndarray, "h w 3"]
     number: int
-    view: _View
-    views: list[_View]
+    image: _Image
 
 
 def _side_by_side(parts: tuple[np.ndarray, ...], tiles: tuple[int, int]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A model with parameters as a segmenter: images in, group maps and embeddings out."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from ovseg_jax import sharding
 from ovseg_jax.data.entities import unmasked
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.readout import EXACT, unit
@@ -111,6 +114,7 @@ class ModelSegmenter:
         self._window = protocol.window
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
+        self._logged: tuple[str, ...] = ()
         everywhere = sharding.replicated(mesh) if mesh is not None else None
         leaves = jax.tree.leaves(self.variables)
         if mesh is not None and not any(isinstance(leaf, jax.Array) for leaf in leaves):
@@ -163,8 +167,11 @@ class ModelSegmenter:
         Each is the mean over templates of the prompts' embeddings. Without an image head both are
         the same.
         """
-        prompts = [template.format(unmasked(name)) for name in names for template in templates]
-        ids = self._without_padding(self._tokenizer.encode(prompts, self._length))
+        names = [unmasked(name) for name in names]
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        ids, cut = self._tokenizer.encode_with_cuts(prompts, self._length)
+        self._log_indistinct(names, cut.reshape(len(names), -1).any(1))
+        ids = self._without_padding(ids)
         rows = []
         for start in range(0, len(ids), TEXT_BATCH):
             part = ids[start : start + TEXT_BATCH]
@@ -180,6 +187,29 @@ class ModelSegmenter:
         norms = [np.linalg.norm(x.astype(np.float32), axis=1, keepdims=True) for x in means]
         units = [x / np.maximum(n, np.float32(1e-12)) for x, n in zip(means, norms, strict=True)]
         return units[0], units[-1]
+
+    def _log_indistinct(self, names: Sequence[str], cut: Bool[np.ndarray, " C"]) -> None:
+        """Logs the names that the text encoder does not know, reads alike, or reads in part."""
+        if self._logged == tuple(names):
+            return
+        self._logged = tuple(names)
+        tokenizer = self._tokenizer
+        ids = tokenizer.encode(names, self._length)
+        family = tokenizer.family
+        unknown = np.zeros(len(names), bool)
+        if family.unknown != family.end:
+            unknown = (ids == tokenizer.unknown_id).any(1)
+        alike: dict[bytes, list[str]] = {}
+        for name, row in zip(names, ids, strict=True):
+            alike.setdefault(row.tobytes(), []).append(name)
+        equal = [" = ".join(same) for same in alike.values() if len(same) > 1]
+        for what, found in (
+            ("are unknown to the text encoder, so it guesses", np.array(names)[unknown].tolist()),
+            ("are the same to the text encoder, so only the first is ever found", equal),
+            (f"are cut after {self._length} tokens", np.array(names)[cut].tolist()),
+        ):
+            if len(found):
+                logging.getLogger(__name__).warning("names that %s: %s", what, listed(found))
 
     def _without_padding(self, ids: np.ndarray) -> np.ndarray:
         """The columns that the longest prompt needs, a multiple of 4 so that few shapes compile.

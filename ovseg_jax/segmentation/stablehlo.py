@@ -9,6 +9,8 @@
 They are compiled where they are called, for cpu, cuda or tpu, with any batch size.
 """
 
+import contextlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.files import replace_file
 from ovseg_jax.models.layers import every_platform
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
@@ -100,8 +103,7 @@ def write_programs(
     if image_size < patch:
         raise UserError(f"--image_size={image_size} is less than one patch of {patch} pixels")
     length, pad = saved.info["text_length"], saved.model.pad_id
-
-    keys = protocol.border_scale > 0
+    keys, image_head = protocol.border_scale > 0, saved.model.image_head > 0
 
     def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, ...]:
         return encode_images(saved.model, _variables(weights), images, protocol.affinity, keys)
@@ -110,55 +112,52 @@ def write_programs(
         embedded = embed_prompts(saved.model, _variables(weights), ids, protocol.average)
         return embedded if len(embedded) > 1 else embedded[0]
 
+    of_image = ("assignment", "groups", "embedding", *["keys"] * keys)
+    of_text = ("embedding", *["image_embedding"] * image_head)
+    # name -> function, what it is called with, its shape and type, names of its results
     programs = {
-        "image": (image, (image_size, image_size, 3), jnp.uint8),
-        "text": (text, (length,), jnp.int32),
-    }
-    results = {
-        "image": ("assignment", "groups", "embedding", *(["keys"] if keys else [])),
-        "text": ("embedding", *(["image_embedding"] if saved.model.image_head else [])),
+        "image": (image, "images", (image_size, image_size, 3), jnp.uint8, of_image),
+        "text": (text, "ids", (length,), jnp.int32, of_text),
     }
     signature: dict[str, Any] = {"platforms": PLATFORMS, "protocol": protocol.as_dict()}
-    written: dict[str, bytes] = {}
-    for name, (function, shape, dtype) in programs.items():
+    files: dict[str, bytes | str] = {}
+    needed: dict[str, np.ndarray] = {}
+    for name, (function, argument, shape, dtype, results) in programs.items():
         own = {key: x for key, x in arrays.items() if key.startswith(PARTS[name])}
-        exported, content = _exported(function, own, shape, dtype)
-        written[name] = content
+        exported = _exported(function, own, shape, dtype)
+        files[f"{name}.stablehlo"] = bytes(exported.serialize())
+        needed |= own
         signature[name] = {
             "program": f"{name}.stablehlo",
-            "arguments": ["weights", "images" if name == "image" else "ids"],
+            "arguments": ["weights", argument],
             "input": {"shape": ["batch", *shape], "dtype": np.dtype(dtype).name},
             "weights": sorted(own),
             "results": [
                 {"name": label, "shape": [str(size) for size in out.shape], "dtype": out.dtype.name}
-                for label, out in zip(
-                    results[name],
-                    exported.out_avals,
-                    strict=True,
-                )
+                for label, out in zip(results, exported.out_avals, strict=True)
             ],
         }
-    signature["text"]["pad_id"] = pad
-    signature["text"]["average"] = protocol.average
-    needed = {key for name in programs for key in signature[name]["weights"]}
+    signature["text"] |= {"pad_id": pad, "average": protocol.average}
+    stream = io.BytesIO()
+    np.savez(stream, **dict(sorted(needed.items())))
+    files["weights.npz"] = stream.getvalue()
+    files["signature.json"] = json.dumps(signature, indent=2) + "\n"
+    files["README.md"] = _README.format(
+        size=image_size,
+        length=length,
+        pad=pad,
+        keys=", keys" * keys,
+        image_classes=", image_classes" * image_head,
+    )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in written.items():
-            (directory / f"{name}.stablehlo").write_bytes(content)
-        np.savez(directory / "weights.npz", **{key: arrays[key] for key in sorted(needed)})
-        (directory / "signature.json").write_text(
-            json.dumps(signature, indent=2) + "\n", encoding="utf-8"
-        )
-        readme = _README.format(
-            size=image_size,
-            length=length,
-            pad=pad,
-            keys=", keys" if keys else "",
-            image_classes=", image_classes" if saved.model.image_head else "",
-        )
-        (directory / "README.md").write_text(readme, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
+        for file, content in files.items():
+            replace_file(directory / file, content)
+    except UserError:  # a full disk: nothing half is left
+        with contextlib.suppress(OSError):
+            for file in files:
+                (directory / file).unlink(missing_ok=True)
+            directory.rmdir()  # where nothing else is in it
+        raise
     return signature
 
 
@@ -169,11 +168,10 @@ def _variables(weights: Mapping[str, Array]) -> dict[str, Any]:
 
 def _exported(
     function: Any, weights: Mapping[str, np.ndarray], shape: tuple[int, ...], dtype: Any
-) -> tuple[Any, bytes]:
+) -> jax.export.Exported:
     sizes = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
     with every_platform():
-        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(
+        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(
             {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in weights.items()},
             jax.ShapeDtypeStruct(sizes, dtype),
         )
-    return exported, bytes(exported.serialize())

@@ -10,7 +10,8 @@ short lists up with everyday nouns that stand for the background.
 
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,6 +46,18 @@ def competitors() -> dict[str, list[str]]:
     return _word_file()["competitors"]
 
 
+def ordered(items: Any, what: str) -> list[Any]:
+    """A sequence as a list: list, tuple, array, or whatever else has a length and an order.
+
+    Raises:
+      UserError: sets and generators, whose order or length nobody knows, and what is no sequence.
+    """
+    if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or hasattr(items, "keys"):
+        kind = type(items).__name__
+        raise UserError(f"{what} is a list, whose order numbers the labels; not a {kind}")
+    return list(items)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """C classes and the W words that compete for a pixel.
@@ -60,17 +73,21 @@ class Vocabulary:
     word_to_class: tuple[int, ...]
 
     @classmethod
-    def of(cls, entries: Sequence[str], background: Sequence[str] = ()) -> "Vocabulary":
+    def of(cls, entries: Iterable[str], background: Iterable[str] = ()) -> "Vocabulary":
         """From one entry per class, synonyms between bars, and words for the background.
+
+        Args:
+          entries, background: any sequences that have an order.
 
         Raises:
           UserError: no class, an empty word, or a word that is listed twice.
         """
         if isinstance(entries, str):
             raise UserError(f"classes is a list of names: [{entries!r}], not one text")
-        if entries is None or not all(isinstance(x, str) for x in [*entries, *background]):
+        entries, background = ordered(entries, "classes"), ordered(background, "background")
+        if not all(isinstance(x, str) for x in [*entries, *background]):
             raise UserError(f"classes is a list of names, not {entries!r}")
-        if not len(entries):
+        if not entries:
             raise UserError("no classes: name at least one, for example --classes='cat,dog'")
         pairs = [(i, word) for i, entry in enumerate(entries) for word in entry.split(BETWEEN)]
         pairs += [(BACKGROUND, word) for word in background]
@@ -135,9 +152,88 @@ def _forms(words: set[str]) -> set[str]:
     return {form for word in words for form in (word, f"{word}s", f"{word}es")}
 
 
+# ---- lists of words that people write
+
+# First entries that are no class: what a mask has as 0, and what LabelMe writes above it for -1.
+BACKGROUND_NAMES = ("background", "_background_", "__background__")
+_IGNORED = "__ignore__"
+
+
+def read_words(
+    text: str, where: str, numbered_from: tuple[int, ...] = (0, 1)
+) -> tuple[tuple[str, ...], bool]:
+    r"""Reads what people write as a list of classes: a file, or the value of a flag.
+
+    There is one entry a line, or a single line with commas between them; a comma that belongs to a
+    name is written ``\,``. Blank lines and comments (#) are passed over, and so are numbers before
+    the names (``0: cat``) that count up.
+
+    Args:
+      where: what the list is, for messages.
+      numbered_from: the first number, where there are any.
+
+    Returns:
+      The classes in order, and whether the list named the background before them.
+
+    Raises:
+      UserError: there is no entry, an entry is empty, or reading on would move a label's number.
+    """
+    lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    rows = [split_at_commas(line) for line in lines]
+    if len(rows) == 1:
+        entries = rows[0][:-1] if rows[0][-1] == "" else rows[0]
+    elif wrong := [line for line, row in zip(lines, rows, strict=True) if len(row) > 1]:
+        raise UserError(
+            f"{where}: the line {wrong[0]!r} has a comma and is not the only line. Write one class "
+            "a line, synonyms between bars (cat|kitten), and a comma in a name as \\,"
+        )
+    else:
+        entries = [row[0] for row in rows]
+    if "" in entries:
+        raise UserError(f"{where}: there is an empty name between commas")
+    entries = _without_numbers(entries, where, numbered_from)
+    if entries and entries[0] == _IGNORED:
+        entries = entries[1:]
+    background = bool(entries) and entries[0].lower() in BACKGROUND_NAMES
+    entries = entries[background:]
+    for entry in entries:
+        if entry.lower() in (*BACKGROUND_NAMES, _IGNORED):
+            raise UserError(
+                f"{where}: only the first entry may be {entry!r}, which is no class: without it, "
+                "later labels would change their numbers"
+            )
+    if not entries:
+        raise UserError(f"{where} lists no classes: name at least one")
+    return tuple(entries), background
+
+
+def split_at_commas(text: str) -> list[str]:
+    r"""'a, b\,c' -> ['a', 'b,c']: a comma behind a backslash belongs to the name."""
+    parts = re.split(r"(?<!\\),", text)
+    return [part.strip().replace("\\,", ",") for part in parts]
+
+
+def _without_numbers(entries: list[str], where: str, first: tuple[int, ...]) -> list[str]:
+    numbered = [re.fullmatch(r"(\d+)\s*[:\t]\s*(\S.*)", entry) for entry in entries]
+    if not any(numbered):
+        return entries
+    if not all(numbered):
+        entry = entries[numbered.index(None)]
+        raise UserError(f"{where}: some entries are numbered, but not {entry!r}")
+    numbers = [int(match[1]) for match in numbered]
+    if numbers[0] not in first or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise UserError(
+            f"{where}: the numbers {', '.join(map(str, numbers[:5]))}... do not count up from "
+            f"{' or '.join(map(str, first))} as labels do: sort the entries, fill the gaps, and "
+            "name 'background' first where 0 is no class"
+        )
+    return [match[2] for match in numbered]
+
+
 def word_list(name: str) -> tuple[str, ...]:
     """The classes of an evaluation set (one of `LISTS`; 'coco' is the 80 objects), or of a text
-    file with one class a line, synonyms between bars.
+    file, see `read_words`.
 
     Raises:
       UserError: there is no such list, or the file is empty or no text.
@@ -147,17 +243,24 @@ def word_list(name: str) -> tuple[str, ...]:
         path = resources.files("ovseg_jax.data") / "benchmarks" / "tables" / f"{table}.json"
         classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
         return tuple(entry["word"] for entry in classes)
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(
             f"--vocabulary={name}: no such file, and no such list{nearest(name, LISTS)}; lists: "
             f"{', '.join(LISTS)}"
         )
+    return read_words(read_text(path), f"--vocabulary={name}")[0]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+      UserError: it cannot be read, or is not in UTF-8.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--vocabulary={name} is no text file") from None
-    words = tuple(line.strip() for line in lines if line.strip())
-    if not words:
-        raise UserError(f"--vocabulary={name} lists no classes")
-    return words
+        raise UserError(f"{path} is no text file in UTF-8") from None

@@ -14,6 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.models.build import START, complete_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten
@@ -21,10 +22,6 @@ from ovseg_jax.weights import bert, vit
 from ovseg_jax.weights.links import Link, Shapes, read_links
 from ovseg_jax.weights.locate import find_weights, read_weights
 from ovseg_jax.weights.tensors import Tensors
-
-# Fields of ``config.model`` that say what its parameters start from. They describe a run, not the
-# model: a model directory leaves them out.
-INIT_FIELDS = ("image_init", "text_init", "resample_init", "neck_init")
 
 # The layers that see the image alone, with what comes before and directly after them.
 TRUNK = (
@@ -38,10 +35,10 @@ TRUNK = (
 )
 
 
-def architecture(model: ConfigDict) -> dict[str, Any]:
-    """``config.model`` without `INIT_FIELDS`, as plain values."""
-    plain = json.loads(model.to_json_best_effort())
-    return {name: value for name, value in plain.items() if name not in INIT_FIELDS}
+def architecture(model: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """A complete ``config.model`` without what its parameters start from, as plain values."""
+    plain = json.loads(complete_model(model).to_json_best_effort())
+    return {name: value for name, value in plain.items() if name not in START}
 
 
 # ---- random values
@@ -176,7 +173,7 @@ def published_start(model: ConfigDict, shapes: Shapes) -> PublishedStart:
     """Reads the weights that a run begins with; what they do not fill stays random.
 
     Args:
-      model: ``config.model``, with `INIT_FIELDS`.
+      model: ``config.model``, complete.
       shapes: of all the model's parameters.
 
     Raises:

@@ -19,10 +19,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
@@ -88,6 +87,8 @@ def find_model(model: str | os.PathLike) -> Path:
     name, path = os.fspath(model), Path(model)
     shipped = SHIPPED / name
     if os.sep in name or not (shipped / CONFIG).is_file():
+        if (path / "model" / CONFIG).is_file() and not (path / CONFIG).is_file():
+            raise UserError(f"--model={name} is the folder of a run; its model is {path / 'model'}")
         if path.is_dir():
             return path
         known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
@@ -110,7 +111,7 @@ class NoTokenizer(Tokenizer):
     def __init__(self, directory: Path):
         self._directory = directory
 
-    def encode(self, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts {length}"]:
+    def encode_with_cuts(self, texts: Sequence[str], length: int) -> NoReturn:
         """Raises UserError: no text can be encoded."""
         raise UserError(
             f"{self._directory} has no tokenizer, without which no class can be named: copy the "

@@ -186,7 +186,7 @@ def split_towers(
     """Parameters that differ from the published towers, and references to the towers.
 
     Args:
-      model: ``config.model`` of the run, with `initialize.INIT_FIELDS`.
+      model: ``config.model`` of the run, complete.
       params: all parameters by path. shapes: theirs.
 
     Raises:

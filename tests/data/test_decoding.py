@@ -61,6 +61,29 @@ def test_16_bit_gray_is_scaled_not_clipped():
     assert pixels[0, :, 0].tolist() == [0, 100, 255, 1]
 
 
+@pytest.mark.parametrize(
+    "largest, tags, expected",
+    [
+        (1.0, {}, 255),
+        (200.0, {}, 200),
+        (0.5, {341: 2.0}, 64),
+        (np.uint16(4095), {281: 4095}, 255),
+        (300.0, {}, None),
+        (-1.0, {}, None),
+        (np.nan, {}, None),
+    ],
+)
+def test_the_range_comes_from_the_file(largest, tags, expected):
+    values = np.full((3, 4), largest, getattr(largest, "dtype", np.float32))
+    values = values if values.dtype == np.uint16 else values.astype(np.float32)
+    data = encode(Image.fromarray(values), "TIFF", tiffinfo=tags)
+    if expected is None:
+        with pytest.raises(UnreadableImage, match="unknown range"):
+            decode(data)
+    else:
+        assert np.asarray(decode(data)).max() == expected
+
+
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.segmentation import one_group, readout, windows
+from ovseg_jax.segmentation import readout, windows
 from released.arrays import HERE, ReleasedSet, relative
 
 PARTS = ("weights.npz", "inputs.npz", "seg.npz", "eval_rest.npz", "meta.json")
@@ -72,12 +72,12 @@ class Segmentation:
         soft = np.asarray(tokens.affinity).reshape(len(images), *grid, -1)
         text = self.text()
         cosines = readout.cosines(groups, text), readout.cosines(whole[:, None], text)[:, 0]
-        return soft, one_group.group_probabilities(*cosines, self.scale, IMAGE_CLASSES)
+        return soft, readout.group_probabilities(*cosines, self.scale, IMAGE_CLASSES)
 
     def labels(self, soft, p, threshold, **geometry):
         options = {"threshold": threshold, "cap": True, "band_floats": 1 << 16}
         classes = np.arange(p.shape[-1])
-        return one_group.label_image(soft, p, classes=classes, **geometry, **options)
+        return readout.label_image(soft, p, classes=classes, **geometry, **options)
 
 
 @pytest.fixture(scope="module", params=SETS, ids=[name for _, name in SETS])

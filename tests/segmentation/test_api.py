@@ -1,5 +1,6 @@
 """ovseg_jax.load: what people call."""
 
+import collections
 import io
 import subprocess
 import sys
@@ -98,7 +99,6 @@ def test_lists_stacks_and_jax_arrays(model):
             np.testing.assert_array_equal(one.labels, other.labels)
             np.testing.assert_array_equal(one.groups, other.groups)
     assert alone[0].groups.shape == (40, 56) and alone[0].groups.max() < 4 * 6
-    assert model.segment([], ["cat"]) == []
     stream = io.BytesIO()
     Image.fromarray(PIXELS).save(stream, "PNG")
     found = model.segment(stream.getvalue(), ["cat", "dog"])
@@ -145,14 +145,32 @@ def test_many_classes(model):
 
 
 def test_settings_of_the_protocol(directory):
-    mirrored = ovseg_jax.load(directory, flip=True)
-    assert mirrored.protocol.flip
-    one = mirrored.segment(PIXELS, ["cat", "dog"], background=False)
-    other = mirrored.segment(PIXELS[:, ::-1], ["cat", "dog"], background=False)
-    # Seen both ways, an image and its mirror image are segmented alike, up to ties.
-    assert (one.labels == other.labels[:, ::-1]).mean() > 0.99
+    assert ovseg_jax.load(directory, pamr_steps=2).protocol.pamr_steps == 2
     with pytest.raises(UserError, match="unknown flipp"):
         ovseg_jax.load(directory, flipp=True)
+
+
+def truncated():
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "PNG")
+    return Image.open(io.BytesIO(stream.getvalue()[:2000]))
+
+
+def test_any_sequence_with_an_order(model):
+    wanted = model.segment([PIXELS], ["cat", "dog"])
+    for classes in (("cat", "dog"), np.array(["cat", "dog"]), collections.deque(["cat", "dog"])):
+        (found,) = model.segment(collections.deque([PIXELS]), classes)
+        assert found.classes == ("cat", "dog")
+        np.testing.assert_array_equal(found.labels, wanted[0].labels)
+
+
+def test_names_that_the_text_encoder_cannot_tell_apart(model, caplog):
+    long = " ".join(["cat"] * 9)
+    model.segment(PIXELS, ["cat", "CÁT", "\N{HORSE FACE}", "\N{THAI CHARACTER KO KAI}", long])
+    said = caplog.messages
+    assert any("are unknown" in line and "\N{HORSE FACE}" in line for line in said)
+    assert any("cat = CÁT" in line for line in said)
+    assert any("are cut after 8 tokens" in line and long in line for line in said)
 
 
 BAD = {
@@ -166,15 +184,18 @@ BAD = {
     "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
     "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),
     r"\[3, 40, 56\]": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
-    "255 \\* x": lambda m, p: m.segment(PIXELS.astype(np.float32) / 255, ["cat"]),
-    "np.moveaxis": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
-    "drop the fourth": lambda m, p: m.segment(np.zeros((4, 4, 4), np.uint8), ["cat"]),
     "no images": lambda m, p: m.embed_image([]),
+    "no images: give": lambda m, p: m.segment([], ["cat"]),
+    "not a set": lambda m, p: m.segment(PIXELS, {"cat", "dog"}),
+    "not a generator": lambda m, p: m.segment(PIXELS, (name for name in ["cat"])),
+    "not a dict": lambda m, p: m.segment(PIXELS, ["cat"], background={"sky": 1}),
+    "images is a list, not a generator": lambda m, p: m.segment((x for x in [PIXELS]), ["cat"]),
+    "PIL image cannot be decoded": lambda m, p: m.segment(truncated(), ["cat"]),
     "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
     "a least probability": lambda m, p: _check_options(0.4, None, 0),
     "threshold is a probability": lambda m, p: _check_options(True, "0.5", 0),
     "words is -3": lambda m, p: m.segment(PIXELS, ["cat"], words=-3),
-    "scales cannot be 2.0": lambda m, p: ovseg_jax.load(p, scales=2.0),
+    "scale cannot be 'x'": lambda m, p: ovseg_jax.load(p, scale="x"),
     "is empty": lambda m, p: m.segment(PIXELS[:0], ["cat"]),
     "cannot be read: No such": lambda m, p: m.segment("/no.jpg", ["cat"]),
     "no image that can be read": lambda m, p: m.segment(__file__, ["cat"]),
@@ -184,7 +205,7 @@ BAD = {
 
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_input(reason, model, directory, tmp_path):
-    if "scales" in reason:
+    if "scale" in reason:
         tmp_path = directory
     with pytest.raises(UserError, match=reason):
         BAD[reason](model, tmp_path)

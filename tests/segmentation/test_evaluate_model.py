@@ -9,7 +9,6 @@ from data.benchmarks import miniatures as mini
 from PIL import ExifTags, Image
 
 import ovseg_jax
-from ovseg_jax.data.benchmarks.builders import build
 from ovseg_jax.errors import UserError
 from ovseg_jax.main import main
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, make_benchmark
@@ -102,18 +101,6 @@ def test_several_benchmarks_of_one_folder(directory, folders, tmp_path):
     assert usage["groups"] == 4 and 1 <= usage["used"] <= 4 and 0 <= usage["entropy"] <= 1
 
 
-def test_prepared_sets_of_the_same_folder(directory, folders, tmp_path):
-    build("voc", folders, tmp_path / "tfds")
-    results = [
-        evaluate_model(str(directory), ("voc",), tmp_path, data_dir=str(where), overrides=SMALL)[
-            "voc"
-        ]
-        for where in (folders, tmp_path / "tfds")
-    ]
-    assert [result["data"]["form"] for result in results] == ["palette", "tfds, palette"]
-    assert results[0]["confusion"] == results[1]["confusion"]
-
-
 @pytest.mark.parametrize("name", ["released", "tcl", "sclip"])
 def test_named_protocols(directory, folders, tmp_path, name):
     options = {"data_dir": str(folders), "protocol_name": name, "overrides": SMALL}
@@ -189,6 +176,22 @@ def test_settings_that_do_not_apply_are_refused(directory, folders, tmp_path, wh
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written(directory, folders, tmp_path, monkeypatch, capsys):
+    """Told before the work; and where it shows only afterwards, the result is printed first."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written"):
+        evaluate_model(str(directory), ("folder",), tmp_path / "file", data_dir=str(folders))
+    monkeypatch.setattr("ovseg_jax.segmentation.evaluate.replace_file", _full_disk)
+    call = ["--mode=eval", f"--model={directory}", f"--workdir={tmp_path}", "--benchmark=folder"]
+    with pytest.raises(UserError, match="no room"):
+        main([*call, f"--data_dir={folders}"])
+    assert "folder " in capsys.readouterr().out
+
+
+def _full_disk(path, content):
+    raise UserError("no room")
+
+
 def test_unknown_names_and_missing_folders_before_any_compute(directory, tmp_path):
     for names, options, said in (
         (("vox",), {}, "did you mean 'voc'"),
@@ -208,18 +211,43 @@ def test_unknown_names_and_missing_folders_before_any_compute(directory, tmp_pat
         main(["--mode=eval", "--model=no model", "--benchmark="])
 
 
+FORMS = (
+    "\ufeffbackground\r\n\r\n# mine\r\ncat\r\ndog|bird\r\n",
+    "_background_\ncat\ndog|bird\n",
+    "__ignore__\n_background_\ncat\ndog|bird\n",
+    "background,cat,dog|bird",
+    "0: background\n1: cat\n2: dog|bird\n",
+)
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_list_of_classes_in_any_form(tmp_path, text):
+    root = own_folder(tmp_path / "own", sizes=((20, 20),))
+    (root / "classes.txt").write_text(text, encoding="utf-8")
+    benchmark = make_benchmark("folder", {"dir": str(root)})
+    assert benchmark.has_background and benchmark.entries == ("cat", "dog|bird")
+
+
 BROKEN = {
+    "numbers that move": (
+        lambda root: (root / "classes.txt").write_text("1: cat\n2: dog\n3: bird\n"),
+        "do not count up from 0"),
+    "background later": (
+        lambda root: (root / "classes.txt").write_text("cat\nbackground\ndog\n"),
+        "only the first entry may be 'background'"),
+    "commas in lines": (
+        lambda root: (root / "classes.txt").write_text("cat, kitten\ndog\nbird\n"), "has a comma"),
     "no classes": (lambda root: (root / "classes.txt").unlink(), "classes.txt cannot be read"),
-    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), "must list 1 to"),
+    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), "lists no classes"),
     "background alone": (
-        lambda root: (root / "classes.txt").write_text("background\n"), "must list 1 to"),
+        lambda root: (root / "classes.txt").write_text("background\n"), "lists no classes"),
     "one class, no background": (
         lambda root: (root / "classes.txt").write_text("cat\n"), "add 'background'"),
     "a name twice": (
         lambda root: (root / "classes.txt").write_text("cat\ndog\ncat\n"), "listed twice"),
     "too many": (
         lambda root: (root / "classes.txt").write_text("\n".join(map(str, range(500)))),
-        "1 to 254",
+        "room for 254",
     ),
     "no masks": (lambda root: [p.unlink() for p in (root / "masks").iterdir()], "holds no .png"),
     "no image": (lambda root: (root / "images" / "photo1.png").unlink(), "1 masks have no image"),
@@ -287,9 +315,18 @@ def test_masks_of_turned_photographs(tmp_path):
 def test_what_of_a_folder_was_not_used(tmp_path):
     root = own_folder(tmp_path / "own")
     (root / "images" / "photo9.jpg").write_bytes(b"never read")
-    (root / "images" / "notes.txt").write_text("no image")
-    described = make_benchmark("folder", {"dir": str(root)}).describe()
-    assert described["images_without_mask"] == 1 and described["whole"]
+    for name in (
+        "images/photo1.json",
+        "masks/photo1.txt",
+        "images/._photo1.png",
+        "masks/.DS_Store",
+    ):
+        (root / name).write_text("no image")
+    (root / "masks" / "photo0.png").rename(root / "masks" / "photo0.PNG")
+    benchmark = make_benchmark("folder", {"dir": str(root)})
+    described = benchmark.describe()
+    assert described["images_without_mask"] == 1 and described["whole"] and len(benchmark) == 3
+    assert described["passed_over"] == ["photo1.json", "photo1.txt"]
     assert not make_benchmark("folder", {"dir": str(root), "count": 2}).describe()["whole"]
 
 

@@ -14,18 +14,18 @@ from data.benchmarks import miniatures as mini
 from PIL import Image
 from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
 
-from ovseg_jax.segmentation import extreme_images as extreme_images_module
+from ovseg_jax.segmentation import page
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.evaluate_model import evaluate_model
-from ovseg_jax.segmentation.extreme_images import (
+from ovseg_jax.segmentation.metric import ConfusionMatrix
+from ovseg_jax.segmentation.page import (
     extreme_images,
     extremes,
+    write_page,
     write_pictures,
     write_sheet,
 )
-from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.pictures import scene_panel, soft_maps
-from ovseg_jax.segmentation.report import write_page
+from ovseg_jax.segmentation.pictures import scene_panel
 
 
 class Numbered(Blocks):
@@ -62,8 +62,6 @@ def test_extreme_images_are_those_of_the_evaluation(evaluated):
         np.testing.assert_array_equal(one.image, image)
         np.testing.assert_array_equal(one.truth, truth)
         assert one.prediction.shape == one.groups.shape == truth.shape
-        # Each patch belongs to one of four groups, wholly.
-        np.testing.assert_array_equal(one.maps.sum(0), 1)
         ious = [
             ((one.prediction == c) & (truth == c)).sum()
             / ((one.prediction == c) | (truth == c)).sum()
@@ -83,7 +81,7 @@ def test_pictures_show_what_was_evaluated(has_background, tmp_path, monkeypatch)
         drawn.append((prediction, truth))
         return scene_panel(image, groups, prediction, truth, *args, **options)
 
-    monkeypatch.setattr(extreme_images_module, "scene_panel", panel)
+    monkeypatch.setattr(page, "scene_panel", panel)
     write_pictures(ByColor(2), benchmark, protocol, tmp_path, count=2, group_count=4)
     for prediction, truth in drawn:
         confusion.update(prediction, truth)
@@ -155,11 +153,7 @@ def test_the_sheet(evaluated, tmp_path):
         assert sheet.height > 6 * 320 and sheet.width > 5 * 320
 
 
-def test_soft_maps_and_overlay():
-    maps = np.array([[[0.0, 1.0]], [[0.5, 0.5]]], np.float32)
-    row = np.asarray(soft_maps(maps, (3, 1), 400))
-    assert row.shape[1] == 400
-    assert row[-20, 30].tolist() == [0, 0, 0] and row[-20, 150].tolist() == [255, 255, 255]
+def test_the_overlay_of_a_panel_has_names():
     image = np.full((60, 90, 3), 120, np.uint8)
     labels = np.zeros((60, 90), np.uint8)
     labels[:, :45] = 1

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shlex
+import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ from pycocotools import mask as codec
 
 from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.inputs import find_pictures, pictures, result_names
-from ovseg_jax.segmentation.outputs import check_formats, run_lengths
+from ovseg_jax.predict import check_formats, run_lengths
+from ovseg_jax.segmentation.inputs import find_pictures as found_pictures
+from ovseg_jax.segmentation.inputs import pictures, result_names
 
 RNG = np.random.default_rng(0)
 
@@ -33,6 +36,10 @@ def write_gif(path, frames=5):
 
 def no_lines():
     return io.StringIO("")
+
+
+def find_pictures(given, lines):
+    return found_pictures(given, lines)[0]
 
 
 def test_files_folders_globs_and_lists(tmp_path):
@@ -60,17 +67,16 @@ def test_bad_arguments(tmp_path):
     write(tmp_path / "a.png")
     write(tmp_path / "other" / "a.jpg")
     (tmp_path / "empty").mkdir()
-    for given, options, said in (
-        ([], {}, "is empty"),
-        (["-"], {}, "is empty"),
-        ([f"{tmp_path}/none.png"], {}, "does not exist"),
-        (["https://example.org/a.png"], {}, "is an address: download the file"),
-        ([f"{tmp_path}/*.bmp"], {}, "no file matches"),
-        ([f"{tmp_path}/empty"], {}, "holds no image"),
-        ([f"{tmp_path}/a.png"], {"every": 0}, "at least 1"),
+    for given, said in (
+        ([], "is empty"),
+        (["-"], "is empty"),
+        ([f"{tmp_path}/none.png"], "does not exist"),
+        (["https://example.org/a.png"], "is an address: download the file"),
+        ([f"{tmp_path}/*.bmp"], "no file matches"),
+        ([f"{tmp_path}/empty"], "holds no image"),
     ):
         with pytest.raises(UserError, match=said):
-            find_pictures(given, no_lines(), **options)
+            find_pictures(given, no_lines())
 
 
 def test_names_that_tell_files_apart():
@@ -80,9 +86,9 @@ def test_names_that_tell_files_apart():
     assert names("x/a.jpg", "x/b.png", "a.png.tif") == ["a", "b", "a.png"]
     assert names("x/a.jpg", "y/a.jpg", "y/b.jpg") == ["x_a", "y_a", "b"]
     assert names("a.jpg", "a.png", "x/a.png") == ["a_jpg", "a_png", "x_a"]
-    assert names("/q/x/a.jpg", "/r/x/a.jpg") == ["q_x_a", "r_x_a"]
+    assert names("/q/x/a.jpg", "/r/x/a.jpg") == ["q_x_a_jpg", "r_x_a_jpg"]
     assert names("x/a.jpg", "y/a.jpg", "x_a.png") == ["x_a_jpg", "y_a", "x_a"]
-    with pytest.raises(UserError, match="x_a.*rename one"):
+    with pytest.raises(UserError, match="x/a.jpg would have the names of others"):
         names("x/a.jpg", "x_a.jpg", "y/a.jpg", "x_a_jpg")
 
 
@@ -94,7 +100,7 @@ def test_frames_of_animations(tmp_path):
         assert np.abs(picture.read().astype(int) - gray).max() <= 4
     (tmp_path / "bad.gif").write_bytes(b"no animation")
     (broken,) = pictures([str(tmp_path / "bad.gif")])
-    with pytest.raises(UserError, match="cannot be read as an animation"):
+    with pytest.raises(UserError, match="is no image that can be read"):
         broken.read()
 
 
@@ -202,7 +208,7 @@ def test_every_format_and_a_failure_among_others(call, tmp_path):
 @pytest.mark.parametrize("background", ["none", "wall,sky,grass,car,tree,floor,person"])
 def test_kinds_of_background(call, tmp_path, background):
     write(tmp_path / "a.png", (40, 70))
-    options = ("--formats=npz", "--pamr=1", "--flip", "--scales=1,1.5")
+    options = ("--formats=npz", "--pamr=1")
     more = (f"--background={background}", *options)
     code, out, _, error = call(f"--images={tmp_path}/a.png", "--classes=cat,dog", *more)
     assert code == 0, error
@@ -220,8 +226,11 @@ def test_kinds_of_background(call, tmp_path, background):
         (("--classes=cat", "--background=cat"), "twice"),
         (("--classes=cat", "--background=,"), "threshold, 'none', or words"),
         (("--classes=cat", "--formats=gif"), "unknown format"),
-        (("--classes=cat", "--scales=a"), "not numbers"),
-        (("--classes=cat", "--batch_size=-1"), "at least 1"),
+        (("--classes=cat", "--batch_size=-1"), "at least 0"),
+        (("--classes=cat", "--every=0"), "at least 1"),
+        (("--classes=cat", "--background=50%"), "'50%' is no word"),
+        (("--classes=cat", "--background=0,5"), "'0' is no word"),
+        (("--classes=cat,,dog",), "an empty name"),
         (("--vocabulary=nothing.txt",), "no such file"),
     ],
 )
@@ -243,7 +252,9 @@ def test_what_was_found_is_said_and_how(call, tmp_path):
     entry = json.loads((out / "x_a.json").read_text())
     assert entry["protocol"]["threshold"] == 1.0 and entry["background"] == 1.0
     assert len(entry["competitors"]) == 7 and "sky" in entry["competitors"]
-    code, out, said, error = call(both, *more, "--background=none")
+    code, _, _, error = call(both, *more, "--background=none")
+    assert code == 2 and "x_a.json is there already" in error and "--overwrite" in error
+    code, out, said, error = call(both, *more, "--background=none", "--overwrite")
     assert code == 0 and " % -> " in said and said.strip().endswith("y_a.overlay.png")
     assert "nothing was found" not in error
     entry = json.loads((out / "x_a.json").read_text())
@@ -275,3 +286,82 @@ def test_videos_are_turned_upright(tmp_path):
     frame = picture.read()
     assert frame.shape == (64, 48, 3)
     assert frame[:, 40:].mean() > 200 and frame[:, :30].mean() < 50  # the top came to the right
+
+
+# ---- nothing silent
+
+
+def test_names_on_the_command_line_and_in_files(call, tmp_path):
+    write(tmp_path / "a.png", (16, 16))
+    words = tmp_path / "words.txt"
+    words.write_bytes(b"\xef\xbb\xbf# animals\n\n0: cat\n1: dog, brown\n".replace(b",", b"\\,"))
+    for number, given in enumerate(("--classes=cat\ndog\\, brown\n", f"--vocabulary={words}")):
+        out = f"--out={tmp_path}/out{number}"
+        code, *_, error = call(f"--images={tmp_path}/a.png", given, "--formats=json", out)
+        assert code == 0, error
+        entry = json.loads((tmp_path / f"out{number}" / "a.json").read_text())
+        assert [row["name"] for row in entry["classes"]] == ["cat", "dog, brown"]
+
+
+def test_the_files_of_the_user_are_kept(call, tmp_path):
+    photos = tmp_path / "photos"
+    write(photos / "a.jpg", (16, 16))
+    (photos / "a.json").write_text("my annotation")
+    where = (f"--images={photos}/a.jpg", f"--out={photos}", "--classes=cat")
+    for more in ((), ("--overwrite",)):
+        code, *_, error = call(*where, *more)
+        assert code == 2 and "a.json is there and is no result of predict" in error
+    assert {p.name for p in photos.iterdir()} == {"a.jpg", "a.json"}
+    every = ("--formats=png,overlay,npz,rle", "--background=1.0")
+    assert call(*where, *every)[0] == 0
+    assert call(*where, *every)[0] == 2
+    assert call(*where, *every, "--overwrite")[0] == 0
+    assert (photos / "a.json").read_text() == "my annotation"
+
+
+def test_one_bad_name_does_not_end_the_others(call, tmp_path):
+    photos = tmp_path / "photos"
+    pixels = write(photos / "z.png", (16, 16))
+    for name in ("x" * 251 + ".png", "caf\udce9.png", "new\nline.jfif", "b.avif", "._z.png"):
+        Image.fromarray(pixels).save(
+            photos / "made.png", name.rpartition(".")[2].replace("jfif", "jpeg")
+        )
+        (photos / "made.png").rename(photos / name)
+    (photos / ".DS_Store").write_bytes(b"x")
+    (photos / "notes.txt").write_text("no image")
+    code, out, said, error = call(f"--images={photos}", "--classes=cat", "--formats=json")
+    assert code == 1 and "passed over, as no image: " in error and "notes.txt" in error
+    assert "File name too long" in error and "1 of 5 images failed" in error
+    assert "DS_Store" not in error and r"caf\udce9.png" in said and r"new\nline.jfif" in said
+    assert len(list(out.iterdir())) == len(said.splitlines()) == 4
+
+
+def test_frames_of_every_kind_of_file(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)) for i in range(3)]
+    for suffix in ("png", "webp", "tif"):
+        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+        read = [p.read().mean() for p in pictures([str(tmp_path / f"a.{suffix}")])]
+        np.testing.assert_allclose(read, (0, 40, 80), atol=3)
+    frames[1].save(tmp_path / "one.gif")
+    assert [p.name for p in pictures([str(tmp_path / "one.gif")])] == ["one"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(call, tmp_path):
+    write(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        given = (f"--images={tmp_path}/a.png", f"--out={tmp_path}/{place}", "--model=none")
+        code, *_, error = call(*given, "--classes=cat")
+        assert code == 2 and "cannot be written" in error
+
+
+PRINTS = "from ovseg_jax import flags; flags.run(lambda argv: print('x' * 10**6))"
+INTERRUPTED = "import sys; sys.argv = ['-m']; import ovseg_jax; raise KeyboardInterrupt"
+
+
+def test_a_broken_pipe_and_ctrl_c_while_importing_are_no_tracebacks():
+    command = f"{shlex.join([sys.executable, '-c', PRINTS])} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -2 and done.stderr == "interrupted\n"

@@ -9,12 +9,12 @@ from reference import one_group as reference
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import labels as labels_module
-from ovseg_jax.segmentation import one_group, readout, windows
+from ovseg_jax.segmentation import readout, windows
 from ovseg_jax.segmentation.calibrate import calibrated
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
 from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.protocol import Protocol, named_protocol
+from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores, with_scale
 
 RELEASED = Path(__file__).parents[1] / "released"
@@ -75,9 +75,9 @@ def test_values_of_the_released_rule(released):
             windows.bilinear_weights(n, m) for n, m in zip(size, soft.shape[1:3], strict=True)
         ]
         assert relative(readout.spread(soft, *matrices)[0], stage["attn_map_upsampled"]) < 1e-5
-    first = one_group.group_probabilities(*cosines, scale, 0)[0]
+    first = readout.group_probabilities(*cosines, scale, 0)[0]
     assert relative(first, stage["group_affinity_unmasked_softmax"]) < 1e-5
-    both = one_group.group_probabilities(*cosines, scale, 5)[0]
+    both = readout.group_probabilities(*cosines, scale, 5)[0]
     assert relative(both, stage["group_affinity_final"]) < 1e-5
     assert relative(both / first, stage["group_affinity_top5_softmax"]) < 1e-5
 
@@ -87,8 +87,8 @@ def test_label_maps_of_the_released_rule(released, background):
     # Equal wherever the two best groups of a pixel differ by 1e-5; at most 0.1 % of it does not.
     stage, soft, size, cosines, scale, used = released
     threshold = {"nobg": None, "bg": used, "bg_clipped": 2.0}[background]
-    p = one_group.group_probabilities(*cosines, scale, 5)
-    labels = one_group.label_image(
+    p = readout.group_probabilities(*cosines, scale, 5)
+    labels = readout.label_image(
         soft,
         p,
         window=size,
@@ -103,8 +103,8 @@ def test_label_maps_of_the_released_rule(released, background):
     clear = stage["argmax_margin"] > 1e-5
     assert clear.mean() >= 0.999
     np.testing.assert_array_equal(labels[clear], stage[f"{background}/seg_pred_whole"][clear])
-    table = p if threshold is None else one_group.with_background(p, threshold, True)
-    logits = np.asarray(table)[0][np.asarray(one_group.pixel_groups(soft, size))[0]]
+    table = p if threshold is None else readout.with_background(p, threshold, True)
+    logits = np.asarray(table)[0][np.asarray(readout.pixel_groups(soft, size))[0]]
     logits = logits.transpose(2, 0, 1)[:, clear]
     assert relative(logits, stage[f"{background}/pred_logits"][:, clear]) < 1e-5
 
@@ -300,22 +300,3 @@ def test_benchmarks_have_their_own_thresholds():
     result = evaluate(Random(), Painted(), protocol, batch_size=4)["protocol"]
     assert result["threshold"] == 0.3 and result["thresholds"] == {}
     assert protocol.for_benchmark("third").threshold == PROTOCOL.threshold
-    released = named_protocol("released")
-    limits = [released.for_benchmark(name).threshold for name in ("voc", "context", "coco_object")]
-    assert limits == [0.95, 0.35, 0.9]
-    assert Protocol.from_config(json.loads(json.dumps(released.as_dict()))) == released
-
-
-def test_protocols_that_do_not_fit():
-    assert Protocol.from_config(json.loads(json.dumps(PROTOCOL.as_dict()))) == PROTOCOL
-    for changes, said in (
-        ({"grouping": "x"}, "soft_patches"),
-        ({"order": "argmax_first"}, "upsample_first"),
-        ({"grouping": "soft_patches", "cap_threshold": False}, "image_classes"),
-        ({"image_classes": -1}, "at least 0"),
-        ({"average": "x"}, "raw"),
-        ({"resize": "x"}, "four_pixels"),
-        ({"grid": "x"}, "rounded_patch"),
-    ):
-        with pytest.raises(UserError, match=said):
-            PROTOCOL.replace(**changes)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import pictures
-from ovseg_jax.segmentation.pictures import FIRST, colors, paint, write_palette_png
+from ovseg_jax.segmentation.pictures import FIRST, colors, paint, palette_image
 
 
 def test_colors_are_distinct_and_stable():
@@ -30,7 +30,7 @@ def test_paint():
 
 def test_palette_png_keeps_the_labels(tmp_path):
     labels = np.random.default_rng(0).integers(0, 6, (7, 9), np.uint8)
-    write_palette_png(tmp_path / "a.png", labels, 5)
+    palette_image(labels, 5).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), labels)
@@ -86,3 +86,10 @@ def test_scene_panel(with_truth):
     assert has_color(panel, colors(5)[2]) == with_truth
     sheet = pictures.contact_sheet([panel, panel, panel], columns=2)
     assert sheet.width == 2 * panel.width and sheet.height > 2 * panel.height
+
+
+def test_letters_that_no_font_has_are_told(caplog):
+    known, font = pictures._drawable("caf\u00e9")
+    assert known.startswith("caf") and font.getlength(known) > 0
+    shown, _ = pictures._drawable("cat \U0010fffd")
+    assert shown == "cat ?" and "no font on this machine" in caplog.text

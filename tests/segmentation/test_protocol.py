@@ -13,6 +13,7 @@ from ovseg_jax.segmentation.protocol import (
     Protocol,
     is_named,
     named_protocol,
+    names_hash,
     protocol_notes,
     published_rows,
     saved_protocol,
@@ -53,7 +54,7 @@ def test_settings_that_the_sources_state():
     assert paper.templates == ("A photo of {}",)
     assert released.templates == ("a photo of a {}.",)
     tcl = named_protocol("tcl")
-    assert (tcl.pamr_steps, tcl.pamr_dilations) == (10, (1, 2, 4, 8, 12, 24))
+    assert tcl.pamr_steps == 10
     with pytest.raises(UserError, match="did you mean 'sclip'"):
         named_protocol("slip")
 
@@ -166,7 +167,51 @@ def test_every_published_row_has_a_source():
 
 
 def test_fields_of_earlier_versions():
-    fields = {**Protocol().as_dict(), "assignment": "soft", "assignment_temperature": 1.0}
+    retired = {"assignment": "soft", "assignment_temperature": 1.0}
+    retired |= {"pamr_dilations": [1, 2, 4, 8, 12, 24], "flip": False, "scales": [1.0]}
+    fields = {**Protocol().as_dict(), **retired}
     assert saved_protocol({"protocol": fields, "provenance": {}}) == Protocol()
-    with pytest.raises(UserError, match="unknown assignment"):
-        saved_protocol({"protocol": {**fields, "assignment": "hard"}, "provenance": {}})
+    for other in ({"assignment": "hard"}, {"pamr_dilations": [1, 2]}, {"flip": True}):
+        with pytest.raises(UserError, match=f"unknown {next(iter(other))}"):
+            saved_protocol({"protocol": {**fields, **other}, "provenance": {}})
+
+
+ONE_GROUP = {"grouping": "one_group", "image_classes": 3, "cap_threshold": True}
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"strid": 3}, "unknown strid"),
+        ({"order": "x"}, "upsample_first"),
+        ({"affinity": "x"}, "affinity"),
+        ({"grouping": "x"}, "soft_patches"),
+        ({"average": "x"}, "raw"),
+        ({"resize": "x"}, "four_pixels"),
+        ({"grid": "x"}, "rounded_patch"),
+        ({"averaged": "x"}, "cosines"),
+        ({"window": 0}, "window must be at least 1 pixel"),
+        ({"templates": ["a photo"]}, "template"),
+        ({"pamr_steps": -1}, "at least 0"),
+        ({"border_scale": -1.0}, "at least 0"),
+        ({**ONE_GROUP, "image_classes": -1}, "at least 0"),
+        ({"min_area": 1.0}, "below 1"),
+        ({"image_classes": 3}, "image_classes needs"),
+        ({**ONE_GROUP, "order": "argmax_first"}, "upsample_first"),
+        ({**ONE_GROUP, "pamr_steps": 2}, "soft_patches"),
+        ({**ONE_GROUP, "border_scale": 1.0}, "border_scale"),
+        ({"pamr_steps": 2, "order": "argmax_first"}, "upsample_first"),
+        ({"averaged": "cosines", "image_scale": 1.0}, "image_scale"),
+        ({"averaged": "cosines", "border_scale": 1.0}, "border_scale"),
+        ({"per_benchmark": {"voc": {"name": "x"}}}, "per_benchmark.voc"),
+        ({"per_benchmark": {"voc": {"window": 0}}}, "window"),
+    ],
+)
+def test_protocols_that_make_no_sense(fields, said):
+    with pytest.raises(UserError, match=said):
+        Protocol.from_config(fields)
+
+
+def test_numbers_of_json_fit():
+    assert Protocol.from_config({"scale": 20}) == Protocol(scale=20.0)
+    assert names_hash(("a", "b")) != names_hash(("b", "a"))

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import refine, windows
-from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation import labels as labels_module
+from ovseg_jax.segmentation import windows
+from ovseg_jax.segmentation.labels import DILATIONS, label_maps, pamr
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.refine import pamr
 from ovseg_jax.segmentation.scores import image_scores
 
 PATCH, K, C = 4, 5, 4
@@ -83,32 +82,26 @@ def numpy_pamr(maps, image, steps, dilations):
 
 
 def plain(image, protocol, words=C):
-    """One image by the book: every view, window by window, then refinement, then labels."""
+    """One image by the book: window by window, then refinement, then labels."""
     size = image.shape[:2]
-    base = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
-    late, means = protocol.averaged == "cosines", []
-    for scale, mirrored in protocol.views:
-        resized = tuple(max(16, int(side * scale + 0.5)) for side in base)
-        seen = windows.resize_image(image, *resized)
-        seen = seen[:, ::-1] if mirrored else seen
-        total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
-        for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
-            part = seen[top : top + protocol.window, left : left + protocol.window]
-            affinity, groups, _ = (x[0].astype(np.float64) for x in Linear().encode(part[None]))
-            unit = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
-            scores = affinity @ unit
-            if not late:
-                scores = softmax(protocol.scale * scores)
-            scores = scores.reshape(part.shape[0] // PATCH, part.shape[1] // PATCH, C)
-            place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
-            total[place] += upsample(scores, part.shape[:2])
-            cover[place] += 1
-        mean = total / cover
-        means.append(upsample(mean[:, ::-1] if mirrored else mean, base))
-    maps = np.mean(means, 0)
+    resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
+    late = protocol.averaged == "cosines"
+    seen = windows.resize_image(image, *resized)
+    total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
+    for top, left in windows.window_grid(*resized, protocol.window, protocol.stride):
+        part = seen[top : top + protocol.window, left : left + protocol.window]
+        affinity, groups, _ = (x[0].astype(np.float64) for x in Linear().encode(part[None]))
+        unit = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
+        scores = affinity @ unit
+        if not late:
+            scores = softmax(protocol.scale * scores)
+        scores = scores.reshape(part.shape[0] // PATCH, part.shape[1] // PATCH, C)
+        place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
+        total[place] += upsample(scores, part.shape[:2])
+        cover[place] += 1
+    maps = total / cover
     if protocol.pamr_steps:
-        seen = windows.resize_image(image, *base)
-        maps = numpy_pamr(maps, seen, protocol.pamr_steps, protocol.pamr_dilations)
+        maps = numpy_pamr(maps, seen, protocol.pamr_steps, DILATIONS)
     maps = upsample(maps, size)
     p = softmax(protocol.scale * maps) if late else maps
     if protocol.min_area:
@@ -126,14 +119,11 @@ def softmax(x):
 
 OPTIONS = {
     "none": {},
-    "flip": {"flip": True},
-    "scales": {"scales": (0.8, 1.0, 1.5)},
-    "pamr": {"pamr_steps": 3, "pamr_dilations": (1, 2)},
-    "all at once": {"flip": True, "scales": (1.0, 1.3), "pamr_steps": 2, "pamr_dilations": (1, 4)},
+    "pamr": {"pamr_steps": 3},
     "cosines": {"averaged": "cosines"},
-    "cosines, refined": {"averaged": "cosines", "flip": True, "pamr_steps": 1},
+    "cosines, refined": {"averaged": "cosines", "pamr_steps": 1},
     "large classes alone": {"min_area": 0.35},
-    "large classes alone, refined": {"min_area": 0.2, "averaged": "cosines", "flip": True},
+    "large classes alone, refined": {"min_area": 0.2, "averaged": "cosines", "pamr_steps": 1},
 }
 
 
@@ -165,27 +155,6 @@ def test_pamr_of_many_classes_is_done_in_parts(monkeypatch):
     maps = rng.random((13, 17, 40)).astype(np.float32)
     image = rng.integers(0, 256, (13, 17, 3), np.uint8)
     whole = pamr(maps, image, steps=2, dilations=(1, 4))
-    monkeypatch.setattr(refine, "FLOATS", 0)  # 16, 16, and the last 8 with 8 once more
+    monkeypatch.setattr(labels_module, "FLOATS", 0)  # 16, 16, and the last 8 with 8 once more
     parts = pamr(maps, image, steps=2, dilations=(1, 4))
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
-
-
-def test_refinement_that_does_not_fit():
-    for changes, said in (
-        ({"flip": True, "order": "argmax_first"}, "upsample_first"),
-        ({"pamr_steps": 2, "grouping": "one_group"}, "soft_patches"),
-        ({"scales": ()}, "at least one factor"),
-        ({"scales": (0.0,)}, "above 0"),
-        ({"pamr_steps": -1}, "at least 0"),
-        ({"pamr_dilations": ()}, "dilations"),
-        ({"min_area": 1.0}, "below 1"),
-        ({"averaged": "cosines", "image_scale": 1.0}, "image_scale"),
-        ({"averaged": "cosines", "border_scale": 1.0}, "border_scale"),
-        ({"border_scale": 1.0, "grouping": "one_group"}, "border_scale"),
-        ({"border_scale": -1.0}, "at least 0"),
-        ({"averaged": "x"}, "cosines"),
-        ({"per_benchmark": {"voc": {"name": "x"}}}, "per_benchmark.voc"),
-        ({"per_benchmark": {"voc": {"scales": ()}}}, "factor"),
-    ):
-        with pytest.raises(UserError, match=said):
-            PROTOCOL.replace(**changes)

@@ -82,9 +82,13 @@ def write(path, seed):
 def test_folders_of_classes_and_captions(directory, tmp_path):
     for seed, name in enumerate(("cat/a.png", "cat/b.png", "sky/c.png", "a_dog/d.png")):
         write(tmp_path / name, seed)
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", ".ipynb_checkpoints"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / ".ipynb_checkpoints" / "cat.png", 9)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
     pairs = (("cat/a.png", "a photo of cat"), ("cat/b.png", "a dog"), ("cat/a.png", "cat ."))
-    (tmp_path / "captions.tsv").write_text("\n".join("\t".join(pair) for pair in pairs) + "\n")
+    text = "\ufeff" + "\n".join("\t".join(pair) for pair in pairs) + "\n"
+    (tmp_path / "captions.tsv").write_text(text, encoding="utf-8")
     names = ("classification", "retrieval")
     found = evaluate_model(str(directory), names, tmp_path / "out", data_dir=str(tmp_path))
     model = ovseg_jax.load(directory)
@@ -100,6 +104,7 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
     assert first["class_top1"].keys() == {"a dog", "cat", "sky"}
     assert first["protocol"]["templates"] == ["a photo of a {}."] and first["images_per_second"] > 0
     assert found["retrieval"]["protocol"]["templates"] == ["{}"]
+    assert first["passed_over"] == ["captions.tsv", "cat/notes.txt", "empty"]
     said = " ".join(whole_image_lines(first))
     assert "4 images, 3 classes" in said and "a photo of a {}." in said
     assert [row[0] for row in whole_image_rows(first)[1:]] == ["top1", "top5", "mean_class_top1"]

@@ -13,6 +13,7 @@ from ovseg_jax.segmentation.vocabulary import (
     Vocabulary,
     competition,
     competitors,
+    read_words,
     word_list,
 )
 
@@ -77,8 +78,35 @@ def test_lists_by_name_and_from_a_file(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="no text file"):
         word_list(str(path))
+    path.write_text("1: cat\n2: dog\n")
+    assert word_list(str(path)) == ("cat", "dog")
     with pytest.raises(UserError, match="did you mean 'ade20k'"):
         word_list("ade20")
+
+
+@pytest.mark.parametrize(
+    "text, entries, background",
+    [
+        ("cat, dog,", ("cat", "dog"), False),
+        ("salt\\, pepper,cat", ("salt, pepper", "cat"), False),
+        ("cat\n\n# birds\ncrow|raven\n", ("cat", "crow|raven"), False),
+        ("Background\ncat", ("cat",), True),
+        ("__ignore__\n_background_\ncat", ("cat",), True),
+        ("0: cat\n1: dog", ("cat", "dog"), False),
+        ("cat,,dog", "an empty name", None),
+        ("cat,dog\nbird", "has a comma", None),
+        ("cat\n_background_", "only the first entry", None),
+        ("0: cat\n2: dog", "do not count up", None),
+        ("0: cat\ndog", "but not 'dog'", None),
+        ("background", "lists no classes", None),
+    ],
+)
+def test_what_people_write_as_a_list(text, entries, background):
+    if background is None:
+        with pytest.raises(UserError, match=entries):
+            read_words(text, "here")
+    else:
+        assert read_words(text, "here") == (entries, background)
 
 
 def test_words_for_surroundings():

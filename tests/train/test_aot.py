@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ovseg_jax import aot, platforms, sharding
 from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import chips, compile_ahead
 from ovseg_jax.train.compile_ahead import Collective, Measured, batch_shapes, collectives_of
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import TextCuts
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.run import make_run

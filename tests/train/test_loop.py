@@ -11,9 +11,9 @@ import runs
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import RestartError, UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import loop
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import TextCuts, _Training, train
 from ovseg_jax.train.metrics import Meter
 from ovseg_jax.train.phases import make_phases

@@ -27,8 +27,7 @@ from PIL import Image
 
 from ovseg_jax.data.benchmarks import OPENERS, class_table
 from ovseg_jax.data.benchmarks.class_tables import ClassTable
-from ovseg_jax.data.benchmarks.folders import LabeledFolder
-from ovseg_jax.data.benchmarks.prepared import SPLIT
+from ovseg_jax.data.benchmarks.folders import SPLIT, LabeledFolder
 from ovseg_jax.errors import UserError
 
 

@@ -34,6 +34,7 @@ class ClassTable:
       words: what prompts call the classes.
       values: of the classes in official label files.
       colors: RGB.
+      absent: values that no official file has, though `largest` is above them.
     """
 
     title: str
@@ -46,6 +47,7 @@ class ClassTable:
     words: tuple[str, ...]
     values: tuple[int, ...]
     colors: tuple[tuple[int, int, int], ...]
+    absent: tuple[int, ...] = ()
 
     @property
     def other(self) -> int:
@@ -74,9 +76,11 @@ class ClassTable:
         wrong = (official < 0) | (official > largest)
         if self.unlabeled:
             wrong &= official != IGNORE
+        wrong |= np.isin(official, self.absent)
         if wrong.any():
             raise WrongLabels(
                 f"have the value {int(official[wrong][0])}, and there are 0 to {largest}"
+                f"{f' without {list(self.absent)}' if self.absent else ''}"
                 f"{f' and {IGNORE}' if self.unlabeled else ''}"
             )
         lookup = np.full(max(largest, IGNORE, *values) + 1, self.other, np.uint8)
@@ -101,5 +105,6 @@ def class_table(name: str) -> ClassTable:
         "words": tuple(entry["word"] for entry in classes),
         "values": tuple(entry["label"] for entry in classes),
         "colors": tuple(tuple(entry["color"]) for entry in classes),
+        "absent": tuple(document.pop("absent", ())),
     }
     return ClassTable(**document | lists)

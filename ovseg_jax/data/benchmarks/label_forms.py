@@ -18,6 +18,7 @@ from jaxtyping import Bool, UInt8
 
 from ovseg_jax.data.benchmarks.class_tables import IGNORE, ClassTable, class_table
 from ovseg_jax.data.benchmarks.folders import png_values, read_names, require
+from ovseg_jax.data.decoding import is_foreign
 from ovseg_jax.errors import UserError
 
 # 59_labels.txt spells three classes otherwise than labels.txt does.
@@ -59,7 +60,11 @@ def png_files(
     else:
         pattern = f"{'*/' * nested}*{suffix}"
         # COCO's archive also has maps with the numbers that some programs train with.
-        paths = [p for p in sorted(folder.glob(pattern)) if "TrainIds" not in p.name]
+        paths = [
+            path
+            for path in sorted(folder.glob(pattern))
+            if "TrainIds" not in path.name and not is_foreign(path.name)
+        ]
         keys = tuple(p.relative_to(folder).as_posix().removesuffix(suffix) for p in paths)
         if not keys:
             raise UserError(f"benchmark {name}: {folder} holds no files {pattern}; unpack it again")

@@ -77,7 +77,7 @@ def coco_stuff(root):
     maps = {}
     for seed in range(2):
         key = f"{seed + 139:012d}"
-        maps[key] = values_of([0, 11, 12, 89, 91, 181, 255], seed)
+        maps[key] = values_of([0, 10, 12, 89, 91, 181, 255], seed)
         write_image(root / "val2017" / f"{key}.jpg", seed)
         write_mask(root / "stuffthingmaps" / "val2017" / f"{key}.png", maps[key])
     return maps

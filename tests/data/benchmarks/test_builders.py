@@ -12,7 +12,7 @@ from PIL import Image
 from ovseg_jax.data.benchmarks import OPENERS, class_table
 from ovseg_jax.data.benchmarks.__main__ import main
 from ovseg_jax.data.benchmarks.builders import BUILDERS, build, label_png
-from ovseg_jax.data.benchmarks.prepared import is_prepared, open_prepared
+from ovseg_jax.data.benchmarks.folders import is_prepared, open_prepared
 from ovseg_jax.errors import UserError
 
 

@@ -69,10 +69,11 @@ def test_relabel_with_and_without_background():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("voc", 21), ("voc", 254), ("ade20k", 151), ("ade20k", 255), ("coco_stuff", 182),
-     ("cityscapes", 34), ("context", 460), ("coco_object", 200)],
+     ("coco_stuff", 11), ("cityscapes", 34), ("cityscapes", 255), ("context", 460),
+     ("coco_object", 200)],
 )  # fmt: skip
 def test_values_that_no_official_file_has(name, value):
-    """ADE20K with 255 is a file whose labels were shifted by one already."""
+    """ADE20K with 255 was shifted by one; COCO with 11 and Cityscapes with 255 are renumbered."""
     with pytest.raises(WrongLabels, match=f"value {value}, and there are 0 to"):
         class_table(name).relabel(np.array([[0, 1, value]]))
     class_table(name).relabel(np.array([[0, class_table(name).largest]]))
