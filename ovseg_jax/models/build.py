@@ -174,6 +174,7 @@ def build_model(config: ConfigDict) -> OVSegmentor:
         temperature_init=config.temperature_init,
         image_head=config.get("image_head", 0),
         image_head_dropout=config.get("image_head_dropout", 0.5),
+        image_heads=config.get("image_heads", 1),
         token_classes=config.get("token_classes", 0),
         token_classes_from=config.get("token_classes_from", "decoder"),
         **options,
