@@ -35,7 +35,7 @@ def standardized_neck(
     """The parameters with the neck's input standardized on images of the training set.
 
     ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias; so does the
-    first map of the image head, where there is one, on the class token.
+    first map of the image heads, where there are any, on the class token.
 
     Args:
       transform: of the images, as in training; seed: of its random draws.
