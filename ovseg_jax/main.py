@@ -34,11 +34,10 @@ from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range
-from ovseg_jax.train.resume import restored
+from ovseg_jax.train.resume import changed_fields, plain, restored
 from ovseg_jax.train.run import Run, config_hash, make_run
 from ovseg_jax.train.signals import Interrupted, print_stacks_on_signal
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.workdir import changed_fields, plain
 from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.model_dir import save_model
 

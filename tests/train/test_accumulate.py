@@ -13,10 +13,9 @@ from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.accumulate import exact_gradient, in_one, in_parts
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
 from ovseg_jax.train.state import new_state, teacher_of
-from ovseg_jax.train.step import step_rngs
+from ovseg_jax.train.step import accumulated_gradient, in_one, in_parts, step_rngs
 
 COUNT, ROWS = 4, 24
 
@@ -66,7 +65,7 @@ def test_cached_embeddings_give_the_gradient_of_the_whole_batch(toy, devices):
         return toy_loss(params, rows, batch)
 
     (want, metrics), gradient = jax.jit(jax.value_and_grad(directly, has_aux=True))(params)
-    run = jax.jit(lambda p, b: exact_gradient(toy_rows, toy_loss, p, b, COUNT, mesh))
+    run = jax.jit(lambda p, b: accumulated_gradient(toy_rows, toy_loss, p, b, COUNT, mesh))
     loss, found, accumulated = run(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert found.keys() == metrics.keys() and found["hits"] == metrics["hits"]

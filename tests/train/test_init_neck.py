@@ -9,7 +9,7 @@ from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import nest
-from ovseg_jax.train.init_neck import standardized_neck
+from ovseg_jax.train.features import standardized_neck
 from ovseg_jax.weights.initialize import variable_shapes
 
 TRANSFORM = {"kind": "none", "size": 32}

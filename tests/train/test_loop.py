@@ -14,10 +14,9 @@ from ovseg_jax.errors import RestartError, UserError
 from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import loop
-from ovseg_jax.train.loop import TextCuts, _Training, train
-from ovseg_jax.train.metrics import Meter
+from ovseg_jax.train.loop import _Training, locked, train
 from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.workdir import changed_fields, locked, plain
+from ovseg_jax.train.resume import changed_fields, plain
 
 EVERY = 2
 # By step. Phase 1 has four steps.
@@ -34,6 +33,7 @@ def config(monkeypatch):
     config.phases[1].update(steps=3, start_from="best", learning_rate=still)
     config.eval.update(benchmarks=("scenes",), every=EVERY, tune_count=4, batch_size=4)
     config.checkpoint_every = 1000
+    config.data.text_length = 8  # too short for some captions
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda **_: mesh)
     return config
@@ -66,11 +66,17 @@ def test_a_best_state_is_kept_and_started_from_and_a_failed_evaluation_costs_no_
     with pytest.raises(UserError, match="no image"):
         train(config, tmp_path, Progress(quiet=True))
     assert runs.checkpoints_of(tmp_path) == [2, 4]
-    _, state = train(config, tmp_path, Progress(quiet=True))
+    progress = Progress(quiet=True)
+    said, progress.say = [], lambda line: said.append(line)
+    _, state = train(config, tmp_path, progress)
     assert made == [2, 4, 6]
     lines = [(x["step"], x.get("eval/scenes_tune/miou")) for x in runs.metrics_of(tmp_path)]
     assert [line for line in lines if line[1]] == list(SCORES.items())
     assert [step for step, miou in lines if miou is None] == [1, 2, 3, 4, 5, 6, 7]
+    # Examples whose texts lost words are counted for each phase, and not sent to the device.
+    cut = [line["train/truncated_examples"] for line in runs.metrics_of(tmp_path)[4:]]
+    assert 0 < cut[0] <= cut[-1] <= 3 * 8
+    assert any(f"{cut[-1]:.0f} of 24 examples in " in line for line in said)
     best = runs.read_run(tmp_path, "best")
     assert best.position["step"] == 2 and int(state.step) == 7
     for one, other in zip(
@@ -145,34 +151,10 @@ def test_targets_that_are_positive_nearly_everywhere_are_warned_of_once():
     for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
         metrics = {"loss": 1.0, "skipped": 0.0, "mask_target_fraction": fraction}
         arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
-        _Training._log(training, phase, step, arrays, Meter(8), TextCuts(), 0)
+        _Training._log(training, phase, step, arrays, {}, 0)
     assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
     fractions = [values["train/mask_target_fraction"] for values in written]
     assert fractions == pytest.approx([0.59, 0.72, 0.9])
-
-
-# ---- texts that were cut
-
-
-def batch(**fields):
-    return {"weight": np.ones(4, np.float32), **fields}
-
-
-def test_examples_that_lost_words_are_counted_and_never_sent_to_the_device():
-    cuts = TextCuts()
-    marks = ([True, False, True, True], [False] * 4)
-    seen = list(cuts.counted([batch(truncated=np.array(mark)) for mark in marks]))
-    assert [set(one) for one in seen] == [{"weight"}] * 2
-    assert (cuts.read, cuts.cut) == (8, 3)
-    assert cuts.note("align", 24).startswith(
-        "note: 3 of 8 examples in align had a text cut to 24 tokens"
-    )
-
-
-def test_cached_texts_count_as_whole():
-    cuts = TextCuts()
-    list(cuts.counted([batch()]))
-    assert (cuts.read, cuts.cut) == (4, 0)
 
 
 # ---- the work directory
