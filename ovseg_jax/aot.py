@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax import flags
+from ovseg_jax import flags, sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.progress import table
 from ovseg_jax.train import compile_ahead
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def step_table(config: ConfigDict, machine: Machine, steps: Sequence[Measured]) -> str:
     """What the train steps need, one column for each phase."""
-    sizes = compile_ahead.abstract_mesh(**config.mesh, count=machine.count).shape.values()
+    sizes = sharding.abstract_mesh(**config.mesh, count=machine.count).shape.values()
     peak = machine.count * machine.peak
     rows = [
         (machine.name, *(step.phase for step in steps)),

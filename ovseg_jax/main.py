@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 import ovseg_jax
 from ovseg_jax import flags, processes
-from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.progress import Progress, duration, table
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchmark_of
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split

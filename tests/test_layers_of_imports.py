@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # neighbors that do not know each other.
 LAYERS = [
     ["errors", "platforms", "progress", "shapes"],
-    ["flags", "compile_cache", "sharding"],
+    ["flags", "sharding"],
     ["processes"],
     ["data", "optim", "losses", "models"],
     ["weights"],

@@ -189,36 +189,23 @@ class VisualEncoder(nn.Module):
         )
         self.first = stack(layers, self.first_layers, self.heads, None)
 
+        assignment = (self.assignment, self.binding_scale, self.gumbel_temperature, self.eps)
+
         def grouping_block(groups: int) -> GroupingBlock:
-            return GroupingBlock(
-                groups,
-                self.heads,
-                self.mlp_ratio,
-                self.eps,
-                self.assignment,
-                self.gumbel_temperature,
-                self.binding_scale,
-                **options,
-            )
+            sizes = {"num_groups": groups, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
+            return GroupingBlock(*assignment, **options, **sizes)
 
         if self.binding_form == "grouping_block":
             self.binding = grouping_block(self.num_groups)
         else:
-            self.binding = SlotBinding(
-                self.assignment, self.binding_scale, self.gumbel_temperature, self.eps, **options
-            )
+            self.binding = SlotBinding(*assignment, **options)
         stages, start = [], self.first_layers
         for count, groups, layers in self.later_stages:
             part = stack(start, start + layers, self.heads, None)
             stages.append(GroupingStage(count, part, grouping_block(groups), self.eps, **options))
             start += layers
         self.stages = tuple(stages)
-        self.second = stack(
-            start,
-            total,
-            self.second_heads or self.heads,
-            None,
-        )
+        self.second = stack(start, total, self.second_heads or self.heads, None)
         self.norm = layer_norm(None, self.eps, self.dtype)
 
     @property

@@ -136,16 +136,16 @@ def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> 
 
 def _check_matching(config: ConfigDict) -> None:
     image, loss = config.model.image, config.loss
-    if loss.cross_image != "masks" or loss.matching != "enumerate" or image.later_stages:
-        return
+    groups = image.later_stages[-1][1] if image.later_stages else image.num_groups
+    masks = loss.cross_image == "masks"
     # On the maps of the binding all groups are matched.
-    whole = loss.mask_maps == "binding"
-    count = image.num_groups if whole else subgroup_count(image.num_groups, loss.group_ratio)
-    if count > ENUMERATE_LIMIT:
+    whole = masks and loss.mask_maps == "binding"
+    matched = groups if whole else subgroup_count(groups, loss.group_ratio)
+    if masks and loss.matching == "enumerate" and matched > ENUMERATE_LIMIT:
         raise UserError(
             f"config.loss.matching = 'enumerate' takes at most {ENUMERATE_LIMIT} groups, but "
-            f"{count} of {image.num_groups} are matched (config.loss.group_ratio): set it to "
-            "'host' or 'device'"
+            f"{matched} of {groups} are matched (config.loss.group_ratio): set it to 'host' or "
+            "'device'"
         )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from ovseg_jax import platforms, sharding
@@ -204,7 +203,7 @@ def measured(
     Raises:
       UserError: the config is wrong, or the batch does not divide over the mesh.
     """
-    flat = abstract_mesh(**config.mesh, count=machine.count)
+    flat = sharding.abstract_mesh(**config.mesh, count=machine.count)
     mesh = flat if devices is None else sharding.make_mesh(**config.mesh, devices=devices)
     program = program_of(config, mesh)
     phase = program.phases[phase_index]
@@ -239,22 +238,6 @@ def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
     phases = make_phases(config, RECORDS)
     check_phases(config, phases, mesh)
     return Program(config, mesh, build_model(config.model), phases)
-
-
-def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
-    """The mesh of `count` chips without devices; -1 for `data` takes what the other axes leave.
-
-    Raises:
-      UserError: the axes' product is not the number of chips.
-    """
-    if data == -1:
-        data = max(1, count // (fsdp * tensor))
-    if data * fsdp * tensor != count:
-        raise UserError(
-            f"config.mesh asks for {data} x {fsdp} x {tensor} chips, the topology has {count}"
-        )
-    shape = (data, fsdp, tensor)
-    return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def batch_shapes(
