@@ -128,12 +128,6 @@ def test_the_mesh_changes_nothing(run_steps, tiny_params, mesh, mask_weight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("matching", ["device", "enumerate"])
-def test_the_matching_backend_changes_nothing(run_steps, tiny_params, matching):
-    assert_same(run_steps("data", 0.1), run_steps("data", 0.1, matching), tiny_params)
-
-
-@pytest.mark.slow
 def test_the_parameters_moved_and_the_terms_are_there(run_steps, tiny_params):
     """Guards the comparisons above against comparing nothing with nothing."""
     plain, masked = run_steps("data", 0.0), run_steps("data", 0.1)
