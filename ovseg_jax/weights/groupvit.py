@@ -14,7 +14,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
     Link,
     fused_attention,
@@ -27,14 +27,19 @@ from ovseg_jax.weights.links import (
 )
 from ovseg_jax.weights.released import (
     GROUPING_BLOCK,
+    IMAGE_FIELDS,
+    MODEL_FIELDS,
     pre_norm_layers,
     projector_links,
     require_form,
 )
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.tensors import Sizes, Tensors, grid_of
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
 STYLES = (ORIGINAL, TRANSFORMERS)
+
+# Attention heads of the visual encoder, which tensors cannot tell.
+HEADS = 6
 
 # Stored, but not used by the model: positions that are counted anew, and a second temperature that
 # only training reads where it is not shared.
@@ -110,6 +115,82 @@ def style_of(tensors: Mapping[str, Any]) -> str:
     )
 
 
+def groupvit_config(
+    tensors: Mapping[str, Any],
+    *,
+    heads: int = HEADS,
+    text_heads: int = 0,
+    grid: tuple[int, int] | None = None,
+    activation: str = "quick_gelu",
+) -> dict[str, Any]:
+    """The ``config.model`` of a GroupViT checkpoint, whose sizes are those of the tensors.
+
+    Args:
+      tensors: by name, in either style; anything with a shape.
+      heads: attention heads of the visual encoder.
+      text_heads: of the text encoder; 0 for one per 64 channels.
+      grid: rows and columns of the position embeddings; None for a square.
+      activation: of the text encoder.
+
+    Raises:
+      UserError: a tensor that sizes are read from is missing or of an unexpected form.
+    """
+    style = style_of(tensors)
+    sizes = Sizes(tensors, "GroupViT checkpoint")
+    shape, depth = sizes.shape, sizes.depth
+    patch, embed_norm, position, _ = (f"{IMAGE_PREFIX[style]}.{n}" for n in IMAGE_NAMES[style])
+    word, text_position, _ = TEXT_NAMES[style]
+    text_layers, stage = TEXT_LAYERS[style], STAGES[style]
+    if style == ORIGINAL:
+        text_fed = shape(f"{text_layers}.0.mlp.c_fc.weight", 2)[0]
+        hidden = shape("img_projector.linear_hidden.0.weight", 3)[0]
+        joint = shape("img_projector.linear_out.weight", 3)[0]
+    else:
+        text_fed = shape(f"{text_layers}.0.mlp.fc1.weight", 2)[0]
+        hidden = shape("visual_projection.0.weight", 2)[0]
+        joint = shape("visual_projection.3.weight", 2)[0]
+    vocab, text_width = shape(word, 2)
+    width, _, side, _ = shape(f"{patch}.weight", 4)
+    stages = []  # (group tokens, groups, layers) of every stage that groups
+    while f"{stage}.{len(stages)}.group_token" in tensors:
+        name = f"{stage}.{len(stages)}"
+        tokens = shape(f"{name}.group_token", 3)[1]
+        groups = shape(f"{name}.downsample.mlp_inter.fc2.weight", 2)[0]
+        stages.append((tokens, groups, depth(block_name(style, len(stages)))))
+    return architecture(
+        {
+            "image": {
+                **IMAGE_FIELDS,
+                "patch": side,
+                "grid": grid_of(shape(position, 3)[1], grid, position),
+                "width": width,
+                "heads": heads,
+                "mlp_ratio": sizes.ratio(f"{stage}.0.downsample.mlp_channels.fc1.weight", width),
+                "first_layers": stages[0][2],
+                "second_layers": depth(block_name(style, len(stages))),
+                "group_tokens": stages[0][0],
+                "num_groups": stages[0][1],
+                "later_stages": stages[1:],
+                "patch_norm": f"{embed_norm}.weight" in tensors,
+            },
+            "text_form": "causal",
+            "text": {
+                "vocab_size": vocab,
+                "width": text_width,
+                "depth": depth(text_layers),
+                "heads": text_heads or max(1, text_width // 64),
+                "mlp_width": text_fed,
+                "max_positions": shape(text_position, 2)[0],
+                "end_id": vocab - 1,  # as in CLIP's vocabulary
+                "activation": activation,
+            },
+            **MODEL_FIELDS,
+            "joint_width": joint,
+            "projector_width": hidden,
+        }
+    )
+
+
 def from_groupvit(
     tensors: Tensors, config: Mapping[str, Any], origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,7 +198,7 @@ def from_groupvit(
 
     Args:
       tensors: by name.
-      config: the ``config.model``, as `published_config.groupvit_config` gives it.
+      config: the ``config.model``, as `groupvit_config` gives it.
       origin: where the tensors come from, for messages.
 
     Returns:
@@ -153,7 +234,7 @@ def to_groupvit(
         "GroupViT's",
         {
             "image.binding": (config["image"]["binding"], "grouping_block"),
-            "text_form": (config.get("text_form"), "causal"),
+            "text_form": (config["text_form"], "causal"),
             "decoder": (config["decoder"], None),
             "projector_norm": (config["projector_norm"], "batch"),
         },

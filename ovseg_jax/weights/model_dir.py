@@ -31,15 +31,15 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import variable_shapes
-from ovseg_jax.weights.references import (
-    TOKENIZER,
-    Reference,
-    check_installed,
-    resolve,
-    tower_values,
+from ovseg_jax.weights.initialize import tower_values, variable_shapes
+from ovseg_jax.weights.tensors import (
+    UNWRITABLE,
+    cannot_write,
+    file_digest,
+    read_tensors,
+    write_safetensors,
 )
-from ovseg_jax.weights.tensors import file_digest, read_tensors, write_safetensors
+from ovseg_jax.weights.towers import TOKENIZER, Reference, check_installed, resolve
 
 FORMAT = "ovseg_jax model"
 VERSION = 1
@@ -153,7 +153,7 @@ def save_model(
       provenance: plain values: where data and initial weights came from, steps, scores.
       batch_stats: running statistics of batch norms, nested, if the model has any.
       extras: arrays by name that the model does not use, kept as they are.
-      towers: published weights by "image" and "text", see `references.split_towers`.
+      towers: published weights by "image" and "text", see `initialize.split_towers`.
       dtype: of the parameters in the file, "float32" or "float16"; `load_model` gives float32.
 
     Raises:
@@ -164,9 +164,14 @@ def save_model(
         references[TOWERS] = {role: reference.as_dict() for role, reference in towers.items()}
     if isinstance(tokenizer, Reference):
         references[TOKENIZER], tokenizer = tokenizer.as_dict(), None
+    directory = Path(directory)
+    check_free(directory)
+    building = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
     try:
-        _save(
-            Path(directory),
+        building.mkdir(parents=True)
+        _fill(
+            building,
             {
                 **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
                 **{f"{STATISTICS}/{k}": x for k, x in flatten(batch_stats or {}).items()},
@@ -182,33 +187,53 @@ def save_model(
                 **references,
             },
         )
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(building, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except UNWRITABLE as error:
+        raise cannot_write(directory, error) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def check_free(directory: Path) -> None:
+    """Refuses a place for a model directory where something else is, which would be lost.
+
+    Raises:
+      UserError: there is a file, or a folder that holds no model but something else.
+    """
+    try:
+        if not directory.exists() or not (directory.is_dir() and any(directory.iterdir())):
+            free = not directory.is_file()
+        else:
+            free = (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
+        raise cannot_write(directory, error) from None
+    if not free:
+        kind = "folder that is no model directory" if directory.is_dir() else "file"
+        raise UserError(f"--out={directory} is a {kind} already: name another place for the model")
 
 
-def _save(
-    target: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
+def _fill(
+    building: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
 ) -> None:
-    building = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
     # Not `ascontiguousarray`, which makes a scalar a vector.
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     write_safetensors(building / WEIGHTS, arrays)
     if tokenizer is not None:
-        tokenizer.save(building)
+        try:
+            tokenizer.save(building)
+        except Exception as error:  # the library raises nothing more special
+            raise OSError(str(error)) from None
     (building / README).write_text(_readme(info, arrays), encoding="utf-8")
     files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
     del files[README]
     info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
     info[SELF] = _self_digest(info)
     (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(building, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_model(model: str | os.PathLike) -> SavedModel:
@@ -245,7 +270,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         model = build_model(config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{directory / CONFIG}: its model cannot be built by this version: {error}"
         ) from None

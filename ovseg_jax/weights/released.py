@@ -15,7 +15,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.bert import bert_links
-from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
     Link,
     fused_attention,
@@ -26,7 +26,7 @@ from ovseg_jax.weights.links import (
     read_links,
     write_links,
 )
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.tensors import Sizes, Tensors, grid_of
 
 IMAGE, TEACHER = "img_encoder", "img_encoder_momentum"
 TEXT = "text_encoder.transformer"
@@ -48,6 +48,24 @@ UNUSED = (
 # Position embeddings are [1, L, D], or [L, D] if they came from an image checkpoint. This key
 # among the extra tensors, with the axis's length, remembers the first form.
 POSITION_AXIS = "pos_embed.leading_axis"
+
+# Attention heads, which tensors cannot tell: of the visual encoder before and after the binding, of
+# the entity decoder and of the text encoder.
+HEADS = {"heads": 8, "second_heads": 8, "decoder_heads": 8, "text_heads": 12}
+
+# Fields of ``config.model`` in which this model and GroupViT differ from the defaults.
+IMAGE_FIELDS = {
+    "eps": 1e-5,
+    "binding": "grouping_block",
+    "second_stage": "groups",
+    "drop_path": 0.1,
+}
+MODEL_FIELDS = {
+    "projector_layers": 2,
+    "projector_norm": "batch",
+    "projector_activation": "relu",
+    "projector_bias": True,
+}
 
 _PRE_NORM = {
     "attention_norm": "norm1",
@@ -90,6 +108,79 @@ _DECODER_LAYER = {
 }
 
 
+def released_config(
+    tensors: Mapping[str, Any],
+    *,
+    heads: int = HEADS["heads"],
+    second_heads: int = HEADS["second_heads"],
+    decoder_heads: int = HEADS["decoder_heads"],
+    text_heads: int = HEADS["text_heads"],
+    grid: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """The ``config.model`` of a released checkpoint, whose sizes are those of the tensors.
+
+    Args:
+      tensors: by released name; anything with a shape.
+      heads: see `HEADS`.
+      second_heads: likewise.
+      decoder_heads: likewise.
+      text_heads: likewise.
+      grid: rows and columns of the position embeddings; None for a square.
+
+    Raises:
+      UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
+        contradict each other.
+    """
+    sizes = Sizes(tensors, "released checkpoint")
+    shape, depth = sizes.shape, sizes.depth
+    width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
+    positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
+    vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
+    fed = f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight"
+    decoder_width = shape(fed, 2)[1]
+    return architecture(
+        {
+            "image": {
+                **IMAGE_FIELDS,
+                "patch": patch,
+                "grid": grid_of(positions, grid, f"{IMAGE}.pos_embed"),
+                "width": width,
+                "heads": heads,
+                "second_heads": second_heads,
+                "mlp_ratio": sizes.ratio(
+                    f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", width
+                ),
+                "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
+                "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
+                "num_groups": shape(f"{IMAGE}.layers.0.downsample.mlp_inter.fc2.weight", 2)[0],
+                "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
+                "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
+            },
+            "text": {
+                "vocab_size": vocab,
+                "width": text_width,
+                "depth": depth(f"{TEXT}.encoder.layer"),
+                "heads": text_heads,
+                "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
+                "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
+            },
+            "decoder": {
+                "width": decoder_width,
+                "heads": decoder_heads,
+                "mlp_ratio": sizes.ratio(fed, decoder_width),
+                "eps": 1e-5,
+                "order": "cross_first",
+                "depth": depth(DECODER),
+                "mask_padding": False,
+            },
+            **MODEL_FIELDS,
+            "joint_width": shape("img_projector.linear_out.weight", 3)[0],
+            "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
+            "text_pool": "cls",
+        }
+    )
+
+
 def extra_tensors(tensors: Tensors) -> Tensors:
     """Tensors that the released code stores without using them, by released name.
 
@@ -108,7 +199,7 @@ def from_released(
 
     Args:
       tensors: by released name ("img_encoder...."; no "module." in front).
-      config: the ``config.model``, as `published_config.released_config` gives it.
+      config: the ``config.model``, as `released_config` gives it.
       origin: where the tensors come from, for messages.
 
     Returns:

@@ -11,8 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.weights.published_config import released_config
-from ovseg_jax.weights.released import from_released
+from ovseg_jax.weights.released import from_released, released_config
 
 HERE = Path(__file__).parent
 
@@ -73,9 +72,8 @@ class ReleasedSet:
             heads=first,
             second_heads=second,
             text_heads=self.meta["config"]["bert"]["num_attention_heads"],
-            drop_path=0.0,
-            dropout=0.0,
         )
+        self.config["image"]["drop_path"] = self.config["text"]["dropout"] = 0.0
         self.model = build_model(ConfigDict(self.config))
         self.params, self.statistics, self.teacher = from_released(self.tensors, self.config)
 

@@ -14,8 +14,7 @@ from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import released
 from ovseg_jax.weights.initialize import init_variables
 from ovseg_jax.weights.links import FORMS
-from ovseg_jax.weights.published_config import released_config
-from ovseg_jax.weights.released import TEACHER, image_links, model_links
+from ovseg_jax.weights.released import TEACHER, image_links, model_links, released_config
 from released.arrays import HERE, ReleasedSet, all_sets
 
 
@@ -130,7 +129,7 @@ def test_other_sizes_and_a_text_encoder_wider_than_the_image(case):
     """A model of our own, of other sizes, under released names and back; sizes found again."""
     config = ConfigDict(case.config)
     config.image.update(
-        width=24, heads=3, second_heads=2, patch=5, grid=(3, 3), group_tokens=7, num_groups=3
+        width=24, heads=3, second_heads=2, patch=5, grid=[3, 3], group_tokens=7, num_groups=3
     )
     config.image.update(first_layers=3, second_layers=2, patch_norm=False)
     config.text.update(width=32, heads=2, depth=3, mlp_width=50)
@@ -149,8 +148,9 @@ def test_other_sizes_and_a_text_encoder_wider_than_the_image(case):
     tensors = released.to_released(params, statistics, config)
     assert tensors["align_proj_text.weight"].shape == (24, 32)
     assert "align_proj_img.weight" not in tensors
-    settings = {"heads": 3, "second_heads": 2, "text_heads": 2, "drop_path": 0.0, "dropout": 0.0}
-    assert ConfigDict(released_config(tensors, **settings)) == config
+    again = ConfigDict(released_config(tensors, heads=3, second_heads=2, text_heads=2))
+    again.image.drop_path = again.text.dropout = 0.0
+    assert again == config
     for ours, again in zip(
         (params, statistics), released.from_released(tensors, config), strict=False
     ):
