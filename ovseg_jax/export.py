@@ -73,13 +73,15 @@ def main(argv: list[str]) -> int:
     if bool(args.workdir) == bool(args.model):
         raise UserError("export takes exactly one of --workdir and --model")
     out = Path(args.out)
+    # Before anything that takes time.
     if args.stablehlo:
-        check_can_be_written()  # before anything that takes time
+        check_can_be_written()
     if args.model:
         if not args.stablehlo:
             raise UserError("--model is a model directory already; say --stablehlo, or --workdir")
         _programs(args.model, out, args)
         return 0
+    check_free(out)
     run = read_run(Path(args.workdir), args.step)
     print(_write(run, Path(args.workdir), out, args))
     if args.stablehlo:

@@ -51,7 +51,7 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 # ---- config files
 
 # Fields, by the last name of their keys, that may be None where they are numbers now.
-OPTIONAL = ("scale", "threshold", "binding_scale", "layer_scale", "start")
+OPTIONAL = ("scale", "threshold", "layer_scale", "start")
 
 
 def read_config(spec: str | Path) -> ConfigDict:

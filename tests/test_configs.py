@@ -165,6 +165,7 @@ def test_saved_configs_of_earlier_versions_are_read():
     saved["loss"]["contrast_chunk"] = 64
     saved["model"]["image"]["unroll"] = saved["model"]["text"]["unroll"] = 2
     saved["model"]["text"] |= {"position_offset": 0, "token_types": 2}
+    saved["model"]["image"] |= {"binding_scale": None, "gumbel_temperature": 1.0}
     for name in ("image_head", "image_head_dropout"):
         del saved["model"][name]
     assert changed_fields(plain(complete(saved, saved=True)), plain(config)) == []

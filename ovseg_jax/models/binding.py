@@ -52,19 +52,17 @@ def assigned_map(
     logits: Float[Array, "B L K"],
     assignment: str,
     noise: Float[Array, "B L K"] | None,
-    temperature: float,
 ) -> Float[Array, "B L K"]:
     """The map that patches are averaged with, from the logits of Eq. 4.
 
     Args:
       assignment: "soft" (softmax over the groups) or "hard" (`straight_through` of it).
       noise: added to the logits of a hard assignment; None for none.
-      temperature: of the noisy softmax.
     """
     if assignment == "soft":
         return jax.nn.softmax(logits, axis=-1)
     if noise is not None:
-        logits = (logits + noise) / temperature
+        logits = logits + noise
     return straight_through(jax.nn.softmax(logits, axis=-1))
 
 
@@ -96,13 +94,9 @@ class SlotBinding(nn.Module):
 
     Attributes:
       assignment: "hard" (one-hot forward, soft gradient; with Gumbel noise in training) or "soft".
-      scale: factor on K.Q in Eq. 4; None for D ** -0.5. The paper prints none.
-      gumbel_temperature: temperature of the noisy softmax whose argmax is taken.
     """
 
     assignment: str
-    scale: float | None
-    gumbel_temperature: float
     eps: float
     dtype: Any
     matmul_dtype: Any
@@ -123,14 +117,12 @@ class SlotBinding(nn.Module):
         query = Dense(width, ("embed", "heads"), name="query", **options)(normed_groups)
         key = Dense(width, ("embed", "heads"), name="key", **options)(normed_patches)
         value = Dense(width, ("embed", "heads"), name="value", **options)(normed_patches)
-        scale = width**-0.5 if self.scale is None else self.scale
-        logits = contract("bld,bkd->blk", key * scale, query, self.matmul_dtype)
+        # The paper prints no factor on K.Q; the released code has that of attention.
+        logits = contract("bld,bkd->blk", key * width**-0.5, query, self.matmul_dtype)
         affinity = jax.nn.softmax(logits, axis=-1)  # over groups: a patch is shared out among them
         if train and self.assignment == "hard" and noise is None:
             noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
-        assigned = assigned_map(
-            logits, self.assignment, noise if train else None, self.gumbel_temperature
-        )
+        assigned = assigned_map(logits, self.assignment, noise if train else None)
         update = weighted_mean(assigned, value, self.matmul_dtype).astype(self.dtype)
         bound = groups + Dense(width, ("heads", "embed"), name="out", **options)(update)
         return Binding(bound, affinity, assigned, query, key)
@@ -169,10 +161,7 @@ class GroupingBlock(nn.Module):
       num_groups: K.
       heads: of the cross-attention; the assignment always has one.
       mlp_ratio: of the two feed-forwards.
-      mixing_ratio: width of the token mixing over the tokens' own.
-      assignment, scale, gumbel_temperature: see `SlotBinding`.
-      count_offset: added to each group's number of tokens in Eq. 5. At 1 a group of n tokens gets
-        the weight n / (n + 1) in total.
+      assignment: see `SlotBinding`.
     """
 
     num_groups: int
@@ -180,12 +169,8 @@ class GroupingBlock(nn.Module):
     mlp_ratio: float
     eps: float
     assignment: str
-    gumbel_temperature: float
-    scale: float | None
     dtype: Any
     matmul_dtype: Any
-    mixing_ratio: float = 0.5
-    count_offset: float = 1.0
 
     @nn.compact
     def __call__(
@@ -211,8 +196,7 @@ class GroupingBlock(nn.Module):
 
         tokens = norm("token_norm", tokens)
         patches = norm("patch_norm", patches)
-        hidden = int(width * self.mixing_ratio)
-        mixed = TokenMixing(self.num_groups, hidden, name="mixing", **options)(tokens)
+        mixed = TokenMixing(self.num_groups, width // 2, name="mixing", **options)(tokens)
         mixed = norm("mixed_norm", mixed)
         mixed = CrossAttentionBlock(self.heads, self.mlp_ratio, self.eps, name="cross", **options)(
             mixed, patches
@@ -220,15 +204,13 @@ class GroupingBlock(nn.Module):
         query = Dense(width, ("embed", "heads"), name="query", **options)(mixed)
         key = Dense(width, ("embed", "heads"), name="key", **options)(patches)
         value = Dense(width, ("embed", "heads"), name="value", **options)(patches)
-        scale = width**-0.5 if self.scale is None else self.scale
-        logits = contract("bld,bkd->blk", key, query * scale, self.matmul_dtype)
+        logits = contract("bld,bkd->blk", key, query * width**-0.5, self.matmul_dtype)
         affinity = jax.nn.softmax(logits, axis=-1)
         if train and self.assignment == "hard" and noise is None:
             noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
-        assigned = assigned_map(
-            logits, self.assignment, noise if train else None, self.gumbel_temperature
-        )
-        update = weighted_mean(assigned, value, self.matmul_dtype, self.count_offset)
+        assigned = assigned_map(logits, self.assignment, noise if train else None)
+        # A group of n tokens gets the weight n / (n + 1) in total.
+        update = weighted_mean(assigned, value, self.matmul_dtype, count_offset=1.0)
         update = update.astype(self.dtype)
         bound = mixed + Dense(width, ("heads", "embed"), name="out", **options)(update)
         fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **options)(

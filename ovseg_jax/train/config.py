@@ -87,7 +87,6 @@ class Loss:
     Attributes:
       entity_weight: of masked entity completion (Eq. 9); 0 leaves it out.
       masking: the completion's objective, see `data.captions.Masking`.
-      mask_equal_entities: completions of equal entity sets are no negatives of each other.
       mask_equal_captions: equal captions are no negatives of each other.
       negatives_within_set: negatives come from the example's own data set.
       noun_weight: of the contrast with sentences of sampled nouns (GroupViT).
@@ -105,7 +104,6 @@ class Loss:
 
     entity_weight: float = 1.0
     masking: str = "all_entities"
-    mask_equal_entities: bool = False
     mask_equal_captions: bool = False
     negatives_within_set: bool = False
     noun_weight: float = 0.0

@@ -47,8 +47,6 @@ AFTER_TRUNK = (
     "group_std",
     "binding_form",
     "assignment",
-    "binding_scale",
-    "gumbel_temperature",
     "drop_path",
     "remat",
 )

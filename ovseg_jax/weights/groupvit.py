@@ -105,12 +105,12 @@ def style_of(tensors: Mapping[str, Any]) -> str:
     Raises:
       UserError: neither's.
     """
-    anchors = {style: f"{STAGES[style]}.0.group_token" for style in STYLES}
-    for style, anchor in anchors.items():
+    anchors = {f"{STAGES[style]}.0.group_token": style for style in STYLES}
+    for anchor, style in anchors.items():
         if anchor in tensors:
             return style
     raise UserError(
-        f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors.values())}. Its first "
+        f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors)}. Its first "
         f"tensors are {', '.join(list(tensors)[:3])}"
     )
 
@@ -128,7 +128,7 @@ def groupvit_config(
     Args:
       tensors: by name, in either style; anything with a shape.
       heads: attention heads of the visual encoder.
-      text_heads: of the text encoder; 0 for one per 64 channels.
+      text_heads: attention heads of the text encoder; 0 for one per 64 channels.
       grid: rows and columns of the position embeddings; None for a square.
       activation: of the text encoder.
 
@@ -194,15 +194,12 @@ def groupvit_config(
 def from_groupvit(
     tensors: Tensors, config: Mapping[str, Any], origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our parameters from a GroupViT checkpoint of either style.
+    """Our (parameters, running statistics), nested NumPy, from a checkpoint of either style.
 
     Args:
       tensors: by name.
-      config: the ``config.model``, as `groupvit_config` gives it.
+      config: see `groupvit_config`.
       origin: where the tensors come from, for messages.
-
-    Returns:
-      (parameters, running statistics), nested NumPy.
 
     Raises:
       UserError: one message that lists every tensor that is missing, unused or of another shape.
@@ -219,13 +216,7 @@ def to_groupvit(
     config: Mapping[str, Any],
     style: str = TRANSFORMERS,
 ) -> Tensors:
-    """A GroupViT checkpoint's tensors from our parameters; the inverse of `from_groupvit`.
-
-    Args:
-      params: as `from_groupvit` gives them.
-      batch_stats: likewise.
-      config: the ``config.model``.
-      style: whose names, one of `STYLES`.
+    """A checkpoint's tensors in one of `STYLES`, the inverse of `from_groupvit`.
 
     Raises:
       UserError: the model has another form than GroupViT.
@@ -251,12 +242,7 @@ def block_name(style: str, stage: int) -> str:
 
 
 def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
-    """The visual encoder.
-
-    Args:
-      image: a ``config.model.image``.
-      style: one of `STYLES`.
-    """
+    """The visual encoder of a ``config.model.image``."""
     ours = "image_encoder"
     names = (f"{IMAGE_PREFIX[style]}.{name}" for name in IMAGE_NAMES[style])
     patch, embed_norm, position, last = names
@@ -294,12 +280,7 @@ def _layers(ours: str, style: str, stage: int, depth: int) -> list[Link]:
 
 
 def model_links(model: Mapping[str, Any], style: str) -> list[Link]:
-    """The whole model.
-
-    Args:
-      model: a ``config.model`` of GroupViT's form.
-      style: one of `STYLES`.
-    """
+    """The whole model of a ``config.model``."""
     word, position, last = TEXT_NAMES[style]
     text_layers = "text_encoder/stack/layers"
     blocks = [f"{TEXT_LAYERS[style]}.{index}." for index in range(model["text"]["depth"])]

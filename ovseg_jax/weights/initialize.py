@@ -89,14 +89,10 @@ def initial_image(
     neck stay random. A model of ours fills the whole visual encoder.
 
     Args:
-      spec: see `towers.find_weights`: a .safetensors, .npz or .onnx file, a folder with
-        safetensors, a model directory, or a hub id.
+      spec: see `towers.find_weights`.
       shapes: of all the model's parameters.
       resample_to: the model's grid (rows, columns), to resize positions of another grid to it;
         None refuses weights of another grid.
-
-    Returns:
-      path to array, for the parameters that the weights fill.
 
     Raises:
       UserError: the weights cannot be found or read, or do not fit; names every tensor at fault.
@@ -235,15 +231,13 @@ def _remarks(path: Path, model: ConfigDict, tower: str) -> list[str]:
 
 
 def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """What starts from published weights and what does not, one row per group of parameters.
+    """What starts from published weights and what does not: rows of a table with its head.
+
+    A module with one source is one row; of another module each child is a row, or several.
 
     Args:
       shapes: of all the model's parameters.
       sources: spec of the weights that filled a parameter, by path.
-
-    Returns:
-      rows (parameters, tensors, numbers, source), the first one the head. A module with one source
-      is one row; of another module each child is a row, or several if it has several sources.
     """
     origin = {path: sources.get(path, "random") for path in shapes}
     origins: dict[str, set[str]] = {}

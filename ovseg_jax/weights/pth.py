@@ -227,4 +227,7 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         state = {name: as_tensor(name, np.asarray(array)) for name, array in tensors.items()}
     # Given a path, PyTorch writes its name into the file; equal weights shall give equal files.
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # its own kind of error for a full disk
+            raise OSError(str(error)) from None

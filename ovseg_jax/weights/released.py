@@ -121,10 +121,7 @@ def released_config(
 
     Args:
       tensors: by released name; anything with a shape.
-      heads: see `HEADS`.
-      second_heads: likewise.
-      decoder_heads: likewise.
-      text_heads: likewise.
+      heads, second_heads, decoder_heads, text_heads: see `HEADS`.
       grid: rows and columns of the position embeddings; None for a square.
 
     Raises:
@@ -182,10 +179,7 @@ def released_config(
 
 
 def extra_tensors(tensors: Tensors) -> Tensors:
-    """Tensors that the released code stores without using them, by released name.
-
-    They are kept beside the parameters for `to_released` alone.
-    """
+    """Tensors that the released code stores without using them, for `to_released` alone."""
     extra = {name: tensors[name] for name in matching(tensors, UNUSED)}
     if np.ndim(tensors.get(f"{IMAGE}.pos_embed")) == 3:
         extra[POSITION_AXIS] = np.asarray(1, np.int64)
@@ -195,16 +189,14 @@ def extra_tensors(tensors: Tensors) -> Tensors:
 def from_released(
     tensors: Tensors, config: Mapping[str, Any] | ConfigDict, origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Our parameters from a released checkpoint's tensors.
+    """Our parameters, running statistics and teacher, nested NumPy, from a released checkpoint.
+
+    The teacher is the visual encoder's moving average, None where the checkpoint has none.
 
     Args:
       tensors: by released name ("img_encoder...."; no "module." in front).
-      config: the ``config.model``, as `released_config` gives it.
+      config: see `released_config`.
       origin: where the tensors come from, for messages.
-
-    Returns:
-      (parameters, running statistics, teacher), nested NumPy: the teacher is the visual encoder's
-      moving average, None where the checkpoint has none.
 
     Raises:
       UserError: one message that lists every tensor that is missing, unused or of another shape.
@@ -233,14 +225,7 @@ def to_released(
     teacher: Mapping[str, Any] | None = None,
     extra: Tensors | None = None,
 ) -> Tensors:
-    """A released checkpoint's tensors from our parameters; the inverse of `from_released`.
-
-    Args:
-      params: as `from_released` gives them.
-      batch_stats: likewise.
-      config: the ``config.model``.
-      teacher: as `from_released` gives it.
-      extra: as `extra_tensors` gives them, where there are any.
+    """A released checkpoint's tensors, the inverse of `from_released` and `extra_tensors`.
 
     Raises:
       UserError: the model is of another form than the released one.
@@ -268,11 +253,11 @@ def to_released(
 
 
 def require_form(form: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError if a field of ``config.model`` has another value than a published model's.
+    """Raises UserError where a field of ``config.model`` has another value than it must have.
 
     Args:
       form: whose form it must be, as in "the released".
-      fields: (value, value that it must have) by name.
+      fields: (value, needed value) by name.
     """
     for field, (value, needed) in fields.items():
         if value != needed:
@@ -294,12 +279,7 @@ def pre_norm_layers(ours: str, *blocks: str) -> list[Link]:
 
 
 def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link]:
-    """The visual encoder, or (`theirs` = `TEACHER`) its moving average.
-
-    Args:
-      image: a ``config.model.image``.
-      theirs: prefix of the tensors.
-    """
+    """The visual encoder of a ``config.model.image``; `theirs` is the prefix of the tensors."""
     ours = "image_encoder"
     links = [
         *linear(f"{ours}/patch_embed", f"{theirs}.patch_embed.proj", form="patch"),
@@ -318,12 +298,7 @@ def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link
 
 
 def decoder_links(depth: int, aligned: str) -> list[Link]:
-    """The entity decoder, of `depth` layers.
-
-    Args:
-      depth: number of layers.
-      aligned: "image" or "text", the side that is projected to the other's width; "" for neither.
-    """
+    """The entity decoder. `aligned`: which of "image" and "text" is projected, "" for neither."""
     ours = "entity_decoder"
     names = {"image": "align_proj_img", "text": "align_proj_text"}
     links = linear(f"{ours}/align_{aligned}", names[aligned]) if aligned else []
@@ -337,13 +312,13 @@ def decoder_links(depth: int, aligned: str) -> list[Link]:
 def projector_links(
     ours: str, first: str, normed: str, last: str, form: str = "pointwise"
 ) -> list[Link]:
-    """A projector with its running statistics, which are under "batch_stats/".
+    """A projector with its running statistics.
 
     Args:
       ours: name of the projector.
-      first: what the tensors of the first map are called, up to ".weight" and ".bias".
-      normed: likewise, those of the batch norm.
-      last: likewise, those of the last map.
+      first: name of the first map's tensors, up to ".weight" and ".bias".
+      normed: of the batch norm.
+      last: of the last map.
       form: of the two maps.
     """
     running = f"{STATISTICS}/{ours}/norm"
@@ -358,11 +333,7 @@ def projector_links(
 
 
 def model_links(model: Mapping[str, Any] | ConfigDict) -> list[Link]:
-    """Everything but the teacher.
-
-    Args:
-      model: a ``config.model`` of the released form.
-    """
+    """Everything in a ``config.model`` but the teacher."""
     image, text, decoder = (model[name] for name in ("image", "text", "decoder"))
     widths = {"image": image["width"], "text": text["width"]}
     aligned = [side for side, width in widths.items() if width != decoder["width"]]

@@ -36,8 +36,8 @@ UNREADABLE = (
     OSError,
     EOFError,
 )
-# What the writers raise on a full disk. PyTorch's is a RuntimeError.
-UNWRITABLE = (OSError, SafetensorError, RuntimeError)
+# What the writers raise on a full disk.
+UNWRITABLE = (OSError, SafetensorError)
 
 # Files without pickles, by their endings. Every other file is taken for a PyTorch file, whatever
 # its name: .pth, .pt, .bin, .ckpt, .pth.tar, or none of them.
@@ -139,12 +139,7 @@ def read_checkpoint(path: Path, entry: str = "") -> StateDict:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], form: str) -> None:
-    """Writes tensors to one file, whole or not at all.
-
-    Args:
-      path: the file.
-      tensors: by name.
-      form: key of `WRITERS`.
+    """Writes tensors to one file, whole or not at all; `form` is a key of `WRITERS`.
 
     Raises:
       UserError: the file cannot be written, or cannot hold an array of this type.
@@ -173,12 +168,7 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 
 
 class Sizes:
-    """Shapes of a checkpoint's tensors by name.
-
-    Args:
-      tensors: by name; anything with a shape.
-      kind: what the checkpoint should be, for messages ("released checkpoint").
-    """
+    """Shapes of a checkpoint's tensors by name; `kind` says what it should be, for messages."""
 
     def __init__(self, tensors: Mapping[str, Any], kind: str):
         self._tensors, self._kind = tensors, kind

@@ -153,7 +153,6 @@ class ReleasedSet:
             {
                 "entity_weight": self.weights_of_losses()[0],
                 "masking": "all_entities",
-                "mask_equal_entities": False,
                 "cross_image": "masks",
                 "group_ratio": 0.5,
                 "mask_threshold": options.get("cross_threshold", 0.6),
