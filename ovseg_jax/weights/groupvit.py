@@ -170,7 +170,7 @@ def groupvit_config(
                 "second_layers": depth(block_name(style, len(stages))),
                 "group_tokens": stages[0][0],
                 "num_groups": stages[0][1],
-                "later_stages": stages[1:],
+                "later_stages": tuple(stages[1:]),
                 "patch_norm": f"{embed_norm}.weight" in tensors,
             },
             "text_form": "causal",

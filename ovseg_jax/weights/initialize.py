@@ -37,8 +37,8 @@ TRUNK = (
 
 def architecture(model: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A complete ``config.model`` without what its parameters start from, as plain values."""
-    plain = json.loads(complete_model(model).to_json_best_effort())
-    return {name: value for name, value in plain.items() if name not in START}
+    full = complete_model(model).to_dict()
+    return {name: value for name, value in full.items() if name not in START}
 
 
 # ---- random values

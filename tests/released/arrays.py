@@ -1,5 +1,6 @@
 """One set of arrays of the released code: tensors, inputs, options, and our model made of it."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.build import build_model
+from ovseg_jax.train.config import Loss, complete
 from ovseg_jax.weights.released import from_released, released_config
 
 HERE = Path(__file__).parent
@@ -149,25 +151,19 @@ class ReleasedSet:
     def loss_config(self, dual):
         """Our ``config.loss``."""
         options = self.meta["config"]["model"]
-        return ConfigDict(
-            {
-                "entity_weight": self.weights_of_losses()[0],
-                "masking": "all_entities",
-                "cross_image": "masks",
-                "group_ratio": 0.5,
-                "mask_threshold": options.get("cross_threshold", 0.6),
-                "mask_maps": "binding",
-                "mask_directions": "both" if dual else "one",
-                # The recorded run is one device's: the sum over its batch, divided by K.
-                "mask_divisor": float(self.config["image"]["num_groups"]),
-                "mask_size": 224,
-                "mask_cost": COSTS[options.get("cost_type", "L2")],
-                "detached_ratio": options.get("group_ratio", 0.5),
-                "teacher_noise": True,
-                "frozen_text_dropout": True,
-                "matching": "host",
-            }
+        loss = Loss(
+            entity_weight=self.weights_of_losses()[0],
+            mask_threshold=options.get("cross_threshold", 0.6),
+            mask_maps="binding",
+            mask_directions="both" if dual else "one",
+            # The recorded run is one device's: the sum over its batch, divided by K.
+            mask_divisor=float(self.config["image"]["num_groups"]),
+            mask_cost=COSTS[options.get("cost_type", "L2")],
+            detached_ratio=options.get("group_ratio", 0.5),
+            teacher_noise=True,
+            frozen_text_dropout=True,
         )
+        return ConfigDict(dataclasses.asdict(loss))
 
     def run_config(self):
         """The parts of a whole config that a train step reads."""
@@ -179,14 +175,7 @@ class ReleasedSet:
             "clip_norm": self.meta["clip"],
             "weight_decay": options["weight_decay"],
             "decay_rules": ((r"/(bias|scale)$", 0.0), (".*", 1.0)),
-            "rate_rules": ((".*", 1.0),),
             "ema_decay": options["ema"],
         }
-        return ConfigDict(
-            {
-                "seed": 0,
-                "loss": self.loss_config(False),
-                "optimizer": optimizer,
-                "accumulation": {"micro_batches": 1},
-            }
-        )
+        loss = self.loss_config(False)
+        return complete({"loss": loss, "optimizer": optimizer, "model": self.config})

@@ -129,7 +129,7 @@ def test_other_sizes_and_a_text_encoder_wider_than_the_image(case):
     """A model of our own, of other sizes, under released names and back; sizes found again."""
     config = ConfigDict(case.config)
     config.image.update(
-        width=24, heads=3, second_heads=2, patch=5, grid=[3, 3], group_tokens=7, num_groups=3
+        width=24, heads=3, second_heads=2, patch=5, grid=(3, 3), group_tokens=7, num_groups=3
     )
     config.image.update(first_layers=3, second_layers=2, patch_norm=False)
     config.text.update(width=32, heads=2, depth=3, mlp_width=50)
