@@ -3,10 +3,8 @@
 The checkpoint is the released code's own: `tests/released/dev2_weights*.npz`.
 """
 
-import contextlib
 import json
 import pickle
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -227,20 +225,11 @@ def test_bert_takes_its_tokenizer_along(tmp_path):
 # ---- errors
 
 
-@contextlib.contextmanager
-def full_disk(room):
-    """Inside, no file of this process can have more bytes: writing fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("room", [200, 20_000])
 @pytest.mark.parametrize("form", ["directory", "tower", *WRITERS])
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(form, room, files, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    form, room, files, tmp_path, full_disk
+):
     checkpoint = f"--checkpoint={files / 'bare.pth'}"
     out = tmp_path / "out"
     arguments = ["released", checkpoint, f"--out={out}", *HEADS]

@@ -162,6 +162,8 @@ def write_programs(
         for name in (*(f"{name}.stablehlo" for name in written), "weights.npz", "signature.json"):
             with contextlib.suppress(OSError):
                 (directory / name).unlink()
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # where nothing else is in it
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
     return signature
 
