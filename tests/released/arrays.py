@@ -1,6 +1,5 @@
 """One set of arrays of the released code: tensors, inputs, options, and our model made of it."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -12,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.train.config import Loss, complete
+from ovseg_jax.train.config import DEFAULTS, complete
 from ovseg_jax.weights.released import from_released, released_config
 
 HERE = Path(__file__).parent
@@ -151,19 +150,21 @@ class ReleasedSet:
     def loss_config(self, dual):
         """Our ``config.loss``."""
         options = self.meta["config"]["model"]
-        loss = Loss(
-            entity_weight=self.weights_of_losses()[0],
-            mask_threshold=options.get("cross_threshold", 0.6),
-            mask_maps="binding",
-            mask_directions="both" if dual else "one",
-            # The recorded run is one device's: the sum over its batch, divided by K.
-            mask_divisor=float(self.config["image"]["num_groups"]),
-            mask_cost=COSTS[options.get("cost_type", "L2")],
-            detached_ratio=options.get("group_ratio", 0.5),
-            teacher_noise=True,
-            frozen_text_dropout=True,
+        return ConfigDict(
+            {
+                **DEFAULTS["loss"],
+                "entity_weight": self.weights_of_losses()[0],
+                "mask_threshold": options.get("cross_threshold", 0.6),
+                "mask_maps": "binding",
+                "mask_directions": "both" if dual else "one",
+                # The recorded run is one device's: the sum over its batch, divided by K.
+                "mask_divisor": float(self.config["image"]["num_groups"]),
+                "mask_cost": COSTS[options.get("cost_type", "L2")],
+                "detached_ratio": options.get("group_ratio", 0.5),
+                "teacher_noise": True,
+                "frozen_text_dropout": True,
+            }
         )
-        return ConfigDict(dataclasses.asdict(loss))
 
     def run_config(self):
         """The parts of a whole config that a train step reads."""
