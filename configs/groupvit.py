@@ -19,8 +19,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.flags import load_config
-from ovseg_jax.segmentation.protocol import named_protocol
+from ovseg_jax.flags import read_config
 
 VARIANTS = ("", "own_text", "smoke")
 
@@ -30,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS[1:])}")
     base = Path(__file__).with_name("vitb.py")
-    config = load_config(f"{base}:smoke" if variant == "smoke" else base)
+    config = read_config(f"{base}:smoke" if variant == "smoke" else base)
     config.model.image.update(
         width=384,
         heads=6,
@@ -51,8 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
         projector_activation="relu",
         projector_bias=True,
     )
-    with config.ignore_type():
-        config.model.decoder = None
+    del config.model.decoder
     config.model.image_init = ""
     if variant == "own_text":
         config.model.text_form = "causal"
@@ -62,29 +60,28 @@ def get_config(variant: str = "") -> ConfigDict:
             "depth": 12,
             "heads": 4,
             "mlp_width": 1024,
-            "max_positions": 77,
-            "end_id": 49407,
-            "activation": "quick_gelu",
-            "eps": 1e-5,
-            "remat": "none",
         }
         config.model.text_init = ""
         config.data.tokenizer = "weights/clip"
     config.data.text_length = 77
     config.data.nouns = 3
-    config.data.transform.rand_augment.operations = 2
-    config.data.transform.erase.probability = 0.25
+    config.data.transform.update(rand_augment={"operations": 2}, erase={"probability": 0.25})
     config.loss.update(entity_weight=0.0, noun_weight=1.0)
     config.optimizer.update(
         weight_decay=0.05,
         decay_rules=((r"/(bias|scale)$|^text_encoder/word$", 0.0), (".*", 1.0)),
     )
     # 4096 pairs a step, 30 epochs, 2 of them warm-up.
-    config.optimizer.learning_rate.update(peak=1.6e-3, warmup=2 / 30, end=4e-5)
-    config.optimizer.learning_rate.update(start=4e-6, cosine_from="first_step", delay=1)
+    config.optimizer.learning_rate = {
+        "peak": 1.6e-3,
+        "warmup": 2 / 30,
+        "end": 4e-5,
+        "start": 4e-6,
+        "cosine_from": "first_step",
+        "delay": 1,
+    }
     config.phases = ({"name": "align", "epochs": 30, "batch_size": 4096, "mask_weight": 0.0},)
     if variant == "smoke":
         config.phases = ({"name": "align", "steps": 4, "batch_size": 8, "mask_weight": 0.0},)
-    with config.ignore_type():
-        config.eval.protocol = named_protocol("groupvit").as_dict()
+    config.eval.protocol = {"name": "groupvit"}
     return config

@@ -36,14 +36,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.flags import load_config
+from ovseg_jax.flags import read_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The config; there are no variants."""
     if variant:
         raise ValueError(f"configs/photos.py has no variant {variant!r}")
-    config = load_config(Path(__file__).with_name("quickstart.py"))
+    config = read_config(Path(__file__).with_name("quickstart.py"))
     config.model.update(image_head=352, image_head_dropout=0.4)
     config.model.image.update(width=256, heads=4, num_groups=8)
     config.model.image.update(trunk_outputs=(8, 10, 11, 12), keep_class_token=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.flags import load_config
+from ovseg_jax.flags import read_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The config; see the module's docstring for the variant."""
     base = Path(__file__).with_name("vitb.py")
-    config = load_config(f"{base}:{variant}" if variant else base)
+    config = read_config(f"{base}:{variant}" if variant else base)
     config.data.records.dir = "data/cc12m"
     return config

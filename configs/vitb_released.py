@@ -32,7 +32,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.flags import load_config
+from ovseg_jax.flags import read_config
 
 DEVICES, GROUPS = 8, 8
 # (base, start of the warm-up, end), for 4096 examples.
@@ -54,7 +54,7 @@ def _schedule(rates: tuple[float, float, float], batch: int, warmup: float) -> d
 def get_config(variant: str = "") -> ConfigDict:
     """The config; see the module's docstring for the variant."""
     base = Path(__file__).with_name("vitb.py")
-    config = load_config(f"{base}:{variant}" if variant else base)
+    config = read_config(f"{base}:{variant}" if variant else base)
     config.model.image.update(
         heads=8,
         second_heads=8,
@@ -92,9 +92,8 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     # Stage 1: timm's rand-m9-mstd0.5-inc1 and re_prob 0.25. Stage 2: crop and flip alone.
     crop = config.data.transform.to_dict()
-    config.data.transform.rand_augment.operations = 2
-    config.data.transform.erase.probability = 0.25
-    stages = (
+    config.data.transform.update(rand_augment={"operations": 2}, erase={"probability": 0.25})
+    config.phases = (
         {
             "name": "align",
             "epochs": 30,
@@ -115,22 +114,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "start_from": "best",
         },
     )
-    config.phases = stages
     config.eval.update(benchmarks=("voc",), every=2000, calibrate=True, tune_count=500)
-    config.eval.protocol.update(
-        name="released",
-        scale=None,
-        threshold=0.95,
-        order="upsample_first",
-        grouping="one_group",
-        templates=("a photo of a {}.",),
-        image_classes=5,
-        cap_threshold=True,
-        average="raw",
-        resize="four_pixels",
-        grid="rounded_patch",
-        thresholds={"voc": 0.95, "context": 0.35, "coco_object": 0.9, "coco_stuff": 0.95},
-    )
+    config.eval.protocol = {"name": "released"}
     if variant == "smoke":
         config.eval.update(benchmarks=(), every=0, calibrate=False)
         for phase in config.phases:

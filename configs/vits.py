@@ -11,13 +11,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.flags import load_config
+from ovseg_jax.flags import read_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The config of ``vitb.py`` (or a variant) with the small tower."""
     base = Path(__file__).with_name("vitb.py")
-    config = load_config(f"{base}:{variant}" if variant else base)
+    config = read_config(f"{base}:{variant}" if variant else base)
     config.model.image.update(width=384, heads=6)
     config.model.decoder.update(width=384, heads=6)
     if config.model.image_init:

@@ -10,6 +10,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.progress import table
 from ovseg_jax.train import compile_ahead
 from ovseg_jax.train.compile_ahead import Machine, Measured
+from ovseg_jax.train.config import load_config
 
 ABOUT = """What a train step needs on a TPU, from the real compiler, on any machine without one.
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit code: 1 where a step does not fit."""
     args = flags.parse(argv, FLAGS, ABOUT)
     compile_ahead.prepare_compiler()
-    config = flags.config_from(args)
+    config = load_config(args.config, args.overrides)
     machine, devices = compile_ahead.machine_of(args.topology), None
     if machine.platform == "tpu":
         devices = compile_ahead.devices_of(machine)

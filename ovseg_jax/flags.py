@@ -1,12 +1,14 @@
 """The command line of every entry point: named flags, and overrides of a Python config file.
 
-A thin layer of our own. The usual flag libraries answer a typing mistake with a traceback and exit
-code 1; here a mistake is one line that names the nearest right spelling, and exit code 2.
+A mistake is one line that names the nearest right spelling, and exit code 2. This is why it is not
+`ml_collections.config_flags`, which answers with tracebacks, has no None for a number, cannot set a
+field of a phase that the file leaves out, and silently reads words=a,b as the one word "a,b".
 """
 
 import ast
 import difflib
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -48,15 +50,16 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 
 # ---- config files
 
-# Fields, by the last name of their keys, that may be None where they are numbers now.
-OPTIONAL = ("scale", "threshold", "binding_scale", "layer_scale", "start")
+# Fields, by the last name of their keys, that are a number or None.
+OPTIONAL = ("scale", "threshold", "layer_scale", "start")
 
 
-def load_config(spec: str | Path) -> ConfigDict:
-    """The config that 'path/to/file.py' or 'path/to/file.py:variant' describes.
+def read_config(spec: str | Path) -> ConfigDict:
+    """What the config file 'path/to/file.py' or 'path/to/file.py:variant' says.
 
     The file is imported by its path and `get_config(variant)` is called ('' without a variant). A
-    config file that builds on another loads it with this function too.
+    config file that builds on another one reads it with this function too. What the file leaves
+    out is filled in by `train.config.load_config`.
 
     Raises:
       UserError: no such file, a file that cannot be imported, no `get_config`, or an unknown
@@ -82,6 +85,9 @@ def load_config(spec: str | Path) -> ConfigDict:
         config = get_config(variant)
     except (UserError, ValueError) as error:
         raise UserError(f"config {str(spec)!r}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # a field that the base does not name
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"config {str(spec)!r}: {cause}") from error
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise UserError(f"config {str(spec)!r}: get_config returned {kind}, not a ConfigDict")
@@ -105,10 +111,10 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
     """Set `key` ('phases[1].steps') of `config`, in place, to what `text` says.
 
     The value is read as a Python literal, else as a string, and must fit the type of the present
-    value: an int may fill a float, a list a tuple; true and false are the booleans; None fits the
-    fields in `OPTIONAL`, and anything fits where the present value is None. Records in a tuple,
-    such as phases, need not have all of their fields: one that is absent is set, and whoever reads
-    them refuses what is no field.
+    value: an int may fill a float, a list a tuple; true and false are the booleans. The fields in
+    `OPTIONAL` take a number or None; elsewhere anything fits where the present value is None.
+    Records in a tuple, such as phases, need not have all of their fields: one that is absent is
+    set, and whoever reads them refuses what is no field.
 
     Raises:
       UserError: an unknown key (with the nearest right one), or a value of another type.
@@ -157,9 +163,10 @@ def convert(text: str, present: Any, key: str) -> Any:
         raise UserError(f"config key {key!r} is a group of settings: set one of {sorted(present)}")
     value = _literal(text)
     # Not where it is a range, as the scale of crops is.
-    number = isinstance(present, int | float)
-    if value is None and number and key.rpartition(".")[2] in OPTIONAL:
-        return None
+    if isinstance(present, int | float | None) and key.rpartition(".")[2] in OPTIONAL:
+        if value is None:
+            return None
+        present = 0.0 if present is None else present
     if isinstance(present, str):
         return value if isinstance(value, str) else text
     words = isinstance(present, list | tuple) and all(isinstance(item, str) for item in present)
@@ -167,7 +174,7 @@ def convert(text: str, present: Any, key: str) -> Any:
         value = comma_list(text)
     try:
         return _fit(value, present)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise UserError(f"config key {key!r}: {text!r} is not {error}") from None
 
 
@@ -192,6 +199,8 @@ def _fit(value: Any, present: Any) -> Any:
             value = [_fit(item, present[0]) for item in value]
         return type(present)(value)
     if isinstance(present, float) and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise TypeError("a finite number")
         return float(value)
     if type(value) is type(present):
         return value
@@ -256,10 +265,13 @@ def _flag_value(flag: Flag, text: str) -> Any:
             raise UserError(f"flag --{flag.name} is true or false, not {text!r}")
         return text.lower() == "true"
     try:
-        return flag.type(text)
+        value = flag.type(text)
     except ValueError as error:
         kind = getattr(flag.type, "__name__", "value")
         raise UserError(f"flag --{flag.name}: {text!r} is not a valid {kind}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"flag --{flag.name}: {text!r} is not a finite number")
+    return value
 
 
 def usage(spec: Sequence[Flag], about: str = "") -> str:
@@ -273,16 +285,6 @@ def usage(spec: Sequence[Flag], about: str = "") -> str:
         if flag.name == "config":
             lines.append("  --config.KEY=VALUE\n      set one key of the config, e.g. a.b[0].c")
     return "\n".join(lines)
-
-
-def config_from(args: SimpleNamespace) -> ConfigDict:
-    """The config named by `args.config`, with the overrides of the command line applied."""
-    if args.config is None:
-        raise UserError("no config: give --config=FILE.py")
-    config = load_config(args.config)
-    for key, text in args.overrides:
-        apply_override(config, key, text)
-    return config
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -32,6 +32,7 @@ from ovseg_jax.segmentation.report import (
 )
 from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range
 from ovseg_jax.train.resume import changed_fields, plain, restored
@@ -92,7 +93,9 @@ def main(argv: list[str]) -> int:
     with processes.leaving_at_once():
         if args.model:
             return _evaluate_model(args, progress)
-        config = flags.config_from(args)
+        if not args.config:
+            raise UserError("no config: give --config=FILE.py")
+        config = load_config(args.config, args.overrides)
         workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
         if args.mode == "eval":
             return _evaluate_run(config, workdir, args, progress)

@@ -1,5 +1,6 @@
 """Every config builds its model, its optimizer and one train step a phase, at full size, traced."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -7,17 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.data.sources import SOURCES
-from ovseg_jax.flags import load_config
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import read_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
-from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.protocol import Protocol, named_protocol
 from ovseg_jax.train.compile_ahead import batch_shapes
+from ovseg_jax.train.config import complete, load_config
 from ovseg_jax.train.phases import make_phases, rate_at
+from ovseg_jax.train.resume import changed_fields, plain
 from ovseg_jax.train.state import new_state
 from ovseg_jax.train.step import train_step
 from ovseg_jax.weights.initialize import init_params, init_statistics
@@ -41,7 +46,6 @@ PARAMETERS = {
     "quickstart.py": 45_721_153,
     "quickstart.py:scratch": 10_493_761,
     "vitb.py": 207_694_081,
-    "vitb_cc12m.py": 207_694_081,
     "vitb_released.py": 235_745_673,
     "vits.py": 134_208_385,
 }
@@ -87,8 +91,104 @@ def test_decay_leaves_word_vectors_that_no_caption_uses(name):
         assert trained["text_projector"]["out"]["kernel"][1, 0] < 1.0
 
 
+def leaves(config):
+    if not isinstance(config, ConfigDict | dict):
+        return 1
+    return sum(map(leaves, config.values()))
+
+
+def test_a_config_names_what_differs():
+    assert leaves(read_config(CONFIGS / "vitb.py")) <= 70
+    assert leaves(load_config(CONFIGS / "vitb.py")) > 150
+    named = {name: read_config(CONFIGS / f"{name}.py").eval.protocol for name in ("vitb", "vits")}
+    assert all(dict(protocol) == {"name": "paper"} for protocol in named.values())
+    for name, protocol in (("vitb", "paper"), ("vitb_released", "released"), ("groupvit",) * 2):
+        filled = Protocol.from_config(load_config(CONFIGS / f"{name}.py").eval.protocol)
+        assert filled == named_protocol(protocol)
+
+
+def test_what_no_config_names_can_be_set_and_is_checked():
+    path = CONFIGS / "vitb.py"
+    keys = ("model.image.drop_path", "loss.mask_cost", "data.transform.rand_augment.operations")
+    overrides = [*zip(keys, ("0.1", "euclidean", "2"), strict=True), ("eval.voc.dir", "data")]
+    config = load_config(path, overrides)
+    assert config.model.image.drop_path == 0.1 and config.loss.mask_cost == "euclidean"
+    assert config.data.transform.rand_augment.operations == 2 and config.eval.voc.dir == "data"
+    for key, text, said in (
+        ("model.image.drop_pth", "0.1", "did you mean 'model.image.drop_path'"),
+        ("loss.mask_size", "big", "is not an int"),
+        ("model.image.layer_scale", "None", "^$"),
+        ("eval.vok.dir", "data", "did you mean 'eval.voc"),
+    ):
+        try:
+            load_config(path, [(key, text)])
+        except UserError as error:
+            assert re.search(said, str(error)) and "\n" not in str(error)
+        else:
+            assert said == "^$"
+
+
 @pytest.mark.parametrize(
-    "name", [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
+    ("fields", "said"),
+    [
+        ("optimiser = {}", r"config.optimiser is no field; did you mean 'optimizer'\?"),
+        ("loss.mask_weigth = 0.1", "config.loss.mask_weigth is no field"),
+        ("eval.protocol.windw = 3", "config.eval.protocol.windw is no field; .* 'window'"),
+        ("model.image.depht = 3", "config.model.image.depht = 3 is no field"),
+        ("model.neck = 1", "config.model.neck = 1 is no field"),
+        ("model.text_form = 'gpt'", "text_form is 'gpt'; it must be one of 'bert', 'causal'"),
+        ("data = 3", "TypeError: Could not override field 'data'"),
+        ("eval.voc.dir = 'data'", "AttributeError: .*voc"),
+        ("model.image = {'patch': 16}", "config.model.image needs grid, width, heads"),
+    ],
+)
+def test_fields_of_a_config_file_that_do_not_exist(tmp_path, fields, said):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ovseg_jax.flags import read_config\n\ndef get_config(variant=''):\n"
+        f"    config = read_config({str(CONFIGS / 'vitb.py')!r})\n    config.{fields}\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match=said):
+        load_config(path)
+
+
+def test_groups_of_fields_are_groups():
+    with pytest.raises(UserError, match="config.data is 3, but has fields of its own"):
+        complete({"data": 3, "model": load_config(CONFIGS / "vitb.py").model})
+
+
+def test_saved_configs_of_earlier_versions_are_read():
+    """They are complete, but for later fields, and may have fields that are gone."""
+    config = load_config(CONFIGS / "vitb.py", [("log_every", "7")])
+    saved = plain(config)
+    saved["loss"]["contrast_chunk"] = 64
+    saved["model"]["image"]["unroll"] = saved["model"]["text"]["unroll"] = 2
+    saved["model"]["text"] |= {"position_offset": 0, "token_types": 2}
+    saved["model"]["image"] |= {"binding_scale": None, "gumbel_temperature": 1.0}
+    for name in ("image_head", "image_head_dropout"):
+        del saved["model"][name]
+    assert changed_fields(plain(complete(saved, saved=True)), plain(config)) == []
+    saved["model"]["text"]["position_offset"] = 2  # RoBERTa
+    with pytest.raises(UserError, match="position_offset = 2 is no field"):
+        complete(saved, saved=True)
+
+
+def test_cc12m_differs_in_its_records_alone():
+    for variant in VARIANTS["vitb_cc12m.py"]:
+        both = (load_config(f"{CONFIGS}/{name}.py:{variant}") for name in ("vitb", "vitb_cc12m"))
+        (change,) = changed_fields(*map(plain, both))
+        assert change.startswith("config.data.records.dir")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{name}:{variant}"
+        for name, variants in VARIANTS.items()
+        for variant in variants
+        if name != "vitb_cc12m.py"  # see `test_cc12m_differs_in_its_records_alone`
+    ],
 )
 def test_every_phase_traces(name):
     config = load_config(f"{CONFIGS}/{name}".removesuffix(":"))

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, export, flags
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.layers import contract, every_platform
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
@@ -23,6 +22,7 @@ from ovseg_jax.optim.groups import flatten
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.resume import saved_state
 from ovseg_jax.weights.model_dir import load_model, save_model
 
@@ -206,6 +206,13 @@ def test_bad_input_is_one_clear_error(reason, workdir, tmp_path, monkeypatch, ca
     assert stop.value.code == 2
     assert error.startswith("error: ") and reason in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [100, 50_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(room, workdir, tmp_path, full_disk):
+    with full_disk(room), pytest.raises(UserError, match="m cannot be written: ") as error:
+        run(f"--workdir={workdir}", f"--out={tmp_path / 'm'}")
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_config_is_refused(workdir, tmp_path, config):

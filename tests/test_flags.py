@@ -32,7 +32,7 @@ def a_config():
             "sizes": [1, 2],
             "words": ("cat", "dog"),
             "model": {"depth": 6, "group_layer": 0},
-            "protocol": {"scale": 10.0},
+            "protocol": {"scale": 10.0, "threshold": None},
             "crops": {"scale": (0.1, 1.0)},
             "phases": [ConfigDict({"steps": 10, "rate": 1.0}), {"steps": 20, "rate": 2.0}],
         }
@@ -67,6 +67,7 @@ def look_up(config, key):
         ("phases[1].start_from", "best", "best"),  # absent so far
         ("phases[1].teacher", "None", None),
         ("protocol.scale", "None", None),
+        ("protocol.threshold", "1", 1.0),
     ],
 )
 def test_override_has_the_type_of_the_present_value(key, text, value):
@@ -88,10 +89,16 @@ def test_override_has_the_type_of_the_present_value(key, text, value):
         ("seed", "true", "an int"),
         ("seed", "None", "an int"),
         ("rate", "fast", "a float"),
+        ("rate", "1e400", "a finite number"),
+        ("rate", "50%", "a float"),
+        ("rate", "0,5", "a float"),
+        ("betas", "(0.5, 1e400)", "a finite number"),
         ("flip", "1", "true or false"),
         ("betas", "0.5", "a tuple"),
         ("betas", "0.5,x", "a tuple"),
         ("crops.scale", "None", "a tuple"),
+        ("protocol.threshold", "abc", "a float"),
+        ("protocol.threshold", "none ", "a float"),
         ("model", "3", "group_layer"),
         ("a..b", "3", "form"),
         ("", "3", "form"),
@@ -116,16 +123,16 @@ def test_every_path_can_be_set_to_what_it_is():
     assert config == a_config()
 
 
-def test_load_config_and_variants(tmp_path):
+def test_config_files_and_variants(tmp_path):
     path = tmp_path / "tiny.py"
     path.write_text(FILE)
-    assert flags.load_config(str(path)).width == 64
-    assert flags.load_config(path).width == 64
-    assert flags.load_config(f"{path}:small").width == 8
+    assert flags.read_config(str(path)).width == 64
+    assert flags.read_config(path).width == 64
+    assert flags.read_config(f"{path}:small").width == 8
     with pytest.raises(UserError, match="there is: small"):
-        flags.load_config(f"{path}:smal")
+        flags.read_config(f"{path}:smal")
     with pytest.raises(UserError, match=r"does not exist; did you mean .*tiny\.py"):
-        flags.load_config(str(tmp_path / "tyni.py"))
+        flags.read_config(str(tmp_path / "tyni.py"))
 
 
 @pytest.mark.parametrize(
@@ -141,13 +148,14 @@ def test_bad_config_file(tmp_path, text, said):
     path = tmp_path / "bad.py"
     path.write_text(text)
     with pytest.raises(UserError, match=said):
-        flags.load_config(str(path))
+        flags.read_config(str(path))
 
 
 SPEC = (
     flags.Flag("config", help="the config file"),
     flags.Flag("mode", choices=("train", "eval"), default="train"),
     flags.Flag("steps", int, 3),
+    flags.Flag("rate", float, 0.5),
     flags.Flag("dry-run", bool, False),
     flags.Flag("classes", flags.comma_list, ()),
 )
@@ -167,6 +175,8 @@ def test_parse_both_forms_and_overrides_in_order():
     [
         (["--step=3"], "'--steps'"),
         (["--steps=x"], "'x' is not a valid int"),
+        (["--rate=1e400"], "'1e400' is not a finite number"),
+        (["--rate=nan"], "'nan' is not a finite number"),
         (["--steps"], "needs a value"),
         (["--steps", "--mode=eval"], "needs a value"),
         (["--mode=test"], "train, eval"),
@@ -203,7 +213,10 @@ def main(argv):
     args = flags.parse(argv, [flags.Flag('config'), flags.Flag('stop', bool, False)])
     if args.stop:
         raise KeyboardInterrupt
-    print(flags.config_from(args).width)
+    config = flags.read_config(args.config)
+    for key, text in args.overrides:
+        flags.apply_override(config, key, text)
+    print(config.width)
 flags.run(main)
 """
 
@@ -222,5 +235,5 @@ def test_run_exit_codes(tmp_path):
     code, out, err = program(f"--config={config}", "--config.witdh=5")
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert "did you mean 'width'" in err
-    assert program()[0] == 2
+    assert program("--confg=x")[0] == 2
     assert program("--stop")[0] == 130

@@ -1,10 +1,10 @@
-"""A whole run at toy size: a config for the end-to-end tests (`ovseg_jax.flags.load_config`)."""
+"""A whole run at toy size: a config for the end-to-end tests (`ovseg_jax.flags.read_config`)."""
 
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.flags import load_config
+from ovseg_jax.flags import read_config
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     runs that are started again and again: as little as possible to trace, nothing that JAX cannot
     keep compiled (a callback to the host is such), no evaluation, phases of 20 steps.
     """
-    config = load_config(f"{QUICKSTART}:scratch")
+    config = read_config(f"{QUICKSTART}:scratch")
     config.model.image.update(
         patch=7, grid=(4, 4), width=24, heads=2, num_groups=4, first_layers=2, second_layers=1
     )

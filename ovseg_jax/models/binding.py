@@ -52,19 +52,17 @@ def assigned_map(
     logits: Float[Array, "B L K"],
     assignment: str,
     noise: Float[Array, "B L K"] | None,
-    temperature: float,
 ) -> Float[Array, "B L K"]:
     """The map that patches are averaged with, from the logits of Eq. 4.
 
     Args:
       assignment: "soft" (softmax over the groups) or "hard" (`straight_through` of it).
       noise: added to the logits of a hard assignment; None for none.
-      temperature: of the noisy softmax.
     """
     if assignment == "soft":
         return jax.nn.softmax(logits, axis=-1)
     if noise is not None:
-        logits = (logits + noise) / temperature
+        logits = logits + noise
     return straight_through(jax.nn.softmax(logits, axis=-1))
 
 
@@ -93,13 +91,9 @@ class Assignment(nn.Module):
 
     Attributes:
       assignment: "hard" (one-hot forward, soft gradient; with Gumbel noise in training) or "soft".
-      scale: factor on K.Q in Eq. 4; None for D ** -0.5. The paper prints none.
-      gumbel_temperature: temperature of the noisy softmax whose argmax is taken.
     """
 
     assignment: str
-    scale: float | None
-    gumbel_temperature: float
     eps: float
     dtype: Any
     matmul_dtype: Any
@@ -129,15 +123,14 @@ class Assignment(nn.Module):
         query = Dense(width, ("embed", "heads"), name="query", **options)(normed)
         key = Dense(width, ("embed", "heads"), name="key", **options)(patches)
         value = Dense(width, ("embed", "heads"), name="value", **options)(patches)
-        scale = width**-0.5 if self.scale is None else self.scale
+        # The paper prints no factor on K.Q; the released code has that of attention.
+        scale = width**-0.5
         sides = (key * scale, query) if scaled == "key" else (key, query * scale)
         logits = contract("bld,bkd->blk", *sides, self.matmul_dtype)
         affinity = jax.nn.softmax(logits, axis=-1)  # over groups: a patch is shared out among them
         if train and self.assignment == "hard" and noise is None:
             noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
-        assigned = assigned_map(
-            logits, self.assignment, noise if train else None, self.gumbel_temperature
-        )
+        assigned = assigned_map(logits, self.assignment, noise if train else None)
         update = weighted_mean(assigned, value, self.matmul_dtype, count_offset).astype(self.dtype)
         bound = tokens + Dense(width, ("heads", "embed"), name="out", **options)(update)
         return Binding(bound, affinity, assigned, query, key)

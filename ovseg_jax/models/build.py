@@ -1,9 +1,15 @@
-"""From a config to a model. Sizes and options are fields; nothing is hard-coded in a module."""
+"""From a config to a model. The defaults of its fields are those of the modules."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
 from ovseg_jax.models.bert import BertEncoder
 from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import FEED_FORWARD_ACTIVATIONS
@@ -31,37 +37,100 @@ CHOICES = {
     "matmul_dtype": ("float32", "bfloat16"),
 }
 
-# Fields of `config.text` that earlier versions wrote, with the only values that are still possible.
-RETIRED = {"position_offset": 0, "token_types": 2}
-# A field of image and text that earlier versions wrote, which never changed what a model computes.
-IGNORED = "unroll"
+# Fields of image and text that earlier versions wrote, with the values that are still possible;
+# `unroll` never changed what a model computes.
+RETIRED = {
+    "image.binding_scale": None,
+    "image.gumbel_temperature": 1.0,
+    "text.position_offset": 0,
+    "text.token_types": 2,
+}
+IGNORED = ("image.unroll", "text.unroll")
 
 TEXT_FORMS = {"bert": BertEncoder, "causal": CausalTextEncoder}
+
+
+# Fields that say what a run's parameters start from, which is no part of the model.
+START = {"image_init": "", "text_init": "", "resample_init": False, "neck_init": ""}
+
+# Fields of modules that a config has elsewhere, or not at all.
+_NOT_IN_CONFIGS = ("parent", "name", "dtype", "matmul_dtype")
+_TOWERS = ("image_encoder", "text_encoder", "entity_decoder")
+
+
+def complete_model(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """A ``config.model`` with the module's default for every field that it leaves out.
+
+    Raises:
+      UserError: an unknown text form, a field that does not exist, or a missing size.
+    """
+    form = config.get("text_form", "bert")
+    if form not in TEXT_FORMS:
+        known = ", ".join(map(repr, TEXT_FORMS))
+        raise UserError(f"config.model.text_form is {form!r}; it must be one of {known}")
+    defaults = {
+        "image": {},
+        "text_form": form,
+        "text": {},
+        "decoder": None,
+        **_defaults(OVSegmentor, without=_TOWERS),
+        "dtype": "float32",
+        "matmul_dtype": "float32",
+        **START,
+    }
+    full = _complete(config, defaults, "")
+    modules = {"image": VisualEncoder, "text": TEXT_FORMS[form], "decoder": EntityDecoder}
+    for name, module in modules.items():
+        if full[name] is not None:
+            full[name] = _complete(full[name], _defaults(module), f"{name}.")
+    return ConfigDict(full)
+
+
+def _defaults(module: type[nn.Module], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Config fields of a module; those without a default are `dataclasses.MISSING`."""
+    names = {"binding_form": "binding"}
+    return {
+        names.get(field.name, field.name): field.default
+        for field in dataclasses.fields(module)
+        if field.name not in (*_NOT_IN_CONFIGS, *without)
+    }
+
+
+def _complete(given: Mapping[str, Any] | ConfigDict, defaults: dict[str, Any], where: str) -> dict:
+    full = dict(defaults)
+    for key, value in given.items():
+        name = f"{where}{key}"
+        if key in defaults:
+            full[key] = value
+        elif name not in IGNORED and (name, value) not in RETIRED.items():
+            near = nearest(key, list(defaults))
+            raise UserError(f"config.model.{name} = {value!r} is no field{near}")
+    missing = [key for key, value in full.items() if value is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"config.model.{where.rstrip('.')} needs {', '.join(missing)}")
+    return full
 
 
 def check_model_config(config: ConfigDict) -> None:
     """Refuses a model that cannot be built.
 
+    Args:
+      config: complete, see `complete_model`.
+
     Raises:
       UserError: a field has none of its values, or sizes do not divide.
     """
-    form = config.get("text_form", "bert")
-    if form not in TEXT_FORMS:
-        raise UserError(
-            f"config.model.text_form is {form!r}; it must be one of "
-            + ", ".join(map(repr, TEXT_FORMS))
-        )
     choices = dict(CHOICES)
     if config.decoder is None:
         del choices["decoder.order"]
-    if config.get("token_classes", 0):
+    if config.token_classes:
         choices["token_classes_from"] = ("decoder", "text")
         if config.decoder is None and config.token_classes_from == "decoder":
             raise UserError(
                 "config.model.token_classes_from = 'decoder' needs an entity decoder, but "
                 "config.model.decoder is None: set token_classes_from = 'text'"
             )
-    if form == "causal":
+    if config.text_form == "causal":
         choices["text.activation"] = tuple(FEED_FORWARD_ACTIVATIONS)
     for name, allowed in choices.items():
         node = config
@@ -96,7 +165,7 @@ def check_model_config(config: ConfigDict) -> None:
             "config.model.projector_norm = 'batch' normalizes between two layers: set "
             "config.model.projector_layers = 2"
         )
-    if image.get("later_stages") and (image.binding, image.second_stage) != (
+    if image.later_stages and (image.binding, image.second_stage) != (
         "grouping_block",
         "groups",
     ):
@@ -118,7 +187,7 @@ def check_model_config(config: ConfigDict) -> None:
             f"group_layer > 0 (now {image.group_layer}) and heads whose width is a multiple of 4 "
             f"(now {head_width})"
         )
-    outputs = image.get("trunk_outputs", ())
+    outputs = image.trunk_outputs
     if outputs and not (
         image.trunk_norm and all(1 <= number <= image.group_layer for number in outputs)
     ):
@@ -126,24 +195,24 @@ def check_model_config(config: ConfigDict) -> None:
             f"config.model.image.trunk_outputs = {outputs} must be layers of the trunk, 1 to "
             f"group_layer = {image.group_layer}, and pass its norm: set trunk_norm = True"
         )
-    kept = image.get("keep_class_token", False)
-    if kept and not image.class_token:
+    if image.keep_class_token and not image.class_token:
         raise UserError(
             "config.model.image.keep_class_token needs a trunk with one: set class_token = True"
         )
-    if bool(config.get("image_head", 0)) != kept:
+    if bool(config.image_head) != image.keep_class_token:
         raise UserError(
             "config.model.image_head reads the class token, and nothing else does: set image_head "
             "and image.keep_class_token, or neither"
         )
 
 
-def build_model(config: ConfigDict) -> OVSegmentor:
+def build_model(config: Mapping[str, Any] | ConfigDict) -> OVSegmentor:
     """Builds the model that `config` (a run's ``config.model``) describes.
 
     Raises:
-      UserError: see `check_model_config`.
+      UserError: see `complete_model` and `check_model_config`.
     """
+    config = complete_model(config)
     check_model_config(config)
     options = {
         "dtype": jnp.dtype(config.dtype).type,
@@ -152,29 +221,13 @@ def build_model(config: ConfigDict) -> OVSegmentor:
     image = dict(config.image)
     image["binding_form"] = image.pop("binding")
     image["grid"] = tuple(image["grid"])
-    image["trunk_outputs"] = tuple(image.get("trunk_outputs", ()))
-    image["later_stages"] = tuple(tuple(stage) for stage in image.get("later_stages", ()))
-    text = {name: x for name, x in config.text.items() if (name, x) not in RETIRED.items()}
-    for fields in (image, text):
-        fields.pop(IGNORED, None)
-    text_encoder = TEXT_FORMS[config.get("text_form", "bert")]
+    image["trunk_outputs"] = tuple(image["trunk_outputs"])
+    image["later_stages"] = tuple(tuple(stage) for stage in image["later_stages"])
     decoder = config.decoder
     return OVSegmentor(
         image_encoder=VisualEncoder(**image, **options),
-        text_encoder=text_encoder(**text, **options),
+        text_encoder=TEXT_FORMS[config.text_form](**config.text, **options),
         entity_decoder=None if decoder is None else EntityDecoder(**decoder, **options),
-        joint_width=config.joint_width,
-        projector_layers=config.projector_layers,
-        projector_width=config.projector_width,
-        projector_norm=config.projector_norm,
-        projector_activation=config.projector_activation,
-        projector_bias=config.projector_bias,
-        text_pool=config.text_pool,
-        pad_id=config.pad_id,
-        temperature_init=config.temperature_init,
-        image_head=config.get("image_head", 0),
-        image_head_dropout=config.get("image_head_dropout", 0.5),
-        token_classes=config.get("token_classes", 0),
-        token_classes_from=config.get("token_classes_from", "decoder"),
+        **{name: config[name] for name in _defaults(OVSegmentor, without=_TOWERS)},
         **options,
     )

@@ -88,13 +88,13 @@ class EntityDecoder(nn.Module):
 
     width: int
     heads: int
-    mlp_ratio: float
-    eps: float
-    dtype: Any
-    matmul_dtype: Any
+    mlp_ratio: float = 4.0
+    eps: float = 1e-6
     order: str = "self_first"
     depth: int = 1
     mask_padding: bool = True
+    dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(

@@ -92,7 +92,7 @@ class VisualEncoder(nn.Module):
       keep_class_token: the class token stays in the trunk's output, before the patches, for a head
         that judges the whole image.
       layer_scale: see `PreNormLayer`; applies to the trunk.
-      assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
+      assignment: see `SlotBinding`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
       remat: see `transformer.scanned`.
       dtype, matmul_dtype: see `Dense`.
@@ -127,8 +127,6 @@ class VisualEncoder(nn.Module):
     keep_class_token: bool = False
     layer_scale: float | None = None
     assignment: str = "hard"
-    binding_scale: float | None = None
-    gumbel_temperature: float = 1.0
     drop_path: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -189,16 +187,14 @@ class VisualEncoder(nn.Module):
         )
         self.first = stack(layers, self.first_layers, self.heads, None)
 
-        assignment = (self.assignment, self.binding_scale, self.gumbel_temperature, self.eps)
-
         def grouping_block(groups: int) -> GroupingBlock:
             sizes = {"num_groups": groups, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
-            return GroupingBlock(*assignment, **options, **sizes)
+            return GroupingBlock(self.assignment, self.eps, **options, **sizes)
 
         if self.binding_form == "grouping_block":
             self.binding = grouping_block(self.num_groups)
         else:
-            self.binding = SlotBinding(*assignment, **options)
+            self.binding = SlotBinding(self.assignment, self.eps, **options)
         stages, start = [], self.first_layers
         for count, groups, layers in self.later_stages:
             part = stack(start, start + layers, self.heads, None)

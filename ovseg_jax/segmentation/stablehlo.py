@@ -9,6 +9,7 @@
 They are compiled where they are called, for cpu, cuda or tpu, with any batch size.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,6 +159,11 @@ def write_programs(
         )
         (directory / "README.md").write_text(readme, encoding="utf-8")
     except OSError as error:
+        for name in (*(f"{name}.stablehlo" for name in written), "weights.npz", "signature.json"):
+            with contextlib.suppress(OSError):
+                (directory / name).unlink()
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # where nothing else is in it
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
     return signature
 

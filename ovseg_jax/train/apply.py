@@ -161,4 +161,4 @@ def see_sentences(
 
 def within_set(batch: Batch, config: ConfigDict) -> Int[Array, "B"] | None:
     """The data set of each example, where its negatives come from that set alone."""
-    return batch["data_set"] if config.get("negatives_within_set", False) else None
+    return batch["data_set"] if config.negatives_within_set else None

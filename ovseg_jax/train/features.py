@@ -50,8 +50,6 @@ AFTER_TRUNK = (
     "group_std",
     "binding_form",
     "assignment",
-    "binding_scale",
-    "gumbel_temperature",
     "drop_path",
     "remat",
 )

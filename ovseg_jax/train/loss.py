@@ -116,7 +116,7 @@ def per_example_outputs(
     embed = partial(embed_sentences, model, params)
     masking, with_mask = masking_of(config), mask_weight > 0
     nouns: tuple[str, ...] = ()
-    if config.get("noun_weight", 0.0) > 0 or masking is Masking.MULTI_LABEL:
+    if config.noun_weight > 0 or masking is Masking.MULTI_LABEL:
         batch, nouns = _nouns_as_texts(batch)
     kinds = ("caption", *_texts_of(masking), *(("shared",) if with_mask else ()), *nouns)
     texts = encode_texts(model, params, batch, kinds, text_dropout, rngs, mesh)
@@ -199,7 +199,7 @@ def joint_loss(
       The total loss and the metrics (scalars).
     """
     masking, weight = masking_of(config), batch["weight"]
-    equal = batch["caption_set"] if config.get("mask_equal_captions", False) else None
+    equal = batch["caption_set"] if config.mask_equal_captions else None
     negatives = negatives_mask(weight, equal, within=within_set(batch, config))
     values, hits = info_nce(outputs.image, outputs.text, scale, negatives)
     contrastive = weighted_mean(values, weight)
@@ -249,14 +249,13 @@ def completion_term(
     """Eq. 9, and the share of negatives that name the same entities.
 
     Args:
-      config: the run's ``config.loss``, which says whether equal answers are no negatives of one
-        another (`mask_equal_entities`), nor the answers of equal captions (`mask_equal_captions`).
+      config: the run's ``config.loss``, which says whether answers of equal captions are no
+        negatives of one another (`mask_equal_captions`).
     """
     weight, sets = batch["weight"] * batch["entity_weight"], batch["entity_set"]
     negatives = negatives_mask(
         weight,
-        sets if config.mask_equal_entities else None,
-        batch["caption_set"] if config.get("mask_equal_captions", False) else None,
+        batch["caption_set"] if config.mask_equal_captions else None,
         within=within_set(batch, config),
     )
     values, _ = info_nce(outputs.completed, outputs.prompt, scale, negatives)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
+from ovseg_jax.train.config import complete
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.run import Run
 from ovseg_jax.train.state import (
@@ -133,7 +133,8 @@ def restored(run: Run, workdir: Path) -> TrainState:
 def _changes(run: Run, position: dict[str, Any]) -> list[str]:
     """What differs from the run that wrote a checkpoint; the data's content too."""
     now = position_of(run, run.phases[0], 0)
-    changes = changed_fields(position.get("config", now["config"]), now["config"])
+    saved = complete(position["config"], saved=True) if "config" in position else run.config
+    changes = changed_fields(plain(saved), now["config"])
     for key, name in (("records", "number of records"), ("data", "fingerprint of the data")):
         changes += changed_fields(position.get(key, now[key]), now[key], name)
     return changes
@@ -256,9 +257,9 @@ def _config_of(workdir: Path) -> ConfigDict:
     if not path.is_file() or not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} is no run: it has no config.json with checkpoints/")
     try:
-        config = ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8"))))
-        assert isinstance(config.model, Mapping | ConfigDict) and config.phases
-    except (ValueError, AttributeError, AssertionError) as error:
+        config = complete(_with_tuples(json.loads(path.read_text(encoding="utf-8"))), saved=True)
+        assert config.phases
+    except (ValueError, TypeError, AttributeError, AssertionError, UserError) as error:
         raise UserError(f"{path} is damaged or no config of a run: {error!r}") from None
     return config
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 
 from ovseg_jax import sharding
-from ovseg_jax.flags import load_config
 from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.checkpoint import Checkpoints
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.resume import position_of, start
 from ovseg_jax.train.run import make_run
 

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from ovseg_jax.data.benchmarks import class_table
-from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import init_params
 
 

@@ -12,7 +12,6 @@ from flax import linen as nn
 
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import evaluate as evaluation
 from ovseg_jax.segmentation import labels as labels_module
@@ -23,6 +22,7 @@ from ovseg_jax.segmentation.metric import ConfusionMatrix
 from ovseg_jax.segmentation.protocol import Protocol, named_protocol, names_hash
 from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.train.config import load_config
 
 PATCH, C = 4, 3
 PROTOCOL = Protocol(short_side=24, long_limit=64, window=24, stride=12, scale=30.0, threshold=0.617)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from reference.label_maps import label_map
 
-from ovseg_jax.flags import load_config
 from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.benchmarks import ScenesBenchmark
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import CHOICES, Protocol
 from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.segmentation.vocabulary import Vocabulary, competition
+from ovseg_jax.train.config import load_config
 
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
 ORDERS = CHOICES["order"]

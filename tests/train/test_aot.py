@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ovseg_jax import aot, platforms, sharding
 from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.models.layers import contract
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import compile_ahead
@@ -32,6 +31,7 @@ from ovseg_jax.train.compile_ahead import (
     collectives_of,
     machine_of,
 )
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.run import make_run
 

@@ -7,7 +7,6 @@ from data.benchmarks import miniatures
 from ovseg_jax import sharding
 from ovseg_jax.data.captions import Masking
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.train.checks import (
     check_best_starts,
     check_loop,
@@ -16,6 +15,7 @@ from ovseg_jax.train.checks import (
     check_token_classes,
     images_to_choose_on,
 )
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.phases import make_phases
 
 CROP = {"kind": "crop", "size": 32}

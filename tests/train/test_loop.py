@@ -12,9 +12,9 @@ import runs
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import RestartError, UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import loop
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import _Training, locked, train
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.resume import changed_fields, plain

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import Flag, load_config, parse
+from ovseg_jax.flags import Flag, parse
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.loop import step_flops
 from ovseg_jax.train.metrics import (

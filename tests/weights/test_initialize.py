@@ -10,8 +10,8 @@ from golden_models import build, published, same, save
 
 from ovseg_jax import convert
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import load_config
 from ovseg_jax.progress import Progress
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.run import make_run
 from ovseg_jax.weights.initialize import initial_image, initial_text, published_start
 from ovseg_jax.weights.pth import write_torch

@@ -25,8 +25,8 @@ from make_dinov2_golden import STEP, golden_image
 from make_minilm_golden import LENGTH, SENTENCES
 
 from ovseg_jax.data.tokenizer import find_tokenizer
-from ovseg_jax.flags import load_config
 from ovseg_jax.models.build import build_model
+from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import initial_image, initial_text, variable_shapes
 
 HERE = Path(__file__).parent

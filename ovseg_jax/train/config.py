@@ -1,0 +1,164 @@
+"""The whole config of a run: a config file names what differs from the defaults given here.
+
+The defaults of ``config.model`` are those of the modules (`models.build.complete_model`), those of
+``config.data.transform`` are `data.augment.DEFAULTS`, and those of ``config.eval.protocol`` are the
+fields of the protocol of its name, or `Protocol`'s where there is none of this name.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ovseg_jax.data import augment
+from ovseg_jax.errors import UserError
+from ovseg_jax.flags import apply_override, nearest, read_config
+from ovseg_jax.models.build import complete_model
+from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS, ScenesBenchmark
+from ovseg_jax.segmentation.protocol import NAMES, Protocol, named_protocol
+
+# Everything but ``config.model``.
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,  # of the parameters, the order of the data and all randomness
+    "data": {
+        "source": "records",  # key of `data.sources.SOURCES`
+        "records": {"dir": ""},  # what `ovseg_jax.prepare` wrote
+        "scenes": {"split": "train", "count": 12000, "seed": 0, "size": 140},
+        # Data sets by weight: ({"weight": 2, "records": {"dir": "data/a"}}, ...).
+        "mixture": (),
+        "tokenizer": "",  # see `data.tokenizer.find_tokenizer`
+        "text_length": 0,  # tokens; 0 follows a sample of the captions
+        # Prompts that name a caption's entities, and captions for names of classes; "clip" means
+        # all of CLIP's, () ours.
+        "templates": ("clip",),
+        "name_templates": ("clip",),
+        "nouns": 0,  # how many nouns of a caption become sentences of their own
+        "transform": {"kind": "none", "size": 224, **augment.DEFAULTS},
+        # Features of a frozen trunk, of so many random views, and of a frozen text encoder, of
+        # captions and the first so many templates.
+        "cache_images": False,
+        "cached_views": 1,
+        "cache_texts": False,
+        "cached_templates": 3,
+        "cache_dir": ".cache/features",
+        "workers": 0,  # see `data.loader.make_loader`
+        "threads": 1,
+    },
+    # The terms of Eq. 13; a phase has the weight of the mask term.
+    "loss": {
+        "entity_weight": 1.0,  # of masked entity completion (Eq. 9)
+        "masking": "all_entities",  # see `data.captions.Masking`
+        "mask_equal_captions": False,  # equal captions are no negatives of each other
+        "negatives_within_set": False,  # negatives come from the example's own data set
+        "noun_weight": 0.0,  # of the contrast with sentences of sampled nouns (GroupViT)
+        "cross_image": "masks",  # Eq. 12; or "groups", Table 6
+        "group_ratio": 0.5,  # r, the share of the groups that are matched
+        "mask_threshold": 0.65,  # makes the teacher's masks binary
+        "mask_maps": "final_tokens",  # the paper's; or "binding", the released code's
+        "mask_directions": "both",  # which images of a pair are students: "both", or "one"
+        "mask_divisor": 0.0,  # divides the sum over pairs; 0 for their mean
+        "mask_size": 224,  # this and the next two: see `losses.released_mask_consistency`
+        "mask_cost": "cosine",
+        "detached_ratio": 0.5,
+        "teacher_noise": False,  # the teacher drops paths as the online model does
+        "frozen_text_dropout": False,  # a frozen text encoder keeps its dropout
+        "matching": "host",  # of `losses.matching.BACKENDS`
+    },
+    # See `optim.optimizer`.
+    "optimizer": {
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 5.0,
+        "weight_decay": 0.05,
+        "decay_rules": ((".*", 1.0),),
+        "rate_rules": ((".*", 1.0),),
+        "ema_decay": 0.99,
+        "learning_rate": {
+            "peak": 3.2e-4,
+            "warmup": 0.05,
+            "end": 8e-5,
+            "start": None,
+            "cosine_from": "warmup_end",
+            "delay": 0,
+        },
+    },
+    "phases": (),  # see `train.phases.make_phases`
+    "accumulation": {"micro_batches": 1},  # parts of a batch, with the same gradient
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # see `sharding.make_mesh`
+    "eval": {
+        "benchmarks": (),  # at the end of a run; the first one is calibrated on
+        "scenes": dataclasses.asdict(ScenesBenchmark()),
+        **FOLDER_FIELDS,
+        "protocol": dataclasses.asdict(Protocol()),
+        # Choose scale and threshold on so many images that are not reported.
+        "calibrate": False,
+        "tune_count": 300,
+        "every": 0,  # steps between evaluations on these images; 0 for none before the end
+        "weights": "online",  # or "teacher", for its visual encoder
+        "batch_size": 8,
+        "pictures": 0,  # to draw at the end
+        "untrained": False,  # evaluate the model at its start too
+    },
+    "log_every": 50,  # steps
+    "checkpoint_every": 1000,
+    "max_skipped": 20,  # steps without a finite gradient, one after the other
+    "hang_seconds": 900.0,  # a step that takes longer is a hang; 0 for no limit
+}
+
+
+def load_config(spec: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """The complete config that a config file describes, with fields set from the command line.
+
+    Args:
+      spec: see `flags.read_config`.
+      overrides: (key, text) pairs for `flags.apply_override`.
+
+    Raises:
+      UserError: the file cannot be read, or names a field that does not exist; or an override does.
+    """
+    try:
+        config = complete(read_config(spec))
+    except UserError as error:
+        raise UserError(f"config {str(spec)!r}: {error}") from None
+    for key, text in overrides:
+        apply_override(config, key, text)
+    return config
+
+
+def complete(config: Mapping[str, Any] | ConfigDict, saved: bool = False) -> ConfigDict:
+    """A config with the default for every field that it leaves out.
+
+    Args:
+      config: what a config file gives, or what a run saved.
+      saved: drop fields that do not exist, as an earlier version may have had them.
+
+    Raises:
+      UserError: a field that does not exist.
+    """
+    given, defaults = {key: config[key] for key in config}, DEFAULTS
+    protocol = (given.get("eval") or {}).get("protocol") or {}
+    if protocol.get("name") in NAMES:
+        named = dataclasses.asdict(named_protocol(protocol["name"]))
+        defaults = {**DEFAULTS, "eval": {**DEFAULTS["eval"], "protocol": named}}
+    model = complete_model(given.pop("model", {}))
+    return ConfigDict({**_filled(given, defaults, "config", saved), "model": model})
+
+
+def _filled(
+    given: Mapping[str, Any] | ConfigDict, defaults: Mapping[str, Any], where: str, saved: bool
+) -> dict[str, Any]:
+    full = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            if saved:
+                continue
+            raise UserError(f"{where}.{key} is no field{nearest(key, list(defaults))}")
+        if defaults[key] and isinstance(defaults[key], Mapping):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise UserError(f"{where}.{key} is {value!r}, but has fields of its own")
+            value = _filled(value, defaults[key], f"{where}.{key}", saved)
+        full[key] = value
+    return full
