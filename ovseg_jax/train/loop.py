@@ -43,8 +43,6 @@ from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
 from ovseg_jax.train.state import TrainState, teacher_of
 from ovseg_jax.train.step import Program
 
-# Masks that cover more of an image than this share no longer tell its regions apart.
-MOST_TARGETS = 0.6
 LOCK = ".in_use"
 # Whose versions a run writes down.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -118,7 +116,6 @@ class _Training:
     stop: StopSignal
     watchdog: Watchdog
     profiler: Profiler
-    warned: bool = False  # of mask targets that are positive nearly everywhere
 
     def phase(self, phase: Phase, state: TrainState) -> TrainState:
         """Takes the steps of a phase that are left."""
@@ -228,13 +225,6 @@ class _Training:
         unread: int,
     ) -> None:
         values = {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
-        if values.get("mask_target_fraction", 0.0) > MOST_TARGETS and not self.warned:
-            self.warned = True
-            self.run.progress.say(
-                f"warning: step {step}: {100 * values['mask_target_fraction']:.0f} % of the "
-                "patches are positive in the mask targets, so nearly every mask matches every "
-                "other: raise config.loss.mask_threshold, or train the groups longer before"
-            )
         if values["skipped"] >= self.run.config.max_skipped:
             raise UserError(
                 f"loss or gradients were not finite in {int(values['skipped'])} steps in a row, up "

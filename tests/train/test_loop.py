@@ -154,32 +154,25 @@ def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(
     assert (written == before) == bool(refused and changes)
 
 
-def test_targets_nearly_everywhere_are_warned_of_once_and_a_lasting_nan_refused():
-    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
-    said, written = [], []
-    progress = SimpleNamespace(say=said.append, update=lambda text, final: None)
+def test_a_loss_that_stays_nan_is_refused():
+    config, written = load_config(runs.ROOT / "tests" / "tiny.py:restarts"), []
+    config.max_skipped = 3
     training = SimpleNamespace(
-        warned=False,
-        run=SimpleNamespace(progress=progress, config=config),
+        run=SimpleNamespace(progress=Progress(quiet=True), config=config),
         checkpoints=SimpleNamespace(check=lambda: None),
         writer=SimpleNamespace(write=lambda step, values: written.append(values)),
     )
     phase = make_phases(config, 100)[1]
 
-    def log(step, fraction, skipped=0.0):
-        metrics = {"loss": 1.0, "skipped": skipped, "mask_target_fraction": fraction}
+    def log(step, skipped):
+        metrics = {"loss": np.nan, "skipped": skipped}
         arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
-        _Training._log(training, phase, step, arrays, {}, 7)
+        _Training._log(training, phase, step, arrays, {"phase": 1.0}, 7)
 
-    for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
-        log(step, fraction)
-    assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
-    fractions = [values["train/mask_target_fraction"] for values in written]
-    assert fractions == pytest.approx([0.59, 0.72, 0.9])
-    config.max_skipped = 3
-    log(24, 0.5, skipped=2.0)
+    log(24, 2.0)
+    assert written[0]["train/skipped"] == 2.0 and written[0]["train/phase"] == 1.0
     with pytest.raises(UserError, match="3 steps in a row, up to step 25.* 7 records could not"):
-        log(25, 0.5, skipped=3.0)
+        log(25, 3.0)
 
 
 # ---- the work directory
