@@ -3,23 +3,32 @@
 ``python -m ovseg_jax.convert released --checkpoint=FILE.pth --out=MODEL_DIR --tokenizer=DIR``
 """
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
+
+import ovseg_jax
 from ovseg_jax import flags
+from ovseg_jax.data.tokenizer import find_tokenizer
 from ovseg_jax.errors import UserError
+from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation.protocol import named_protocol
-from ovseg_jax.weights.conversion import (
-    TOKENIZERS,
-    Settings,
-    from_model_dir,
-    to_model_dir,
-    tower_to_safetensors,
+from ovseg_jax.weights import groupvit, released
+from ovseg_jax.weights.links import matching
+from ovseg_jax.weights.model_dir import check_free, load_model, save_model
+from ovseg_jax.weights.pth import StateDict
+from ovseg_jax.weights.tensors import (
+    UNWRITABLE,
+    WRITERS,
+    Tensors,
+    cannot_write,
+    file_digest,
+    read_checkpoint,
+    write_checkpoint,
 )
-from ovseg_jax.weights.published_config import GROUPVIT_HEADS, RELEASED_HEADS
-from ovseg_jax.weights.tensors import WRITERS
 
 ABOUT = """Convert published weights. Files that would run code are refused.
 
@@ -29,16 +38,50 @@ ABOUT = """Convert published weights. Files that would run code are refused.
   convert dino     --checkpoint=FILE.pth --out=DIR      a visual trunk, for config.model.image_init
   convert bert     --checkpoint=FILE.bin --out=DIR      a text encoder, for config.model.text_init
 
-FILE is .npz, .safetensors or, with PyTorch (pip install ".[convert]"), .pth, .pt, .bin or .ckpt.
-`convert KIND --help` lists the flags.
+FILE is .npz, .safetensors or .onnx; of any other name it is read as a PyTorch file, for which
+PyTorch is needed (pip install ".[convert]"). `convert KIND --help` lists the flags.
 """
 
+# Names of a model directory's extra arrays begin with one of these: the moving average of the
+# visual encoder, and what the published code stores without using it.
+TEACHER, UNUSED = "teacher", "unused"
+# In a model directory's provenance: whose tensor names the checkpoint had.
+NAMES = "names"
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+# Tokenizers of the published models. The released model's has bert-base-uncased's vocabulary.
+TOKENIZERS = {
+    "released": "hub:distilbert/distilbert-base-uncased",
+    "groupvit": "hub:nvidia/groupvit-gcc-yfcc",
+}
+# The end of a tensor's name by which each kind of tower is known.
+TOWERS = {
+    "dino": (
+        "patch_embed.proj.weight",
+        "patch_embeddings.projection.weight",
+        "embeddings.patch_embeddings.weight",
+    ),
+    "bert": ("embeddings.word_embeddings.weight",),
+}
+# Files that a text encoder's tokenizer and settings may consist of.
+COMPANIONS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 
 
-_whole_numbers.__name__ = "list of whole numbers"
+def _two_numbers(text: str) -> tuple[int, int]:
+    first, second = (int(number) for number in text.split(","))
+    if min(first, second) < 1:
+        raise ValueError
+    return first, second
+
+
+_two_numbers.__name__ = "pair of whole numbers, for example 8,8"
 
 ENTRY = flags.Flag(
     "entry", default="", help="entry of the checkpoint that holds the weights; found by default"
@@ -58,7 +101,7 @@ def _model_flags(kind: str) -> tuple[flags.Flag, ...]:
             default="",
             help=f"folder of the tokenizer, or (downloaded) {TOKENIZERS[kind]}",
         ),
-        flags.Flag("grid", _whole_numbers, help="rows,columns of stored positions; default square"),
+        flags.Flag("grid", _two_numbers, help="rows,columns of stored positions; default square"),
         flags.Flag(
             "background_threshold",
             float,
@@ -73,25 +116,16 @@ RELEASED = (
     *_model_flags("released"),
     flags.Flag(
         "heads",
-        _whole_numbers,
-        default=(RELEASED_HEADS["heads"], RELEASED_HEADS["second_heads"]),
+        _two_numbers,
+        default=(released.HEADS["heads"], released.HEADS["second_heads"]),
         help="attention heads of the visual encoder before and after the binding",
     ),
-    *(
-        flags.Flag(
-            f"{name}_heads", int, default=RELEASED_HEADS[f"{name}_heads"], help=f"of the {what}"
-        )
-        for name, what in (("decoder", "entity decoder"), ("text", "text encoder"))
-    ),
+    flags.Flag("decoder_heads", int, released.HEADS["decoder_heads"], help="of the entity decoder"),
+    flags.Flag("text_heads", int, released.HEADS["text_heads"], help="of the text encoder"),
 )
 GROUPVIT = (
     *_model_flags("groupvit"),
-    flags.Flag(
-        "heads",
-        int,
-        default=GROUPVIT_HEADS,
-        help="attention heads of the visual encoder",
-    ),
+    flags.Flag("heads", int, groupvit.HEADS, help="attention heads of the visual encoder"),
     flags.Flag("text_heads", int, default=0, help="of the text encoder; 0: one for 64 channels"),
     flags.Flag("activation", default="quick_gelu", help="of the text encoder"),
 )
@@ -117,49 +151,149 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _released(kind: str, args: SimpleNamespace) -> list[str]:
-    heads = _pair("heads", args.heads)
-    settings = {"heads": heads[0], "second_heads": heads[1], "decoder_heads": args.decoder_heads}
-    return _model(kind, args, {**settings, "text_heads": args.text_heads})
+# ---- models
 
 
-def _groupvit(kind: str, args: SimpleNamespace) -> list[str]:
-    settings = {name: getattr(args, name) for name in ("heads", "text_heads", "activation")}
-    return _model(kind, args, settings)
-
-
-def _model(kind: str, args: SimpleNamespace, settings: dict[str, Any]) -> list[str]:
-    out = Path(args.out)
+def _model(kind: str, args: SimpleNamespace) -> list[str]:
+    """Converts there or back; returns lines for people."""
     if bool(args.checkpoint) == bool(args.model):
         raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
     if args.model:
-        return from_model_dir(kind, Path(args.model), out, args.to)
+        return _from_model_dir(kind, Path(args.model), Path(args.out), args.to)
+    return _to_model_dir(kind, Path(args.checkpoint), Path(args.out), args)
+
+
+def _to_model_dir(kind: str, checkpoint: Path, out: Path, args: SimpleNamespace) -> list[str]:
+    check_free(out)
+    read = read_checkpoint(checkpoint, args.entry)
+    tensors, origin, teacher = read.tensors, str(checkpoint), None
+    settings = {"heads": args.heads, "text_heads": args.text_heads, "grid": args.grid}
+    if kind == "released":
+        settings["heads"], settings["second_heads"] = args.heads
+        settings["decoder_heads"] = args.decoder_heads
+        config, names = released.released_config(tensors, **settings), kind
+        params, batch_stats, teacher = released.from_released(tensors, config, origin)
+        unused = released.extra_tensors(tensors)
+    else:
+        settings["activation"] = args.activation
+        config, names = groupvit.groupvit_config(tensors, **settings), groupvit.style_of(tensors)
+        params, batch_stats = groupvit.from_groupvit(tensors, config, origin)
+        unused = {name: tensors[name] for name in matching(tensors, groupvit.UNUSED)}
+    tokenizer = find_tokenizer(args.tokenizer) if args.tokenizer else None
+    vocabulary = config["text"]["vocab_size"]
+    if tokenizer is not None and tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"--tokenizer={args.tokenizer} has {tokenizer.vocab_size} tokens, {checkpoint} "
+            f"only {vocabulary}: give the tokenizer that it was trained with"
+        )
     protocol = named_protocol(kind).replace(short_side=args.short_side)
     if args.background_threshold is not None:
         protocol = protocol.replace(threshold=args.background_threshold, thresholds={})
-    everything = Settings(
-        model={**settings, "grid": args.grid and _pair("grid", args.grid)},
+    save_model(
+        out,
+        params,
+        tokenizer,
+        model=config,
         protocol=protocol.as_dict(),
-        tokenizer=args.tokenizer,
-        text_length=args.text_length,
+        text_length=min(args.text_length, config["text"]["max_positions"]),
+        benchmarks={},
+        provenance={
+            "written_by": f"ovseg_jax {ovseg_jax.__version__}",
+            "converted_from": checkpoint.name,
+            "sha256": file_digest(checkpoint),
+            "entry": read.entry or "the whole file",
+            NAMES: names,
+            "settings": {key: str(value) for key, value in settings.items()},
+            "tokenizer": args.tokenizer or "none",
+            "kept_unused": sorted(unused),
+            "dropped": list(read.left_out),
+        },
+        batch_stats=batch_stats,
+        extras={
+            **{f"{UNUSED}/{name}": value for name, value in unused.items()},
+            **{f"{TEACHER}/{path}": value for path, value in flatten(teacher or {}).items()},
+        },
     )
-    lines = to_model_dir(kind, Path(args.checkpoint), out, everything, args.entry)
+    lines = [f"{len(tensors)} tensors read from {checkpoint}"]
+    if unused:
+        modules = ", ".join(sorted({name.split(".")[0] for name in unused}))
+        lines.append(f"{len(unused)} of them are not used and are kept aside ({modules})")
+    if teacher:
+        lines.append("with a moving average of the visual encoder, which is kept aside")
+    lines += _dropped(read)
+    coarse = {x.dtype.name for x in tensors.values() if x.dtype.kind in "fV"} - {"float32"}
+    if coarse:
+        lines.append(f"stored as float32 from now on: {', '.join(sorted(coarse))}")
+    if tokenizer is None:
+        lines.append(
+            "no tokenizer: weights hold no vocabulary. Before classes can be named, copy the "
+            f"tokenizer's files to {out}, or convert with --tokenizer=DIR or, with a network, "
+            f"--tokenizer={TOKENIZERS[kind]}"
+        )
     return [*lines, f"model: {out}"]
 
 
-def _pair(flag: str, numbers: Sequence[int]) -> tuple[int, int]:
-    if len(numbers) != 2 or min(numbers) < 1:
-        raise UserError(f"--{flag} takes two whole numbers, for example --{flag}=8,8")
-    return numbers[0], numbers[1]
+def _dropped(read: StateDict) -> list[str]:
+    return [f"dropped, no tensors: {', '.join(read.left_out)}"] if read.left_out else []
+
+
+def _from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
+    saved = load_model(model)
+    extras: dict[str, Tensors] = {TEACHER: {}, UNUSED: {}}
+    for name, value in saved.extras.items():
+        group, _, rest = name.partition("/")
+        extras.setdefault(group, {})[rest] = value
+    model = saved.params, saved.batch_stats, saved.info["model"]
+    if kind == "released":
+        teacher = nest(extras[TEACHER]) or None
+        tensors = released.to_released(*model, teacher, extras[UNUSED])
+    else:
+        names = saved.info["provenance"].get(NAMES, groupvit.ORIGINAL)
+        tensors = groupvit.to_groupvit(*model, names) | extras[UNUSED]
+    write_checkpoint(out, tensors, form)
+    return [f"{len(tensors)} tensors written to {out}"]
+
+
+# ---- towers, for `config.model.image_init` and `text_init`
 
 
 def _tower(kind: str, args: SimpleNamespace) -> list[str]:
-    return tower_to_safetensors(kind, Path(args.checkpoint), Path(args.out), args.entry)
+    """Writes a tower's weights as safetensors, under the same names; returns lines for people."""
+    source, out = Path(args.checkpoint), Path(args.out)
+    if source.is_dir():
+        source /= "pytorch_model.bin"
+    file = out if out.suffix == ".safetensors" else out / "model.safetensors"
+    read = read_checkpoint(source, args.entry)
+    if not any(name.endswith(TOWERS[kind]) for name in read.tensors):
+        first = ", ".join(list(read.tensors)[:3])
+        raise UserError(
+            f"{source} is no checkpoint that convert {kind} knows: no tensor's name ends in "
+            f"{' or '.join(TOWERS[kind])}. Its first tensors are {first}"
+        )
+    tensors = {name: _at_least_float32(array) for name, array in read.tensors.items()}
+    write_checkpoint(file, tensors, "safetensors")
+    lines = [f"{len(tensors)} tensors of {source} written to {file}"]
+    if file.parent != source.parent and file != out:
+        copied = [name for name in COMPANIONS if (source.parent / name).is_file()]
+        try:
+            for name in copied:
+                shutil.copyfile(source.parent / name, file.parent / name)
+        except UNWRITABLE as error:
+            raise cannot_write(file.parent / name, error) from None
+        if copied:
+            lines.append(f"copied beside it: {', '.join(copied)}")
+    return lines + _dropped(read)
 
 
-KINDS: dict[str, tuple[Sequence[flags.Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
-    "released": (RELEASED, _released),
-    "groupvit": (GROUPVIT, _groupvit),
+def _at_least_float32(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32, in which everything is computed; the values are the same."""
+    half = array.dtype.itemsize < 4 and array.dtype.kind in "fV"
+    return array.astype(np.float32) if half else array
+
+
+KINDS: Mapping[str, tuple[Sequence[flags.Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
+    "released": (RELEASED, _model),
+    "groupvit": (GROUPVIT, _model),
     "dino": (TOWER, _tower),
     "bert": (TOWER, _tower),
 }

@@ -20,10 +20,9 @@ from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.resume import SavedRun, read_run
-from ovseg_jax.weights.initialize import architecture, variable_shapes
-from ovseg_jax.weights.locate import HUB, PACKAGE
+from ovseg_jax.weights.initialize import architecture, split_towers, variable_shapes
 from ovseg_jax.weights.model_dir import load_model, save_model
-from ovseg_jax.weights.references import TOKENIZER, Reference, refer, split_towers
+from ovseg_jax.weights.towers import HUB, PACKAGE, TOKENIZER, Reference, refer
 
 ABOUT = """Write a model directory from a run.
 
@@ -74,13 +73,15 @@ def main(argv: list[str]) -> int:
     if bool(args.workdir) == bool(args.model):
         raise UserError("export takes exactly one of --workdir and --model")
     out = Path(args.out)
+    # Before anything that takes time.
     if args.stablehlo:
-        check_can_be_written()  # before anything that takes time
+        check_can_be_written()
     if args.model:
         if not args.stablehlo:
             raise UserError("--model is a model directory already; say --stablehlo, or --workdir")
         _programs(args.model, out, args)
         return 0
+    check_free(out)
     run = read_run(Path(args.workdir), args.step)
     print(_write(run, Path(args.workdir), out, args))
     if args.stablehlo:

@@ -51,8 +51,8 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 
 # ---- config files
 
-# Fields, by the last name of their keys, that may be None where they are numbers now.
-OPTIONAL = ("scale", "threshold", "binding_scale", "layer_scale", "start")
+# Fields, by the last name of their keys, that are a number or None.
+OPTIONAL = ("scale", "threshold", "layer_scale", "start")
 
 
 def read_config(spec: str | Path) -> ConfigDict:
@@ -112,10 +112,10 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
     """Set `key` ('phases[1].steps') of `config`, in place, to what `text` says.
 
     The value is read as a Python literal, else as a string, and must fit the type of the present
-    value: an int may fill a float, a list a tuple; true and false are the booleans; None fits the
-    fields in `OPTIONAL`, and anything fits where the present value is None. Records in a tuple,
-    such as phases, need not have all of their fields: one that is absent is set, and whoever reads
-    them refuses what is no field.
+    value: an int may fill a float, a list a tuple; true and false are the booleans. The fields in
+    `OPTIONAL` take a number or None; elsewhere anything fits where the present value is None.
+    Records in a tuple, such as phases, need not have all of their fields: one that is absent is
+    set, and whoever reads them refuses what is no field.
 
     Raises:
       UserError: an unknown key (with the nearest right one), or a value of another type.
@@ -164,9 +164,10 @@ def convert(text: str, present: Any, key: str) -> Any:
         raise UserError(f"config key {key!r} is a group of settings: set one of {sorted(present)}")
     value = _literal(text)
     # Not where it is a range, as the scale of crops is.
-    number = isinstance(present, int | float)
-    if value is None and number and key.rpartition(".")[2] in OPTIONAL:
-        return None
+    if isinstance(present, int | float | None) and key.rpartition(".")[2] in OPTIONAL:
+        if value is None:
+            return None
+        present = 0.0 if present is None else present
     if isinstance(present, str):
         return value if isinstance(value, str) else text
     words = isinstance(present, list | tuple) and all(isinstance(item, str) for item in present)

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 import ovseg_jax
 from ovseg_jax import flags, processes
-from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
+from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.progress import Progress, duration, table
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchmark_of
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
@@ -35,11 +35,10 @@ from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range
-from ovseg_jax.train.resume import restored
+from ovseg_jax.train.resume import changed_fields, plain, restored
 from ovseg_jax.train.run import Run, config_hash, make_run
 from ovseg_jax.train.signals import Interrupted, print_stacks_on_signal
 from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.workdir import changed_fields, plain
 from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.model_dir import save_model
 

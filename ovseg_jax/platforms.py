@@ -1,12 +1,26 @@
-"""Which platform a program is traced for: the one that is present, or another one."""
+"""What programs are compiled for (this platform, or another one), and where they are kept."""
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
 _TARGET = contextvars.ContextVar("target", default="")
+# Seconds. Programs that compile faster than this are not worth a file.
+_WORTH_KEEPING = 0.02
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs, so that a second start compiles nothing.
+
+    They lie in JAX_COMPILATION_CACHE_DIR, or in ``.cache/jax`` where it is unset.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 def target() -> str:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import ovseg_jax
 from ovseg_jax import flags
-from ovseg_jax.compile_cache import enable_compilation_cache
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import check_writable, listed, replace_file
+from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.segmentation.api import Segmentation
 from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
 from ovseg_jax.segmentation.pictures import overlay, palette_image

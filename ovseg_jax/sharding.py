@@ -15,6 +15,9 @@ from ovseg_jax.errors import UserError
 AnyMesh = Mesh | AbstractMesh
 
 MESH_AXES = ("data", "fsdp", "tensor")
+# Under the Explicit default, scatter-adds and products such as ``z @ z.T`` need their output
+# sharding written out.
+AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 # A batch is split over both: fully sharded data parallelism is data parallelism whose parameters
 # are split as well.
@@ -34,19 +37,27 @@ LOGICAL_RULES = (
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The device mesh; -1 for `data` takes the devices that the other axes leave.
-
-    Axis types are Auto: under the Explicit default, scatter-adds and products such as
-    ``z @ z.T`` need their output sharding written out.
+    """The device mesh, of all devices that are present where `devices` is None.
 
     Args:
-      data, fsdp, tensor: sizes of the axes.
-      devices: what the mesh is made of; None for all that are present.
+      data, fsdp, tensor: sizes of the axes, see `mesh_shape`.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    shape = mesh_shape(data, fsdp, tensor, count)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
+    """The mesh of `count` devices that are not here."""
+    return AbstractMesh(mesh_shape(data, fsdp, tensor, count), MESH_AXES, axis_types=AXIS_TYPES)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+    """Sizes of the axes on `count` devices; -1 for `data` takes what the other axes leave.
 
     Raises:
       UserError: an axis has no size, or their product is not the number of devices.
     """
-    count = jax.device_count() if devices is None else len(devices)
     for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
         if size < 1 and (name, size) != ("data", -1):
             rest = ", or -1 for the devices that the other axes leave" if name == "data" else ""
@@ -57,11 +68,9 @@ def make_mesh(
     if math.prod(shape) != count:
         raise UserError(
             f"config.mesh asks for data x fsdp x tensor = {data} x {fsdp} x {tensor} = "
-            f"{math.prod(shape)} devices, but {count} are present; set config.mesh.data=-1 to use "
-            "what is there"
+            f"{math.prod(shape)} devices, but there are {count}; set config.mesh.data=-1 to use all"
         )
-    types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    return shape
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:

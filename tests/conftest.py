@@ -1,6 +1,8 @@
 """Eight fake devices, strict dtypes and ranks, checked shapes, and one tiny model for all tests."""
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 # All of this must stand before JAX is imported. The collectives of eight fake devices on a busy
@@ -133,3 +135,19 @@ def tiny_params(tiny_boxed):
         return (1.0 if "token" in name else 0.3) * noise
 
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(tiny_boxed))
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file of this process can have more bytes than given: writing fails."""
+
+    @contextlib.contextmanager
+    def limited(room):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -22,9 +22,9 @@ from ovseg_jax.segmentation.protocol import Protocol, named_protocol
 from ovseg_jax.train.compile_ahead import batch_shapes
 from ovseg_jax.train.config import complete, load_config
 from ovseg_jax.train.phases import make_phases, rate_at
+from ovseg_jax.train.resume import changed_fields, plain
 from ovseg_jax.train.state import new_state
 from ovseg_jax.train.step import train_step
-from ovseg_jax.train.workdir import changed_fields, plain
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -165,6 +165,7 @@ def test_saved_configs_of_earlier_versions_are_read():
     saved["loss"]["contrast_chunk"] = 64
     saved["model"]["image"]["unroll"] = saved["model"]["text"]["unroll"] = 2
     saved["model"]["text"] |= {"position_offset": 0, "token_types": 2}
+    saved["model"]["image"] |= {"binding_scale": None, "gumbel_temperature": 1.0}
     for name in ("image_head", "image_head_dropout"):
         del saved["model"][name]
     assert changed_fields(plain(complete(saved, saved=True)), plain(config)) == []

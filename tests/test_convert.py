@@ -18,10 +18,11 @@ from ovseg_jax import convert, flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights import groupvit, released
+from ovseg_jax.weights.groupvit import groupvit_config
 from ovseg_jax.weights.model_dir import load_model, save_model
 from ovseg_jax.weights.pth import write_torch
-from ovseg_jax.weights.published_config import groupvit_config, released_config
-from ovseg_jax.weights.tensors import read_checkpoint
+from ovseg_jax.weights.released import released_config
+from ovseg_jax.weights.tensors import WRITERS, read_checkpoint
 
 torch = pytest.importorskip("torch", reason="the extra convert is not installed")
 
@@ -224,6 +225,40 @@ def test_bert_takes_its_tokenizer_along(tmp_path):
 # ---- errors
 
 
+@pytest.mark.parametrize("room", [200, 20_000])
+@pytest.mark.parametrize("form", ["directory", "tower", *WRITERS])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    form, room, files, tmp_path, full_disk
+):
+    checkpoint = f"--checkpoint={files / 'bare.pth'}"
+    out = tmp_path / "out"
+    arguments = ["released", checkpoint, f"--out={out}", *HEADS]
+    if form in WRITERS:
+        run("released", checkpoint, f"--out={files / 'm'}", *HEADS)
+        arguments = ["released", f"--model={files / 'm'}", f"--to={form}", f"--out={out}"]
+    elif form == "tower":
+        arguments = ["dino", checkpoint, f"--out={out}.safetensors"]
+    with full_disk(room), pytest.raises(UserError, match="cannot be written: ") as error:
+        run(*arguments)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_at_the_place_for_a_model_is_kept(files, tmp_path):
+    arguments = ["released", f"--checkpoint={files / 'bare.pth'}", *HEADS]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file cannot be written: Not a directory"):
+        run(*arguments, f"--out={tmp_path / 'file'}")
+    with pytest.raises(UserError, match="a folder with other files, file for example"):
+        run(*arguments, f"--out={tmp_path}")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
+    with pytest.raises(UserError, match="cannot be written"):
+        run("dino", arguments[1], f"--out={tmp_path / 'file'}")
+    for _ in range(2):  # into an empty folder, and in place of an older model
+        (tmp_path / "m").mkdir(exist_ok=True)
+        run(*arguments, f"--out={tmp_path / 'm'}")
+    load_model(tmp_path / "m")
+
+
 def errors(files):
     checkpoint = f"--checkpoint={files / 'bare.pth'}"
     return {
@@ -235,8 +270,9 @@ def errors(files):
         "there is no such file": ["released", "--checkpoint=/no.pth", "--out=x"],
         "no such directory": ["released", "--model=/no", "--out=x"],
         "--to is one of pth": ["released", "--model=/no", "--out=x", "--to=onnx"],
-        "two whole numbers": ["released", checkpoint, "--out=x", "--heads=8"],
-        "not a valid list of whole numbers": ["released", checkpoint, "--out=x", "--heads=a,b"],
+        "'8' is not a valid pair": ["released", checkpoint, "--out=x", "--heads=8"],
+        "'0,8' is not a valid pair": ["released", checkpoint, "--out=x", "--heads=0,8"],
+        "'a,b' is not a valid pair": ["released", checkpoint, "--out=x", "--heads=a,b"],
         "not a multiple of": ["released", checkpoint, "--out=x", "--heads=7,7"],
         "no entry 'ema'": ["released", checkpoint, "--out=x", "--entry=ema"],
         "has no entries": [

@@ -208,6 +208,13 @@ def test_bad_input_is_one_clear_error(reason, workdir, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("room", [100, 50_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(room, workdir, tmp_path, full_disk):
+    with full_disk(room), pytest.raises(UserError, match="m cannot be written: ") as error:
+        run(f"--workdir={workdir}", f"--out={tmp_path / 'm'}")
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_of_another_config_is_refused(workdir, tmp_path, config):
     other = tmp_path / "run"
     other.mkdir()

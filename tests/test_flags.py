@@ -32,7 +32,7 @@ def a_config():
             "sizes": [1, 2],
             "words": ("cat", "dog"),
             "model": {"depth": 6, "group_layer": 0},
-            "protocol": {"scale": 10.0},
+            "protocol": {"scale": 10.0, "threshold": None},
             "crops": {"scale": (0.1, 1.0)},
             "phases": [ConfigDict({"steps": 10, "rate": 1.0}), {"steps": 20, "rate": 2.0}],
         }
@@ -67,6 +67,7 @@ def look_up(config, key):
         ("phases[1].start_from", "best", "best"),  # absent so far
         ("phases[1].teacher", "None", None),
         ("protocol.scale", "None", None),
+        ("protocol.threshold", "1", 1.0),
     ],
 )
 def test_override_has_the_type_of_the_present_value(key, text, value):
@@ -96,6 +97,8 @@ def test_override_has_the_type_of_the_present_value(key, text, value):
         ("betas", "0.5", "a tuple"),
         ("betas", "0.5,x", "a tuple"),
         ("crops.scale", "None", "a tuple"),
+        ("protocol.threshold", "abc", "a float"),
+        ("protocol.threshold", "none ", "a float"),
         ("model", "3", "group_layer"),
         ("a..b", "3", "form"),
         ("", "3", "form"),

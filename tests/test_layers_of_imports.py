@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # neighbors that do not know each other.
 LAYERS = [
     ["errors", "platforms", "progress", "shapes"],
-    ["compile_cache", "files", "flags", "sharding"],
+    ["files", "flags", "sharding"],
     ["processes"],
     ["data", "optim", "losses", "models"],
     ["weights"],

@@ -288,19 +288,6 @@ def test_help_lists_the_flags():
     assert "--workdir" in done.stdout and "--benchmark" in done.stdout
 
 
-def test_changed_model_directory_is_refused(trained, tmp_path):
-    workdir, _ = trained
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for path in (workdir / "model").iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    done = call("main", "--mode=eval", f"--model={copy}", f"--workdir={tmp_path}")
-    assert done.returncode == 2
-    assert "truncated or changed" in done.stderr
-
-
 @pytest.mark.slow
 def test_compare_trains_on_cached_features_and_prints_a_table(tmp_path):
     arguments = [

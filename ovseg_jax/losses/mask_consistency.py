@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.losses.matching import match
 from ovseg_jax.shapes import Array, Float, Int
 from ovseg_jax.sharding import AnyMesh
@@ -37,11 +38,11 @@ def subgroup_count(groups: int, ratio: float) -> int:
     """K' = rK (Sec. 3.2): how many groups of an image stand for the shared entity.
 
     Raises:
-      ValueError: the ratio keeps no group, or more than there are.
+      UserError: the ratio keeps no group, or more than there are.
     """
     kept = int(groups * ratio + 1e-6)  # 0.1 * 30 must give 3
     if not 1 <= kept <= groups:
-        raise ValueError(f"group ratio {ratio} keeps {kept} of {groups} groups")
+        raise UserError(f"config.loss.group_ratio = {ratio} keeps {kept} of {groups} groups")
     return kept
 
 

@@ -27,10 +27,8 @@ def pool_tokens(
     if pool == "eot":
         last = jnp.maximum(jnp.sum(mask.astype(jnp.int32), axis=1) - 1, 0)
         return jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]
-    if pool == "mean":
-        weights = mask.astype(tokens.dtype)[..., None]
-        return jnp.sum(tokens * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
-    raise ValueError(f"unknown pooling {pool!r}: eot, cls or mean")
+    weights = mask.astype(tokens.dtype)[..., None]
+    return jnp.sum(tokens * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
 
 
 class BertEncoder(nn.Module):

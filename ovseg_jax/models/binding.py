@@ -52,19 +52,17 @@ def assigned_map(
     logits: Float[Array, "B L K"],
     assignment: str,
     noise: Float[Array, "B L K"] | None,
-    temperature: float,
 ) -> Float[Array, "B L K"]:
     """The map that patches are averaged with, from the logits of Eq. 4.
 
     Args:
       assignment: "soft" (softmax over the groups) or "hard" (`straight_through` of it).
       noise: added to the logits of a hard assignment; None for none.
-      temperature: of the noisy softmax.
     """
     if assignment == "soft":
         return jax.nn.softmax(logits, axis=-1)
     if noise is not None:
-        logits = (logits + noise) / temperature
+        logits = logits + noise
     return straight_through(jax.nn.softmax(logits, axis=-1))
 
 
@@ -88,24 +86,62 @@ def weighted_mean(
     return jnp.where(occupied[..., None], weighted / safe[..., None], 0.0)
 
 
-class SlotBinding(nn.Module):
+class Assignment(nn.Module):
+    """Eq. 3-5 with learned maps, and the residual of Eq. 6: what both forms of binding share.
+
+    Attributes:
+      assignment: "hard" (one-hot forward, soft gradient; with Gumbel noise in training) or "soft".
+    """
+
+    assignment: str
+    eps: float
+    dtype: Any
+    matmul_dtype: Any
+
+    def bind(
+        self,
+        tokens: Float[Array, "B K D"],
+        normed: Float[Array, "B K D"],
+        patches: Float[Array, "B L D"],
+        train: bool,
+        noise: Float[Array, "B L K"] | None,
+        *,
+        scaled: str,
+        count_offset: float,
+    ) -> Binding:
+        """Assigns patches to tokens, and adds to each token what its patches say.
+
+        Args:
+          normed: the tokens as queries. patches: normalized too.
+          noise: stands in for a draw of the "gumbel" stream, in training only.
+          scaled: which side of the product takes the scale, "query" or "key": it shows in the last
+            digits, and weights were trained with either.
+          count_offset: see `weighted_mean`.
+        """
+        width = tokens.shape[-1]
+        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+        query = Dense(width, ("embed", "heads"), name="query", **options)(normed)
+        key = Dense(width, ("embed", "heads"), name="key", **options)(patches)
+        value = Dense(width, ("embed", "heads"), name="value", **options)(patches)
+        # The paper prints no factor on K.Q; the released code has that of attention.
+        scale = width**-0.5
+        sides = (key * scale, query) if scaled == "key" else (key, query * scale)
+        logits = contract("bld,bkd->blk", *sides, self.matmul_dtype)
+        affinity = jax.nn.softmax(logits, axis=-1)  # over groups: a patch is shared out among them
+        if train and self.assignment == "hard" and noise is None:
+            noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
+        assigned = assigned_map(logits, self.assignment, noise if train else None)
+        update = weighted_mean(assigned, value, self.matmul_dtype, count_offset).astype(self.dtype)
+        bound = tokens + Dense(width, ("heads", "embed"), name="out", **options)(update)
+        return Binding(bound, affinity, assigned, query, key)
+
+
+class SlotBinding(Assignment):
     """Binds patches to groups in one pass (no recurrence), Eq. 3-6.
 
     Inputs are normalized first, as in slot attention (Locatello et al., 2020) and in every other
     pre-norm layer of this encoder; the paper prints the linear maps only.
-
-    Attributes:
-      assignment: "hard" (one-hot forward, soft gradient; with Gumbel noise in training) or "soft".
-      scale: factor on K.Q in Eq. 4; None for D ** -0.5. The paper prints none.
-      gumbel_temperature: temperature of the noisy softmax whose argmax is taken.
     """
-
-    assignment: str
-    scale: float | None
-    gumbel_temperature: float
-    eps: float
-    dtype: Any
-    matmul_dtype: Any
 
     @nn.compact
     def __call__(
@@ -115,25 +151,10 @@ class SlotBinding(nn.Module):
         train: bool,
         noise: Float[Array, "B L K"] | None = None,
     ) -> Binding:
-        """Eq. 3-6. `noise` stands in for a draw of the "gumbel" stream, in training only."""
-        width = groups.shape[-1]
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        normed_groups = layer_norm("group_norm", self.eps, self.dtype)(groups)
-        normed_patches = layer_norm("patch_norm", self.eps, self.dtype)(patches)
-        query = Dense(width, ("embed", "heads"), name="query", **options)(normed_groups)
-        key = Dense(width, ("embed", "heads"), name="key", **options)(normed_patches)
-        value = Dense(width, ("embed", "heads"), name="value", **options)(normed_patches)
-        scale = width**-0.5 if self.scale is None else self.scale
-        logits = contract("bld,bkd->blk", key * scale, query, self.matmul_dtype)
-        affinity = jax.nn.softmax(logits, axis=-1)  # over groups: a patch is shared out among them
-        if train and self.assignment == "hard" and noise is None:
-            noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
-        assigned = assigned_map(
-            logits, self.assignment, noise if train else None, self.gumbel_temperature
-        )
-        update = weighted_mean(assigned, value, self.matmul_dtype).astype(self.dtype)
-        bound = groups + Dense(width, ("heads", "embed"), name="out", **options)(update)
-        return Binding(bound, affinity, assigned, query, key)
+        """Eq. 3-6. `noise`: see `Assignment.bind`."""
+        normed = layer_norm("group_norm", self.eps, self.dtype)(groups)
+        patches = layer_norm("patch_norm", self.eps, self.dtype)(patches)
+        return self.bind(groups, normed, patches, train, noise, scaled="key", count_offset=0.0)
 
 
 class TokenMixing(nn.Module):
@@ -158,7 +179,7 @@ class TokenMixing(nn.Module):
         return x.transpose(0, 2, 1)
 
 
-class GroupingBlock(nn.Module):
+class GroupingBlock(Assignment):
     """Binds image tokens to K groups made of N learnable tokens.
 
     The tokens are mixed down to K, look at the image tokens in a cross-attention block, and are
@@ -169,23 +190,11 @@ class GroupingBlock(nn.Module):
       num_groups: K.
       heads: of the cross-attention; the assignment always has one.
       mlp_ratio: of the two feed-forwards.
-      mixing_ratio: width of the token mixing over the tokens' own.
-      assignment, scale, gumbel_temperature: see `SlotBinding`.
-      count_offset: added to each group's number of tokens in Eq. 5. At 1 a group of n tokens gets
-        the weight n / (n + 1) in total.
     """
 
     num_groups: int
     heads: int
     mlp_ratio: float
-    eps: float
-    assignment: str
-    gumbel_temperature: float
-    scale: float | None
-    dtype: Any
-    matmul_dtype: Any
-    mixing_ratio: float = 0.5
-    count_offset: float = 1.0
 
     @nn.compact
     def __call__(
@@ -201,40 +210,22 @@ class GroupingBlock(nn.Module):
           tokens: the learnable group tokens after that layer.
           patches: what is grouped: image tokens, or an earlier stage's groups.
           train: Gumbel noise on (where the assignment is hard).
-          noise: the noise, instead of a draw of the "gumbel" stream. Only read in training.
+          noise: see `Assignment.bind`.
         """
         width = tokens.shape[-1]
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-
-        def norm(name: str, x: Array) -> Array:
-            return layer_norm(name, self.eps, self.dtype)(x)
-
-        tokens = norm("token_norm", tokens)
-        patches = norm("patch_norm", patches)
-        hidden = int(width * self.mixing_ratio)
-        mixed = TokenMixing(self.num_groups, hidden, name="mixing", **options)(tokens)
-        mixed = norm("mixed_norm", mixed)
+        tokens = layer_norm("token_norm", self.eps, self.dtype)(tokens)
+        patches = layer_norm("patch_norm", self.eps, self.dtype)(patches)
+        mixed = TokenMixing(self.num_groups, width // 2, name="mixing", **options)(tokens)
+        mixed = layer_norm("mixed_norm", self.eps, self.dtype)(mixed)
         mixed = CrossAttentionBlock(self.heads, self.mlp_ratio, self.eps, name="cross", **options)(
             mixed, patches
         )
-        query = Dense(width, ("embed", "heads"), name="query", **options)(mixed)
-        key = Dense(width, ("embed", "heads"), name="key", **options)(patches)
-        value = Dense(width, ("embed", "heads"), name="value", **options)(patches)
-        scale = width**-0.5 if self.scale is None else self.scale
-        logits = contract("bld,bkd->blk", key, query * scale, self.matmul_dtype)
-        affinity = jax.nn.softmax(logits, axis=-1)
-        if train and self.assignment == "hard" and noise is None:
-            noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
-        assigned = assigned_map(
-            logits, self.assignment, noise if train else None, self.gumbel_temperature
-        )
-        update = weighted_mean(assigned, value, self.matmul_dtype, self.count_offset)
-        update = update.astype(self.dtype)
-        bound = mixed + Dense(width, ("heads", "embed"), name="out", **options)(update)
-        fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **options)(
-            norm("mlp_norm", bound)
-        )
-        return Binding(bound + fed, affinity, assigned, query, key)
+        # In Eq. 5 a group of n tokens gets the weight n / (n + 1) in total.
+        bound = self.bind(mixed, mixed, patches, train, noise, scaled="query", count_offset=1.0)
+        normed = layer_norm("mlp_norm", self.eps, self.dtype)(bound.groups)
+        fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **options)(normed)
+        return bound.replace(groups=bound.groups + fed)
 
 
 class GroupingStage(nn.Module):

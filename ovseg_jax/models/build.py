@@ -37,9 +37,14 @@ CHOICES = {
     "matmul_dtype": ("float32", "bfloat16"),
 }
 
-# Fields of image and text that earlier versions wrote. No model with another value was ever built;
+# Fields of image and text that earlier versions wrote, with the values that are still possible;
 # `unroll` never changed what a model computes.
-RETIRED = {"text.position_offset": 0, "text.token_types": 2}
+RETIRED = {
+    "image.binding_scale": None,
+    "image.gumbel_temperature": 1.0,
+    "text.position_offset": 0,
+    "text.token_types": 2,
+}
 IGNORED = ("image.unroll", "text.unroll")
 
 TEXT_FORMS = {"bert": BertEncoder, "causal": CausalTextEncoder}

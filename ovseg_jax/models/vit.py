@@ -92,7 +92,7 @@ class VisualEncoder(nn.Module):
       keep_class_token: the class token stays in the trunk's output, before the patches, for a head
         that judges the whole image.
       layer_scale: see `PreNormLayer`; applies to the trunk.
-      assignment, binding_scale, gumbel_temperature: see `SlotBinding`.
+      assignment: see `SlotBinding`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
       remat: see `transformer.scanned`.
       dtype, matmul_dtype: see `Dense`.
@@ -127,8 +127,6 @@ class VisualEncoder(nn.Module):
     keep_class_token: bool = False
     layer_scale: float | None = None
     assignment: str = "hard"
-    binding_scale: float | None = None
-    gumbel_temperature: float = 1.0
     drop_path: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -190,35 +188,20 @@ class VisualEncoder(nn.Module):
         self.first = stack(layers, self.first_layers, self.heads, None)
 
         def grouping_block(groups: int) -> GroupingBlock:
-            return GroupingBlock(
-                groups,
-                self.heads,
-                self.mlp_ratio,
-                self.eps,
-                self.assignment,
-                self.gumbel_temperature,
-                self.binding_scale,
-                **options,
-            )
+            sizes = {"num_groups": groups, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
+            return GroupingBlock(self.assignment, self.eps, **options, **sizes)
 
         if self.binding_form == "grouping_block":
             self.binding = grouping_block(self.num_groups)
         else:
-            self.binding = SlotBinding(
-                self.assignment, self.binding_scale, self.gumbel_temperature, self.eps, **options
-            )
+            self.binding = SlotBinding(self.assignment, self.eps, **options)
         stages, start = [], self.first_layers
         for count, groups, layers in self.later_stages:
             part = stack(start, start + layers, self.heads, None)
             stages.append(GroupingStage(count, part, grouping_block(groups), self.eps, **options))
             start += layers
         self.stages = tuple(stages)
-        self.second = stack(
-            start,
-            total,
-            self.second_heads or self.heads,
-            None,
-        )
+        self.second = stack(start, total, self.second_heads or self.heads, None)
         self.norm = layer_norm(None, self.eps, self.dtype)
 
     @property

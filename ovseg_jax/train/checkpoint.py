@@ -9,7 +9,6 @@ of its files and their sizes.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from ovseg_jax import processes
 from ovseg_jax.errors import UserError
+from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.train.state import TrainState
 
 # Two, so that there is one before a damaged one.
@@ -29,6 +29,9 @@ FILE_LIST = "files.json"
 BEST = "best.json"
 
 _IN_PROGRESS = ".orbax-checkpoint-tmp"
+# What errors of Orbax and TensorStore say about unreadable content. Others, such as that of a full
+# memory, are no damage.
+_DAMAGE = ("DATA_LOSS", "Invalid JSON", "error while reading array")
 
 
 class Misfit(UserError):
@@ -62,17 +65,14 @@ class Checkpoints:
       read_only: of a run that may be under way. Otherwise the folders are made, and what a killed
         process left half written is removed.
 
-    Attributes:
-      directory: absolute.
-
     Raises:
-      UserError: the folders cannot be made.
+      UserError: the folders cannot be made. Every method that writes: a save failed, now or before.
     """
 
     def __init__(self, directory: Path, *, read_only: bool = False):
         logging.getLogger("absl").addFilter(_not_from_orbax)
-        self.directory = directory.absolute()
-        self._steps_folder = self.directory / "latest"
+        self._directory = directory.absolute()
+        self._steps_folder = self._directory / "latest"
         self._saving = 0
         self._policy = _LatestAndBest()
         if read_only:
@@ -95,13 +95,10 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{directory} cannot be written: {error}") from None
         try:
-            self._best = json.loads((self.directory / BEST).read_text(encoding="utf-8"))
+            self._best = json.loads((self._directory / BEST).read_text(encoding="utf-8"))
             self._policy.best = self._best["step"]
         except (OSError, ValueError, KeyError):
             self._best = None
-
-    def _folder(self, step: int) -> Path:
-        return self._steps_folder / str(step)
 
     # ---- saving
 
@@ -112,7 +109,7 @@ class Checkpoints:
           position: plain values; "phase" (the phase that the state belongs to) at least.
 
         Raises:
-          UserError: there is no room, or an earlier save failed.
+          UserError: there is no room.
         """
         step = int(state.step)
         if self._manager.latest_step() == step:
@@ -145,36 +142,22 @@ class Checkpoints:
         folder = self._steps_folder / f"{self._saving}{_IN_PROGRESS}"
         sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size
-            for item in folder.iterdir()
-            if item.is_dir()
-            for path in item.rglob("*")
+            for path in folder.rglob("*/*")
             if path.is_file()
         }
         text = json.dumps(sizes, indent=1, sort_keys=True)
         (folder / FILE_LIST).write_text(text, encoding="utf-8")
 
     def check(self) -> None:
-        """Reports a save that failed in the background.
-
-        Raises:
-          UserError: it did.
-        """
+        """Reports a save that failed in the background."""
         self._reporting(self._manager.check_for_errors)
 
     def wait(self) -> None:
-        """Blocks until everything is on disk.
-
-        Raises:
-          UserError: a save failed.
-        """
+        """Blocks until everything is on disk."""
         self._reporting(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits and lets go of the directory.
-
-        Raises:
-          UserError: a save failed.
-        """
+        """Waits and lets go of the directory."""
         self.wait()
         self._manager.close()
 
@@ -183,7 +166,7 @@ class Checkpoints:
             action()
         except Exception as error:  # TensorStore's come as ValueError, Orbax's as anything
             raise UserError(
-                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}. "
+                f"a checkpoint could not be written to {self._directory}: {_first_line(error)}. "
                 f"{self._kept()}"
             ) from error
 
@@ -200,21 +183,11 @@ class Checkpoints:
         return self._best if self._best and self._best["step"] in self.steps() else None
 
     def mark_best(self, step: int, miou: float, metric: str) -> None:
-        """Keeps a saved step until another one is better. Every process calls it.
-
-        Raises:
-          UserError: the record cannot be written.
-        """
+        """Keeps a saved step until another one is better. Every process calls it."""
         self._best = {"step": step, "miou": miou, "metric": metric}
         self._policy.best = step
         if processes.is_first():
-            path = self.directory / BEST
-            partial = path.with_name(f".{BEST}.partial")
-            try:
-                partial.write_text(json.dumps(self._best), encoding="utf-8")
-                os.replace(partial, path)
-            except OSError as error:
-                raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            write_result(self._directory / BEST, self._best)
 
     # ---- reading
 
@@ -222,21 +195,18 @@ class Checkpoints:
         """Steps of the checkpoints that exist, in order; the best may be older than the others."""
         return sorted(self._manager.all_steps())
 
-    def position(self, step: int | None = None) -> dict[str, Any] | None:
-        """The record saved with a checkpoint, by default the latest; None without any.
+    def position(self, step: int) -> dict[str, Any]:
+        """The record saved with a checkpoint, and its "step".
 
         Raises:
           Damaged: it cannot be read.
         """
-        step = self._manager.latest_step() if step is None else step
-        if step is None:
-            return None
         args = ocp.args.Composite(position=ocp.args.JsonRestore())
         restored = self._read(step, lambda: self._manager.restore(step, args=args))
         return {**restored.position, "step": step}
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """A state, by default the latest, laid out as `abstract` says.
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """A state, laid out as `abstract` says.
 
         Args:
           abstract: shapes, dtypes and shardings of the phase that the state was saved in. Another
@@ -246,11 +216,10 @@ class Checkpoints:
           Misfit: the checkpoint does not fit; lists the leaves that differ.
           Damaged: it cannot be read.
         """
-        step = self._manager.latest_step() if step is None else step
         saved = self._read(step, lambda: self._manager.item_metadata(step).state)
-        if faults := misfits(abstract, saved.tree if hasattr(saved, "tree") else saved):
+        if faults := _misfits(abstract, saved.tree if hasattr(saved, "tree") else saved):
             raise Misfit(
-                f"the checkpoint of step {step} in {self.directory} does not fit this config "
+                f"the checkpoint of step {step} in {self._directory} does not fit this config "
                 "(was it written with another one?):\n  " + "\n  ".join(faults[:20])
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -260,16 +229,18 @@ class Checkpoints:
         try:
             return read()
         except Exception as error:
-            why = self._fault(step) or _damage(error)
-            if not why:
+            why = self._fault(step)
+            damage = any(words in str(error) for words in _DAMAGE)
+            if not why and not damage and not isinstance(error, json.JSONDecodeError):
                 raise
             raise Damaged(
-                f"the checkpoint of step {step} in {self.directory} cannot be read: {why}"
+                f"the checkpoint of step {step} in {self._directory} cannot be read: "
+                f"{why or _first_line(error)}"
             ) from None
 
     def _fault(self, step: int) -> str:
         """What is wrong with the files of a checkpoint, in words; "" where nothing is."""
-        folder = self._folder(step)
+        folder = self._steps_folder / str(step)
         try:
             sizes = json.loads((folder / FILE_LIST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -297,6 +268,7 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint is whole, or the one that is does not fit.
         """
+        damaged = self._directory / "damaged"
         steps = self.steps()
         for step in reversed(steps):
             why, restored = self._fault(step), None
@@ -308,39 +280,35 @@ class Checkpoints:
                     why = str(error)
             if not processes.any_process(bool(why)):
                 return restored
-            target = self._set_aside(step)
+            if processes.is_first():
+                shutil.rmtree(damaged / str(step), ignore_errors=True)
+                damaged.mkdir(exist_ok=True)
+                (self._steps_folder / str(step)).rename(damaged / str(step))
+            processes.any_process(False)  # no process looks again before it is moved
+            self._manager.reload()
             say(
                 f"warning: the checkpoint of step {step} is damaged "
-                f"({why or 'another process cannot read it'}); moved to {target}"
+                f"({why or 'another process cannot read it'}); moved to {damaged / str(step)}"
             )
         if steps:
             raise UserError(
-                f"no checkpoint in {self.directory} can be read; the damaged ones are in "
-                f"{self.directory / 'damaged'}. Give another --workdir to begin anew"
+                f"no checkpoint in {self._directory} can be read; the damaged ones are in "
+                f"{damaged}. Give another --workdir to begin anew"
             )
         return None
 
-    def _set_aside(self, step: int) -> Path:
-        """Moves a checkpoint to ``checkpoints/damaged``. All processes call it."""
-        target = self.directory / "damaged" / str(step)
-        if processes.is_first():
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            self._folder(step).rename(target)
-        processes.any_process(False)  # no process looks again before it is moved
-        self._manager.reload()
-        return target
 
-
-def misfits(wanted: Any, saved: Any) -> list[str]:
+def _misfits(wanted: TrainState, saved: Any) -> list[str]:
     """One line for each leaf that only one of two states has or whose shapes differ.
 
     Args:
-      wanted, saved: trees of anything with a shape; `saved` may hold dicts and lists where the
-        state has classes.
+      saved: may hold dicts and lists where the state has classes: of a path only the words count.
     """
     needed, present = (
-        {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
         for tree in (wanted, saved)
     )
     return [
@@ -350,24 +318,9 @@ def misfits(wanted: Any, saved: Any) -> list[str]:
     ]
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    # A saved tree comes back as dicts and lists: only the words of the path count, not their kind.
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
-
-
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     # Orbax logs each failure several times, with tracebacks; here an error reports it once.
     return "orbax" not in record.pathname
-
-
-def _damage(error: Exception) -> str:
-    """The error where it speaks of unreadable content; "" for any other, such as a full memory."""
-    content = isinstance(error, json.JSONDecodeError) or any(
-        words in str(error) for words in ("DATA_LOSS", "Invalid JSON", "error while reading array")
-    )
-    return _first_line(error) if content else ""
 
 
 def _first_line(error: BaseException) -> str:

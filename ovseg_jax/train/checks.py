@@ -1,7 +1,8 @@
 """What a config asks for and cannot have: every refusal before the first step, in one place.
 
 Training and ahead-of-time compilation both call `check_losses` and `check_phases`; training adds
-what depends on data, devices that are present and evaluations.
+what depends on data, devices that are present and evaluations. All of them raise UserError, which
+says what to change.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from ovseg_jax.segmentation.calibrate import tune_split
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.sharding import AnyMesh, batch_shards
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.weights.locate import find_weights
+from ovseg_jax.weights.towers import find_weights
 
 LOSS_CHOICES = {
     "masking": tuple(masking.value for masking in Masking),
@@ -34,11 +35,7 @@ LEAST = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds"
 
 
 def check_losses(config: ConfigDict) -> None:
-    """Refuses losses that cannot be computed, whatever the data are.
-
-    Raises:
-      UserError: a field has none of its values, or two contradict each other.
-    """
+    """Refuses losses that cannot be computed, whatever the data are."""
     loss, data, model = config.loss, config.data, config.model
     for name, allowed in LOSS_CHOICES.items():
         if loss[name] not in allowed:
@@ -87,9 +84,6 @@ def check_token_classes(config: ConfigDict, mask_id: int, entities: int) -> None
 
     Args:
       mask_id: of the tokenizer, -1 where it has no mask token. entities: how many the data have.
-
-    Raises:
-      UserError: the model classifies something else, or there is no mask token.
     """
     masking, model = Masking(config.loss.masking), config.model
     if config.loss.entity_weight <= 0 or not masking.classifies:
@@ -106,12 +100,7 @@ def check_token_classes(config: ConfigDict, mask_id: int, entities: int) -> None
 
 
 def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> None:
-    """Refuses phases that a mesh, the matching, caches or accumulation cannot serve.
-
-    Raises:
-      UserError: a batch does not divide over the mesh or into micro-batches; too many groups to
-        enumerate; images of several transforms in one cache; batch norms with accumulation.
-    """
+    """Refuses phases that a mesh, the matching, caches or accumulation cannot serve."""
     shards, count = batch_shards(mesh), config.accumulation.micro_batches
     if count < 1:
         raise UserError("config.accumulation.micro_batches must be at least 1")
@@ -134,32 +123,39 @@ def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> 
             raise UserError(f"{where}into {count} micro-batches on {shards} batch shards")
     if any(phase.mask_weight > 0 for phase in phases):
         _check_matching(config)
-    if config.data.cache_images:
-        _check_cached_images(phases)
-
-
-def _check_matching(config: ConfigDict) -> None:
-    image, loss = config.model.image, config.loss
-    if loss.cross_image != "masks" or loss.matching != "enumerate" or image.later_stages:
+    if not config.data.cache_images:
         return
-    # On the maps of the binding all groups are matched.
-    whole = loss.mask_maps == "binding"
-    count = image.num_groups if whole else subgroup_count(image.num_groups, loss.group_ratio)
-    if count > ENUMERATE_LIMIT:
-        raise UserError(
-            f"config.loss.matching = 'enumerate' takes at most {ENUMERATE_LIMIT} groups, but "
-            f"{count} of {image.num_groups} are matched (config.loss.group_ratio): set it to "
-            "'host' or 'device'"
-        )
-
-
-def _check_cached_images(phases: Sequence[Phase]) -> None:
     if any(phase.transform != phases[0].transform for phase in phases):
         raise UserError("config.data.cache_images needs the same transform in all phases")
     if phases[0].erase:
         raise UserError(
             "config.data.cache_images holds features, of which nothing can be erased: set it to "
             "False, or config.data.transform.erase.probability to 0.0"
+        )
+
+
+def _check_matching(config: ConfigDict) -> None:
+    image, loss = config.model.image, config.loss
+    groups = image.later_stages[-1][1] if image.later_stages else image.num_groups
+    masks = loss.cross_image == "masks"
+    # On the maps of the binding all groups are matched.
+    whole = masks and loss.mask_maps == "binding"
+    matched = groups if whole else subgroup_count(groups, loss.group_ratio)
+    if masks and loss.matching == "enumerate" and matched > ENUMERATE_LIMIT:
+        raise UserError(
+            f"config.loss.matching = 'enumerate' takes at most {ENUMERATE_LIMIT} groups, but "
+            f"{matched} of {groups} are matched (config.loss.group_ratio): set it to 'host' or "
+            "'device'"
+        )
+
+
+def check_text_length(config: ConfigDict, length: int) -> None:
+    """Refuses texts of more tokens than the text encoder has positions for."""
+    most = config.model.text.max_positions
+    if length > most:
+        raise UserError(
+            f"config.data.text_length = {length}, but the text encoder has positions for {most} "
+            "tokens (config.model.text.max_positions)"
         )
 
 
@@ -171,9 +167,6 @@ def check_files(config: ConfigDict, missing: Sequence[str]) -> None:
 
     Args:
       missing: what is missing of the data.
-
-    Raises:
-      UserError: something is missing.
     """
     missing = list(missing)
     for name in ("image_init", "text_init"):
@@ -198,11 +191,7 @@ def check_files(config: ConfigDict, missing: Sequence[str]) -> None:
 
 
 def check_model(config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Refuses a model that does not fit its tokenizer, its caches or its start.
-
-    Raises:
-      UserError: it does not.
-    """
+    """Refuses a model that does not fit its tokenizer, its caches or its start."""
     model, name = config.model, config.data.tokenizer
     if model.neck_init not in ("", "standardize"):
         raise UserError(
@@ -227,12 +216,7 @@ def check_model(config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def check_loop(config: ConfigDict) -> None:
-    """Refuses numbers of steps and seconds, and evaluations, that the loop cannot follow.
-
-    Raises:
-      UserError: a field has none of its values, or images that `config.eval.every` needs are
-        missing.
-    """
+    """Refuses numbers of steps and seconds, and evaluations, that the loop cannot follow."""
     for name, value in LEAST.items():
         if config[name] < value:
             raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
@@ -254,9 +238,6 @@ def images_to_choose_on(config: ConfigDict) -> Benchmark:
 
     Args:
       config: the run's ``config.eval``.
-
-    Raises:
-      UserError: there is none; says what is missing.
     """
     if not config.benchmarks:
         raise UserError(
@@ -283,9 +264,6 @@ def check_best_starts(phases: Sequence[Phase], every: int) -> None:
 
     Args:
       every: steps from one evaluation to the next; 0 for none.
-
-    Raises:
-      UserError: there is such a phase.
     """
     for phase in phases:
         if phase.start_from == "best" and not 0 < every <= phase.first:

@@ -7,7 +7,6 @@ fields of the protocol of its name, or `Protocol`'s where there is none of this 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,201 +19,94 @@ from ovseg_jax.models.build import complete_model
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS, ScenesBenchmark
 from ovseg_jax.segmentation.protocol import NAMES, Protocol, named_protocol
 
-
-@dataclass(frozen=True)
-class Scenes:
-    """``config.data.scenes``: the embedded data set; `size` is in pixels."""
-
-    split: str = "train"
-    count: int = 12000
-    seed: int = 0
-    size: int = 140
-
-
-@dataclass(frozen=True)
-class Records:
-    """``config.data.records``: a folder that `ovseg_jax.prepare` wrote."""
-
-    dir: str = ""
-
-
-@dataclass(frozen=True)
-class Data:
-    """``config.data``: the training examples.
-
-    Attributes:
-      source: key of `data.sources.SOURCES`.
-      mixture: with the source "mixture", the data sets and their weights:
-        ({"weight": 2, "records": {"dir": "data/a"}}, ...).
-      tokenizer: see `data.tokenizer.find_tokenizer`.
-      text_length: tokens that texts are padded or cut to; 0 follows a sample of the captions.
-      templates: prompts that name a caption's entities; "clip" means all of CLIP's, () our own.
-      name_templates: captions of images in class-named folders, likewise.
-      nouns: how many nouns of a caption become sentences of their own; 0 for none.
-      transform: see `data.augment.complete_transform`.
-      cache_images, cached_views: keep the features of a frozen trunk, of so many random views.
-      cache_texts, cached_templates: keep the outputs of a frozen text encoder; prompts use the
-        first so many templates.
-      cache_dir: folder of both caches.
-      workers, threads: see `data.loader.make_loader`.
-    """
-
-    source: str = "records"
-    records: Records = Records()
-    scenes: Scenes = Scenes()
-    mixture: tuple[Mapping[str, Any], ...] = ()
-    tokenizer: str = ""
-    text_length: int = 0
-    templates: tuple[str, ...] = ("clip",)
-    name_templates: tuple[str, ...] = ("clip",)
-    nouns: int = 0
-    transform: Mapping[str, Any] = field(
-        default_factory=lambda: {"kind": "none", "size": 224, **augment.DEFAULTS}
-    )
-    cache_images: bool = False
-    cached_views: int = 1
-    cache_texts: bool = False
-    cached_templates: int = 3
-    cache_dir: str = ".cache/features"
-    workers: int = 0
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Loss:
-    """``config.loss``: the terms of Eq. 13; a phase sets the weight of the mask term.
-
-    Attributes:
-      entity_weight: of masked entity completion (Eq. 9); 0 leaves it out.
-      masking: the completion's objective, see `data.captions.Masking`.
-      mask_equal_entities: completions of equal entity sets are no negatives of each other.
-      mask_equal_captions: equal captions are no negatives of each other.
-      negatives_within_set: negatives come from the example's own data set.
-      noun_weight: of the contrast with sentences of sampled nouns (GroupViT).
-      cross_image: "masks" (Eq. 12), or "groups" (the paper's Table 6).
-      group_ratio: r, the share of the groups that are matched.
-      mask_threshold: at which a teacher's mask becomes binary.
-      mask_maps: "final_tokens" (the paper), or "binding" (the released code).
-      mask_directions: "both" images of a pair are students, or "one".
-      mask_divisor: the sum over pairs is divided by it; 0 takes their mean.
-      mask_size, mask_cost, detached_ratio: see `losses.released_mask_consistency`.
-      teacher_noise: the teacher drops paths as the online model does.
-      frozen_text_dropout: a frozen text encoder keeps its dropout.
-      matching: how the Hungarian problem is solved, one of `losses.matching.BACKENDS`.
-    """
-
-    entity_weight: float = 1.0
-    masking: str = "all_entities"
-    mask_equal_entities: bool = False
-    mask_equal_captions: bool = False
-    negatives_within_set: bool = False
-    noun_weight: float = 0.0
-    cross_image: str = "masks"
-    group_ratio: float = 0.5
-    mask_threshold: float = 0.65
-    mask_maps: str = "final_tokens"
-    mask_directions: str = "both"
-    mask_divisor: float = 0.0
-    mask_size: int = 224
-    mask_cost: str = "cosine"
-    detached_ratio: float = 0.5
-    teacher_noise: bool = False
-    frozen_text_dropout: bool = False
-    matching: str = "host"
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """``config.optimizer.learning_rate``, see `optim.optimizer.learning_rate`."""
-
-    peak: float = 3.2e-4
-    warmup: float = 0.05
-    end: float = 8e-5
-    start: float | None = None
-    cosine_from: str = "warmup_end"
-    delay: int = 0
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """``config.optimizer``, see `optim.optimizer.make_optimizer`."""
-
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 5.0
-    weight_decay: float = 0.05
-    decay_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
-    rate_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
-    ema_decay: float = 0.99
-    learning_rate: LearningRate = LearningRate()
-
-
-@dataclass(frozen=True)
-class Accumulation:
-    """``config.accumulation``: parts that a batch is computed in, with the same gradient."""
-
-    micro_batches: int = 1
-
-
-@dataclass(frozen=True)
-class MeshSizes:
-    """``config.mesh``, see `sharding.make_mesh`."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``config.eval``; ``config.eval.NAME`` has the fields of the benchmark NAME besides.
-
-    Attributes:
-      benchmarks: names of those to evaluate on at the end; the first one is calibrated on.
-      calibrate, tune_count: choose scale and threshold on so many images that are not reported.
-      every: steps between evaluations on these images; 0 for none before the end.
-      weights: "online", or "teacher" for its visual encoder.
-      batch_size: images in a batch.
-      pictures: images to draw at the end.
-      untrained: evaluate the model at its start too.
-    """
-
-    benchmarks: tuple[str, ...] = ()
-    protocol: Protocol = Protocol()
-    calibrate: bool = False
-    tune_count: int = 300
-    every: int = 0
-    weights: str = "online"
-    batch_size: int = 8
-    pictures: int = 0
-    untrained: bool = False
-
-
-@dataclass(frozen=True)
-class Config:
-    """A whole config but for ``config.model``.
-
-    Attributes:
-      seed: of the parameters, the order of the data and all randomness.
-      phases: see `train.phases.make_phases`.
-      log_every, checkpoint_every: steps.
-      max_skipped: steps without a finite gradient, one after the other, before a run gives up.
-      hang_seconds: a step that takes longer counts as a hang; 0 for no limit.
-    """
-
-    seed: int = 0
-    data: Data = Data()
-    loss: Loss = Loss()
-    optimizer: Optimizer = Optimizer()
-    phases: tuple[Mapping[str, Any], ...] = ()
-    accumulation: Accumulation = Accumulation()
-    mesh: MeshSizes = MeshSizes()
-    eval: Evaluation = Evaluation()
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    max_skipped: int = 20
-    hang_seconds: float = 900.0
+# Everything but ``config.model``.
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,  # of the parameters, the order of the data and all randomness
+    "data": {
+        "source": "records",  # key of `data.sources.SOURCES`
+        "records": {"dir": ""},  # what `ovseg_jax.prepare` wrote
+        "scenes": {"split": "train", "count": 12000, "seed": 0, "size": 140},
+        # Data sets by weight: ({"weight": 2, "records": {"dir": "data/a"}}, ...).
+        "mixture": (),
+        "tokenizer": "",  # see `data.tokenizer.find_tokenizer`
+        "text_length": 0,  # tokens; 0 follows a sample of the captions
+        # Prompts that name a caption's entities, and captions for names of classes; "clip" means
+        # all of CLIP's, () ours.
+        "templates": ("clip",),
+        "name_templates": ("clip",),
+        "nouns": 0,  # how many nouns of a caption become sentences of their own
+        "transform": {"kind": "none", "size": 224, **augment.DEFAULTS},
+        # Features of a frozen trunk, of so many random views, and of a frozen text encoder, of
+        # captions and the first so many templates.
+        "cache_images": False,
+        "cached_views": 1,
+        "cache_texts": False,
+        "cached_templates": 3,
+        "cache_dir": ".cache/features",
+        "workers": 0,  # see `data.loader.make_loader`
+        "threads": 1,
+    },
+    # The terms of Eq. 13; a phase has the weight of the mask term.
+    "loss": {
+        "entity_weight": 1.0,  # of masked entity completion (Eq. 9)
+        "masking": "all_entities",  # see `data.captions.Masking`
+        "mask_equal_captions": False,  # equal captions are no negatives of each other
+        "negatives_within_set": False,  # negatives come from the example's own data set
+        "noun_weight": 0.0,  # of the contrast with sentences of sampled nouns (GroupViT)
+        "cross_image": "masks",  # Eq. 12; or "groups", Table 6
+        "group_ratio": 0.5,  # r, the share of the groups that are matched
+        "mask_threshold": 0.65,  # makes the teacher's masks binary
+        "mask_maps": "final_tokens",  # the paper's; or "binding", the released code's
+        "mask_directions": "both",  # which images of a pair are students: "both", or "one"
+        "mask_divisor": 0.0,  # divides the sum over pairs; 0 for their mean
+        "mask_size": 224,  # this and the next two: see `losses.released_mask_consistency`
+        "mask_cost": "cosine",
+        "detached_ratio": 0.5,
+        "teacher_noise": False,  # the teacher drops paths as the online model does
+        "frozen_text_dropout": False,  # a frozen text encoder keeps its dropout
+        "matching": "host",  # of `losses.matching.BACKENDS`
+    },
+    # See `optim.optimizer`.
+    "optimizer": {
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 5.0,
+        "weight_decay": 0.05,
+        "decay_rules": ((".*", 1.0),),
+        "rate_rules": ((".*", 1.0),),
+        "ema_decay": 0.99,
+        "learning_rate": {
+            "peak": 3.2e-4,
+            "warmup": 0.05,
+            "end": 8e-5,
+            "start": None,
+            "cosine_from": "warmup_end",
+            "delay": 0,
+        },
+    },
+    "phases": (),  # see `train.phases.make_phases`
+    "accumulation": {"micro_batches": 1},  # parts of a batch, with the same gradient
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # see `sharding.make_mesh`
+    "eval": {
+        "benchmarks": (),  # at the end of a run; the first one is calibrated on
+        "scenes": dataclasses.asdict(ScenesBenchmark()),
+        **FOLDER_FIELDS,
+        "protocol": dataclasses.asdict(Protocol()),
+        # Choose scale and threshold on so many images that are not reported.
+        "calibrate": False,
+        "tune_count": 300,
+        "every": 0,  # steps between evaluations on these images; 0 for none before the end
+        "weights": "online",  # or "teacher", for its visual encoder
+        "batch_size": 8,
+        "pictures": 0,  # to draw at the end
+        "untrained": False,  # evaluate the model at its start too
+    },
+    "log_every": 50,  # steps
+    "checkpoint_every": 1000,
+    "max_skipped": 20,  # steps without a finite gradient, one after the other
+    "hang_seconds": 900.0,  # a step that takes longer is a hang; 0 for no limit
+}
 
 
 def load_config(spec: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -246,12 +138,11 @@ def complete(config: Mapping[str, Any] | ConfigDict, saved: bool = False) -> Con
     Raises:
       UserError: a field that does not exist.
     """
-    defaults = dataclasses.asdict(Config())
-    defaults["eval"] |= {"scenes": dataclasses.asdict(ScenesBenchmark()), **FOLDER_FIELDS}
-    given = {key: config[key] for key in config}
+    given, defaults = {key: config[key] for key in config}, DEFAULTS
     protocol = (given.get("eval") or {}).get("protocol") or {}
     if protocol.get("name") in NAMES:
-        defaults["eval"]["protocol"] = dataclasses.asdict(named_protocol(protocol["name"]))
+        named = dataclasses.asdict(named_protocol(protocol["name"]))
+        defaults = {**DEFAULTS, "eval": {**DEFAULTS["eval"], "protocol": named}}
     model = complete_model(given.pop("model", {}))
     return ConfigDict({**_filled(given, defaults, "config", saved), "model": model})
 

@@ -1,7 +1,14 @@
 """The training loop: phases, steps, logs, checkpoints, interruption."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import fcntl
+import importlib.metadata
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,34 +17,35 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+import ovseg_jax
 from ovseg_jax import processes, sharding
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import RestartError, UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.progress import Progress
 from ovseg_jax.segmentation.calibrate import calibrated
+from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.checks import check_best_starts, check_loop, images_to_choose_on
-from ovseg_jax.train.chips import peak_flops
 from ovseg_jax.train.metrics import (
     Meter,
     MetricsWriter,
     Profiler,
     matmul_flops,
+    peak_flops,
     train_line,
-    trim_metrics,
     without_repetition,
 )
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.train.resume import enter, position_of, start
+from ovseg_jax.train.resume import enter, plain, position_of, start
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
 from ovseg_jax.train.state import TrainState, teacher_of
 from ovseg_jax.train.step import Program
-from ovseg_jax.train.workdir import locked, write_run_files
 
-# Masks that cover more of an image than this share tell its regions apart no longer.
-MOST_TARGETS = 0.6
+LOCK = ".in_use"
+# Whose versions a run writes down.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
 def train(
@@ -61,80 +69,41 @@ def train(
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
     check_loop(config)
-    with locked(workdir):
+    with locked(workdir), contextlib.ExitStack() as stack:
         run = make_run(config, progress)
         check_best_starts(run.phases, config.eval.every)
-        return _train(run, workdir, profile)
-
-
-def _train(run: Run, workdir: Path, profile: tuple[int, int] | None) -> tuple[Run, TrainState]:
-    config, progress = run.config, run.progress
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    with closing(checkpoints), processes.leaving_at_once():
+        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
+        stack.enter_context(processes.leaving_at_once())
         params = run.initial_params()
         run.fill_caches(params)
         state, first = start(run, checkpoints, params)
         del params  # the state holds copies; these would stay on the devices to the end
-        write_run_files(config, workdir)
-        _check_profile(profile, int(state.step), run.total)
-        with (
-            closing(_metrics_writer(workdir, int(state.step))) as writer,
-            closing(Profiler(profile, workdir / "profile", progress.say)) as profiler,
-            StopSignal() as stop,
-            Watchdog(config.hang_seconds) as watchdog,
-        ):
-            training = _Training(run, checkpoints, writer, stop, watchdog, profiler)
-            # An evaluation that failed or was cut off: the state was saved before it.
-            training.evaluate_where_due(state, int(state.step))
-            for phase in run.phases[first:]:
-                if phase.index > first:
-                    watchdog.rest()
-                    state = enter(run, phase, state, checkpoints)
-                state = training.phase(phase, state)
-            watchdog.expect("the last checkpoint to be written")
-            checkpoints.wait()
+        step = int(state.step)
+        _write_run_files(config, workdir)
+        if profile is not None and not step <= profile[0] < run.total:
+            raise UserError(
+                f"--profile={profile[0]}:{profile[1]} begins at no step of this run, which goes "
+                f"from {step} to {run.total}"
+            )
+        writer = MetricsWriter(workdir if processes.is_first() else None, step)
+        training = _Training(
+            run,
+            checkpoints,
+            stack.enter_context(closing(writer)),
+            stack.enter_context(StopSignal()),
+            stack.enter_context(Watchdog(config.hang_seconds)),
+            stack.enter_context(closing(Profiler(profile, workdir / "profile", progress.say))),
+        )
+        # An evaluation that failed or was cut off: the state was saved before it.
+        training.evaluate_where_due(state, step)
+        for phase in run.phases[first:]:
+            if phase.index > first:
+                training.watchdog.rest()
+                state = enter(run, phase, state, checkpoints)
+            state = training.phase(phase, state)
+        training.watchdog.expect("the last checkpoint to be written")
+        checkpoints.wait()
     return run, state
-
-
-def _metrics_writer(workdir: Path, step: int) -> MetricsWriter:
-    if not processes.is_first():
-        return MetricsWriter(None)
-    trim_metrics(workdir / "metrics.jsonl", step)
-    return MetricsWriter(workdir, step)
-
-
-def _check_profile(profile: tuple[int, int] | None, step: int, total: int) -> None:
-    if profile is not None and not step <= profile[0] < total:
-        raise UserError(
-            f"--profile={profile[0]}:{profile[1]} begins at no step of this run, which goes from "
-            f"{step} to {total}"
-        )
-
-
-class TextCuts:
-    """Takes the marks of examples whose texts were cut out of the batches, and counts them.
-
-    Attributes:
-      read, cut: examples that this process read, and those of them that lost words. Cached texts
-        were counted when they were cached, and count as whole here.
-    """
-
-    def __init__(self) -> None:
-        self.read = self.cut = 0
-
-    def counted(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches without their marks, which no device needs."""
-        for batch in batches:
-            self.read += len(batch["weight"])
-            self.cut += int(batch.pop("truncated", np.zeros(1)).sum())
-            yield batch
-
-    def note(self, phase: str, length: int) -> str:
-        """What to say at the end of a phase in which texts were cut to `length` tokens."""
-        return (
-            f"note: {self.cut} of {self.read} examples in {phase} had a text cut to {length} "
-            "tokens (config.data.text_length)"
-        )
 
 
 @dataclasses.dataclass
@@ -147,7 +116,6 @@ class _Training:
     stop: StopSignal
     watchdog: Watchdog
     profiler: Profiler
-    warned: bool = False  # of mask targets that are positive nearly everywhere
 
     def phase(self, phase: Phase, state: TrainState) -> TrainState:
         """Takes the steps of a phase that are left."""
@@ -160,11 +128,15 @@ class _Training:
         )
         compiled = run.compiled_step(phase)
         loader = run.loader(phase, step)
-        meter, cuts = Meter(phase.batch_size), TextCuts()
+        meter = Meter(phase.batch_size)
+        read = cut = 0  # examples of this process, and those of them whose texts lost words
         running: Any = None  # metrics of a step that was not waited for
         compiling = True
         self.watchdog.expect(f"the batch of step {step + 1}")
-        for batch in cuts.counted(meter.timed(loader)):
+        for batch in meter.timed(loader):
+            # No device needs these marks. Cached texts were counted when they were cached.
+            read += len(batch["weight"])
+            cut += int(batch.pop("truncated", np.zeros(1)).sum())
             self.profiler.before(step)
             if compiling:
                 self.watchdog.rest()
@@ -177,31 +149,36 @@ class _Training:
                 self.watchdog.expect(f"step {step}")
                 jax.block_until_ready(metrics)
                 self.watchdog.rest()
-                meter.count_flops(step_flops(run, phase, placed))
+                meter.flops = step_flops(run, phase, placed)
                 meter.restart()
                 compiling = False
             else:
                 # One step is computed while the next is prepared; without this wait the host would
                 # run ahead, and what it measures would be no step times.
-                self._finish(running, meter)
+                meter.finish(running)
                 running = metrics
             self.profiler.after(step, metrics)
             stopping = self.stop.reached(step)
             logging = step % config.log_every == 0 or step == phase.last or stopping
             evaluating = self._evaluation_due(step)
             if logging or evaluating:
-                self._finish(running, meter)
+                meter.finish(running)
                 running = None
             if logging:
-                self._log(phase, step, metrics, meter, cuts, len(loader.failures))
-            if step == phase.last and cuts.cut:
-                run.progress.say(cuts.note(phase.name, run.text_length))
+                counts = {"phase": float(phase.index), "truncated_examples": float(cut)}
+                self._log(phase, step, metrics, {**meter.lap(), **counts}, len(loader.failures))
+            if step == phase.last and cut:
+                run.progress.say(
+                    f"note: {cut} of {read} examples in {phase.name} had a text cut to "
+                    f"{run.text_length} tokens (config.data.text_length)"
+                )
             # After its first step a phase no longer needs the best state of before, which may be
             # replaced from then on.
             best_used = phase.start_from == "best" and step == phase.first + 1
             at_an_end = step == phase.last or stopping
             if at_an_end or best_used or evaluating or step % config.checkpoint_every == 0:
-                self._save(phase, state, step)
+                self.watchdog.expect(f"the checkpoint of step {step}")
+                self.checkpoints.save(state, position_of(run, phase, step))
             if stopping:
                 self.checkpoints.wait()
                 raise Interrupted(
@@ -239,37 +216,24 @@ class _Training:
         if best is None or miou > best["miou"]:
             self.checkpoints.mark_best(step, miou, f"mIoU on the tune split of {name}")
 
-    def _save(self, phase: Phase, state: TrainState, step: int) -> None:
-        self.watchdog.expect(f"the checkpoint of step {step}")
-        self.checkpoints.save(state, position_of(self.run, phase, step))
-
-    def _finish(self, metrics: Any, meter: Meter) -> None:
-        if metrics is not None:
-            jax.block_until_ready(metrics)
-            meter.stepped()
-
     def _log(
         self,
         phase: Phase,
         step: int,
         metrics: Mapping[str, jax.Array],
-        meter: Meter,
-        cuts: TextCuts,
+        measured: Mapping[str, float],
         unread: int,
     ) -> None:
         values = {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
-        if values.get("mask_target_fraction", 0.0) > MOST_TARGETS and not self.warned:
-            self.warned = True
-            self.run.progress.say(
-                f"warning: step {step}: {100 * values['mask_target_fraction']:.0f} % of the "
-                "patches are positive in the mask targets, so nearly every mask matches every "
-                "other: raise config.loss.mask_threshold, or train the groups longer before"
+        if values["skipped"] >= self.run.config.max_skipped:
+            raise UserError(
+                f"loss or gradients were not finite in {int(values['skipped'])} steps in a row, up "
+                f"to step {step}. Parameters are as they were before. Lower "
+                "config.optimizer.learning_rate.peak, or look at the data of these steps"
+                + (f"; {unread} records could not be read" if unread else "")
             )
-        _refuse_stuck(values, step, self.run.config.max_skipped, unread)
         self.checkpoints.check()
-        speed = meter.lap()
-        counts = {"phase": float(phase.index), "truncated_examples": float(cuts.cut)}
-        values = {**values, **speed, **counts}
+        values |= measured
         self.writer.write(step, {f"train/{key}": value for key, value in values.items()})
         self.run.progress.update(
             train_line(phase.name, step, phase.last, values, phase.batch_size),
@@ -293,15 +257,61 @@ def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> floa
     if peak_flops(jax.devices()[0].device_kind) is None:
         return None
     config = without_repetition(program.config)
-    plain = dataclasses.replace(program, config=config, model=build_model(config.model))
-    return float(matmul_flops(plain.step(phase), plain.abstract_state(phase), dict(batch)))
+    once = dataclasses.replace(program, config=config, model=build_model(config.model))
+    return float(matmul_flops(once.step(phase), once.abstract_state(phase), dict(batch)))
 
 
-def _refuse_stuck(values: Mapping[str, float], step: int, limit: int, unread: int) -> None:
-    if values["skipped"] >= limit:
-        raise UserError(
-            f"loss or gradients were not finite in {int(values['skipped'])} steps in a row, up to "
-            f"step {step}. Parameters are as they were before. Lower "
-            "config.optimizer.learning_rate.peak, or look at the data of these steps"
-            + (f"; {unread} records could not be read" if unread else "")
-        )
+# ---- the work directory
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Inside, no other job trains in the work directory: two would mix their steps and checkpoints.
+
+    The first process holds a lock on ``WORKDIR/.in_use``, which the system releases however the
+    process ends. On file systems without locks this protects from nothing.
+
+    Raises:
+      UserError: the directory cannot be written.
+      RestartError: another job holds the lock.
+    """
+    if not processes.is_first():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error}") from None
+    with file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = (workdir / LOCK).read_text(encoding="utf-8", errors="replace")
+            raise RestartError(
+                f"another job trains in --workdir={workdir} ({who or 'another process'}): wait for "
+                "its end, or give another --workdir. A network file system releases the lock of a "
+                "machine that is gone after a minute or two"
+            ) from None
+        except OSError:
+            pass  # no locks here
+        with contextlib.suppress(OSError):  # a full disk is reported where something is lost by it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def _write_run_files(config: ConfigDict, workdir: Path) -> None:
+    """Writes ``config.json`` and ``versions.json``, only in the first process."""
+    if not processes.is_first():
+        return
+    versions = {
+        "ovseg_jax": ovseg_jax.__version__,
+        "python": platform.python_version(),
+        "command": sys.argv,
+        "devices": [str(device) for device in jax.devices()],
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    write_result(workdir / "config.json", plain(config))
+    write_result(workdir / "versions.json", versions)

@@ -252,13 +252,12 @@ def completion_term(
     """Eq. 9, and the share of negatives that name the same entities.
 
     Args:
-      config: the run's ``config.loss``, which says whether equal answers are no negatives of one
-        another (`mask_equal_entities`), nor the answers of equal captions (`mask_equal_captions`).
+      config: the run's ``config.loss``, which says whether answers of equal captions are no
+        negatives of one another (`mask_equal_captions`).
     """
     weight, sets = batch["weight"] * batch["entity_weight"], batch["entity_set"]
     negatives = negatives_mask(
         weight,
-        sets if config.mask_equal_entities else None,
         batch["caption_set"] if config.mask_equal_captions else None,
         within=within_set(batch, config),
     )

@@ -19,13 +19,32 @@ from tensorboardX.proto.event_pb2 import Event
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.progress import duration
-from ovseg_jax.train.chips import peak_flops
+from ovseg_jax.segmentation.evaluate import replace_file
 
+# Dense bfloat16 matrix products, FLOP/s, by a part of the name that JAX gives the device; the first
+# match counts. (Google's documentation, "Cloud TPU system architecture"; NVIDIA's data sheets of
+# the SXM modules, without sparsity.)
+PEAKS = (
+    ("PCIe", None),  # slower than the modules
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("A100", 312e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+)
 PERCENTILES = (50, 90, 99)
 # TensorBoard's files are forced to the disk that often; on buckets that takes a moment.
 FLUSH_SECONDS = 60.0
 
 # ---- speed and memory
+
+
+def peak_flops(kind: str) -> float | None:
+    """FLOP/s of a device by the name that JAX gives it; None where no table has it (CPUs)."""
+    return next((peak for name, peak in PEAKS if name in kind), None)
 
 
 def memory_in_use() -> dict[str, float]:
@@ -44,17 +63,16 @@ class Meter:
 
     Args:
       batch_size: global.
+
+    Attributes:
+      flops: of one step, for the utilization; None leaves it out.
     """
 
     def __init__(self, batch_size: int):
+        self.flops: float | None = None
         self._batch = batch_size
-        self._flops: float | None = None
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self.restart()
-
-    def count_flops(self, step_flops: float | None) -> None:
-        """Sets the FLOPs of one step, for the utilization; None leaves it out."""
-        self._flops = step_flops
 
     def restart(self) -> None:
         """Begins a lap: nothing before it counts."""
@@ -73,11 +91,13 @@ class Meter:
                 return
             yield batch
 
-    def stepped(self) -> None:
-        """A step has ended."""
-        now = time.monotonic()
-        self._times.append(now - self._last)
-        self._last = now
+    def finish(self, results: Any) -> None:
+        """Waits for what a step computes, and takes its time; nothing where `results` is None."""
+        if results is not None:
+            jax.block_until_ready(results)
+            now = time.monotonic()
+            self._times.append(now - self._last)
+            self._last = now
 
     def lap(self) -> dict[str, float]:
         """What was measured since the last lap; {} if that was no whole step.
@@ -89,21 +109,16 @@ class Meter:
         if not self._times:
             return {}
         spent = max(time.monotonic() - self._start, 1e-9)
-        steps_per_second = len(self._times) / spent
-        rate = steps_per_second * self._batch
+        rate = len(self._times) / spent
         values = {
-            "images_per_second": rate,
-            "images_per_second_per_device": rate / jax.device_count(),
+            "images_per_second": rate * self._batch,
+            "images_per_second_per_device": rate * self._batch / jax.device_count(),
             "waiting_for_data": min(1.0, self._waited / spent),
         }
-        times = np.percentile(self._times, PERCENTILES)
-        values |= {
-            f"step_seconds_p{name}": float(value)
-            for name, value in zip(PERCENTILES, times, strict=True)
-        }
-        if self._flops is not None and self._peak is not None:
-            whole = self._peak * jax.device_count()
-            values["flops_utilization"] = steps_per_second * self._flops / whole
+        for name in PERCENTILES:
+            values[f"step_seconds_p{name}"] = float(np.percentile(self._times, name))
+        if self.flops is not None and self._peak is not None:
+            values["flops_utilization"] = rate * self.flops / (self._peak * jax.device_count())
         self.restart()
         return values | memory_in_use()
 
@@ -121,15 +136,16 @@ def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
     Args:
       arguments: arrays or shapes.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(jax.make_jaxpr(function)(*arguments))
 
 
-def _count(jaxpr: Jaxpr) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: ClosedJaxpr | Jaxpr) -> int:
+    return sum(map(_count_equation, jaxpr.eqns))
 
 
-def _of_equation(equation: Any) -> int:
-    name, inner = equation.primitive.name, list(_programs(equation.params.values()))
+def _count_equation(equation: Any) -> int:
+    name, parameters = equation.primitive.name, jax.tree.leaves(equation.params)
+    inner = [value for value in parameters if isinstance(value, ClosedJaxpr | Jaxpr)]
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         left = equation.invars[0].aval.shape
@@ -143,16 +159,6 @@ def _of_equation(equation: Any) -> int:
     elif name == "shard_map":
         times = equation.params["mesh"].size  # inside, shapes are those of one device
     return times * sum(map(_count, inner))
-
-
-def _programs(values: Any) -> Iterator[Jaxpr]:
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _programs(value)
 
 
 def without_repetition(config: ConfigDict) -> ConfigDict:
@@ -215,11 +221,11 @@ class MetricsWriter:
 
     Args:
       workdir: of the run. None writes nothing (processes other than the first).
-      step: the last step that is kept; TensorBoard forgets what an earlier process wrote about
-        later ones.
+      step: where a run begins or resumes: what an earlier process wrote about later steps, and
+        evaluations of this one, goes. None keeps everything.
 
     Raises:
-      UserError: the files cannot be made.
+      UserError: the files cannot be read or made.
     """
 
     def __init__(self, workdir: Path | None, step: int | None = None):
@@ -228,11 +234,14 @@ class MetricsWriter:
         if workdir is None:
             return
         try:
-            folder = workdir / "tensorboard"
+            folder, lines = workdir / "tensorboard", workdir / "metrics.jsonl"
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-            # Its writer without the thread around it, in which a full disk would be a traceback.
-            # Its names have whole seconds, in which a run may end and begin.
+            if step is not None and lines.exists():
+                _trim(lines, step)
+            self._file = lines.open("a", encoding="utf-8")
+            # Not `SummaryWriter(purge_step=...)`: it writes in a thread, in which a full disk is a
+            # traceback and no error of the run. File names have whole seconds, in which a run may
+            # end and begin again.
             suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
             self._board = EventsWriter(str(folder / "events"), suffix)
             if step is not None:
@@ -273,29 +282,18 @@ class MetricsWriter:
         self._file = self._board = None
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Drops lines after `step` and evaluations of it: a run that resumes there writes them again.
-
-    Raises:
-      UserError: the file cannot be read or written.
-    """
+def _trim(path: Path, step: int) -> None:
+    """Drops lines after `step` and evaluations of it, which a run that resumes writes again."""
     kept = []
-    try:
-        if not path.exists():
-            return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-                evaluation = any(name.startswith("eval/") for name in values)
-                if values["step"] < step or (values["step"] == step and not evaluation):
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # the line that was being written when the run was killed
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            evaluation = any(name.startswith("eval/") for name in values)
+            if values["step"] < step + (not evaluation):
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line that was being written when the run was killed
+    replace_file(path, "".join(line + "\n" for line in kept))
 
 
 def train_line(

@@ -1,11 +1,10 @@
 """Phases as data: what changes in the course of a run, from the config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.augment import complete_transform
@@ -14,25 +13,22 @@ from ovseg_jax.flags import nearest
 from ovseg_jax.optim.optimizer import learning_rate
 from ovseg_jax.shapes import Array
 
-# A phase with a smaller share of the summed learning rate is warned of.
-LEAST_RATE_SHARE = 0.05
-FIELDS = {
-    "name": None,
-    "steps": 0,
-    "epochs": 0,
-    "batch_size": None,
-    "mask_weight": 0.0,
-    "frozen": (),
-    "transform": None,
-    "learning_rate": None,
-    "optimizer": "continue",
-    "teacher": "keep",
-    "start_from": "last",
-}
 CHOICES = {
     "optimizer": ("continue", "fresh"),
     "teacher": ("keep", "reset"),
     "start_from": ("last", "best"),
+}
+# Fields of a phase's config, with their defaults.
+FIELDS = {
+    "name": None,
+    "steps": 0,
+    "epochs": 0,
+    "batch_size": 0,
+    "mask_weight": 0.0,
+    "frozen": (),
+    "transform": None,
+    "learning_rate": None,
+    **{name: allowed[0] for name, allowed in CHOICES.items()},
 }
 
 
@@ -93,25 +89,27 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
     phases: list[Phase] = []
     for index, fields in enumerate(config.phases):
         where = f"config.phases[{index}]"
-        for key in fields:
-            if key not in FIELDS:
-                raise UserError(f"{where}.{key} is no field{nearest(key, list(FIELDS))}")
-        values = {**FIELDS, **dict(fields)}
+        values = _filled(fields, FIELDS, where)
         for key, allowed in CHOICES.items():
             if values[key] not in allowed:
                 raise UserError(
                     f"{where}.{key} is {values[key]!r}; it must be {' or '.join(allowed)}"
                 )
-        if not values["batch_size"] or values["batch_size"] < 1:
+        size, steps, epochs = (values[name] for name in ("batch_size", "steps", "epochs"))
+        if size < 1:
             raise UserError(f"{where}.batch_size must be at least 1")
-        if bool(values["steps"]) == bool(values["epochs"]):
+        if bool(steps) == bool(epochs):
             raise UserError(f"{where} needs either steps or epochs")
-        steps = values["steps"] or int(values["epochs"] * records / values["batch_size"])
+        steps = steps or int(epochs * records / size)
         if steps < 1:
-            raise UserError(
-                f"{where}: {values['epochs']} epochs of {records} records are no step of "
-                f"{values['batch_size']}"
-            )
+            raise UserError(f"{where}: {epochs} epochs of {records} records are no step of {size}")
+        transform, origin = values["transform"], f"{where}.transform"
+        if transform is None:
+            transform, origin = config.data.transform, "config.data.transform"
+        schedule = values["learning_rate"]
+        if schedule is not None:
+            common = config.optimizer.learning_rate.to_dict()
+            schedule = ConfigDict(_filled(schedule, common, f"{where}.learning_rate"))
         first = phases[-1].last if phases else 0
         phases.append(
             Phase(
@@ -120,61 +118,25 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
                 first=first,
                 last=first + steps,
                 before=phases[-1].position(first) if phases else 0,
-                batch_size=values["batch_size"],
+                batch_size=size,
                 mask_weight=float(values["mask_weight"]),
                 frozen=tuple(values["frozen"]),
-                transform=_transform(values["transform"], config, where),
-                schedule=_schedule(values["learning_rate"], config, where),
-                optimizer=values["optimizer"],
-                teacher=values["teacher"],
-                start_from=values["start_from"],
+                transform=complete_transform(ConfigDict(transform).to_dict(), origin),
+                schedule=schedule,
+                **{name: values[name] for name in CHOICES},
             )
         )
     return phases
 
 
-def rate_shares(config: ConfigDict, phases: Sequence[Phase]) -> list[float]:
-    """The share of each phase in the learning rate summed over all steps of the run."""
-    total = phases[-1].last
-    sums = []
-    for phase in phases:
-        steps = jnp.arange(phase.first, phase.last)
-        rates = jax.vmap(lambda step, phase=phase: rate_at(step, config, phase, total))(steps)
-        sums.append(float(jnp.sum(rates)))
-    whole = sum(sums)
-    return [value / whole if whole else 0.0 for value in sums]
-
-
-def weak_phases(config: ConfigDict, phases: Sequence[Phase]) -> list[str]:
-    """A line of warning for each phase that can hardly change the model."""
-    return [
-        f"warning: phase {phase.name!r} has {100 * share:.2g} % of the learning rate summed over "
-        f"the run, too little to show an effect: raise config.optimizer.learning_rate.end, or give "
-        f"config.phases[{phase.index}] more steps or a learning_rate of its own"
-        for phase, share in zip(phases, rate_shares(config, phases), strict=True)
-        # Where a phase has its schedule, somebody decided so.
-        if len(phases) > 1 and phase.schedule is None and share < LEAST_RATE_SHARE
-    ]
-
-
-def _transform(fields: Any, config: ConfigDict, where: str) -> dict[str, Any]:
-    """A phase's transform, or the run's, as plain values."""
-    spec = config.data.transform if fields is None else fields
-    where = "config.data.transform" if fields is None else f"{where}.transform"
-    return complete_transform(ConfigDict(spec).to_dict(), where)
-
-
-def _schedule(
-    fields: Mapping[str, Any] | ConfigDict | None, config: ConfigDict, where: str
-) -> ConfigDict | None:
-    """A phase's learning rate; what it leaves out is as in the run's."""
-    if fields is None:
-        return None
-    common = config.optimizer.learning_rate.to_dict()
+def _filled(
+    fields: Mapping[str, Any] | ConfigDict, defaults: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """The defaults with `fields` in their place; an unknown field is refused."""
     for key in fields:
-        if key not in common:
-            raise UserError(f"{where}.learning_rate.{key} is no field{nearest(key, list(common))}")
-    return ConfigDict({**common, **dict(fields)})
+        if key not in defaults:
+            raise UserError(f"{where}.{key} is no field{nearest(key, list(defaults))}")
+    return {**defaults, **dict(fields)}
 
 
 def rate_at(step: Array, config: ConfigDict, phase: Phase, total: int) -> jax.Array:

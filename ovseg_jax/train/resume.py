@@ -1,5 +1,6 @@
 """Where a state comes from: the beginning, a checkpoint, the phase before; and saved runs."""
 
+import itertools
 import json
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,15 +27,16 @@ from ovseg_jax.train.state import (
     next_phase_state,
     teacher_of,
 )
-from ovseg_jax.train.workdir import changed_fields, plain
 from ovseg_jax.weights.initialize import init_statistics
+
+_ABSENT = object()
 
 
 def position_of(run: Run, phase: Phase, step: int) -> dict[str, Any]:
     """The record that is saved with a state: everything that decides what comes after it.
 
-    The data of a step and its random numbers depend only on the seed and the step, so these
-    are the position in the data and the state of the random numbers.
+    Seed and step are the position in the data and the state of the random numbers: both depend on
+    nothing else.
     """
     return {
         "phase": phase.index,
@@ -68,7 +70,7 @@ def start(run: Run, checkpoints: Checkpoints, params: Any) -> tuple[TrainState, 
     try:
         restored = checkpoints.restore_latest(abstract, run.progress.say)
     except Misfit as error:
-        raise UserError(f"{error}{_listed('Changed since then:', changes)}") from None
+        raise UserError("\n  ".join([f"{error}\nChanged since then:", *changes])) from None
     if restored is not None:
         state, position = restored
         if changes:
@@ -120,11 +122,12 @@ def restored(run: Run, workdir: Path) -> TrainState:
       UserError: the work directory holds no checkpoint, or one that does not fit.
     """
     with closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
-        position = checkpoints.position()
-        if position is None:
+        steps = checkpoints.steps()
+        if not steps:
             raise UserError(f"--workdir={workdir} holds no checkpoint: train first")
+        position = checkpoints.position(steps[-1])
         phase = _phase_at(run, position, _changes(run, position))
-        return checkpoints.restore(run.abstract_state(phase))
+        return checkpoints.restore(run.abstract_state(phase), steps[-1])
 
 
 def _changes(run: Run, position: dict[str, Any]) -> list[str]:
@@ -147,14 +150,45 @@ def _phase_at(run: Run, position: dict[str, Any], changes: list[str]) -> Phase:
         now = f"which takes steps {phase.first} to {phase.last}"
     else:
         now = f"but there are only {len(run.phases)} phases"
-    raise UserError(
+    message = (
         f"the checkpoint of step {step} is in config.phases[{index}], {now} by this config: give "
-        f"the phases that it was trained with, or another --workdir{_listed('. Changed:', changes)}"
+        "the phases that it was trained with, or another --workdir. Changed:"
     )
+    raise UserError("\n  ".join([message, *changes]))
 
 
-def _listed(head: str, changes: list[str]) -> str:
-    return "\n  ".join([f"\n{head}" if head[0].isupper() else head, *changes]) if changes else ""
+# ---- what changed
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON holds it: dicts, lists, strings, numbers."""
+    return json.loads(config.to_json_best_effort(sort_keys=True))
+
+
+def changed_fields(before: Any, now: Any, path: str = "config") -> list[str]:
+    """One line for each field that differs: ``config.a.b: 1 -> 2``, sorted by path.
+
+    Args:
+      before, now: plain values (`plain`). path: their name.
+    """
+    if before == now:
+        return []
+    fields: list[tuple[str, Any, Any]] = []
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            fields.append((f".{key}", before.get(key, _ABSENT), now.get(key, _ABSENT)))
+    elif _has_fields(before) and _has_fields(now):
+        pairs = itertools.zip_longest(before, now, fillvalue=_ABSENT)
+        fields = [(f"[{index}]", *pair) for index, pair in enumerate(pairs)]
+    else:
+        first, second = ("absent" if x is _ABSENT else json.dumps(x) for x in (before, now))
+        return [f"{path}: {first} -> {second}"]
+    return [line for name, *pair in fields for line in changed_fields(*pair, f"{path}{name}")]
+
+
+def _has_fields(value: Any) -> bool:
+    """Whether a list holds things with fields, as phases do."""
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 # ---- saved runs, read from their work directory, without data or weights
@@ -240,14 +274,16 @@ def _with_tuples(value: Any) -> Any:
 def _choose(checkpoints: Checkpoints, step: str, workdir: Path) -> int:
     """The number of the step that is meant by "latest", "best" or a number."""
     steps, best = checkpoints.steps(), checkpoints.best()
+    numbers = {str(number): number for number in steps}
+    if steps:
+        numbers["latest"] = steps[-1]
+    if best:
+        numbers["best"] = best["step"]
+    if step in numbers:
+        return numbers[step]
     have = ", ".join(map(str, steps)) or "none"
     have += f"; best: {best['step']}" if best else "; no best (config.eval.every is 0)"
-    if step == "latest" and steps:
-        return steps[-1]
-    if step == "best" and best:
-        return best["step"]
-    if step.isdigit() and int(step) in steps:
-        return int(step)
-    if step in ("latest", "best") or step.isdigit():
-        raise UserError(f"{workdir} has no checkpoint --step={step}; it has: {have}")
-    raise UserError(f"--step is latest, best or a number, not {step!r}; there are: {have}")
+    raise UserError(
+        f"--step is latest, best or a number that {workdir} has a checkpoint of, not {step!r}; it "
+        f"has: {have}"
+    )

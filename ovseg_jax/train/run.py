@@ -25,17 +25,16 @@ from ovseg_jax.optim import groups
 from ovseg_jax.progress import Progress, table
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.shapes import Int
-from ovseg_jax.train import feature_cache
 from ovseg_jax.train.checks import (
     check_files,
     check_losses,
     check_model,
     check_phases,
+    check_text_length,
     check_token_classes,
 )
-from ovseg_jax.train.init_neck import standardized_neck
-from ovseg_jax.train.phases import Phase, make_phases, weak_phases
+from ovseg_jax.train.features import image_store, standardized_neck, text_store
+from ovseg_jax.train.phases import Phase, make_phases
 from ovseg_jax.train.step import Program
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
 
@@ -60,26 +59,22 @@ class Run(Program):
         Args:
           announce: say which parameters start from what.
         """
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
-        make = jax.jit(lambda key: nn.unbox(init_params(self.model, key)), out_shardings=places)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
+        make = jax.jit(lambda key: nn.unbox(init_params(self.model, key)), out_shardings=shardings)
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
-        shapes = {path: leaf.shape for path, leaf in flat.items()}
-        where = groups.flatten(places)
-        start = published_start(self.config.model, shapes)
+        start = published_start(
+            self.config.model, {path: leaf.shape for path, leaf in flat.items()}
+        )
         if announce:
             notes = [f"note: {remark}" for remark in start.remarks]
             self.progress.say("\n".join([table(start.rows), *notes]))
         for path, value in start.values.items():
-            flat[path] = jax.device_put(value, where[path])
+            flat[path] = jax.device_put(value, flat[path].sharding)
         params = groups.nest(flat)
         if self.config.model.neck_init == "standardize":
             transform = self.phases[0].transform
             return standardized_neck(self.model, params, self.source, transform, self.config.seed)
         return params
-
-    def templates(self) -> tuple[str, ...]:
-        """The prompt templates of training; where texts are cached, the first few."""
-        return _templates(self.config.data)
 
     def loader(self, phase: Phase, first_step: int) -> Loader:
         """This process's rows of the batches from a global step to the end of the phase."""
@@ -91,7 +86,7 @@ class Run(Program):
             {
                 "text_length": self.text_length,
                 "transform": phase.transform,
-                "templates": self.templates(),
+                "templates": _templates(data),
                 "nouns": data.nouns,
                 "masking": Masking(self.config.loss.masking),
             },
@@ -117,7 +112,7 @@ class Run(Program):
             params = processes.local(params)
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
-            self.stores["images"] = feature_cache.image_store(
+            self.stores["images"] = image_store(
                 cache,
                 self.model,
                 params,
@@ -129,14 +124,14 @@ class Run(Program):
             )
         if data.cache_texts:
             self._check_frozen(("text_encoder/",), "cache_texts", params)
-            self.stores["texts"] = feature_cache.text_store(
+            self.stores["texts"] = text_store(
                 cache,
                 self.model,
                 params,
                 self.source,
                 self.entities,
                 self.tokenizer,
-                self.templates(),
+                _templates(data),
                 length=self.text_length,
                 progress=self.progress.count,
             )
@@ -201,8 +196,6 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
     length = _text_length(config, source, entities, tokenizer, progress)
     phases = make_phases(config, len(source))
     check_phases(config, phases, mesh)
-    for line in weak_phases(config, phases):
-        progress.say(line)
     return Run(
         config=config,
         mesh=mesh,
@@ -217,6 +210,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
 
 
 def _templates(data: ConfigDict) -> tuple[str, ...]:
+    """The prompt templates of training; where texts are cached, the first few."""
     templates = expand_templates(data.templates)
     return templates[: data.cached_templates] if data.cache_texts else templates
 
@@ -229,38 +223,23 @@ def _text_length(
     progress: Progress,
 ) -> int:
     """Tokens that texts are padded to, by the config or by a sample of the captions."""
-    longest = max(_templates(config.data), key=len)
-    masking = Masking(config.loss.masking)
-    counts = _sampled_lengths(source, entities, tokenizer, masking, longest)
+    template = max(_templates(config.data), key=len)
+    # No other objective names more in a prompt than all of a caption's entities.
+    all_nouns = Masking(config.loss.masking) is Masking.ALL_NOUNS
+    masking = Masking.ALL_NOUNS if all_nouns else Masking.ALL_ENTITIES
+    sentences = []
+    for caption in sample_captions(source, LENGTH_SAMPLE):
+        texts = masked_texts(caption, entities, template, masking, np.random.default_rng(0))
+        sentences += [caption, texts.masked, texts.prompt]
+    counts = tokenizer.lengths(sentences)
     length = config.data.text_length or text_length(counts)
     if cut := int((counts > length).sum()):
         progress.say(
             f"note: {cut} of {len(counts)} sampled sentences are longer than {length} tokens and "
             "are cut (config.data.text_length)"
         )
-    if length > config.model.text.max_positions:
-        raise UserError(
-            f"config.data.text_length = {length}, but the text encoder has positions for "
-            f"{config.model.text.max_positions} tokens (config.model.text.max_positions)"
-        )
+    check_text_length(config, length)
     return length
-
-
-def _sampled_lengths(
-    source: RecordSource,
-    entities: EntitySet,
-    tokenizer: Tokenizer,
-    masking: Masking,
-    template: str,
-) -> Int[np.ndarray, "sentences"]:
-    """Tokens of each sentence made from a sample of the captions, prompts with `template`."""
-    # No other objective names more in a prompt than all of a caption's entities.
-    masking = masking if masking is Masking.ALL_NOUNS else Masking.ALL_ENTITIES
-    sentences = []
-    for caption in sample_captions(source, LENGTH_SAMPLE):
-        texts = masked_texts(caption, entities, template, masking, np.random.default_rng(0))
-        sentences += [caption, texts.masked, texts.prompt]
-    return tokenizer.lengths(sentences)
 
 
 def config_hash(config: ConfigDict) -> str:

@@ -17,9 +17,8 @@ from jax.experimental import multihost_utils
 from ovseg_jax import processes
 from ovseg_jax.errors import RESTART
 
-# Seconds that a process of several stays after it has printed its stacks. All began to wait within
-# a step of one another; when the first one leaves, the runtime ends the others at once. Process 0
-# holds them together, and is the last.
+# Seconds that a process of several stays after it has printed its stacks: when one leaves, the
+# runtime ends the others at once, and all shall have printed theirs. Process 0 is the last.
 FOR_THE_OTHERS, LAST = 10.0, 3.0
 
 # ---- asked to stop: Ctrl-C, and the SIGTERM that machines send before they are taken away
@@ -38,11 +37,10 @@ class Interrupted(processes.OrderlyEnd):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a question asked between steps, so that no step is cut in half.
+    """SIGINT and SIGTERM as a question that is asked between steps, so that no step is cut in half.
 
-    A second Ctrl-C is immediate. In a job of several processes the notice reaches one of them
-    first, and all must save the same step: there JAX's preemption service listens for SIGTERM and
-    makes the processes agree, and Ctrl-C is handed on to it.
+    A second Ctrl-C is immediate. The processes of a job must all save the same step: there JAX's
+    preemption service listens for SIGTERM and makes them agree, and Ctrl-C is handed on to it.
     """
 
     def __init__(self) -> None:
@@ -89,10 +87,9 @@ class Watchdog:
     """Ends a process in which nothing happens any more.
 
     It says what the process waited for, prints the stack of every thread and exits with
-    `errors.RESTART`. There is no other way out: a thread that waits for a lost file system or for a
-    lost process cannot be interrupted, and Python would wait for it at exit. In a job of several
-    processes one that hangs holds up all the others, whose watchdogs print their stacks too before
-    any of them leaves; if what they waited for comes in that time, they go on.
+    `errors.RESTART`, without Python's clean-up: that would wait for the thread that hangs. In a job
+    a process that hangs holds up all the others, whose watchdogs print their stacks too before any
+    of them leaves; if what they waited for comes in that time, they go on.
 
     Args:
       seconds: to wait for any one thing; 0 waits for ever.
@@ -163,13 +160,13 @@ def _print_stacks() -> None:
 
 @functools.cache
 def _listen() -> None:
-    """Not `faulthandler.register`: it reads the frames of other threads while these run on, and now
-    and then the process crashes in it. A thread that calls `dump_traceback` holds Python's lock, so
-    that the others stand still.
+    """Prints the stacks at each SIGUSR1, in a thread of its own.
 
-    A handler in Python runs only in the main thread, and not while that waits outside of Python. So
-    a thread waits for the byte that the interpreter writes for each signal. (An event loop may take
-    that byte; then the handler prints.)
+    `faulthandler.register` reads the frames of other threads while they run, and the process
+    crashes in it now and then; a thread that calls `dump_traceback` holds Python's lock, so that
+    the others stand still. A handler in Python would not do: it runs only in the main thread, and
+    not while that waits outside of Python. So a thread waits for the byte that the interpreter
+    writes for each signal. (An event loop may take that byte; then the handler prints.)
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

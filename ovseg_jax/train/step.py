@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
-from ovseg_jax.train.accumulate import exact_gradient
 from ovseg_jax.train.apply import Batch, Params
 from ovseg_jax.train.erasing import erased_batch
 from ovseg_jax.train.loss import Outputs, joint_loss, per_example_outputs
@@ -111,7 +112,7 @@ def train_step(
             (loss, (metrics, batch_stats)), grads = differentiate(trainable)
         else:
             batch_stats = state.batch_stats  # a model with batch norms is refused
-            loss, metrics, grads = exact_gradient(
+            loss, metrics, grads = accumulated_gradient(
                 outputs_of_part, loss_of_outputs, trainable, batch, count, mesh
             )
 
@@ -134,6 +135,75 @@ def train_step(
     metrics |= {"grad_norm": norm, "learning_rate": learning_rate, "skipped": skipped}
     params = groups.join(held, trainable)
     return TrainState(state.step + 1, skipped, params, opt_state, batch_stats), metrics
+
+
+# ---- accumulation, where the activations of a batch do not fit the memory at once
+
+
+def accumulated_gradient(
+    outputs_of: Callable[[Params, Batch, Array], Any],
+    joint_loss: Callable[[Params, Any, Batch], tuple[Array, Metrics]],
+    trainable: Params,
+    batch: Batch,
+    count: int,
+    mesh: AnyMesh | None,
+) -> tuple[Float[Array, ""], Metrics, Params]:
+    """Loss, metrics and gradient of the whole batch, with one micro-batch's activations in memory.
+
+    The contrastive losses compare each example with the whole batch, so summing the gradients of
+    micro-batches would change them. Instead the model runs forward over all micro-batches; the loss
+    compares their outputs; then the model runs again over each micro-batch, with the same random
+    draws, to carry the gradient of its outputs back (Gao et al., 2021, "Scaling deep contrastive
+    learning batch size under memory limited setup").
+
+    Args:
+      outputs_of: (parameters, micro-batch, its number) to a tree of floats, examples first; its
+        draws depend only on the number.
+      joint_loss: (parameters, outputs of all examples, batch) to the loss and metrics.
+      count: of micro-batches.
+    """
+    parts, numbers = in_parts(dict(batch), count, mesh), jnp.arange(count)
+
+    def forward(_: None, part: tuple[Batch, Array]) -> tuple[None, Any]:
+        return None, outputs_of(trainable, *part)
+
+    _, outputs = jax.lax.scan(forward, None, (parts, numbers))
+    differentiate = jax.value_and_grad(joint_loss, (0, 1), has_aux=True)
+    (loss, metrics), (direct, towards_outputs) = differentiate(trainable, in_one(outputs), batch)
+
+    def backward(sums: Params, part: tuple[Batch, Array, Any]) -> tuple[Params, None]:
+        micro_batch, number, towards = part
+        _, pull = jax.vjp(lambda p: outputs_of(p, micro_batch, number), trainable)
+        return jax.tree.map(jnp.add, sums, pull(towards)[0]), None
+
+    towards_parts = in_parts(towards_outputs, count, mesh)
+    gradient, _ = jax.lax.scan(backward, direct, (parts, numbers, towards_parts))
+    return loss, metrics, gradient
+
+
+def in_parts(batch: Any, count: int, mesh: AnyMesh | None) -> Any:
+    """The batch with a new first axis of micro-batches: number m has the rows m, m + count, ....
+
+    Every device has the same share of these rows: nothing moves between devices, and the
+    micro-batches are the same on any number of them.
+    """
+
+    def split(x: Array) -> Array:
+        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        rows = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    return jax.tree.map(split, batch)
+
+
+def in_one(parts: Any) -> Any:
+    """Inverse of `in_parts`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
+# ---- the steps of a run
 
 
 def compile_step(

@@ -14,7 +14,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
     Link,
     fused_attention,
@@ -27,14 +27,19 @@ from ovseg_jax.weights.links import (
 )
 from ovseg_jax.weights.released import (
     GROUPING_BLOCK,
+    IMAGE_FIELDS,
+    MODEL_FIELDS,
     pre_norm_layers,
     projector_links,
     require_form,
 )
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.tensors import Sizes, Tensors, grid_of
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
 STYLES = (ORIGINAL, TRANSFORMERS)
+
+# Attention heads of the visual encoder, which tensors cannot tell.
+HEADS = 6
 
 # Stored, but not used by the model: positions that are counted anew, and a second temperature that
 # only training reads where it is not shared.
@@ -100,28 +105,101 @@ def style_of(tensors: Mapping[str, Any]) -> str:
     Raises:
       UserError: neither's.
     """
-    anchors = {style: f"{STAGES[style]}.0.group_token" for style in STYLES}
-    for style, anchor in anchors.items():
+    anchors = {f"{STAGES[style]}.0.group_token": style for style in STYLES}
+    for anchor, style in anchors.items():
         if anchor in tensors:
             return style
     raise UserError(
-        f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors.values())}. Its first "
+        f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors)}. Its first "
         f"tensors are {', '.join(list(tensors)[:3])}"
+    )
+
+
+def groupvit_config(
+    tensors: Mapping[str, Any],
+    *,
+    heads: int = HEADS,
+    text_heads: int = 0,
+    grid: tuple[int, int] | None = None,
+    activation: str = "quick_gelu",
+) -> dict[str, Any]:
+    """The ``config.model`` of a GroupViT checkpoint, whose sizes are those of the tensors.
+
+    Args:
+      tensors: by name, in either style; anything with a shape.
+      heads: attention heads of the visual encoder.
+      text_heads: attention heads of the text encoder; 0 for one per 64 channels.
+      grid: rows and columns of the position embeddings; None for a square.
+      activation: of the text encoder.
+
+    Raises:
+      UserError: a tensor that sizes are read from is missing or of an unexpected form.
+    """
+    style = style_of(tensors)
+    sizes = Sizes(tensors, "GroupViT checkpoint")
+    shape, depth = sizes.shape, sizes.depth
+    patch, embed_norm, position, _ = (f"{IMAGE_PREFIX[style]}.{n}" for n in IMAGE_NAMES[style])
+    word, text_position, _ = TEXT_NAMES[style]
+    text_layers, stage = TEXT_LAYERS[style], STAGES[style]
+    if style == ORIGINAL:
+        text_fed = shape(f"{text_layers}.0.mlp.c_fc.weight", 2)[0]
+        hidden = shape("img_projector.linear_hidden.0.weight", 3)[0]
+        joint = shape("img_projector.linear_out.weight", 3)[0]
+    else:
+        text_fed = shape(f"{text_layers}.0.mlp.fc1.weight", 2)[0]
+        hidden = shape("visual_projection.0.weight", 2)[0]
+        joint = shape("visual_projection.3.weight", 2)[0]
+    vocab, text_width = shape(word, 2)
+    width, _, side, _ = shape(f"{patch}.weight", 4)
+    stages = []  # (group tokens, groups, layers) of every stage that groups
+    while f"{stage}.{len(stages)}.group_token" in tensors:
+        name = f"{stage}.{len(stages)}"
+        tokens = shape(f"{name}.group_token", 3)[1]
+        groups = shape(f"{name}.downsample.mlp_inter.fc2.weight", 2)[0]
+        stages.append((tokens, groups, depth(block_name(style, len(stages)))))
+    return architecture(
+        {
+            "image": {
+                **IMAGE_FIELDS,
+                "patch": side,
+                "grid": grid_of(shape(position, 3)[1], grid, position),
+                "width": width,
+                "heads": heads,
+                "mlp_ratio": sizes.ratio(f"{stage}.0.downsample.mlp_channels.fc1.weight", width),
+                "first_layers": stages[0][2],
+                "second_layers": depth(block_name(style, len(stages))),
+                "group_tokens": stages[0][0],
+                "num_groups": stages[0][1],
+                "later_stages": tuple(stages[1:]),
+                "patch_norm": f"{embed_norm}.weight" in tensors,
+            },
+            "text_form": "causal",
+            "text": {
+                "vocab_size": vocab,
+                "width": text_width,
+                "depth": depth(text_layers),
+                "heads": text_heads or max(1, text_width // 64),
+                "mlp_width": text_fed,
+                "max_positions": shape(text_position, 2)[0],
+                "end_id": vocab - 1,  # as in CLIP's vocabulary
+                "activation": activation,
+            },
+            **MODEL_FIELDS,
+            "joint_width": joint,
+            "projector_width": hidden,
+        }
     )
 
 
 def from_groupvit(
     tensors: Tensors, config: Mapping[str, Any], origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our parameters from a GroupViT checkpoint of either style.
+    """Our (parameters, running statistics), nested NumPy, from a checkpoint of either style.
 
     Args:
       tensors: by name.
-      config: the ``config.model``, as `published_config.groupvit_config` gives it.
+      config: see `groupvit_config`.
       origin: where the tensors come from, for messages.
-
-    Returns:
-      (parameters, running statistics), nested NumPy.
 
     Raises:
       UserError: one message that lists every tensor that is missing, unused or of another shape.
@@ -138,13 +216,7 @@ def to_groupvit(
     config: Mapping[str, Any],
     style: str = TRANSFORMERS,
 ) -> Tensors:
-    """A GroupViT checkpoint's tensors from our parameters; the inverse of `from_groupvit`.
-
-    Args:
-      params: as `from_groupvit` gives them.
-      batch_stats: likewise.
-      config: the ``config.model``.
-      style: whose names, one of `STYLES`.
+    """A checkpoint's tensors in one of `STYLES`, the inverse of `from_groupvit`.
 
     Raises:
       UserError: the model has another form than GroupViT.
@@ -153,7 +225,7 @@ def to_groupvit(
         "GroupViT's",
         {
             "image.binding": (config["image"]["binding"], "grouping_block"),
-            "text_form": (config.get("text_form"), "causal"),
+            "text_form": (config["text_form"], "causal"),
             "decoder": (config["decoder"], None),
             "projector_norm": (config["projector_norm"], "batch"),
         },
@@ -170,12 +242,7 @@ def block_name(style: str, stage: int) -> str:
 
 
 def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
-    """The visual encoder.
-
-    Args:
-      image: a ``config.model.image``.
-      style: one of `STYLES`.
-    """
+    """The visual encoder of a ``config.model.image``."""
     ours = "image_encoder"
     names = (f"{IMAGE_PREFIX[style]}.{name}" for name in IMAGE_NAMES[style])
     patch, embed_norm, position, last = names
@@ -213,12 +280,7 @@ def _layers(ours: str, style: str, stage: int, depth: int) -> list[Link]:
 
 
 def model_links(model: Mapping[str, Any], style: str) -> list[Link]:
-    """The whole model.
-
-    Args:
-      model: a ``config.model`` of GroupViT's form.
-      style: one of `STYLES`.
-    """
+    """The whole model of a ``config.model``."""
     word, position, last = TEXT_NAMES[style]
     text_layers = "text_encoder/stack/layers"
     blocks = [f"{TEXT_LAYERS[style]}.{index}." for index in range(model["text"]["depth"])]

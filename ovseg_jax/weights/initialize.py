@@ -20,8 +20,8 @@ from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import bert, vit
 from ovseg_jax.weights.links import Link, Shapes, read_links
-from ovseg_jax.weights.locate import find_weights, read_weights
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.pth import Tensors
+from ovseg_jax.weights.towers import TOWERS, Reference, find_weights, read_weights, refer, resolve
 
 # The layers that see the image alone, with what comes before and directly after them.
 TRUNK = (
@@ -37,8 +37,8 @@ TRUNK = (
 
 def architecture(model: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A complete ``config.model`` without what its parameters start from, as plain values."""
-    plain = json.loads(complete_model(model).to_json_best_effort())
-    return {name: value for name, value in plain.items() if name not in START}
+    full = complete_model(model).to_dict()
+    return {name: value for name, value in full.items() if name not in START}
 
 
 # ---- random values
@@ -89,14 +89,10 @@ def initial_image(
     neck stay random. A model of ours fills the whole visual encoder.
 
     Args:
-      spec: see `locate.find_weights`: a .safetensors, .npz or .onnx file, a folder with
-        safetensors, a model directory, or a hub id.
+      spec: see `towers.find_weights`.
       shapes: of all the model's parameters.
       resample_to: the model's grid (rows, columns), to resize positions of another grid to it;
         None refuses weights of another grid.
-
-    Returns:
-      path to array, for the parameters that the weights fill.
 
     Raises:
       UserError: the weights cannot be found or read, or do not fit; names every tensor at fault.
@@ -235,15 +231,13 @@ def _remarks(path: Path, model: ConfigDict, tower: str) -> list[str]:
 
 
 def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """What starts from published weights and what does not, one row per group of parameters.
+    """What starts from published weights and what does not: rows of a table with its head.
+
+    A module with one source is one row; of another module each child is a row, or several.
 
     Args:
       shapes: of all the model's parameters.
       sources: spec of the weights that filled a parameter, by path.
-
-    Returns:
-      rows (parameters, tensors, numbers, source), the first one the head. A module with one source
-      is one row; of another module each child is a row, or several if it has several sources.
     """
     origin = {path: sources.get(path, "random") for path in shapes}
     origins: dict[str, set[str]] = {}
@@ -261,3 +255,64 @@ def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, .
         for (group, source), (tensors, numbers) in sorted(counts.items())
     ]
     return [("parameters", "tensors", "numbers", "start from"), *rows]
+
+
+# ---- towers that a model directory refers to
+
+
+def split_towers(
+    model: ConfigDict, params: Mapping[str, np.ndarray], shapes: Shapes
+) -> tuple[dict[str, np.ndarray], dict[str, Reference]]:
+    """Parameters that differ from the published towers, and references to the towers.
+
+    Args:
+      model: ``config.model`` of the run, complete.
+      params: all parameters by path. shapes: theirs.
+
+    Raises:
+      UserError: no parameter is equal to a published one, or the weights cannot be had.
+    """
+    kept, references = dict(params), {}
+    for role in TOWERS:
+        spec = model[f"{role}_init"]
+        if not spec:
+            continue
+        reference = refer(spec, role, resample=role == "image" and bool(model.resample_init))
+        published = _tower_values(reference, role, model, shapes)
+        equal = [path for path, x in published.items() if np.array_equal(x, params[path])]
+        if equal:
+            references[role] = reference
+            kept = {path: value for path, value in kept.items() if path not in equal}
+    if not references:
+        raise UserError(
+            "--towers=reference: every parameter of the towers was trained or started at random, "
+            "so there is nothing to refer to; use --towers=copied"
+        )
+    return kept, references
+
+
+def tower_values(
+    references: Mapping[str, Reference], model: ConfigDict, shapes: Shapes
+) -> dict[str, np.ndarray]:
+    """Published parameters by path, of all towers that a model directory refers to.
+
+    Args:
+      references: by "image" and "text".
+      model: ``config.model``. shapes: of all its parameters.
+
+    Raises:
+      UserError: see `resolve`.
+    """
+    values: dict[str, np.ndarray] = {}
+    for role, reference in references.items():
+        values |= _tower_values(reference, role, model, shapes)
+    return values
+
+
+def _tower_values(
+    reference: Reference, role: str, model: ConfigDict, shapes: Shapes
+) -> dict[str, np.ndarray]:
+    path = str(resolve(reference, role))
+    if role == "text":
+        return initial_text(path, shapes)
+    return initial_image(path, shapes, tuple(model.image.grid) if reference.resample else None)

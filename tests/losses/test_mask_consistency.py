@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import losses as reference
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.losses import mask_consistency as losses
 from ovseg_jax.losses.mask_consistency import Regions
 from ovseg_jax.losses.released_mask_consistency import group_mask_loss
@@ -84,7 +85,7 @@ def test_subgroups_are_the_most_similar_ones():
     assert losses.subgroup_count(8, 0.5) == 4
     assert losses.subgroup_count(30, 0.1) == 3
     for ratio in (0.05, 1.5):
-        with pytest.raises(ValueError, match="group ratio"):
+        with pytest.raises(UserError, match="config.loss.group_ratio"):
             losses.subgroup_count(8, ratio)
 
 

@@ -142,13 +142,6 @@ def test_no_gradient_flows_through_a_matching():
     np.testing.assert_array_equal(np.asarray(jax.grad(picked)(cost)).sum(2), 1)
 
 
-def test_what_cannot_be_matched():
-    with pytest.raises(ValueError, match="none of host, device, enumerate"):
-        match(jnp.zeros((1, 2, 2)), "greedy")
-    with pytest.raises(ValueError, match="at most 5 groups, not 6"):
-        match(jnp.zeros((1, 6, 6)), "enumerate")
-
-
 LARGE = """
 import jax, numpy as np, jax.numpy as jnp
 from ovseg_jax import sharding

@@ -193,13 +193,6 @@ def test_constant_maps_are_finite():
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
-def test_mistakes():
-    with pytest.raises(ValueError, match="cost 'l1'"):
-        ours(*case(), cost="l1")
-    with pytest.raises(ValueError, match="does not hold 15"):
-        ours(*case(), grid=(4, 4))
-
-
 def test_eight_devices_give_what_one_gives():
     rows = [jnp.concatenate([case(seed)[i] for seed in range(8)]) for i in range(4)]
     mesh = sharding.make_mesh()

@@ -12,8 +12,8 @@ from ovseg_jax.models.binding import SlotBinding, straight_through, weighted_mea
 B, L, K, D = 3, 6, 4, 8
 
 
-def make(assignment, scale=None):
-    return SlotBinding(assignment, scale, 1.0, 1e-6, jnp.float32, jnp.float32)
+def make(assignment):
+    return SlotBinding(assignment, 1e-6, jnp.float32, jnp.float32)
 
 
 def inputs(seed=0):
@@ -37,9 +37,8 @@ def run(module, params, case, train=False):
 
 
 @pytest.mark.parametrize("assignment", ["hard", "soft"])
-@pytest.mark.parametrize("scale", [None, 1.0])
-def test_equations_3_to_6(params, assignment, scale):
-    module, case = make(assignment, scale), inputs()
+def test_equations_3_to_6(params, assignment):
+    module, case = make(assignment), inputs()
     binding = run(module, params, case)
     bound, affinity = binding.groups, binding.affinity
     used = []
@@ -48,7 +47,7 @@ def test_equations_3_to_6(params, assignment, scale):
             params,
             *(np.asarray(x[b]) for x in case.values()),
             eps=1e-6,
-            scale=D**-0.5 if scale is None else scale,
+            scale=D**-0.5,
             hard=assignment == "hard",
         )
         np.testing.assert_allclose(bound[b], want, rtol=1e-3, atol=1e-3)

@@ -149,22 +149,28 @@ def test_unit_of_zero_is_zero_with_a_finite_gradient():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "named"),
+    ("fields", "said"),
     [
-        ("image.assignment", "sparse", "'hard', 'soft'"),
-        ("image.heads", 3, "config.model.image.width = 32"),
-        ("text.heads", 5, "config.model.text.width = 24"),
-        ("image.group_layer", 3, "first_layers = 2"),
-        ("text_pool", "last", "'eot', 'cls', 'mean'"),
-        ("matmul_dtype", "float16", "'bfloat16'"),
+        ({"image.assignment": "sparse"}, "'hard', 'soft'"),
+        ({"image.heads": 3}, "config.model.image.width = 32"),
+        ({"text.heads": 5}, "config.model.text.width = 24"),
+        ({"image.group_layer": 3}, "first_layers = 2"),
+        ({"text_pool": "last"}, "'eot', 'cls', 'mean'"),
+        ({"matmul_dtype": "float16"}, "'bfloat16'"),
+        ({"image.position": "rope"}, "group_layer > 0"),
+        (
+            {"image.position": "rope", "image.group_layer": 1, "image.trunk_heads": 16},
+            "multiple of 4",
+        ),
+        ({"image.position": "sine"}, "image.position is 'sine'"),
+        ({"image.position_resize": "nearest"}, "image.position_resize is 'nearest'"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_a_user_error(tiny_config, field, value, named):
-    node, _, leaf = field.rpartition(".")
-    setattr(getattr(tiny_config.model, node) if node else tiny_config.model, leaf, value)
+def test_a_model_that_cannot_be_built_is_a_user_error(tiny_config, fields, said):
+    tiny_config.model.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match="config.model") as error:
         build_model(tiny_config.model)
-    assert named in str(error.value)
+    assert said in str(error.value)
 
 
 def test_bfloat16_is_the_same_model_to_its_precision(tiny_config, tiny_params):

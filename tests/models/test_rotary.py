@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.positions import Rotary, cubic_weights, resize_grid
 from ovseg_jax.optim.groups import nest
@@ -67,21 +66,6 @@ def test_the_trunk_takes_rope_and_registers_on_any_grid(tiny_config):
     swapped = np.concatenate([image[:, 8:], image[:, :8]], axis=1)
     back = np.asarray(run(params, swapped)).reshape(2, 3, 32)[::-1].reshape(6, 32)
     assert np.abs(back - straight[0]).max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        ({"position": "rope"}, "group_layer > 0"),
-        ({"position": "rope", "group_layer": 1, "trunk_heads": 16}, "multiple of 4"),
-        ({"position": "sine"}, "image.position is 'sine'"),
-        ({"position_resize": "nearest"}, "image.position_resize is 'nearest'"),
-    ],
-)
-def test_positions_that_cannot_be_built_are_refused(tiny_config, fields, match):
-    tiny_config.model.image.update(fields)
-    with pytest.raises(UserError, match=match):
-        build_model(tiny_config.model)
 
 
 @pytest.mark.parametrize(("source", "target"), [(4, 7), (9, 4), (6, 6), (5, 2)])

@@ -1,7 +1,7 @@
 """Train steps of small models: made, taken, and compared (equal but for rounding)."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,12 +22,13 @@ NO_GRADIENT = ("attention/key/bias", "binding/query/bias", "binding/group_norm/b
 
 @dataclass
 class Steps:
-    """One compiled train step and what it needs."""
+    """A train step and what it needs."""
 
     mesh: Any
     shardings: Any
     start: Any
-    compiled: Any
+    jitted: Any
+    _programs: dict = field(default_factory=dict)
 
     def place(self, state=None):
         """A state (NumPy) on the devices; the initial one by default."""
@@ -35,7 +36,15 @@ class Steps:
 
     def __call__(self, state, batch):
         """One step; the state that was passed in is donated."""
-        return self.compiled(state, sharding.put_batch(batch, self.mesh))
+        batch = sharding.put_batch(batch, self.mesh)
+        return self.program(batch)(state, batch)
+
+    def program(self, batch):
+        """The step, compiled once for each kind of batch."""
+        fields = tuple(sorted(batch))
+        if fields not in self._programs:
+            self._programs[fields] = self.jitted.lower(self.place(), batch).compile()
+        return self._programs[fields]
 
 
 def make_step(model, config, tx, mesh, mask_weight, rate=None, frozen=()):

@@ -11,8 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.weights.published_config import released_config
-from ovseg_jax.weights.released import from_released
+from ovseg_jax.train.config import DEFAULTS, complete
+from ovseg_jax.weights.released import from_released, released_config
 
 HERE = Path(__file__).parent
 
@@ -73,9 +73,8 @@ class ReleasedSet:
             heads=first,
             second_heads=second,
             text_heads=self.meta["config"]["bert"]["num_attention_heads"],
-            drop_path=0.0,
-            dropout=0.0,
         )
+        self.config["image"]["drop_path"] = self.config["text"]["dropout"] = 0.0
         self.model = build_model(ConfigDict(self.config))
         self.params, self.statistics, self.teacher = from_released(self.tensors, self.config)
 
@@ -153,22 +152,17 @@ class ReleasedSet:
         options = self.meta["config"]["model"]
         return ConfigDict(
             {
+                **DEFAULTS["loss"],
                 "entity_weight": self.weights_of_losses()[0],
-                "masking": "all_entities",
-                "mask_equal_entities": False,
-                "cross_image": "masks",
-                "group_ratio": 0.5,
                 "mask_threshold": options.get("cross_threshold", 0.6),
                 "mask_maps": "binding",
                 "mask_directions": "both" if dual else "one",
                 # The recorded run is one device's: the sum over its batch, divided by K.
                 "mask_divisor": float(self.config["image"]["num_groups"]),
-                "mask_size": 224,
                 "mask_cost": COSTS[options.get("cost_type", "L2")],
                 "detached_ratio": options.get("group_ratio", 0.5),
                 "teacher_noise": True,
                 "frozen_text_dropout": True,
-                "matching": "host",
             }
         )
 
@@ -182,14 +176,7 @@ class ReleasedSet:
             "clip_norm": self.meta["clip"],
             "weight_decay": options["weight_decay"],
             "decay_rules": ((r"/(bias|scale)$", 0.0), (".*", 1.0)),
-            "rate_rules": ((".*", 1.0),),
             "ema_decay": options["ema"],
         }
-        return ConfigDict(
-            {
-                "seed": 0,
-                "loss": self.loss_config(False),
-                "optimizer": optimizer,
-                "accumulation": {"micro_batches": 1},
-            }
-        )
+        loss = self.loss_config(False)
+        return complete({"loss": loss, "optimizer": optimizer, "model": self.config})

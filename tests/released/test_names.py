@@ -14,8 +14,7 @@ from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import released
 from ovseg_jax.weights.initialize import init_variables
 from ovseg_jax.weights.links import FORMS
-from ovseg_jax.weights.published_config import released_config
-from ovseg_jax.weights.released import TEACHER, image_links, model_links
+from ovseg_jax.weights.released import TEACHER, image_links, model_links, released_config
 from released.arrays import HERE, ReleasedSet, all_sets
 
 
@@ -149,8 +148,9 @@ def test_other_sizes_and_a_text_encoder_wider_than_the_image(case):
     tensors = released.to_released(params, statistics, config)
     assert tensors["align_proj_text.weight"].shape == (24, 32)
     assert "align_proj_img.weight" not in tensors
-    settings = {"heads": 3, "second_heads": 2, "text_heads": 2, "drop_path": 0.0, "dropout": 0.0}
-    assert ConfigDict(released_config(tensors, **settings)) == config
+    again = ConfigDict(released_config(tensors, heads=3, second_heads=2, text_heads=2))
+    again.image.drop_path = again.text.dropout = 0.0
+    assert again == config
     for ours, again in zip(
         (params, statistics), released.from_released(tensors, config), strict=False
     ):

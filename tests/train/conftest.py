@@ -1,4 +1,4 @@
-"""The train step of the tiny model, compiled once per (mesh, phase, matching) for the session."""
+"""The train step of the tiny model, compiled once per (mesh, phase) for the session."""
 
 import functools
 from dataclasses import dataclass
@@ -24,11 +24,10 @@ def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
     """Makes `Steps` for the tiny model; the same arguments give the same object."""
 
     @functools.cache
-    def make(mesh_name, mask_weight, matching, frozen):
+    def make(mesh_name, mask_weight, frozen=()):
         shape = MESHES[mesh_name]
         mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-        config = shared_tiny_config.copy_and_resolve_references()
-        config.loss.matching = matching
+        config = shared_tiny_config
         tx = make_optimizer(config.optimizer, *split(tiny_params, frozen))
         start = jax.device_get(jax.jit(lambda p: new_state(p, tx, frozen))(tiny_params))
         spec = config.optimizer.learning_rate
@@ -36,10 +35,7 @@ def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
         step = make_step(tiny_model, config, tx, mesh, mask_weight, rate, frozen)
         return steps_on(mesh, tiny_boxed, start, step)
 
-    # The cache tells a default from the same value given.
-    return lambda mesh_name, mask_weight, matching="host", frozen=(): make(
-        mesh_name, mask_weight, matching, frozen
-    )
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +43,8 @@ def run_steps(make_steps):
     """Runs `STEPS` steps over batches 0, 1, ...; the same arguments give the same `Run`."""
 
     @functools.cache
-    def run(mesh_name, mask_weight, matching="host"):
-        steps = make_steps(mesh_name, mask_weight, matching)
-        return take_steps(steps, STEPS, second=mask_weight > 0)
+    def run(mesh_name, mask_weight):
+        return take_steps(make_steps(mesh_name, mask_weight), STEPS, second=mask_weight > 0)
 
     return run
 

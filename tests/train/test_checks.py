@@ -111,6 +111,8 @@ def test_tokens_that_cannot_be_classified(config, masking, classes, source, mask
             {"loss.matching": "enumerate", "model.image.num_groups": 40},
             "'enumerate' takes at most",
         ),
+        ({"loss.group_ratio": 0.1}, "config.loss.group_ratio = 0.1 keeps 0 of 4 groups"),
+        ({"loss.group_ratio": 2.0}, "config.loss.group_ratio = 2.0 keeps 8 of 4 groups"),
     ],
 )
 def test_phases_that_cannot_be_computed(config, changes, said):

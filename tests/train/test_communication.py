@@ -19,17 +19,13 @@ DEVICES, GROUPS = 8, 2  # of which each image keeps two for the mask loss
 @pytest.fixture(scope="module")
 def compiled(make_steps):
     """Text of the compiled mask phase on a mesh of eight devices."""
-    return functools.cache(lambda mesh: text_of(make_steps(mesh, 0.1)))
 
+    @functools.cache
+    def text_of(mesh):
+        steps = make_steps(mesh, 0.1)
+        return steps.program(sharding.put_batch(make_batch(0), steps.mesh)).as_text()
 
-def text_of(steps):
-    batch = sharding.put_batch(make_batch(0), steps.mesh)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        steps.start,
-        steps.shardings,
-    )
-    return steps.compiled.lower(state, batch).compile().as_text()
+    return text_of
 
 
 def test_on_a_pure_data_mesh_only_embeddings_are_gathered(compiled):

@@ -49,25 +49,6 @@ def test_sigusr1_prints_the_stacks_and_the_run_goes_on(stopped):
 
 
 @pytest.mark.slow
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(stopped, alone, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(stopped[0], copy)
-    before, last = runs.checkpoints_of(copy)
-    folder = copy / "checkpoints" / "latest" / str(last)
-    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size)
-    size = largest.stat().st_size
-    with largest.open("r+b") as file:
-        file.truncate(size // 2)
-    said = runs.train(copy)
-    name = largest.relative_to(folder)
-    assert f"the checkpoint of step {last} is damaged" in said
-    assert f"{name} has {size // 2} bytes of {size}" in said
-    assert f"resuming at step {before}" in said
-    assert (copy / "checkpoints" / "damaged" / str(last)).is_dir()
-    runs.assert_same_end(copy, alone.workdir)
-
-
-@pytest.mark.slow
 def test_a_file_too_large_ends_the_run_with_one_error(tmp_path):
     workdir = tmp_path / "run"
     limited = ("bash", "-c", 'ulimit -f 300; exec "$@"', "bash")  # KiB
@@ -76,46 +57,6 @@ def test_a_file_too_large_ends_the_run_with_one_error(tmp_path):
     assert "a checkpoint could not be written" in error and "File too large" in error
     assert "None was saved before" in error
     assert runs.checkpoints_of(workdir) == []
-
-
-def mounted(folder, megabytes):
-    """Whether a file system of its own could be mounted on a folder."""
-    options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    try:
-        return subprocess.run(["mount", *options], capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-def test_a_full_disk_keeps_what_is_complete(tmp_path):
-    """On a tmpfs that holds one or two checkpoints; where mounting is not allowed, see the test of
-    `save`, and the file-size limit of the test before."""
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    if not mounted(workdir, 9):
-        print("mounting is not allowed here")
-        return
-    try:
-        said = runs.train(workdir, code=2)
-        refused = int(re.search(r"error: no room for the checkpoint of step (\d+)", said)[1])
-        last = refused - runs.SAVED_EVERY
-        assert f"That of step {last} is complete: the same command goes on from there" in said
-        assert "Traceback" not in said
-        assert runs.checkpoints_of(workdir)[-1] == last
-        subprocess.run(["mount", "-o", "remount,size=200m", str(workdir)], check=True)
-        assert f"resuming at step {last}" in runs.train(workdir)
-    finally:
-        subprocess.run(["umount", "-l", str(workdir)], check=True)
-
-
-def test_a_file_for_a_parent_is_one_error(tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    workdir = tmp_path / "file" / "run"
-    command = runs.begin(tmp_path / "log", f"--workdir={workdir}")
-    said = runs.finish(command, tmp_path / "log", code=2)
-    error = said[said.index("error: ") :]
-    assert f"{workdir}" in error and "cannot be written" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -143,18 +84,6 @@ def test_a_loader_that_stalls_is_told_apart_and_ended(tmp_path):
     assert not any(runs.alive(pid) for pid in workers)
 
 
-@pytest.mark.slow
-def test_a_loss_that_stays_nan_is_refused(tmp_path):
-    said = runs.train(
-        tmp_path / "run",
-        "--config.optimizer.learning_rate.peak=1e30",
-        "--config.max_skipped=3",
-        code=2,
-    )
-    assert "error: loss or gradients were not finite in 3 steps in a row" in said
-    assert "Traceback" not in said
-
-
 # ---- SIGKILL at random moments costs nothing but time
 
 
@@ -166,17 +95,6 @@ def test_three_kills_end_like_the_run_left_alone(alone, tmp_path):
     # Both phases were hit.
     steps = [int(re.search(r"killed after step (\d+)", line)[1]) for line in said[:3]]
     assert min(steps) < runs.STEPS / 2 <= max(steps)
-
-
-def test_twenty_kills_are_spread_over_the_run():
-    plan = kills.plan(20, seed=0)
-    assert {kind for kind, _ in plan} == {"save", "step", "start"}
-    saves = [step for kind, step in plan if kind == "save"]
-    assert all(step % runs.SAVED_EVERY == 0 for step in saves)
-    for kind in ("save", "step"):
-        steps = [step for name, step in plan if name == kind]
-        assert len(steps) == 8
-        assert min(steps) <= 10 and max(steps) > 30 and steps == sorted(steps)
 
 
 # ---- jobs of two processes

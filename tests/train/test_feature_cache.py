@@ -17,7 +17,7 @@ from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.models.build import build_model
 from ovseg_jax.progress import Progress
-from ovseg_jax.train.feature_cache import (
+from ovseg_jax.train.features import (
     AFTER_TRUNK,
     cache_key,
     image_store,

@@ -1,5 +1,6 @@
 """Whole runs: evaluations in their course, a changed config, what they say; the work directory."""
 
+import contextlib
 import os
 import shutil
 from types import SimpleNamespace
@@ -14,14 +15,18 @@ from ovseg_jax.errors import RestartError, UserError
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import loop
 from ovseg_jax.train.config import load_config
-from ovseg_jax.train.loop import TextCuts, _Training, train
-from ovseg_jax.train.metrics import Meter
+from ovseg_jax.train.loop import _Training, locked, train
 from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.workdir import changed_fields, locked, plain
+from ovseg_jax.train.resume import changed_fields, plain
 
 EVERY = 2
 # By step. Phase 1 has four steps.
 SCORES = {2: 50.0, 4: 10.0, 6: 20.0}
+
+
+def on_one_device(monkeypatch):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda **_: mesh)
 
 
 @pytest.fixture
@@ -34,8 +39,8 @@ def config(monkeypatch):
     config.phases[1].update(steps=3, start_from="best", learning_rate=still)
     config.eval.update(benchmarks=("scenes",), every=EVERY, tune_count=4, batch_size=4)
     config.checkpoint_every = 1000
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda **_: mesh)
+    config.data.text_length = 8  # too short for some captions
+    on_one_device(monkeypatch)
     return config
 
 
@@ -66,11 +71,18 @@ def test_a_best_state_is_kept_and_started_from_and_a_failed_evaluation_costs_no_
     with pytest.raises(UserError, match="no image"):
         train(config, tmp_path, Progress(quiet=True))
     assert runs.checkpoints_of(tmp_path) == [2, 4]
-    _, state = train(config, tmp_path, Progress(quiet=True))
+    progress = Progress(quiet=True)
+    said, progress.say = [], lambda line: said.append(line)
+    _, state = train(config, tmp_path, progress)
     assert made == [2, 4, 6]
     lines = [(x["step"], x.get("eval/scenes_tune/miou")) for x in runs.metrics_of(tmp_path)]
     assert [line for line in lines if line[1]] == list(SCORES.items())
     assert [step for step, miou in lines if miou is None] == [1, 2, 3, 4, 5, 6, 7]
+    # Examples whose texts lost words are counted for each phase, and not sent to the device.
+    cuts = [line.get("train/truncated_examples") for line in runs.metrics_of(tmp_path)]
+    cut = [count for count in cuts if count is not None][4:]
+    assert 0 < cut[0] <= cut[-1] <= 3 * 8
+    assert any(f"{cut[-1]:.0f} of 24 examples in " in line for line in said)
     best = runs.read_run(tmp_path, "best")
     assert best.position["step"] == 2 and int(state.step) == 7
     for one, other in zip(
@@ -100,79 +112,67 @@ def test_a_profile_is_a_trace_and_metrics_have_their_phase(alone):
 
 CHANGES = {
     "a field without consequences for shapes": (
-        ["--config.optimizer.learning_rate.peak=0.001"],
-        0,
+        {"optimizer.learning_rate.peak": 0.001},
+        None,
         ["config.optimizer.learning_rate.peak: 0.0015 -> 0.001", "resuming at step 40"],
     ),
     "another width": (
-        ["--config.model.joint_width=8"],
-        2,
+        {"model.joint_width": 8},
+        None,
         ["does not fit this config", "config.model.joint_width: 16 -> 8"],
     ),
     "a step in another phase": (
-        ["--config.phases[0].steps=50"],
-        2,
+        {"phases": ({"steps": 50, "batch_size": 8}, {"steps": 20, "batch_size": 8})},
+        None,
         ["config.phases[1], which takes steps 50 to 70", "config.phases[0].steps: 20 -> 50"],
     ),
-    "a profile of no step": (["--profile=3:5"], 2, ["--profile=3:5 begins at no step"]),
+    "a profile of no step": ({}, (3, 5), ["--profile=3:5 begins at no step"]),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(alone, tmp_path, name):
+def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(
+    alone, tmp_path, monkeypatch, name
+):
+    changes, profile, expected = CHANGES[name]
     workdir = shutil.copytree(alone.workdir, tmp_path / "run")
-    arguments, code, expected = CHANGES[name]
     before = (workdir / "config.json").read_text()
-    said = runs.train(workdir, *arguments, code=code)
-    for words in expected:
-        assert words in said
-    # A refused config does not take the place of the one that the checkpoints belong to.
-    assert ((workdir / "config.json").read_text() == before) == (code != 0)
-
-
-def test_targets_that_are_positive_nearly_everywhere_are_warned_of_once():
     config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
-    said, written = [], []
-    progress = SimpleNamespace(say=said.append, update=lambda text, final: None)
+    config.update_from_flattened_dict(changes)
+    on_one_device(monkeypatch)
+    said, progress = [], Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    refused = "resuming at step 40" not in expected
+    with pytest.raises(UserError) if refused else contextlib.nullcontext() as error:
+        train(config, workdir, progress, profile)
+    text = "\n".join([*said, str(error and error.value)])
+    for words in expected:
+        assert words in text
+    # A refused config does not take the place of the one that the checkpoints belong to.
+    written = (workdir / "config.json").read_text()
+    assert (written == before) == refused
+
+
+def test_a_loss_that_stays_nan_is_refused():
+    config, written = load_config(runs.ROOT / "tests" / "tiny.py:restarts"), []
+    config.max_skipped = 3
     training = SimpleNamespace(
-        warned=False,
-        run=SimpleNamespace(progress=progress, config=config),
+        run=SimpleNamespace(progress=Progress(quiet=True), config=config),
         checkpoints=SimpleNamespace(check=lambda: None),
         writer=SimpleNamespace(write=lambda step, values: written.append(values)),
     )
     phase = make_phases(config, 100)[1]
-    for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
-        metrics = {"loss": 1.0, "skipped": 0.0, "mask_target_fraction": fraction}
+
+    def log(step, skipped):
+        metrics = {"loss": np.nan, "skipped": skipped}
         arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
-        _Training._log(training, phase, step, arrays, Meter(8), TextCuts(), 0)
-    assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
-    fractions = [values["train/mask_target_fraction"] for values in written]
-    assert fractions == pytest.approx([0.59, 0.72, 0.9])
+        _Training._log(training, phase, step, arrays, {"phase": 1.0}, 7)
 
-
-# ---- texts that were cut
-
-
-def batch(**fields):
-    return {"weight": np.ones(4, np.float32), **fields}
-
-
-def test_examples_that_lost_words_are_counted_and_never_sent_to_the_device():
-    cuts = TextCuts()
-    marks = ([True, False, True, True], [False] * 4)
-    seen = list(cuts.counted([batch(truncated=np.array(mark)) for mark in marks]))
-    assert [set(one) for one in seen] == [{"weight"}] * 2
-    assert (cuts.read, cuts.cut) == (8, 3)
-    assert cuts.note("align", 24).startswith(
-        "note: 3 of 8 examples in align had a text cut to 24 tokens"
-    )
-
-
-def test_cached_texts_count_as_whole():
-    cuts = TextCuts()
-    list(cuts.counted([batch()]))
-    assert (cuts.read, cuts.cut) == (4, 0)
+    log(24, 2.0)
+    assert written[0]["train/skipped"] == 2.0 and written[0]["train/phase"] == 1.0
+    with pytest.raises(UserError, match="3 steps in a row, up to step 25.* 7 records could not"):
+        log(25, 3.0)
 
 
 # ---- the work directory

@@ -17,9 +17,15 @@ from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import Flag, parse
 from ovseg_jax.models.build import build_model
-from ovseg_jax.train.chips import peak_flops
 from ovseg_jax.train.loop import step_flops
-from ovseg_jax.train.metrics import Meter, MetricsWriter, matmul_flops, memory_in_use, step_range
+from ovseg_jax.train.metrics import (
+    Meter,
+    MetricsWriter,
+    matmul_flops,
+    memory_in_use,
+    peak_flops,
+    step_range,
+)
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.step import Program
 
@@ -46,7 +52,7 @@ def test_rates_step_times_and_waiting(monkeypatch):
     meter.restart()
     for _ in meter.timed(clock.batches([1.0, 0.0, 0.0, 3.0])):
         clock.now += 1.0
-        meter.stepped()
+        meter.finish(0.0)
     found = meter.lap()
     assert found["images_per_second"] == pytest.approx(4 * 16 / 8)
     assert found["images_per_second_per_device"] == pytest.approx(1.0)
@@ -62,9 +68,9 @@ def test_utilization_is_the_share_of_the_peak_of_all_devices(monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr("ovseg_jax.train.metrics.peak_flops", lambda kind: 2e12)
     meter = Meter(batch_size=8)
-    meter.count_flops(4e12)
+    meter.flops = 4e12
     clock.now += 0.5
-    meter.stepped()
+    meter.finish(0.0)
     assert meter.lap()["flops_utilization"] == pytest.approx(4e12 / 0.5 / (8 * 2e12))
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.weights.pth import read_state_dict, write_torch
+from ovseg_jax.weights.tensors import read_checkpoint
 
 torch = pytest.importorskip("torch", reason="the extra convert is not installed")
 
@@ -256,3 +257,22 @@ def test_no_state_dict(tmp_path):
     torch.save(3, path)
     with pytest.raises(UserError, match="holds no state dict"):
         read_state_dict(path)
+
+
+def test_a_counter_beside_the_weights_is_read(tmp_path):
+    """PyTorch's MultiStepLR saves its milestones so."""
+    scheduler = {"milestones": collections.Counter([30, 60, 60]), "last_epoch": 3}
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "lr_scheduler": scheduler}, path)
+    assert read_state_dict(path).tensors["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["x.pth.tar", "x.PTH", "x", "epoch_3.best", "x.NPZ"])
+def test_the_name_does_not_matter(name, tmp_path):
+    path = tmp_path / name
+    if name.endswith("NPZ"):
+        with path.open("wb") as file:
+            np.savez(file, w=np.ones(2))
+    else:
+        write_torch(path, {"w": np.ones(2)})
+    assert read_checkpoint(path).tensors["w"].tolist() == [1.0, 1.0]

@@ -14,9 +14,9 @@ from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights import model_dir
-from ovseg_jax.weights.initialize import architecture, published_start
+from ovseg_jax.weights.initialize import architecture, published_start, split_towers
 from ovseg_jax.weights.model_dir import find_model, load_model, save_model
-from ovseg_jax.weights.references import TOKENIZER, Reference, check_installed, refer, split_towers
+from ovseg_jax.weights.towers import TOKENIZER, Reference, check_installed, refer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
 TRAINED = "text_encoder/layers/mlp/fc1/bias"

@@ -1,4 +1,4 @@
-"""Features of frozen towers, computed once before training and read by the loader.
+"""Features of frozen towers: caches that the loader reads, and the start of the neck from them.
 
 The caches are exact for what is frozen: trunk features of V stored views of each image, sentence
 vectors of captions, prompts and shared entities, token features of masked captions.
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ovseg_jax import processes
 from ovseg_jax.data.augment import complete_transform, train_image
 from ovseg_jax.data.captions import (
     distinct_captions,
@@ -31,8 +32,10 @@ from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.order import example_rng
 from ovseg_jax.data.records import RecordSource
 from ovseg_jax.data.tokenizer import Tokenizer
+from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten
+from ovseg_jax.shapes import Float
 from ovseg_jax.weights.initialize import TRUNK
 
 # Fields of the visual encoder that do not change the trunk's output. All others are in the key:
@@ -47,8 +50,6 @@ AFTER_TRUNK = (
     "group_std",
     "binding_form",
     "assignment",
-    "binding_scale",
-    "gumbel_temperature",
     "drop_path",
     "remat",
 )
@@ -57,6 +58,8 @@ IMAGE_BATCH = 32
 TEXT_BATCH = 128
 # Texts are padded to multiples of so many tokens, which limits the number of compiled programs.
 _MULTIPLE = 8
+# Enough patches for means and deviations of a few hundred channels.
+NECK_IMAGES = 64
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -70,11 +73,6 @@ def cache_key(params: Mapping[str, Any], prefixes: tuple[str, ...], **settings: 
             digest.update(path.encode())
             digest.update(np.ascontiguousarray(jax.device_get(leaf)))
     return digest.hexdigest()[:16]
-
-
-def view_seed(transform: Mapping[str, Any], seed: int) -> int | None:
-    """The seed that views depend on; None where nothing is drawn, so that runs share a cache."""
-    return None if transform["kind"] == "none" else seed
 
 
 def settings_of(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, str]:
@@ -104,17 +102,19 @@ def image_store(
       progress: called with a label, images done, images in all.
     """
     transform = complete_transform(transform)
+    # Where nothing is drawn, runs of any seed and any other fields share a cache.
+    still = {"kind": "none", "size": transform["size"]} if transform["kind"] == "none" else None
     key = cache_key(
         params,
         TRUNK,
         source=source.fingerprint(),
-        transform=_shaping(transform),
+        transform=still or transform,
         views=views,
-        seed=view_seed(transform, seed),
+        seed=None if still else seed,
         trunk=settings_of(model.image_encoder, AFTER_TRUNK),
     )
-    place = directory / f"images-{key}"
-    if (store := FeatureStore.open(place, key)) is not None:
+    folder = directory / f"images-{key}"
+    if (store := FeatureStore.open(folder, key)) is not None:
         return store
     trunk = jax.jit(
         lambda params, images: model.apply({"params": params}, images, method="trunk").astype(
@@ -123,23 +123,15 @@ def image_store(
     )
     size, count = int(transform["size"]), len(source)
     tokens, width = model.image_encoder.feature_tokens(size), model.image_encoder.feature_width
-    store = FeatureStore.create(
-        place,
-        key,
-        {
-            "image": ((count, views, tokens, width), np.float16),
-            "valid": ((count,), np.uint8),
-        },
-    )
+    arrays = {
+        "image": ((count, views, tokens, width), np.float16),
+        "valid": ((count,), np.uint8),
+    }
+    store = FeatureStore.create(folder, key, arrays)
     rows = [(record, view) for record in range(count) for view in range(views)]
 
     def read(row: tuple[int, int]) -> np.ndarray | None:
-        record = source[row[0]]
-        try:
-            return train_image(record.image, example_rng(seed, row[1], record.key), transform)
-        except UnreadableImage as error:
-            _log.warning("record %s cannot be used and weighs 0: %s", record.key, error.cause)
-            return None
+        return _view(source, *row, transform, seed)
 
     for part, images in _read_ahead(rows, read, IMAGE_BATCH):
         batch = np.zeros((IMAGE_BATCH, size, size, 3), np.uint8)
@@ -155,11 +147,16 @@ def image_store(
     return store.commit()
 
 
-def _shaping(transform: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a transform that shape pixels: of the kind 'none' there are two."""
-    if transform["kind"] == "none":
-        return {"kind": "none", "size": transform["size"]}
-    return dict(transform)
+def _view(
+    source: RecordSource, index: int, view: int, transform: Mapping[str, Any], seed: int
+) -> np.ndarray | None:
+    """A view of a record's image; None where it cannot be read."""
+    record = source[index]
+    try:
+        return train_image(record.image, example_rng(seed, view, record.key), transform)
+    except UnreadableImage as error:
+        _log.warning("record %s cannot be used and weighs 0: %s", record.key, error.cause)
+        return None
 
 
 def _read_ahead(
@@ -214,27 +211,24 @@ def text_store(
         pad_id=model.pad_id,
         encoder=settings_of(model.text_encoder, ("dropout", "remat")),
     )
-    place = directory / f"texts-{key}"
-    if (store := FeatureStore.open(place, key)) is not None:
+    folder = directory / f"texts-{key}"
+    if (store := FeatureStore.open(folder, key)) is not None:
         return store
     hidden = list(dict.fromkeys(masked))
     shared = [shared_prompt(name) for name in entity_set.names]
     width = model.text_encoder.width
-    store = FeatureStore.create(
-        place,
-        key,
-        {
-            "caption_starts": (starts.shape, np.int64),
-            "caption_rows": (rows.shape, np.int32),
-            "caption_pooled": ((len(captions), width), np.float16),
-            "masked_rows": ((len(captions),), np.int32),
-            "masked_tokens": ((len(hidden), length, width), np.float16),
-            "masked_mask": ((len(hidden), length), np.bool_),
-            "prompt_rows": (prompt_rows.shape, np.int32),
-            "prompt_pooled": ((len(prompts), width), np.float16),
-            "shared_pooled": ((len(shared), width), np.float16),
-        },
-    )
+    arrays = {
+        "caption_starts": (starts.shape, np.int64),
+        "caption_rows": (rows.shape, np.int32),
+        "caption_pooled": ((len(captions), width), np.float16),
+        "masked_rows": ((len(captions),), np.int32),
+        "masked_tokens": ((len(hidden), length, width), np.float16),
+        "masked_mask": ((len(hidden), length), np.bool_),
+        "prompt_rows": (prompt_rows.shape, np.int32),
+        "prompt_pooled": ((len(prompts), width), np.float16),
+        "shared_pooled": ((len(shared), width), np.float16),
+    }
+    store = FeatureStore.create(folder, key, arrays)
     row_of = {text: row for row, text in enumerate(hidden)}
     store["caption_starts"][:], store["caption_rows"][:] = starts, rows
     store["masked_rows"][:] = [row_of[text] for text in masked]
@@ -265,12 +259,8 @@ def text_store(
     for name, listed in (("caption", captions), ("prompt", prompts), ("shared", shared)):
         store[f"{name}_pooled"][:] = pooled[np.asarray([at[text] for text in listed], np.intp)]
     if cut := int((tokens > length).sum()):
-        _log.warning(
-            "%d of %d cached sentences were cut to %d tokens (config.data.text_length)",
-            cut,
-            len(texts),
-            length,
-        )
+        message = "%d of %d cached sentences were cut to %d tokens (config.data.text_length)"
+        _log.warning(message, cut, len(texts), length)
     return store.commit()
 
 
@@ -279,3 +269,68 @@ def _texts_digest(texts: Sequence[str], *arrays: np.ndarray) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
+
+
+# ---- the start of the neck
+
+
+def standardized_neck(
+    model: OVSegmentor,
+    params: Mapping[str, Any],
+    source: RecordSource,
+    transform: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """The parameters with the neck's input standardized on images of the training set.
+
+    ``W x + b`` becomes ``W (x - mean) / std + b``, folded into kernel and bias (Salimans & Kingma,
+    2016); so does the first map of the image head, where there is one, on the class token. The
+    channels of a pretrained trunk differ in mean and scale: otherwise the common mean decides which
+    group wins every patch, and one or two groups take them all.
+
+    Args:
+      transform: of the images, as in training; seed: of its random draws.
+
+    Raises:
+      UserError: the model has no neck, or not one image could be read.
+    """
+    if "neck" not in params["image_encoder"]:
+        raise UserError(
+            "config.model.neck_init = 'standardize' needs a neck: give the trunk another width "
+            "than the encoder (config.model.image.trunk_width)"
+        )
+    transform = complete_transform(transform)
+    # Evenly over the records: those of a mixture lie one data set after the other.
+    indices = range(0, len(source), max(1, len(source) // NECK_IMAGES))[:NECK_IMAGES]
+    views = [_view(source, index, 0, transform, seed) for index in indices]
+    images = [view for view in views if view is not None]
+    if not images:
+        raise UserError(f"none of {NECK_IMAGES} images of {source.name} can be read")
+    trunk = jax.jit(lambda params, x: model.apply({"params": params}, x, method="trunk"))
+    features = np.asarray(trunk(processes.local(params), np.stack(images)), np.float32)
+    patches = features
+    params = {**params, "image_encoder": dict(params["image_encoder"])}
+    if model.image_head:
+        patches = features[:, 1:]
+        head = params["whole_head"]
+        params["whole_head"] = {**head, "fc": _standardizing(head["fc"], features[:, 0])}
+    neck = params["image_encoder"]["neck"]
+    patches = patches.reshape(-1, patches.shape[-1])
+    params["image_encoder"]["neck"] = _standardizing(neck, patches)
+    return params
+
+
+def _standardizing(
+    dense: Mapping[str, Any], inputs: Float[np.ndarray, "rows channels"]
+) -> dict[str, jax.Array]:
+    """A dense map that standardizes its inputs first, by the statistics of `inputs`."""
+    mean, deviation = inputs.mean(0), np.maximum(inputs.std(0), 1e-3)
+
+    @jax.jit
+    def fold(dense: Mapping[str, Any]) -> dict[str, Any]:
+        kernel = dense["kernel"] / jnp.asarray(deviation)[:, None]
+        return {"kernel": kernel, "bias": dense["bias"] - (jnp.asarray(mean)[None] @ kernel)[0]}
+
+    return jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), fold(dense), dict(dense)
+    )

