@@ -18,6 +18,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.flags import Flag, parse
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.chips import peak_flops
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import step_flops
 from ovseg_jax.train.metrics import Meter, MetricsWriter, matmul_flops, memory_in_use, step_range
 from ovseg_jax.train.phases import make_phases
