@@ -21,7 +21,7 @@ from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.resume import SavedRun, read_run
 from ovseg_jax.weights.initialize import architecture, split_towers, variable_shapes
-from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.model_dir import check_free, load_model, save_model
 from ovseg_jax.weights.towers import HUB, PACKAGE, TOKENIZER, Reference, refer
 
 ABOUT = """Write a model directory from a run.

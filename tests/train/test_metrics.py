@@ -17,6 +17,7 @@ from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import Flag, parse
 from ovseg_jax.models.build import build_model
+from ovseg_jax.train.config import load_config
 from ovseg_jax.train.loop import step_flops
 from ovseg_jax.train.metrics import (
     Meter,
