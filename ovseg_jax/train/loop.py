@@ -43,6 +43,8 @@ from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
 from ovseg_jax.train.state import TrainState, teacher_of
 from ovseg_jax.train.step import Program
 
+# Masks that cover more of an image than this share tell its regions apart no longer.
+MOST_TARGETS = 0.6
 LOCK = ".in_use"
 # Whose versions a run writes down.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -116,6 +118,7 @@ class _Training:
     stop: StopSignal
     watchdog: Watchdog
     profiler: Profiler
+    warned: bool = False  # of mask targets that are positive nearly everywhere
 
     def phase(self, phase: Phase, state: TrainState) -> TrainState:
         """Takes the steps of a phase that are left."""
@@ -231,6 +234,13 @@ class _Training:
                 f"to step {step}. Parameters are as they were before. Lower "
                 "config.optimizer.learning_rate.peak, or look at the data of these steps"
                 + (f"; {unread} records could not be read" if unread else "")
+            )
+        if values.get("mask_target_fraction", 0.0) > MOST_TARGETS and not self.warned:
+            self.warned = True
+            self.run.progress.say(
+                f"warning: step {step}: {100 * values['mask_target_fraction']:.0f} % of the "
+                "patches are positive in the mask targets, so nearly every mask matches every "
+                "other: raise config.loss.mask_threshold, or train the groups longer before"
             )
         self.checkpoints.check()
         values |= measured

@@ -1,10 +1,11 @@
 """Phases as data: what changes in the course of a run, from the config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.augment import complete_transform
@@ -13,6 +14,8 @@ from ovseg_jax.flags import nearest
 from ovseg_jax.optim.optimizer import learning_rate
 from ovseg_jax.shapes import Array
 
+# A phase with a smaller share of the summed learning rate is warned of.
+LEAST_RATE_SHARE = 0.05
 CHOICES = {
     "optimizer": ("continue", "fresh"),
     "teacher": ("keep", "reset"),
@@ -137,6 +140,30 @@ def _filled(
         if key not in defaults:
             raise UserError(f"{where}.{key} is no field{nearest(key, list(defaults))}")
     return {**defaults, **dict(fields)}
+
+
+def rate_shares(config: ConfigDict, phases: Sequence[Phase]) -> list[float]:
+    """The share of each phase in the learning rate summed over all steps of the run."""
+    total = phases[-1].last
+    sums = []
+    for phase in phases:
+        steps = jnp.arange(phase.first, phase.last)
+        rates = jax.vmap(lambda step, phase=phase: rate_at(step, config, phase, total))(steps)
+        sums.append(float(jnp.sum(rates)))
+    whole = sum(sums)
+    return [value / whole if whole else 0.0 for value in sums]
+
+
+def weak_phases(config: ConfigDict, phases: Sequence[Phase]) -> list[str]:
+    """A line of warning for each phase that can hardly change the model."""
+    return [
+        f"warning: phase {phase.name!r} has {100 * share:.2g} % of the learning rate summed over "
+        f"the run, too little to show an effect: raise config.optimizer.learning_rate.end, or give "
+        f"config.phases[{phase.index}] more steps or a learning_rate of its own"
+        for phase, share in zip(phases, rate_shares(config, phases), strict=True)
+        # Where a phase has its schedule, somebody decided so.
+        if len(phases) > 1 and phase.schedule is None and share < LEAST_RATE_SHARE
+    ]
 
 
 def rate_at(step: Array, config: ConfigDict, phase: Phase, total: int) -> jax.Array:

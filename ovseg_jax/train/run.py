@@ -34,7 +34,7 @@ from ovseg_jax.train.checks import (
     check_token_classes,
 )
 from ovseg_jax.train.features import image_store, standardized_neck, text_store
-from ovseg_jax.train.phases import Phase, make_phases
+from ovseg_jax.train.phases import Phase, make_phases, weak_phases
 from ovseg_jax.train.step import Program
 from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
 
@@ -196,6 +196,8 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
     length = _text_length(config, source, entities, tokenizer, progress)
     phases = make_phases(config, len(source))
     check_phases(config, phases, mesh)
+    for line in weak_phases(config, phases):
+        progress.say(line)
     return Run(
         config=config,
         mesh=mesh,

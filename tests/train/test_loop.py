@@ -206,3 +206,23 @@ def test_changes_are_listed_by_field(tiny_config):
         "phases[1].steps: 4 -> 5",
         'phases[2]: absent -> {"steps": 6}',
     ]
+
+
+def test_targets_that_are_positive_nearly_everywhere_are_warned_of_once():
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    said, written = [], []
+    progress = SimpleNamespace(say=said.append, update=lambda text, final: None)
+    training = SimpleNamespace(
+        warned=False,
+        run=SimpleNamespace(progress=progress, config=config),
+        checkpoints=SimpleNamespace(check=lambda: None),
+        writer=SimpleNamespace(write=lambda step, values: written.append(values)),
+    )
+    phase = make_phases(config, 100)[1]
+    for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
+        metrics = {"loss": 1.0, "skipped": 0.0, "mask_target_fraction": fraction}
+        arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
+        _Training._log(training, phase, step, arrays, {}, 0)
+    assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
+    fractions = [values["train/mask_target_fraction"] for values in written]
+    assert fractions == pytest.approx([0.59, 0.72, 0.9])

@@ -13,7 +13,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.config import load_config
-from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.phases import make_phases, rate_shares, weak_phases
 from ovseg_jax.train.state import new_state, next_phase_state
 
 CROP = {"kind": "crop", "size": 32}
@@ -46,6 +46,32 @@ def test_phases_read_on_where_the_one_before_stopped(tiny_config):
     phases = make_phases(tiny_config, records=100)
     assert [phase.position(phase.first) for phase in phases] == [0, 40, 140]
     assert phases[1].position(phases[1].first + 3) == 52
+
+
+def test_phases_that_hardly_train_are_warned_of(tiny_config):
+    tiny_config.data = {"transform": CROP}
+    tiny_config.phases = ({"steps": 90, "batch_size": 8}, {"steps": 10, "batch_size": 8})
+    phases = make_phases(tiny_config, records=100)
+    rate = tiny_config.optimizer.learning_rate
+    rate.update(peak=1.0, end=0.0, warmup=0)
+    steps = 0.5 + 0.5 * np.cos(np.pi * np.arange(100) / 100)
+    shares = rate_shares(tiny_config, phases)
+    np.testing.assert_allclose(
+        shares, [steps[:90].sum(), steps[90:].sum()] / steps.sum(), rtol=1e-4
+    )
+    (line,) = weak_phases(tiny_config, phases)
+    assert "config.phases[1]" in line and "learning_rate.end" in line
+    rate.end = 0.5
+    assert weak_phases(tiny_config, phases) == []
+    assert weak_phases(tiny_config, phases[:1]) == []
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart:both", "vitb", "photos"])
+def test_no_config_has_a_phase_that_hardly_trains(name):
+    file, _, variant = name.partition(":")
+    path = Path(__file__).parents[2] / "configs" / f"{file}.py"
+    config = load_config(f"{path}:{variant}" if variant else path)
+    assert weak_phases(config, make_phases(config, 4_000_000)) == []
 
 
 @pytest.mark.parametrize(
