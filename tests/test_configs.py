@@ -149,8 +149,9 @@ def test_fields_of_a_config_file_that_do_not_exist(tmp_path, fields, said):
         f"    config = read_config({str(CONFIGS / 'vitb.py')!r})\n    config.{fields}\n"
         "    return config\n"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
         load_config(path)
+    assert str(error.value).count(str(path)) == 1
 
 
 def test_groups_of_fields_are_groups():

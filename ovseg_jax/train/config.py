@@ -119,8 +119,9 @@ def load_config(spec: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
       UserError: the file cannot be read, or names a field that does not exist; or an override does.
     """
+    given = read_config(spec)
     try:
-        config = complete(read_config(spec))
+        config = complete(given)
     except UserError as error:
         raise UserError(f"config {str(spec)!r}: {error}") from None
     for key, text in overrides:
