@@ -76,7 +76,7 @@ class Protocol:
         config "clip" stands for all of CLIP's.
       affinity: where the patch-to-group map comes from, 'binding' (Eq. 4) or 'features' (Eq. 1).
       grouping: 'soft_patches', where a patch's score is the mean of its groups' cosines, or
-        'one_group', where each pixel belongs to one group and has its scores (see `one_group`).
+        'one_group', where each pixel belongs to one group and has its scores (see `readout`).
       image_classes: with 'one_group', probabilities are multiplied by those among this many
         classes, the most similar to the whole window; 0 for no second softmax.
       cap_threshold: whether a threshold above every probability is lowered to the highest, so that
