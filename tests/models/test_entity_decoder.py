@@ -47,7 +47,7 @@ def cross_first(p, tokens, keep, groups, depth):
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_cross_first(text, image, mask_padding):
     decoder = EntityDecoder(
-        8, HEADS, 2.0, EPS, jnp.float32, jnp.float32, "cross_first", 2, mask_padding
+        8, HEADS, 2.0, EPS, order="cross_first", depth=2, mask_padding=mask_padding
     )
     rng = np.random.default_rng(0)
 
