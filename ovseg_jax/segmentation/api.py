@@ -267,7 +267,7 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         )
 
 
-def _as_list(images: AnyImage | Iterable[AnyImage]) -> tuple[bool, Sequence[AnyImage]]:
+def _as_list(images: AnyImage | Iterable[AnyImage]) -> tuple[bool, list[AnyImage]]:
     """(whether several images were given, the images)."""
     many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     many = many or getattr(images, "ndim", 0) == 4
@@ -276,7 +276,7 @@ def _as_list(images: AnyImage | Iterable[AnyImage]) -> tuple[bool, Sequence[AnyI
         raise UserError(f"images is a list, not a {kind}, which `segment_each` takes")
     if many and not len(images):
         raise UserError("no images: give at least one")
-    return many, images if many else [images]
+    return many, list(images) if many else [images]
 
 
 def _middle(image: np.ndarray, side: int) -> np.ndarray:
