@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant:
         raise ValueError(f"configs/photos.py has no variant {variant!r}")
     config = read_config(Path(__file__).with_name("quickstart.py"))
-    config.model.update(image_heads=5, image_head=96, image_head_dropout=0.3)
+    config.model.update(image_head=352, image_head_dropout=0.4)
     config.model.image.update(width=256, heads=4, num_groups=8)
     config.model.image.update(trunk_outputs=(8, 10, 11, 12), keep_class_token=True)
     config.model.decoder.update(width=256, heads=4)

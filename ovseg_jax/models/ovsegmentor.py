@@ -33,11 +33,6 @@ def unit(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     return x / jnp.sqrt(safe)
 
 
-def _side_by_side(x: Float[Array, "... heads E"]) -> Float[Array, "... heads*E"]:
-    """Unit vectors of several heads as a single unit vector: its cosines are the heads' mean."""
-    return x.reshape(*x.shape[:-2], -1) * x.shape[-2] ** -0.5
-
-
 class OVSegmentor(nn.Module):
     """The whole model. Its methods are the pieces that training and inference are made of.
 
@@ -51,10 +46,9 @@ class OVSegmentor(nn.Module):
       text_pool: how a sentence vector is taken from its tokens, see `pool_tokens`.
       pad_id: token id of padding.
       temperature_init: initial temperature of all contrastive losses.
-      image_head, image_head_dropout: hidden width and dropout of heads that embed the whole image
-        from the trunk's class token (`FeatureHead`); 0 for none. They need `keep_class_token`, and
-        are compared with sentences through heads of theirs, at a temperature of their own.
-      image_heads: M, how many there are.
+      image_head, image_head_dropout: hidden width and dropout of a head that embeds the whole image
+        from the trunk's class token (`FeatureHead`); 0 for none. It needs `keep_class_token`. It is
+        compared with sentences through a head of theirs, at a temperature of its own.
       token_classes: classes that a masked token can have (masked language modeling over the
         entities, the paper's Table 4); 0 for no such head.
       token_classes_from: what the head reads, the "decoder"'s output or that of the "text" encoder.
@@ -74,7 +68,6 @@ class OVSegmentor(nn.Module):
     temperature_init: float = 0.07
     image_head: int = 0
     image_head_dropout: float = 0.5
-    image_heads: int = 1
     token_classes: int = 0
     token_classes_from: str = "decoder"
     dtype: Any = jnp.float32
@@ -99,9 +92,10 @@ class OVSegmentor(nn.Module):
             self.completion_projector = projector()
         if self.image_head:
             options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-            sizes = (self.image_heads, self.image_head, self.image_head)
-            self.whole_head = FeatureHead(*sizes, self.image_head_dropout, **options)
-            self.whole_text_head = FeatureHead(*sizes, 0.0, **options)
+            self.whole_head = FeatureHead(
+                self.joint_width, self.image_head, self.image_head_dropout, **options
+            )
+            self.whole_text_head = FeatureHead(self.joint_width, self.image_head, 0.0, **options)
         if self.token_classes:
             self.token_head = Dense(
                 self.token_classes,
@@ -166,9 +160,9 @@ class OVSegmentor(nn.Module):
         return unit(self.embed_image(tokens, train))
 
     def embed_whole(self, visual: VisualTokens, train: bool = False) -> Float[Array, "B E"]:
-        """Embedding of the whole image, unit norm: of the image heads, or of the mean group."""
+        """Embedding of the whole image, unit norm: by the image head, or else of the mean group."""
         if self.image_head:
-            return _side_by_side(self.whole_by_head(visual, train))
+            return unit(self.whole_head(visual.whole, train))
         return self.project_image(jnp.mean(visual.groups, axis=1), train)
 
     def embed_whole_text(
@@ -176,22 +170,12 @@ class OVSegmentor(nn.Module):
     ) -> Float[Array, "... E"]:
         """Sentence vectors to be compared with `embed_whole`, unit norm, float32.
 
-        With image heads they are not those of `project_text`: a joint space that serves groups
+        With an image head they are not those of `project_text`: a joint space that serves groups
         and whole images alike serves either worse.
         """
         if self.image_head:
-            return _side_by_side(self.whole_text_by_head(pooled, train))
+            return unit(self.whole_text_head(pooled, train))
         return self.project_text(pooled, train)
-
-    def whole_by_head(self, visual: VisualTokens, train: bool = False) -> Float[Array, "B heads E"]:
-        """What each image head gives, unit norm, float32."""
-        return unit(self.whole_head(visual.whole, train))
-
-    def whole_text_by_head(
-        self, pooled: Float[Array, "... Dt"], train: bool = False
-    ) -> Float[Array, "... heads E"]:
-        """Sentence vectors to be compared with `whole_by_head`, unit norm, float32."""
-        return unit(self.whole_text_head(pooled, train))
 
     def project_text(
         self, pooled: Float[Array, "... Dt"], train: bool = False
@@ -239,11 +223,10 @@ class OVSegmentor(nn.Module):
         text = self.text_tokens(ids, train)
         z_image = self.project_image(jnp.mean(visual.groups, axis=1))
         if self.image_head:
-            z_image = z_image + jnp.mean(self.embed_whole(visual))
+            z_image = z_image + self.embed_whole(visual)
         z_text = self.project_text(text.pooled)
         if self.image_head:
-            z_text = self.whole_logit_scale() * z_text
-            z_text = z_text + jnp.mean(self.embed_whole_text(text.pooled))
+            z_text = self.whole_logit_scale() * z_text + self.embed_whole_text(text.pooled)
         if self.entity_decoder is not None:
             z_text = z_text + self.complete(text.tokens, text.mask, visual.groups)
         if self.token_classes:

@@ -58,20 +58,13 @@ class BatchNorm(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """Embeddings of an image's or a sentence's features by M small heads: two linear maps each,
-    with a GELU between.
+    """The embedding of an image's or a sentence's features: two linear maps, a GELU between.
 
-    A contrast of whole images with captions trains them, beside that of the groups, so they need
-    not say where anything is. They read frozen features, which a small data set soon overfits,
-    hence the dropout: `rate` on the hidden layer, half of it on the input. For the same reason
-    there are several: each has a contrast of its own, and the mean of their cosines errs less than
-    those of one large head with as many parameters.
-
-    Attributes:
-      heads: M. features: E, of each head. hidden: of each head.
+    A contrast of whole images with captions trains it, beside that of the groups, so it need not
+    say where anything is. It reads frozen features, which a small data set soon overfits, hence the
+    dropout: `rate` on the hidden layer, half of it on the input.
     """
 
-    heads: int
     features: int
     hidden: int
     rate: float
@@ -79,17 +72,12 @@ class FeatureHead(nn.Module):
     matmul_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... Dx"], train: bool) -> Float[Array, "... M E"]:
+    def __call__(self, x: Float[Array, "... Dx"], train: bool) -> Float[Array, "... E"]:
         options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         x = nn.Dropout(self.rate / 2, deterministic=not train)(x.astype(self.dtype))
-        hidden = gelu(Dense(self.heads * self.hidden, ("embed", "mlp"), name="fc", **options)(x))
+        hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc", **options)(x))
         hidden = nn.Dropout(self.rate, deterministic=not train)(hidden)
-        hidden = hidden.reshape(*hidden.shape[:-1], self.heads, self.hidden)
-        embedded = [
-            Dense(self.features, ("mlp", "joint"), name=f"out_{i}", **options)(hidden[..., i, :])
-            for i in range(self.heads)
-        ]
-        return jnp.stack(embedded, axis=-2)
+        return Dense(self.features, ("mlp", "joint"), name="out", **options)(hidden)
 
 
 class Projector(nn.Module):

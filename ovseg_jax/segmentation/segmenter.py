@@ -78,7 +78,7 @@ def embed_prompts(
       average: see `Protocol`.
 
     Returns:
-      The embeddings to compare groups with; with image heads also those for whole images.
+      The embeddings to compare groups with; with an image head also those for whole images.
     """
     text = model.apply(variables, ids, method="text_tokens")
     method = "project_text" if average == "unit" else "embed_text"
@@ -164,7 +164,7 @@ class ModelSegmenter:
     ) -> tuple[Float[np.ndarray, "C E"], Float[np.ndarray, "C E"]]:
         """Class embeddings to compare groups with, and whole images: unit norm.
 
-        Each is the mean over templates of the prompts' embeddings. Without image heads both are
+        Each is the mean over templates of the prompts' embeddings. Without an image head both are
         the same.
         """
         names = [unmasked(name) for name in names]

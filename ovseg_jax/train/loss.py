@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from ml_collections import ConfigDict
@@ -57,7 +56,7 @@ class Outputs:
 
     Attributes:
       image, text: unit norm, of Eq. 7.
-      whole, whole_text: of the contrast of each image head, `whole` times its inverse temperature.
+      whole, whole_text: of the image head's contrast, `whole` times its inverse temperature.
       group_shares: the share of the image's patches that each group has.
       nouns: unit norm, of T nouns of the caption.
       completed, prompt: unit norm, of Eq. 9.
@@ -69,8 +68,8 @@ class Outputs:
     image: Float[Array, "*parts B E"]
     text: Float[Array, "*parts B E"]
     group_shares: Float[Array, "*parts B K"]
-    whole: Float[Array, "*parts B heads Eh"] | None = None
-    whole_text: Float[Array, "*parts B heads Eh"] | None = None
+    whole: Float[Array, "*parts B E"] | None = None
+    whole_text: Float[Array, "*parts B E"] | None = None
     nouns: Float[Array, "*parts B T E"] | None = None
     completed: Float[Array, "*parts B E"] | None = None
     prompt: Float[Array, "*parts B E"] | None = None
@@ -142,10 +141,10 @@ def per_example_outputs(
         text = unit(embedded)
     image, first, statistics = view(model, params, statistics, tokens[FIRST])
     if model.image_head:
-        whole = model.apply(variables, tokens[FIRST], True, method="whole_by_head", rngs=rngs)
+        whole = model.apply(variables, tokens[FIRST], True, method="embed_whole", rngs=rngs)
         optional["whole"] = whole * model.apply(variables, method="whole_logit_scale")
         optional["whole_text"] = model.apply(
-            variables, texts["caption"].pooled, method="whole_text_by_head"
+            variables, texts["caption"].pooled, method="embed_whole_text"
         )
     groups = first.tokens.groups
     if masking is not None and masking.completes:
@@ -230,12 +229,10 @@ def joint_loss(
         metrics["nouns"] = noun_term(outputs, scale, batch, config)
         loss = loss + config.noun_weight * metrics["nouns"]
     if outputs.whole is not None:
-        # The image heads are not in Eq. 13: what they learn is used beside the groups.
-        by_head = jax.vmap(info_nce, in_axes=(1, 1, None, None), out_axes=1)
-        values, hits = by_head(outputs.whole, outputs.whole_text, jnp.float32(1.0), negatives)
-        metrics["whole_contrastive"] = weighted_mean(jnp.mean(values, axis=1), weight)
-        hits = jnp.mean(hits.astype(jnp.float32), axis=1)
-        metrics["whole_to_text"] = weighted_mean(hits, weight)
+        # The image head is not in Eq. 13: what it learns is used beside the groups.
+        values, hits = info_nce(outputs.whole, outputs.whole_text, jnp.float32(1.0), negatives)
+        metrics["whole_contrastive"] = weighted_mean(values, weight)
+        metrics["whole_to_text"] = weighted_mean(hits.astype(jnp.float32), weight)
         loss = loss + metrics["whole_contrastive"]
     return loss, {"loss": loss, **metrics}
 

@@ -156,12 +156,12 @@ def test_equal_captions_are_no_negatives(quiet, tiny_params, pieces):
     np.testing.assert_allclose(metrics["equal_captions"], rate, rtol=1e-5)
 
 
-def test_each_image_head_is_contrasted_beside_the_groups(shared_tiny_config):
+def test_the_image_head_is_contrasted_beside_the_groups(shared_tiny_config):
     config = shared_tiny_config.copy_and_resolve_references()
     config.unlock()
     config.model.image.update(group_layer=1, trunk_norm=True, class_token=True, assignment="soft")
     config.model.image.update(keep_class_token=True)
-    config.model.update(image_head=6, image_heads=2, image_head_dropout=0.0)
+    config.model.update(image_head=6, image_head_dropout=0.0)
     config.loss.update(entity_weight=0.5, negatives_within_set=True)
     model, batch = build_model(config.model), make_batch(0)
     sets = np.arange(len(batch["weight"]), dtype=np.int32) % 2
@@ -172,21 +172,17 @@ def test_each_image_head_is_contrasted_beside_the_groups(shared_tiny_config):
         params = {**params, "whole_log_scale": params["whole_log_scale"] + 0.3}
         visual = model.apply({"params": params}, batch["image"], method="visual_tokens")
         text = model.apply({"params": params}, batch["caption_ids"], method="text_tokens")
-        whole = model.apply({"params": params}, visual, method="whole_by_head")
-        sentences = model.apply({"params": params}, text.pooled, method="whole_text_by_head")
+        whole = model.apply({"params": params}, visual, method="embed_whole")
+        sentences = model.apply({"params": params}, text.pooled, method="embed_whole_text")
         scale = model.apply({"params": params}, method="whole_logit_scale")
         loss, metrics = make_terms(model, config.loss)(params, None, batch)
         return whole, sentences, scale, loss, metrics
 
     whole, sentences, scale, loss, metrics = jax.jit(run)(jax.random.key(0), batch)
-    scale = float(scale)
     weight = batch["weight"]
     pairs = (weight[:, None] > 0) & (weight[None] > 0) & (sets[:, None] == sets)
-    values = [
-        reference.info_nce(np.float64(whole[:, i]), np.float64(sentences[:, i]), scale, pairs)
-        for i in range(2)
-    ]
-    want = mean_over(np.mean(values, axis=0), weight)
+    values = reference.info_nce(np.float64(whole), np.float64(sentences), float(scale), pairs)
+    want = mean_over(values, weight)
     np.testing.assert_allclose(metrics["whole_contrastive"], want, rtol=2e-3)
     summed = metrics["contrastive"] + 0.5 * metrics["entity"] + metrics["whole_contrastive"]
     np.testing.assert_allclose(loss, summed, rtol=1e-5)
