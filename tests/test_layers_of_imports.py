@@ -1,4 +1,5 @@
-"""Who may import whom, read from the source: imports only go down the list of layers."""
+"""Who may import whom, read from the source: imports only go down the list of layers. And how large
+the package is: what a reader has to find the way in."""
 
 import ast
 import importlib
@@ -84,3 +85,42 @@ def test_every_folder_has_a_layer():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders <= set(LEVEL), f"give {folders - set(LEVEL)} a place in LAYERS"
     assert set(LEVEL) <= folders | {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def longest_chain(name, graph, known):
+    """The longest chain of files that import one another, from `name` down."""
+    if name not in known:
+        chains = (longest_chain(other, graph, known) for other in graph[name])
+        known[name] = [name, *max(chains, key=len, default=[])]
+    return known[name]
+
+
+def test_the_package_does_not_grow(capsys):
+    """The limits are what was reached: where a change makes a number smaller, lower its limit."""
+    names = {name_of(path): path for path in FILES}
+    lines = {name: len(path.read_text().splitlines()) for name, path in names.items()}
+    graph = {
+        name: {
+            target
+            for module in imports_of(path)
+            for target in (module, module.rpartition(".")[0])
+            # The package itself imports lazily, for `ovseg_jax.load`.
+            if target in names and target not in ("ovseg_jax", name)
+        }
+        for name, path in names.items()
+    }
+    known = {}
+    chain = max((longest_chain(name, graph, known) for name in names), key=len)
+    stems = [path.name for path in FILES if not path.name.startswith("__")]
+    numbers = {
+        "files": (len(FILES), 123),
+        "lines": (sum(lines.values()), 25_100),
+        "files under 60 lines": (sum(count < 60 for count in lines.values()), 16),
+        "longest chain of imports": (len(chain), 18),
+        "names that two files have": (len({x for x in stems if stems.count(x) > 1}), 6),
+    }
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{name}: {number}" for name, (number, _) in numbers.items()))
+        print(" > ".join(chain))
+    for name, (number, limit) in numbers.items():
+        assert number <= limit, f"{name}: {number}, and at most {limit} are allowed"
