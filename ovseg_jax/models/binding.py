@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from ovseg_jax.models.layers import Dense, FeedForward, contract, gelu, layer_norm, logical
+from ovseg_jax.models.layers import (
+    Dense,
+    FeedForward,
+    Floats,
+    LayerNorm,
+    contract,
+    gelu,
+    parameter,
+)
 from ovseg_jax.models.transformer import CrossAttentionBlock, PreNormStack
 from ovseg_jax.shapes import Array, Float
 
@@ -25,11 +33,11 @@ class Binding:
     """What binding gives.
 
     Attributes:
-      groups: the bound groups (Eq. 6), [B, K, D].
-      affinity: the soft map of Eq. 4, without noise, [B, L, K].
+      groups: the bound groups (Eq. 6).
+      affinity: the soft map of Eq. 4, without noise.
       assigned: the map that Eq. 5 averaged with: one-hot with the gradient of a noisy softmax where
         the assignment is hard, else `affinity` again.
-      query, key: the two sides of Eq. 4's product, [B, K, D] and [B, L, D].
+      query, key: the two sides of Eq. 4's product.
     """
 
     groups: Float[Array, "B K D"]
@@ -48,24 +56,6 @@ def straight_through(soft: Float[Array, "B L K"]) -> Float[Array, "B L K"]:
     return (hard - jax.lax.stop_gradient(soft)) + soft
 
 
-def assigned_map(
-    logits: Float[Array, "B L K"],
-    assignment: str,
-    noise: Float[Array, "B L K"] | None,
-) -> Float[Array, "B L K"]:
-    """The map that patches are averaged with, from the logits of Eq. 4.
-
-    Args:
-      assignment: "soft" (softmax over the groups) or "hard" (`straight_through` of it).
-      noise: added to the logits of a hard assignment; None for none.
-    """
-    if assignment == "soft":
-        return jax.nn.softmax(logits, axis=-1)
-    if noise is not None:
-        logits = logits + noise
-    return straight_through(jax.nn.softmax(logits, axis=-1))
-
-
 def weighted_mean(
     assignment: Float[Array, "B L K"],
     values: Float[Array, "B L D"],
@@ -75,9 +65,8 @@ def weighted_mean(
     """Eq. 5: mean of the patches' values, weighted by their assignment to each group.
 
     `count_offset` is added to the sum of weights that Eq. 5 divides by. Without it the mean of an
-    empty group is 0 with a finite gradient. Dividing 0 by 0 would be NaN in the forward pass, and
-    selecting after the division would leave NaN in the backward pass, so the denominator itself is
-    replaced.
+    empty group is 0 with a finite gradient: the denominator itself is replaced, since a selection
+    after the division would leave NaN in the backward pass.
     """
     total = jnp.sum(assignment, axis=1) + count_offset
     occupied = total > EMPTY
@@ -86,7 +75,7 @@ def weighted_mean(
     return jnp.where(occupied[..., None], weighted / safe[..., None], 0.0)
 
 
-class Assignment(nn.Module):
+class Assignment(Floats):
     """Eq. 3-5 with learned maps, and the residual of Eq. 6: what both forms of binding share.
 
     Attributes:
@@ -95,8 +84,6 @@ class Assignment(nn.Module):
 
     assignment: str
     eps: float
-    dtype: Any
-    matmul_dtype: Any
 
     def bind(
         self,
@@ -119,20 +106,22 @@ class Assignment(nn.Module):
           count_offset: see `weighted_mean`.
         """
         width = tokens.shape[-1]
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        query = Dense(width, ("embed", "heads"), name="query", **options)(normed)
-        key = Dense(width, ("embed", "heads"), name="key", **options)(patches)
-        value = Dense(width, ("embed", "heads"), name="value", **options)(patches)
+        query = Dense(width, ("embed", "heads"), name="query", **self.floats)(normed)
+        key = Dense(width, ("embed", "heads"), name="key", **self.floats)(patches)
+        value = Dense(width, ("embed", "heads"), name="value", **self.floats)(patches)
         # The paper prints no factor on K.Q; the released code has that of attention.
         scale = width**-0.5
         sides = (key * scale, query) if scaled == "key" else (key, query * scale)
         logits = contract("bld,bkd->blk", *sides, self.matmul_dtype)
         affinity = jax.nn.softmax(logits, axis=-1)  # over groups: a patch is shared out among them
-        if train and self.assignment == "hard" and noise is None:
-            noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
-        assigned = assigned_map(logits, self.assignment, noise if train else None)
+        assigned = affinity
+        if self.assignment == "hard":
+            if train and noise is None:
+                noise = jax.random.gumbel(self.make_rng("gumbel"), logits.shape, logits.dtype)
+            noisy = jax.nn.softmax(logits + noise, axis=-1) if train else affinity
+            assigned = straight_through(noisy)
         update = weighted_mean(assigned, value, self.matmul_dtype, count_offset).astype(self.dtype)
-        bound = tokens + Dense(width, ("heads", "embed"), name="out", **options)(update)
+        bound = tokens + Dense(width, ("heads", "embed"), name="out", **self.floats)(update)
         return Binding(bound, affinity, assigned, query, key)
 
 
@@ -152,30 +141,22 @@ class SlotBinding(Assignment):
         noise: Float[Array, "B L K"] | None = None,
     ) -> Binding:
         """Eq. 3-6. `noise`: see `Assignment.bind`."""
-        normed = layer_norm("group_norm", self.eps, self.dtype)(groups)
-        patches = layer_norm("patch_norm", self.eps, self.dtype)(patches)
+        normed = LayerNorm(self.eps, self.dtype, name="group_norm")(groups)
+        patches = LayerNorm(self.eps, self.dtype, name="patch_norm")(patches)
         return self.bind(groups, normed, patches, train, noise, scaled="key", count_offset=0.0)
 
 
-class TokenMixing(nn.Module):
-    """A feed-forward over the token axis: N tokens in, `tokens` out, every channel alike.
-
-    Attributes:
-      tokens: number of tokens that come out.
-      hidden: width between the two maps.
-    """
+class TokenMixing(Floats):
+    """A feed-forward over the token axis: N tokens in, `tokens` out, every channel alike."""
 
     tokens: int
     hidden: int
-    dtype: Any
-    matmul_dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B K D"]:
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         x = x.transpose(0, 2, 1)
-        x = gelu(Dense(self.hidden, (None, "mlp"), name="fc1", **options)(x))
-        x = Dense(self.tokens, ("mlp", None), name="fc2", **options)(x)
+        x = gelu(Dense(self.hidden, (None, "mlp"), name="fc1", **self.floats)(x))
+        x = Dense(self.tokens, ("mlp", None), name="fc2", **self.floats)(x)
         return x.transpose(0, 2, 1)
 
 
@@ -183,8 +164,7 @@ class GroupingBlock(Assignment):
     """Binds image tokens to K groups made of N learnable tokens.
 
     The tokens are mixed down to K, look at the image tokens in a cross-attention block, and are
-    then assigned to (Eq. 3-5, with a single head); the bound groups pass a feed-forward. A stage of
-    its own: widths are those of its inputs.
+    then assigned to (Eq. 3-5, with a single head); the bound groups pass a feed-forward.
 
     Attributes:
       num_groups: K.
@@ -209,43 +189,32 @@ class GroupingBlock(Assignment):
         Args:
           tokens: the learnable group tokens after that layer.
           patches: what is grouped: image tokens, or an earlier stage's groups.
-          train: Gumbel noise on (where the assignment is hard).
-          noise: see `Assignment.bind`.
+          train: Gumbel noise on (where the assignment is hard). noise: see `Assignment.bind`.
         """
-        width = tokens.shape[-1]
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        tokens = layer_norm("token_norm", self.eps, self.dtype)(tokens)
-        patches = layer_norm("patch_norm", self.eps, self.dtype)(patches)
-        mixed = TokenMixing(self.num_groups, width // 2, name="mixing", **options)(tokens)
-        mixed = layer_norm("mixed_norm", self.eps, self.dtype)(mixed)
-        mixed = CrossAttentionBlock(self.heads, self.mlp_ratio, self.eps, name="cross", **options)(
-            mixed, patches
-        )
+        width, sizes = tokens.shape[-1], (self.heads, self.mlp_ratio, self.eps)
+        tokens = LayerNorm(self.eps, self.dtype, name="token_norm")(tokens)
+        patches = LayerNorm(self.eps, self.dtype, name="patch_norm")(patches)
+        mixed = TokenMixing(self.num_groups, width // 2, name="mixing", **self.floats)(tokens)
+        mixed = LayerNorm(self.eps, self.dtype, name="mixed_norm")(mixed)
+        mixed = CrossAttentionBlock(*sizes, name="cross", **self.floats)(mixed, patches)
         # In Eq. 5 a group of n tokens gets the weight n / (n + 1) in total.
         bound = self.bind(mixed, mixed, patches, train, noise, scaled="query", count_offset=1.0)
-        normed = layer_norm("mlp_norm", self.eps, self.dtype)(bound.groups)
-        fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **options)(normed)
+        normed = LayerNorm(self.eps, self.dtype, name="mlp_norm")(bound.groups)
+        fed = FeedForward(round(width * self.mlp_ratio), name="mlp", **self.floats)(normed)
         return bound.replace(groups=bound.groups + fed)
 
 
-class GroupingStage(nn.Module):
+class GroupingStage(Floats):
     """Layers over the segments of the stage before and new group tokens, then a grouping block.
 
     The new tokens start from what the earlier stage's tokens became: their own learned part (zero
     at first) plus a token mixing of those.
-
-    Attributes:
-      tokens: number of new group tokens. num_groups: of segments that come out.
-      layers: the stage's Transformer layers.
-      block: its grouping block.
     """
 
     tokens: int
     layers: PreNormStack
     block: GroupingBlock
     eps: float
-    dtype: Any
-    matmul_dtype: Any
 
     @nn.compact
     def __call__(
@@ -254,25 +223,19 @@ class GroupingStage(nn.Module):
         earlier: Float[Array, "B earlier D"],
         train: bool,
     ) -> tuple[Binding, Float[Array, "B tokens D"]]:
-        """Args:
+        """The binding of segments to groups, and this stage's tokens before it.
+
+        Args:
           segments: groups that the stage before gave.
           earlier: that stage's group tokens after its layers, before its grouping block.
           train: stochastic depth and Gumbel noise on.
-
-        Returns:
-          The binding of segments to groups, and this stage's tokens before it.
         """
         count, width = segments.shape[1:]
-        learned = self.param(
-            "group_token",
-            logical(nn.initializers.zeros, None, "embed"),
-            (self.tokens, width),
-            jnp.float32,
-        )
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        normed = layer_norm("projector_norm", self.eps, self.dtype)(earlier)
-        carried = TokenMixing(self.tokens, width // 2, name="projector", **options)(normed)
-        tokens = learned[None].astype(self.dtype) + carried
+        zeros = nn.initializers.zeros
+        learned = parameter(self, "group_token", zeros, (self.tokens, width), None, "embed")
+        normed = LayerNorm(self.eps, self.dtype, name="projector_norm")(earlier)
+        mixing = TokenMixing(self.tokens, width // 2, name="projector", **self.floats)
+        tokens = learned[None].astype(self.dtype) + mixing(normed)
         x = self.layers(jnp.concatenate([segments, tokens], axis=1), train)
         tokens = x[:, count:]
         return self.block(tokens, x[:, :count], train), tokens

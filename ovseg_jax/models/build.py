@@ -10,15 +10,11 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.models.bert import BertEncoder
-from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import FEED_FORWARD_ACTIVATIONS
-from ovseg_jax.models.ovsegmentor import OVSegmentor
-from ovseg_jax.models.positions import RESIZING
-from ovseg_jax.models.projector import ACTIVATIONS
-from ovseg_jax.models.text_transformer import CausalTextEncoder
+from ovseg_jax.models.ovsegmentor import ACTIVATIONS, OVSegmentor
+from ovseg_jax.models.text import BertEncoder, CausalTextEncoder, EntityDecoder
 from ovseg_jax.models.transformer import REMAT_POLICIES
-from ovseg_jax.models.vit import VisualEncoder
+from ovseg_jax.models.vit import RESIZING, VisualEncoder
 
 CHOICES = {
     "image.assignment": ("hard", "soft"),
@@ -33,6 +29,8 @@ CHOICES = {
     "projector_norm": ("none", "batch"),
     "projector_activation": tuple(ACTIVATIONS),
     "decoder.order": ("self_first", "cross_first"),
+    "text.activation": tuple(FEED_FORWARD_ACTIVATIONS),
+    "token_classes_from": ("decoder", "text"),
     "dtype": ("float32", "bfloat16"),
     "matmul_dtype": ("float32", "bfloat16"),
 }
@@ -48,7 +46,6 @@ RETIRED = {
 IGNORED = ("image.unroll", "text.unroll")
 
 TEXT_FORMS = {"bert": BertEncoder, "causal": CausalTextEncoder}
-
 
 # Fields that say what a run's parameters start from, which is no part of the model.
 START = {"image_init": "", "text_init": "", "resample_init": False, "neck_init": ""}
@@ -120,90 +117,63 @@ def check_model_config(config: ConfigDict) -> None:
     Raises:
       UserError: a field has none of its values, or sizes do not divide.
     """
-    choices = dict(CHOICES)
-    if config.decoder is None:
-        del choices["decoder.order"]
-    if config.token_classes:
-        choices["token_classes_from"] = ("decoder", "text")
-        if config.decoder is None and config.token_classes_from == "decoder":
-            raise UserError(
-                "config.model.token_classes_from = 'decoder' needs an entity decoder, but "
-                "config.model.decoder is None: set token_classes_from = 'text'"
-            )
-    if config.text_form == "causal":
-        choices["text.activation"] = tuple(FEED_FORWARD_ACTIVATIONS)
-    for name, allowed in choices.items():
-        node = config
-        for part in name.split("."):
-            node = node[part]
-        if node not in allowed:
-            listed = ", ".join(repr(value) for value in allowed)
-            raise UserError(f"config.model.{name} is {node!r}; it must be one of {listed}")
-    image = config.image
+    for name, allowed in CHOICES.items():
+        group, _, field = name.rpartition(".")
+        node = config[group] if group else config
+        if node is None or field not in node:  # no decoder; BERT has one activation
+            continue
+        if node[field] not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise UserError(f"config.model.{name} is {node[field]!r}; it must be one of {listed}")
+    image, text, decoder = config.image, config.text, config.decoder
+    trunk_width, trunk_heads = image.trunk_width or image.width, image.trunk_heads or image.heads
     widths = {
         "image.width": (image.width, image.heads),
         "image.width, after the binding,": (image.width, image.second_heads or image.heads),
-        "image.trunk_width": (
-            image.trunk_width or image.width,
-            image.trunk_heads or image.heads,
-        ),
-        "text.width": (config.text.width, config.text.heads),
+        "image.trunk_width": (trunk_width, trunk_heads),
+        "text.width": (text.width, text.heads),
+        "decoder.width": (decoder.width, decoder.heads) if decoder else (0, 1),
     }
-    if config.decoder is not None:
-        widths["decoder.width"] = (config.decoder.width, config.decoder.heads)
     for name, (width, heads) in widths.items():
         if width % heads:
             raise UserError(f"config.model.{name} = {width} is not a multiple of its {heads} heads")
-    if image.binding == "slot" and image.group_tokens not in (0, image.num_groups):
-        raise UserError(
-            f"config.model.image.group_tokens = {image.group_tokens} must equal num_groups = "
-            f"{image.num_groups} (or be 0) where binding = 'slot'; only 'grouping_block' mixes "
-            "tokens into fewer groups"
-        )
-    if config.projector_norm == "batch" and config.projector_layers != 2:
-        raise UserError(
-            "config.model.projector_norm = 'batch' normalizes between two layers: set "
-            "config.model.projector_layers = 2"
-        )
-    if image.later_stages and (image.binding, image.second_stage) != (
-        "grouping_block",
-        "groups",
-    ):
-        raise UserError(
-            "config.model.image.later_stages needs binding = 'grouping_block' and second_stage = "
-            "'groups': later stages see groups alone"
-        )
-    if config.decoder is not None and config.decoder.depth < 1:
-        raise UserError(f"config.model.decoder.depth = {config.decoder.depth} must be at least 1")
-    if not 0 <= image.group_layer <= image.first_layers:
-        raise UserError(
-            f"config.model.image.group_layer = {image.group_layer} must lie between 0 and "
-            f"first_layers = {image.first_layers}"
-        )
-    head_width = (image.trunk_width or image.width) // (image.trunk_heads or image.heads)
-    if image.position == "rope" and (not image.group_layer or head_width % 4):
-        raise UserError(
-            "config.model.image.position = 'rope' acts in the attention of the trunk: it needs "
-            f"group_layer > 0 (now {image.group_layer}) and heads whose width is a multiple of 4 "
-            f"(now {head_width})"
-        )
-    outputs = image.trunk_outputs
-    if outputs and not (
-        image.trunk_norm and all(1 <= number <= image.group_layer for number in outputs)
-    ):
-        raise UserError(
-            f"config.model.image.trunk_outputs = {outputs} must be layers of the trunk, 1 to "
-            f"group_layer = {image.group_layer}, and pass its norm: set trunk_norm = True"
-        )
-    if image.keep_class_token and not image.class_token:
-        raise UserError(
-            "config.model.image.keep_class_token needs a trunk with one: set class_token = True"
-        )
-    if bool(config.image_head) != image.keep_class_token:
-        raise UserError(
-            "config.model.image_head reads the class token, and nothing else does: set image_head "
-            "and image.keep_class_token, or neither"
-        )
+    form, layers, outputs = image.binding, image.group_layer, image.trunk_outputs
+    in_trunk = all(1 <= number <= layers for number in outputs)
+    faults = {
+        "token_classes_from = 'decoder' needs an entity decoder, but config.model.decoder is None: "
+        "set token_classes_from = 'text'": (
+            config.token_classes and decoder is None and config.token_classes_from == "decoder"
+        ),
+        f"image.group_tokens = {image.group_tokens} must equal num_groups = {image.num_groups} (or "
+        "be 0) where binding = 'slot'; only 'grouping_block' mixes tokens into fewer groups": (
+            form == "slot" and image.group_tokens not in (0, image.num_groups)
+        ),
+        "projector_norm = 'batch' normalizes between two layers: set config.model.projector_layers "
+        "= 2": config.projector_norm == "batch" and config.projector_layers != 2,
+        "image.later_stages needs binding = 'grouping_block' and second_stage = 'groups': later "
+        "stages see groups alone": (
+            image.later_stages and (form, image.second_stage) != ("grouping_block", "groups")
+        ),
+        "decoder.depth must be at least 1": decoder and decoder.depth < 1,
+        f"image.group_layer = {layers} must lie between 0 and first_layers = "
+        f"{image.first_layers}": not 0 <= layers <= image.first_layers,
+        "image.position = 'rope' acts in the attention of the trunk: it needs group_layer > 0 (now "
+        f"{layers}) and heads whose width is a multiple of 4 (now {trunk_width // trunk_heads})": (
+            image.position == "rope" and (not layers or trunk_width // trunk_heads % 4)
+        ),
+        f"image.trunk_outputs = {outputs} must be layers of the trunk, 1 to group_layer = {layers}"
+        ", and pass its norm: set trunk_norm = True": (
+            outputs and not (image.trunk_norm and in_trunk)
+        ),
+        "image.keep_class_token needs a trunk with one: set class_token = True": (
+            image.keep_class_token and not image.class_token
+        ),
+        "image_head reads the class token, and nothing else does: set image_head and "
+        "image.keep_class_token, or neither": bool(config.image_head) != image.keep_class_token,
+    }
+    for fault, present in faults.items():
+        if present:
+            raise UserError(f"config.model.{fault}")
 
 
 def build_model(config: Mapping[str, Any] | ConfigDict) -> OVSegmentor:
@@ -214,10 +184,7 @@ def build_model(config: Mapping[str, Any] | ConfigDict) -> OVSegmentor:
     """
     config = complete_model(config)
     check_model_config(config)
-    options = {
-        "dtype": jnp.dtype(config.dtype).type,
-        "matmul_dtype": jnp.dtype(config.matmul_dtype).type,
-    }
+    options = {name: jnp.dtype(config[name]).type for name in ("dtype", "matmul_dtype")}
     image = dict(config.image)
     image["binding_form"] = image.pop("binding")
     image["grid"] = tuple(image["grid"])

@@ -7,7 +7,7 @@ Parameters carry logical axis names ("embed", "mlp", "heads", "vocab", "joint", 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from ovseg_jax import platforms
-from ovseg_jax.models.positions import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 from ovseg_jax.sharding import rows_split
 
@@ -25,37 +24,36 @@ DENSE = "dense"
 
 TRUNCATED_NORMAL = nn.initializers.truncated_normal(0.02)
 
+_EVERY_PLATFORM = contextvars.ContextVar("every_platform", default=False)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     """`einsum(spec, a, b)` with operands rounded to `dtype` and a float32 accumulator.
 
-    The two backward contractions are rounded in the same way. Without the custom rule
-    the float32 cotangent would meet a bfloat16 operand and every backward matrix product would
-    fall off the fast path of the hardware.
+    The two backward contractions are rounded in the same way: without the custom rule, the float32
+    cotangent would meet a bfloat16 operand and leave the fast path of the hardware.
 
     Args:
       spec: ``"left,right->out"``; every letter of an operand must also occur in the other operand
         or in the output, so that each gradient is again one contraction.
-      a, b: the operands, any float dtype.
       dtype: what the matrix unit multiplies, e.g. ``jnp.bfloat16``.
-
-    Returns:
-      The contraction, float32.
     """
     return _product(spec, a, b, dtype)
 
 
 def _product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
+    def einsum(a: Array, b: Array, dtype: Any = dtype) -> Array:
+        a, b = a.astype(dtype), b.astype(dtype)
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
     if dtype != jnp.float32 and not _is_fast_on_cpu(spec):
+        exact = functools.partial(einsum, dtype=jnp.float32)
         if _EVERY_PLATFORM.get():
-            exact, rounded = (
-                functools.partial(_einsum, spec, dtype=kind) for kind in (jnp.float32, dtype)
-            )
-            return jax.lax.platform_dependent(a, b, cpu=exact, default=rounded)
+            return jax.lax.platform_dependent(a, b, cpu=exact, default=einsum)
         if platforms.target() == "cpu":
-            dtype = jnp.float32
-    return _einsum(spec, a, b, dtype)
+            return exact(a, b)
+    return einsum(a, b)
 
 
 @contextlib.contextmanager
@@ -70,13 +68,6 @@ def every_platform() -> Iterator[None]:
         yield
     finally:
         _EVERY_PLATFORM.reset(token)
-
-
-_EVERY_PLATFORM = contextvars.ContextVar("every_platform", default=False)
-
-
-def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _is_fast_on_cpu(spec: str) -> bool:
@@ -104,12 +95,31 @@ def _contract_backward(spec: str, dtype: Any, residuals: tuple, cotangent: Array
 contract.defvjp(_contract_forward, _contract_backward)
 
 
-def logical(initializer: Any, *names: str | None) -> Any:
-    """Wraps an initializer so that the parameter carries logical axis names."""
-    return nn.with_logical_partitioning(initializer, names)
+def parameter(
+    module: nn.Module, name: str, start: Any, shape: tuple[int, ...], *axes: str | None
+) -> Any:
+    """A float32 parameter of a module, with an initializer and the logical names of its axes."""
+    return module.param(name, nn.with_logical_partitioning(start, axes), shape, jnp.float32)
 
 
-class Dense(nn.Module):
+def embeddings(module: nn.Module, name: str, rows: int, width: int, axis: str | None = None) -> Any:
+    """A table of embeddings [rows, width], a parameter of a module."""
+    return parameter(module, name, TRUNCATED_NORMAL, (rows, width), axis, "embed")
+
+
+class Floats(nn.Module, kw_only=True):
+    """A module with a dtype of activations and one of the operands of matrix products."""
+
+    dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
+
+    @property
+    def floats(self) -> dict[str, Any]:
+        """Both, for the modules inside."""
+        return {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
+
+
+class Dense(Floats):
     """Linear map over the last axis, `x W + b`, with a float32 accumulator.
 
     The leading axes are flattened first: on CPU the gradient over [B, L, D] runs several times
@@ -118,29 +128,21 @@ class Dense(nn.Module):
     Attributes:
       features: output width.
       axes: logical names of the kernel's two axes.
-      dtype: activation dtype of the result.
-      matmul_dtype: dtype of the operands of the matrix product.
     """
 
     features: int
     axes: tuple[str | None, str | None] = ("embed", "mlp")
     use_bias: bool = True
-    dtype: Any = jnp.float32
-    matmul_dtype: Any = jnp.float32
-    kernel_init: Any = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
         x, width = rows_split(x), x.shape[-1]
-        kernel = self.param(
-            "kernel", logical(self.kernel_init, *self.axes), (width, self.features), jnp.float32
-        )
+        start = nn.initializers.xavier_uniform()
+        kernel = parameter(self, "kernel", start, (width, self.features), *self.axes)
         y = contract("nd,df->nf", x.reshape(-1, width), kernel, self.matmul_dtype)
         if self.use_bias:
-            bias = self.param(
-                "bias", logical(nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32
-            )
-            y = y + bias[None]
+            zeros = nn.initializers.zeros
+            y = y + parameter(self, "bias", zeros, (self.features,), self.axes[1])[None]
         y = y.reshape(*x.shape[:-1], self.features).astype(self.dtype)
         return checkpoint_name(rows_split(y), DENSE)
 
@@ -157,22 +159,14 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        def parameter(name: str, start: Any) -> Array:
-            value = self.param(name, logical(start, "embed"), (x.shape[-1],), jnp.float32)
-            return value.reshape((1,) * (x.ndim - 1) + (-1,))
-
-        scale = parameter("scale", nn.initializers.ones)
-        bias = parameter("bias", nn.initializers.zeros)
+        shape, ones = (x.shape[-1],), (1,) * (x.ndim - 1)
+        scale = parameter(self, "scale", nn.initializers.ones, shape, "embed").reshape(*ones, -1)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape, "embed").reshape(*ones, -1)
         full = x.astype(jnp.float32)
         centered = full - jnp.mean(full, axis=-1, keepdims=True)
         # Not E[x^2] - E[x]^2, which loses digits.
         variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
         return (centered * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
-
-
-def layer_norm(name: str | None, eps: float, dtype: Any) -> LayerNorm:
-    """A `LayerNorm` under a name that says which."""
-    return LayerNorm(eps, dtype, name=name)
 
 
 def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
@@ -188,18 +182,15 @@ def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
 FEED_FORWARD_ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(Floats):
     """Scaled dot-product attention, softmax over the keys (Vaswani et al., 2017).
 
     Attributes:
-      heads: number of heads; must divide the width of the queries.
+      heads: must divide the width of the queries.
       causal: each token looks at itself and the tokens before it alone.
-      dtype, matmul_dtype: see `Dense`.
     """
 
     heads: int
-    dtype: Any = jnp.float32
-    matmul_dtype: Any = jnp.float32
     causal: bool = False
 
     @nn.compact
@@ -208,7 +199,7 @@ class MultiHeadAttention(nn.Module):
         queries: Float[Array, "B Q D"],
         context: Float[Array, "B T Dc"],
         mask: Bool[Array, "B T"] | None = None,
-        rotary: Rotary | None = None,
+        rotary: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B Q D"]:
         """Attends from `queries` to `context`.
 
@@ -231,37 +222,25 @@ class MultiHeadAttention(nn.Module):
         weights = jax.nn.softmax(logits, axis=-1)
         mixed = contract("bnqt,bntd->bnqd", weights, value, self.matmul_dtype)
         mixed = mixed.astype(self.dtype).transpose(0, 2, 1, 3).reshape(queries.shape)
-        return self._dense(width, ("heads", "embed"), "out")(mixed)
+        return Dense(width, ("heads", "embed"), name="out", **self.floats)(mixed)
 
     def _heads(self, name: str, x: Float[Array, "B T Dx"], width: int) -> Float[Array, "B N T d"]:
         # Heads before tokens: the batched products of attention are then plain row-major ones.
-        batch, tokens = x.shape[:2]
-        y = self._dense(width, ("embed", "heads"), name)(x)
-        return y.reshape(batch, tokens, self.heads, -1).transpose(0, 2, 1, 3)
-
-    def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
-        return Dense(features, axes, dtype=self.dtype, matmul_dtype=self.matmul_dtype, name=name)
+        y = Dense(width, ("embed", "heads"), name=name, **self.floats)(x)
+        return y.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
 
 
-class FeedForward(nn.Module):
-    """Two dense maps with an activation between them.
-
-    Attributes:
-      hidden: width between the two maps.
-      activation: a key of `FEED_FORWARD_ACTIVATIONS`.
-    """
+class FeedForward(Floats):
+    """Two dense maps, `hidden` wide between them, with a key of `FEED_FORWARD_ACTIVATIONS`."""
 
     hidden: int
-    dtype: Any = jnp.float32
-    matmul_dtype: Any = jnp.float32
     activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        hidden = Dense(self.hidden, ("embed", "mlp"), name="fc1", **options)(x)
+        hidden = Dense(self.hidden, ("embed", "mlp"), name="fc1", **self.floats)(x)
         hidden = FEED_FORWARD_ACTIVATIONS[self.activation](hidden)
-        return Dense(x.shape[-1], ("mlp", "embed"), name="fc2", **options)(hidden)
+        return Dense(x.shape[-1], ("mlp", "embed"), name="fc2", **self.floats)(hidden)
 
 
 class LayerScale(nn.Module):
@@ -271,8 +250,8 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        start = logical(nn.initializers.constant(self.initial), "embed")
-        scale = self.param("scale", start, (x.shape[-1],), jnp.float32)
+        start = nn.initializers.constant(self.initial)
+        scale = parameter(self, "scale", start, (x.shape[-1],), "embed")
         return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 

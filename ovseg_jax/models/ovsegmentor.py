@@ -3,22 +3,128 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from ovseg_jax.models.bert import BertEncoder, pool_tokens
-from ovseg_jax.models.entity_decoder import EntityDecoder
-from ovseg_jax.models.layers import Dense
-from ovseg_jax.models.projector import FeatureHead, Projector
-from ovseg_jax.models.text_transformer import CausalTextEncoder, up_to_end
+from ovseg_jax.models.layers import Dense, Floats, gelu, parameter
+from ovseg_jax.models.text import (
+    BertEncoder,
+    CausalTextEncoder,
+    EntityDecoder,
+    pool_tokens,
+    up_to_end,
+)
 from ovseg_jax.models.vit import VisualEncoder, VisualTokens, normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, Int
+
+ACTIVATIONS = {"gelu": gelu, "relu": jax.nn.relu}
+
+# The collection of running statistics.
+STATISTICS = "batch_stats"
+
+
+# ---- projection to the joint image-text space (Sec. 3.2)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization over every axis but the last (Ioffe & Szegedy, 2015), in float32.
+
+    In training each call normalizes with its own statistics and moves the running ones a step of
+    `momentum` towards them: several calls in one training step are several moves, in their order.
+    Under jit with a batch that is split over devices, the statistics are the global batch's. Every
+    row counts: padding, where tokens are projected, and examples of weight 0.
+
+    The running statistics are `mean`, `variance` (unbiased) and `count`, the number of calls, in
+    the collection "batch_stats"; outside training they normalize.
+    """
+
+    dtype: Any
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"], train: bool) -> Float[Array, "... D"]:
+        width = x.shape[-1]
+        scale = parameter(self, "scale", nn.initializers.ones, (width,), "mlp")
+        bias = parameter(self, "bias", nn.initializers.zeros, (width,), "mlp")
+        running_mean = self.variable(STATISTICS, "mean", jnp.zeros, (width,), jnp.float32)
+        running_variance = self.variable(STATISTICS, "variance", jnp.ones, (width,), jnp.float32)
+        count = self.variable(STATISTICS, "count", jnp.zeros, (), jnp.int32)
+        full = x.astype(jnp.float32).reshape(-1, width)
+        if train:
+            mean = jnp.mean(full, axis=0)
+            centered = full - mean[None]
+            variance = jnp.mean(centered * centered, axis=0)
+            rows = full.shape[0]
+            unbiased = variance * (rows / max(rows - 1, 1))
+            for running, new in ((running_mean, mean), (running_variance, unbiased)):
+                moved = (1.0 - self.momentum) * running.value + self.momentum * new
+                running.value = jax.lax.stop_gradient(moved)
+            count.value = count.value + 1
+        else:
+            mean, variance = running_mean.value, running_variance.value
+            centered = full - mean[None]
+        y = centered * (jax.lax.rsqrt(variance + self.eps) * scale)[None] + bias[None]
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+class Projector(Floats):
+    """One linear map, or two with an activation between them.
+
+    Attributes:
+      features: E.
+      layers: 1 or 2, `hidden` wide between them.
+      norm: "none", or "batch" for a `BatchNorm` before the activation.
+      activation: a key of `ACTIVATIONS`.
+      bias: whether the last map has one.
+    """
+
+    features: int
+    layers: int
+    hidden: int
+    norm: str
+    activation: str
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"], train: bool) -> Float[Array, "... E"]:
+        if self.layers == 2:
+            x = Dense(self.hidden, ("embed", "mlp"), name="fc", **self.floats)(x)
+            if self.norm == "batch":
+                x = BatchNorm(self.dtype, name="norm")(x, train)
+            x = ACTIVATIONS[self.activation](x)
+        last = Dense(self.features, ("mlp", "joint"), self.bias, name="out", **self.floats)
+        return last(x)
+
+
+class FeatureHead(Floats):
+    """The embedding of an image's or a sentence's features: two linear maps, a GELU between.
+
+    A contrast of whole images with captions trains it, beside that of the groups, so it need not
+    say where anything is. It reads frozen features, which a small data set soon overfits, hence the
+    dropout: `rate` on the hidden layer, half of it on the input.
+    """
+
+    features: int
+    hidden: int
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... Dx"], train: bool) -> Float[Array, "... E"]:
+        x = nn.Dropout(self.rate / 2, deterministic=not train)(x.astype(self.dtype))
+        hidden = gelu(Dense(self.hidden, ("embed", "mlp"), name="fc", **self.floats)(x))
+        hidden = nn.Dropout(self.rate, deterministic=not train)(hidden)
+        return Dense(self.features, ("mlp", "joint"), name="out", **self.floats)(hidden)
+
+
+# ---- the model
 
 
 @struct.dataclass
 class TextTokens:
-    """Text features: `tokens` [B, M, Dt], `mask` [B, M] (True at real tokens), `pooled` [B, Dt]."""
+    """Text features; `mask` is True at real tokens."""
 
     tokens: Float[Array, "B M Dt"]
     mask: Bool[Array, "B M"]
@@ -29,11 +135,10 @@ def unit(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """Divides by the Euclidean norm over the last axis, in float32; 0 stays 0, with gradient 0."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    safe = jnp.where(square > 1e-24, square, 1.0)
-    return x / jnp.sqrt(safe)
+    return x / jnp.sqrt(jnp.where(square > 1e-24, square, 1.0))
 
 
-class OVSegmentor(nn.Module):
+class OVSegmentor(Floats):
     """The whole model. Its methods are the pieces that training and inference are made of.
 
     Attributes:
@@ -70,8 +175,6 @@ class OVSegmentor(nn.Module):
     image_head_dropout: float = 0.5
     token_classes: int = 0
     token_classes_from: str = "decoder"
-    dtype: Any = jnp.float32
-    matmul_dtype: Any = jnp.float32
 
     def setup(self) -> None:
         def projector() -> Projector:
@@ -82,31 +185,21 @@ class OVSegmentor(nn.Module):
                 self.projector_norm,
                 self.projector_activation,
                 self.projector_bias,
-                self.dtype,
-                self.matmul_dtype,
+                **self.floats,
             )
 
         self.image_projector = projector()
         self.text_projector = projector()
         if self.entity_decoder is not None:
             self.completion_projector = projector()
-        if self.image_head:
-            options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-            self.whole_head = FeatureHead(
-                self.joint_width, self.image_head, self.image_head_dropout, **options
-            )
-            self.whole_text_head = FeatureHead(self.joint_width, self.image_head, 0.0, **options)
         if self.token_classes:
-            self.token_head = Dense(
-                self.token_classes,
-                ("embed", None),
-                dtype=self.dtype,
-                matmul_dtype=self.matmul_dtype,
-            )
-        start = -math.log(self.temperature_init)
-        constant = nn.initializers.constant(start)
+            self.token_head = Dense(self.token_classes, ("embed", None), **self.floats)
+        constant = nn.initializers.constant(-math.log(self.temperature_init))
         self.log_scale = self.param("log_scale", constant, (), jnp.float32)
         if self.image_head:
+            sizes, rate = (self.joint_width, self.image_head), self.image_head_dropout
+            self.whole_head = FeatureHead(*sizes, rate, **self.floats)
+            self.whole_text_head = FeatureHead(*sizes, 0.0, **self.floats)
             self.whole_log_scale = self.param("whole_log_scale", constant, (), jnp.float32)
 
     def trunk(self, image: Array, train: bool = False) -> Float[Array, "B L D0"]:
@@ -141,23 +234,21 @@ class OVSegmentor(nn.Module):
         tokens = self.text_encoder(ids, mask, train)
         return TextTokens(tokens, mask, pool_tokens(tokens, mask, self.text_pool))
 
-    def embed_image(
-        self, tokens: Float[Array, "... D"], train: bool = False
-    ) -> Float[Array, "... E"]:
-        """Image-side features in the joint space as they come, float32."""
+    def embed_image(self, tokens: Float[Array, "... D"], train: bool = False) -> Array:
+        """Image-side features in the joint space [..., E], not normalized, float32."""
         return self.image_projector(tokens, train).astype(jnp.float32)
 
-    def embed_text(
-        self, tokens: Float[Array, "... Dt"], train: bool = False
-    ) -> Float[Array, "... E"]:
-        """Text-side features in the joint space as they come, float32."""
+    def embed_text(self, tokens: Float[Array, "... Dt"], train: bool = False) -> Array:
+        """Text-side features in the joint space [..., E], not normalized, float32."""
         return self.text_projector(tokens.astype(self.dtype), train).astype(jnp.float32)
 
-    def project_image(
-        self, tokens: Float[Array, "... D"], train: bool = False
-    ) -> Float[Array, "... E"]:
-        """Image-side features in the joint space, unit norm, float32 (Sec. 3.2)."""
+    def project_image(self, tokens: Float[Array, "... D"], train: bool = False) -> Array:
+        """Image-side features in the joint space [..., E], unit norm, float32 (Sec. 3.2)."""
         return unit(self.embed_image(tokens, train))
+
+    def project_text(self, pooled: Float[Array, "... Dt"], train: bool = False) -> Array:
+        """Sentence vectors in the joint space [..., E], unit norm, float32 (Sec. 3.2)."""
+        return unit(self.embed_text(pooled, train))
 
     def embed_whole(self, visual: VisualTokens, train: bool = False) -> Float[Array, "B E"]:
         """Embedding of the whole image, unit norm: by the image head, or else of the mean group."""
@@ -165,10 +256,8 @@ class OVSegmentor(nn.Module):
             return unit(self.whole_head(visual.whole, train))
         return self.project_image(jnp.mean(visual.groups, axis=1), train)
 
-    def embed_whole_text(
-        self, pooled: Float[Array, "... Dt"], train: bool = False
-    ) -> Float[Array, "... E"]:
-        """Sentence vectors to be compared with `embed_whole`, unit norm, float32.
+    def embed_whole_text(self, pooled: Float[Array, "... Dt"], train: bool = False) -> Array:
+        """Sentence vectors to be compared with `embed_whole`, [..., E], unit norm, float32.
 
         With an image head they are not those of `project_text`: a joint space that serves groups
         and whole images alike serves either worse.
@@ -176,12 +265,6 @@ class OVSegmentor(nn.Module):
         if self.image_head:
             return unit(self.whole_text_head(pooled, train))
         return self.project_text(pooled, train)
-
-    def project_text(
-        self, pooled: Float[Array, "... Dt"], train: bool = False
-    ) -> Float[Array, "... E"]:
-        """Sentence vectors in the joint space, unit norm, float32 (Sec. 3.2)."""
-        return unit(self.embed_text(pooled, train))
 
     def complete(
         self,
@@ -222,10 +305,9 @@ class OVSegmentor(nn.Module):
         visual = self.visual_tokens(image, train)
         text = self.text_tokens(ids, train)
         z_image = self.project_image(jnp.mean(visual.groups, axis=1))
-        if self.image_head:
-            z_image = z_image + self.embed_whole(visual)
         z_text = self.project_text(text.pooled)
         if self.image_head:
+            z_image = z_image + self.embed_whole(visual)
             z_text = self.whole_logit_scale() * z_text + self.embed_whole_text(text.pooled)
         if self.entity_decoder is not None:
             z_text = z_text + self.complete(text.tokens, text.mask, visual.groups)

@@ -4,6 +4,7 @@ A stack's parameters have a leading "layers" axis. One layer is traced and compi
 depth.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from ovseg_jax.models.layers import (
     DENSE,
     DropPath,
     FeedForward,
+    Floats,
+    LayerNorm,
     LayerScale,
     MultiHeadAttention,
-    layer_norm,
 )
-from ovseg_jax.models.positions import Rotary
 from ovseg_jax.shapes import Array, Bool, Float
 
 # What the backward pass finds of each layer; the rest it makes again. "none": everything. "dots":
@@ -33,11 +34,10 @@ REMAT_POLICIES = {
 }
 
 
-class PreNormLayer(nn.Module):
+class PreNormLayer(Floats):
     """Pre-norm Transformer encoder layer, `x += MHSA(LN(x)); x += FFN(LN(x))` (Sec. 3.1.1).
 
     Attributes:
-      heads, mlp_ratio, eps: of the layer.
       layer_scale: initial value of a per-channel factor on both branches, None for none.
       drop_path: whether the layer is built with stochastic depth at all.
       rotary: rotary positions of its attention, None for none.
@@ -48,12 +48,10 @@ class PreNormLayer(nn.Module):
     heads: int
     mlp_ratio: float
     eps: float
-    layer_scale: float | None
-    drop_path: bool
-    train: bool
-    dtype: Any
-    matmul_dtype: Any
-    rotary: Rotary | None = None
+    layer_scale: float | None = None
+    drop_path: bool = False
+    train: bool = False
+    rotary: Callable[[Array], Array] | None = None
     causal: bool = False
     activation: str = "gelu"
     keep: bool = False
@@ -66,7 +64,6 @@ class PreNormLayer(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Array, Array | None]:
         """`rate` is the stochastic depth's; tokens where `mask` is False are never looked at."""
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
 
         def add(x: Array, branch: Array, name: str) -> Array:
             if self.layer_scale is not None:
@@ -75,18 +72,16 @@ class PreNormLayer(nn.Module):
                 branch = DropPath(name=f"{name}_drop")(branch, rate, self.train)
             return x + branch
 
-        normed = layer_norm("attention_norm", self.eps, self.dtype)(x)
-        attention = MultiHeadAttention(self.heads, causal=self.causal, name="attention", **options)
-        attended = attention(normed, normed, mask, rotary=self.rotary)
-        x = add(x, attended, "attention")
-        normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
+        normed = LayerNorm(self.eps, self.dtype, name="attention_norm")(x)
+        attention = MultiHeadAttention(self.heads, self.causal, name="attention", **self.floats)
+        x = add(x, attention(normed, normed, mask, rotary=self.rotary), "attention")
+        normed = LayerNorm(self.eps, self.dtype, name="mlp_norm")(x)
         hidden = round(x.shape[-1] * self.mlp_ratio)
-        fed = FeedForward(hidden, activation=self.activation, name="mlp", **options)(normed)
-        x = add(x, fed, "mlp")
+        x = add(x, FeedForward(hidden, self.activation, name="mlp", **self.floats)(normed), "mlp")
         return x, x if self.keep else None
 
 
-class PostNormLayer(nn.Module):
+class PostNormLayer(Floats):
     """BERT's encoder layer, `x = LN(x + MHSA(x)); x = LN(x + FFN(x))` (Devlin et al., 2019)."""
 
     heads: int
@@ -94,17 +89,14 @@ class PostNormLayer(nn.Module):
     eps: float
     dropout: float
     train: bool
-    dtype: Any
-    matmul_dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B M D"], mask: Bool[Array, "B M"]) -> tuple[Array, None]:
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         drop = nn.Dropout(self.dropout, deterministic=not self.train)
-        attended = MultiHeadAttention(self.heads, name="attention", **options)(x, x, mask)
-        x = layer_norm("attention_norm", self.eps, self.dtype)(x + drop(attended))
-        fed = FeedForward(self.mlp_width, name="mlp", **options)(x)
-        return layer_norm("mlp_norm", self.eps, self.dtype)(x + drop(fed)), None
+        attended = MultiHeadAttention(self.heads, name="attention", **self.floats)(x, x, mask)
+        x = LayerNorm(self.eps, self.dtype, name="attention_norm")(x + drop(attended))
+        fed = FeedForward(self.mlp_width, name="mlp", **self.floats)(x)
+        return LayerNorm(self.eps, self.dtype, name="mlp_norm")(x + drop(fed)), None
 
 
 def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str) -> Any:
@@ -127,81 +119,72 @@ def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str) -> 
     )
 
 
-class PreNormStack(nn.Module):
+class PreNormStack(Floats):
     """`depth` pre-norm layers; an empty stack is the identity and owns no parameter.
 
     Attributes:
-      drop_rates: stochastic-depth rate of each layer, length `depth`.
+      drop_rates: stochastic-depth rate of each layer; () for 0.
       outputs: layers (1 is the first) whose outputs are given, stacked in this order; () for the
         output of the last one alone.
-      causal, activation: see `PreNormLayer`.
+      remat: see `scanned`. The others: see `PreNormLayer`.
     """
 
     depth: int
     heads: int
     mlp_ratio: float
     eps: float
-    layer_scale: float | None
-    drop_rates: tuple[float, ...]
-    remat: str
-    dtype: Any
-    matmul_dtype: Any
+    layer_scale: float | None = None
+    drop_rates: tuple[float, ...] = ()
+    remat: str = "none"
     causal: bool = False
     activation: str = "gelu"
     outputs: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], train: bool, rotary: Rotary | None = None
+        self,
+        x: Float[Array, "B T D"],
+        train: bool,
+        rotary: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B T D"] | Float[Array, "outputs B T D"]:
         if self.depth == 0:
             return x
-        stack = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat)
-        layers = stack(
+        rates = self.drop_rates or (0.0,) * self.depth
+        layers = scanned(PreNormLayer, self.depth, in_axes=0, remat=self.remat)(
             self.heads,
             self.mlp_ratio,
             self.eps,
             self.layer_scale,
-            any(rate > 0 for rate in self.drop_rates),
-            train,
-            self.dtype,
-            self.matmul_dtype,
-            rotary,
-            self.causal,
-            self.activation,
-            bool(self.outputs),
+            drop_path=any(rate > 0 for rate in rates),
+            train=train,
+            rotary=rotary,
+            causal=self.causal,
+            activation=self.activation,
+            keep=bool(self.outputs),
             name="layers",
+            **self.floats,
         )
-        x, kept = layers(x, jnp.asarray(self.drop_rates, jnp.float32))
+        x, kept = layers(x, jnp.asarray(rates, jnp.float32))
         return kept[np.array(self.outputs) - 1] if self.outputs else x
 
 
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(Floats):
     """`q += MHA(q, x); q += FFN(LN(q)); q = LN(q)`, as in GroupViT (Xu et al., 2022).
 
     Queries and context come in normalized: the block has no LayerNorm in front of its attention.
-
-    Attributes:
-      heads: must divide the width of the queries.
-      mlp_ratio: width of the feed-forward over that of the queries.
     """
 
     heads: int
     mlp_ratio: float
     eps: float
-    dtype: Any
-    matmul_dtype: Any
 
     @nn.compact
     def __call__(
-        self,
-        queries: Float[Array, "B Q D"],
-        context: Float[Array, "B T Dc"],
+        self, queries: Float[Array, "B Q D"], context: Float[Array, "B T Dc"]
     ) -> Float[Array, "B Q D"]:
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
-        attention = MultiHeadAttention(self.heads, name="attention", **options)
+        attention = MultiHeadAttention(self.heads, name="attention", **self.floats)
         x = queries + attention(queries, context)
         hidden = round(queries.shape[-1] * self.mlp_ratio)
-        normed = layer_norm("mlp_norm", self.eps, self.dtype)(x)
-        x = x + FeedForward(hidden, name="mlp", **options)(normed)
-        return layer_norm("norm", self.eps, self.dtype)(x)
+        normed = LayerNorm(self.eps, self.dtype, name="mlp_norm")(x)
+        x = x + FeedForward(hidden, name="mlp", **self.floats)(normed)
+        return LayerNorm(self.eps, self.dtype, name="norm")(x)

@@ -1,4 +1,4 @@
-"""The visual encoder: ViT half, binding, ViT half (Sec. 3.1.1, Eq. 2).
+"""The visual encoder: ViT half, binding, ViT half (Sec. 3.1.1, Eq. 2), on a grid of any size.
 
 It is cut in two where the group tokens join: `trunk` sees the image alone, `group` adds the
 tokens, binds and finishes. In the paper they join at the first layer, and the trunk is the patch
@@ -6,6 +6,7 @@ embedding; with `group_layer = n` the first n layers belong to the trunk, which 
 and its output cached.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,13 +15,127 @@ from flax import linen as nn
 from flax import struct
 
 from ovseg_jax.models.binding import GroupingBlock, GroupingStage, SlotBinding
-from ovseg_jax.models.layers import TRUNCATED_NORMAL, Dense, contract, layer_norm, logical
-from ovseg_jax.models.positions import RESIZING, Rotary, resize_grid
+from ovseg_jax.models.layers import (
+    Dense,
+    Floats,
+    LayerNorm,
+    contract,
+    embeddings,
+    parameter,
+)
 from ovseg_jax.models.transformer import PreNormStack
 from ovseg_jax.shapes import Array, Float, UInt8
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+# Keys' cubic kernel with the constant that DINO, DINOv2 and the ViT family were resized with, and
+# the constant that goes with antialiasing (Pillow's, and of DINOv2 with registers).
+CUBIC_A = -0.75
+ANTIALIAS_A = -0.5
+
+RESIZING = {"bicubic": False, "bicubic_antialias": True}
+
+
+# ---- positions of patches
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+    x = np.abs(distance)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def cubic_weights(
+    source: int, target: int, antialias: bool = False
+) -> Float[np.ndarray, "target source"]:
+    """Matrix of one-dimensional bicubic interpolation between numbers of samples.
+
+    Half-pixel centers; each row sums to one. With ``source == target`` it is the identity.
+
+    Args:
+      antialias: widen the kernel where the axis shrinks. Then what lies beyond the border is left
+        out and the rest of the row rescaled; otherwise border values are repeated.
+    """
+    if antialias:
+        stretch = max(source / target, 1.0)
+        center = (np.arange(target) + 0.5) * source / target
+        distance = np.arange(source)[None] + 0.5 - center[:, None]
+        weights = _cubic(distance / stretch, ANTIALIAS_A)
+        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    center = (np.arange(target) + 0.5) * source / target - 0.5
+    first = np.floor(center).astype(int)
+    weights = np.zeros((target, source))
+    for offset in range(-1, 3):
+        value = _cubic(center - (first + offset), CUBIC_A)
+        np.add.at(weights, (np.arange(target), np.clip(first + offset, 0, source - 1)), value)
+    return weights.astype(np.float32)
+
+
+def resize_grid(
+    table: Float[Array, "L D"],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    antialias: bool = False,
+) -> Float[Array, "L2 D"]:
+    """Resizes a row-major table of position embeddings between grids of (rows, columns).
+
+    The scale is the ratio of the two grids, as in transformers. (The first releases of DINO and
+    DINOv2 added 0.1 to the target before, which moves every sample by a little.) Nothing is
+    computed where the grids agree. `antialias`: see `cubic_weights`.
+    """
+    if source == target:
+        return table
+    grid = table.reshape(*source, -1)
+    down, across = (
+        jnp.asarray(cubic_weights(*pair, antialias)) for pair in zip(source, target, strict=True)
+    )
+    rows = jnp.einsum("th,hwd->twd", down, grid)
+    both = jnp.einsum("sw,twd->tsd", across, rows)
+    return both.reshape(target[0] * target[1], -1)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al., 2021) in the form of DINOv3 (Simeoni et al., 2025).
+
+    They have no parameters: queries and keys are turned by angles that depend on where their patch
+    lies relative to the sides of the image, so that any grid will do.
+
+    Attributes:
+      rows, columns: of the patch grid; its patches come last in the sequence, row-major.
+      prefix: tokens before the patches (class token, registers), which are not turned.
+      theta: bounds the wavelengths: from 1 (half a side of the image) to nearly theta.
+    """
+
+    rows: int
+    columns: int
+    prefix: int
+    theta: float
+
+    def angles(self, width: int) -> Float[np.ndarray, "T half"]:
+        """Angles of every token, radians, for heads of `width` channels; 0 for the prefix.
+
+        Patch centers run from -1 to 1 along each side. The first quarter of the channels goes by
+        the row, the second by the column, each with wavelengths growing geometrically.
+        """
+        wave = self.theta ** (np.arange(width // 4) * 4 / width)
+        sides = [(np.arange(n) + 0.5) / n * 2 - 1 for n in (self.rows, self.columns)]
+        places = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2)
+        turned = (2 * np.pi * places[..., None] / wave).reshape(len(places), -1)
+        return np.concatenate([np.zeros((self.prefix, turned.shape[1])), turned])
+
+    def __call__(self, x: Float[Array, "B N T d"]) -> Float[Array, "B N T d"]:
+        """Turns channel pairs (i, i + d/2) of queries or keys; d must be a multiple of 4."""
+        angles = self.angles(x.shape[-1])
+        cosine, sine = (jnp.asarray(f(angles), jnp.float32)[None, None] for f in (np.cos, np.sin))
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = [first * cosine - second * sine, second * cosine + first * sine]
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+# ---- the encoder
 
 
 @struct.dataclass
@@ -48,12 +163,11 @@ class VisualTokens:
 
 def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     """Maps 0..255 to zero mean and unit variance with ImageNet's statistics, on the device."""
-    return (image.astype(jnp.float32) / 255.0 - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[
-        None, None, None
-    ]
+    mean, std = (x[None, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return (image.astype(jnp.float32) / 255.0 - mean) / std
 
 
-class VisualEncoder(nn.Module):
+class VisualEncoder(Floats):
     """ViT with learnable group tokens and one binding module.
 
     Attributes:
@@ -129,80 +243,57 @@ class VisualEncoder(nn.Module):
     assignment: str = "hard"
     drop_path: float = 0.0
     remat: str = "none"
-    dtype: Any = jnp.float32
-    matmul_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        options = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         trunk_width = self.trunk_width or self.width
         later_layers = sum(layers for _, _, layers in self.later_stages)
         total = self.first_layers + later_layers + self.second_layers
-        rates = np.linspace(0.0, self.drop_path, total)
+        rates = tuple(np.linspace(0.0, self.drop_path, total).tolist())
+        sizes = {"mlp_ratio": self.mlp_ratio, "eps": self.eps, **self.floats}
 
-        def stack(
-            start: int,
-            stop: int,
-            heads: int,
-            layer_scale: float | None,
-            outputs: tuple[int, ...] = (),
-        ) -> PreNormStack:
-            return PreNormStack(
-                stop - start,
-                heads,
-                self.mlp_ratio,
-                self.eps,
-                layer_scale,
-                tuple(float(rate) for rate in rates[start:stop]),
-                self.remat,
-                outputs=outputs,
-                **options,
-            )
-
-        self.patch_embed = Dense(trunk_width, (None, "embed"), **options)
-        if self.patch_norm:
-            self.embed_norm = layer_norm(None, self.eps, self.dtype)
-
-        def embeddings(name: str, rows: int) -> Array:
-            start = logical(TRUNCATED_NORMAL, None, "embed")
-            return self.param(name, start, (rows, trunk_width), jnp.float32)
-
-        if self.position == "learned":
-            self.position_table = embeddings("position", self.grid[0] * self.grid[1])
-        self.prefix = [embeddings("class_token", 1)] if self.class_token else []
-        if self.register_tokens:
-            self.prefix = [*self.prefix, embeddings("register_tokens", self.register_tokens)]
-        layers = self.group_layer
-        self.trunk_layers = stack(
-            0, layers, self.trunk_heads or self.heads, self.layer_scale, self.trunk_outputs
-        )
-        if self.trunk_norm:
-            self.trunk_end = layer_norm(None, self.eps, self.dtype)
-        if self.feature_width != self.width:
-            self.neck = Dense(self.width, (None, "embed"), **options)
-        self.group_token = self.param(
-            "group_token",
-            logical(nn.initializers.truncated_normal(self.group_std), None, "embed"),
-            (self.group_tokens or self.num_groups, self.width),
-            jnp.float32,
-        )
-        self.first = stack(layers, self.first_layers, self.heads, None)
+        def stack(start: int, stop: int, heads: int, **options: Any) -> PreNormStack:
+            options |= {"drop_rates": rates[start:stop], "remat": self.remat, **sizes}
+            return PreNormStack(stop - start, heads, **options)
 
         def grouping_block(groups: int) -> GroupingBlock:
-            sizes = {"num_groups": groups, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
-            return GroupingBlock(self.assignment, self.eps, **options, **sizes)
+            options = {"num_groups": groups, "heads": self.heads, **sizes}
+            return GroupingBlock(self.assignment, **options)
 
+        self.patch_embed = Dense(trunk_width, (None, "embed"), **self.floats)
+        if self.patch_norm:
+            self.embed_norm = LayerNorm(self.eps, self.dtype)
+        if self.position == "learned":
+            rows = self.grid[0] * self.grid[1]
+            self.position_table = embeddings(self, "position", rows, trunk_width)
+        self.prefix = []
+        if self.class_token:
+            self.prefix = [embeddings(self, "class_token", 1, trunk_width)]
+        if self.register_tokens:
+            registers = embeddings(self, "register_tokens", self.register_tokens, trunk_width)
+            self.prefix = [*self.prefix, registers]
+        start, heads = self.group_layer, self.trunk_heads or self.heads
+        scale = self.layer_scale
+        self.trunk_layers = stack(0, start, heads, layer_scale=scale, outputs=self.trunk_outputs)
+        if self.trunk_norm:
+            self.trunk_end = LayerNorm(self.eps, self.dtype)
+        if self.feature_width != self.width:
+            self.neck = Dense(self.width, (None, "embed"), **self.floats)
+        drawn = nn.initializers.truncated_normal(self.group_std)
+        shape = (self.group_tokens or self.num_groups, self.width)
+        self.group_token = parameter(self, "group_token", drawn, shape, None, "embed")
+        self.first = stack(start, self.first_layers, self.heads)
         if self.binding_form == "grouping_block":
             self.binding = grouping_block(self.num_groups)
         else:
-            self.binding = SlotBinding(self.assignment, self.eps, **options)
+            self.binding = SlotBinding(self.assignment, self.eps, **self.floats)
         stages, start = [], self.first_layers
         for count, groups, layers in self.later_stages:
-            part = stack(start, start + layers, self.heads, None)
-            stages.append(GroupingStage(count, part, grouping_block(groups), self.eps, **options))
+            parts = stack(start, start + layers, self.heads), grouping_block(groups)
+            stages.append(GroupingStage(count, *parts, self.eps, **self.floats))
             start += layers
         self.stages = tuple(stages)
-        self.second = stack(start, total, self.second_heads or self.heads, None)
-        self.norm = layer_norm(None, self.eps, self.dtype)
+        self.second = stack(start, total, self.second_heads or self.heads)
+        self.norm = LayerNorm(self.eps, self.dtype)
 
     @property
     def feature_width(self) -> int:

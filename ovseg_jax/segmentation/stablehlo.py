@@ -23,7 +23,7 @@ import numpy as np
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import replace_file
 from ovseg_jax.models.layers import every_platform
-from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import embed_prompts, encode_images

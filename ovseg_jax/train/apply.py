@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.ovsegmentor import OVSegmentor
-from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
 from ovseg_jax.shapes import Array, Bool, Float, Int
 from ovseg_jax.sharding import AnyMesh
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (

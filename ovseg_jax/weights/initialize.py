@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import START, complete_model
-from ovseg_jax.models.ovsegmentor import OVSegmentor
-from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import bert, vit
 from ovseg_jax.weights.links import Link, Shapes, read_links

@@ -27,8 +27,7 @@ from ml_collections import ConfigDict
 from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.ovsegmentor import OVSegmentor
-from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.initialize import tower_values, variable_shapes
 from ovseg_jax.weights.tensors import (

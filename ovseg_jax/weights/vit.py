@@ -12,7 +12,7 @@ from math import isqrt
 import numpy as np
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.positions import cubic_weights
+from ovseg_jax.models.vit import cubic_weights
 from ovseg_jax.weights.links import Link, Shapes, linear, matching, module, norm, read_links
 from ovseg_jax.weights.tensors import Tensors
 

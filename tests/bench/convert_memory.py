@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.projector import STATISTICS
+from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import init_variables

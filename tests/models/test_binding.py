@@ -13,7 +13,7 @@ B, L, K, D = 3, 6, 4, 8
 
 
 def make(assignment):
-    return SlotBinding(assignment, 1e-6, jnp.float32, jnp.float32)
+    return SlotBinding(assignment, 1e-6)
 
 
 def inputs(seed=0):

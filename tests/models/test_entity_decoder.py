@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from reference import transformer as reference
 
-from ovseg_jax.models.entity_decoder import EntityDecoder
+from ovseg_jax.models.text import EntityDecoder
 
 B, M, K, HEADS, EPS = 3, 7, 4, 2, 1e-5
 KEEP = np.arange(M)[None] < np.array([M, 4, 1])[:, None]

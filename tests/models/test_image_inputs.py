@@ -8,8 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import images as reference
 
-from ovseg_jax.models.positions import cubic_weights, resize_grid
-from ovseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalize_image
+from ovseg_jax.models.vit import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    cubic_weights,
+    normalize_image,
+    resize_grid,
+)
 
 
 @pytest.mark.parametrize("target", [(6, 3), (2, 7), (3, 4), (9, 9)])

@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 
 from ovseg_jax import sharding
-from ovseg_jax.models.projector import Projector
+from ovseg_jax.models.ovsegmentor import Projector
 
 B, T, D = 16, 3, 5
-PROJECTOR = Projector(4, 2, 6, "batch", "relu", True, jnp.float32, jnp.float32)
+PROJECTOR = Projector(4, 2, 6, "batch", "relu", True)
 RNG = np.random.default_rng(0)
 X, POOLED = (RNG.normal(size=s).astype(np.float32) for s in ((B, T, D), (B, D)))
 

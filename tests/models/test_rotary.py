@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.positions import Rotary, cubic_weights, resize_grid
+from ovseg_jax.models.vit import Rotary, cubic_weights, resize_grid
 from ovseg_jax.optim.groups import nest
 from ovseg_jax.weights.initialize import variable_shapes
 

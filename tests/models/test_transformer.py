@@ -7,9 +7,8 @@ import pytest
 from flax import linen as nn
 from reference import transformer as reference
 
-from ovseg_jax.models.bert import BertEncoder, pool_tokens
-from ovseg_jax.models.entity_decoder import EntityDecoder
 from ovseg_jax.models.layers import DropPath, contract
+from ovseg_jax.models.text import BertEncoder, EntityDecoder, pool_tokens
 from ovseg_jax.models.transformer import PreNormStack
 from ovseg_jax.train.metrics import matmul_flops
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.ovsegmentor import unit
-from ovseg_jax.models.positions import resize_grid
 from ovseg_jax.models.transformer import PostNormLayer, PreNormLayer
+from ovseg_jax.models.vit import resize_grid
 from released.arrays import relative
 
 FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}

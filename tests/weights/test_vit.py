@@ -20,7 +20,7 @@ from golden_models import (
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.models.positions import resize_grid
+from ovseg_jax.models.vit import resize_grid
 from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import initial_image, variable_shapes
 from ovseg_jax.weights.vit import from_vit
