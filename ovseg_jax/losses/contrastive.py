@@ -121,15 +121,13 @@ def multi_label_info_nce(
 ) -> Float[Array, "B"]:
     """InfoNCE where each image has several texts (GroupViT, Xu et al., 2022, Sec. 3.2).
 
-    As computed by GroupViT's training: the mean over an image's texts of minus the log
-    probability of each, among all texts of the batch; and the mean over its texts of minus the log
-    probability of the image given the text, among all images. With one text per image it is
-    `info_nce`.
+    As computed by GroupViT's training: the mean over an image's texts of minus the log probability
+    of each, among all texts of the batch, and of the image given the text, among all images. With
+    one text per image it is `info_nce`.
 
     Args:
       a, b: unit-norm embeddings of images and of their texts.
-      scale: inverse temperature.
-      negatives: as in `info_nce`, between examples.
+      scale, negatives: as in `info_nce`.
       present: texts that exist; the others are neither positives nor negatives.
 
     Returns:
@@ -153,9 +151,9 @@ def group_set_nce(
     """Cross-image group consistency: the alternative to mask consistency in the paper's Table 6.
 
     The groups that stand for the shared entity in either image are pulled together as two sets, and
-    away from those of the other pairs in the batch. The paper gives no formula. Here a group's
-    positives are all groups of the partner's set, and the probability of a set is the sum of its
-    groups', so that a group needs to find its like in the set, not to equal all of it.
+    away from those of the other pairs in the batch. The paper gives no formula. Here the
+    probability of the partner's set is the sum of its groups', so that a group needs to find its
+    like in the set, not to equal all of it.
 
     Args:
       own: unit-norm groups of the online model. other: those of the partner, by the teacher;

@@ -24,9 +24,8 @@ class Regions:
     """One image seen by one model.
 
     Attributes:
-      patches: final image tokens I, [B, L, D].
-      groups: final group tokens G, [B, K, D].
-      joint: the groups in the joint space, unit norm, [B, K, E]; only selects subgroups.
+      patches, groups: final image tokens I and group tokens G.
+      joint: the groups in the joint space, unit norm; only selects subgroups.
     """
 
     patches: Float[Array, "B L D"]
@@ -66,12 +65,8 @@ def mask_logits(
     Unscaled, the sigmoid of two layer-normalized tokens saturates and passes no gradient.
     """
     scale = patches.shape[-1] ** -0.5
-    return jnp.einsum(
-        "bld,bsd->bsl",
-        patches.astype(jnp.float32) * scale,
-        groups.astype(jnp.float32),
-        precision=EXACT,
-    )
+    patches, groups = patches.astype(jnp.float32) * scale, groups.astype(jnp.float32)
+    return jnp.einsum("bld,bsd->bsl", patches, groups, precision=EXACT)
 
 
 def matching_cost(
@@ -87,13 +82,9 @@ def matching_cost(
 
 
 def dice(target: Float[Array, "B S L"], prediction: Float[Array, "B S L"]) -> Float[Array, "B S"]:
-    """Dice loss (Eq. 12), ``1 - 2 |m ^ p| / (|m| + |p|)``.
+    """Dice loss (Eq. 12), ``1 - 2 |m ^ p| / (|m| + |p|)``, of targets 0 or 1 and a soft prediction.
 
     Sizes are sums. An empty target gives 1 with no gradient, both empty 0, never 0 / 0.
-
-    Args:
-      target: 0 or 1.
-      prediction: in [0, 1].
     """
     size = jnp.sum(target, axis=-1) + jnp.sum(prediction, axis=-1)
     safe = jnp.where(size > 0, size, 1.0)

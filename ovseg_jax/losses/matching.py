@@ -1,12 +1,10 @@
 """Bipartite matching (Eq. 11): on the host with SciPy, or on the device.
 
-`match` is the one entrance. The host backend leaves the jitted program through
-`jax.pure_callback`, inside `jax.shard_map` over the batch axes, so that each device sends its own
-rows to its own host. Outside a shard_map the partitioner would gather the global batch on one
-device first.
+The host backend leaves the jitted program through `jax.pure_callback`, inside `jax.shard_map` over
+the batch axes, so that each device sends its own rows to its own host. Outside a shard_map the
+partitioner would gather the global batch on one device first.
 """
 
-import functools
 import itertools
 
 import jax
@@ -50,7 +48,7 @@ def match(
     if backend == "enumerate":
         return _enumerate(cost)
     if backend == "device":
-        return _on_device(cost)
+        return jax.vmap(_hungarian)(cost)
     if mesh is None or mesh.size == 1:
         return _on_host(cost)
     split = PartitionSpec(BATCH_AXES)
@@ -82,27 +80,19 @@ def _on_host(cost: Array) -> Array:
     return jnp.concatenate(parts)
 
 
-@functools.cache
-def _permutations(size: int) -> np.ndarray:
-    return np.array(list(itertools.permutations(range(size))), np.int32)
-
-
 def _enumerate(cost: Array) -> Array:
     size = cost.shape[-1]
-    table = _permutations(size)
+    table = np.array(list(itertools.permutations(range(size))), np.int32)
     # total[n, p] = sum_i cost[n, i, table[p, i]]
     one_hot = jax.nn.one_hot(table, size, dtype=cost.dtype)
     total = jnp.einsum("nij,pij->np", cost, one_hot, precision=jax.lax.Precision.HIGHEST)
     return jnp.asarray(table)[jnp.argmin(total, axis=1)]
 
 
-def _on_device(cost: Array) -> Array:
+def _hungarian(problem: Array) -> Array:
     import optax
 
-    def solve(problem: Array) -> Array:
-        # For square costs the *rows* come back permuted and the columns in order, so the columns
-        # alone are the identity: sort by row.
-        rows, columns = optax.assignment.hungarian_algorithm(problem)
-        return columns[jnp.argsort(rows)].astype(jnp.int32)
-
-    return jax.vmap(solve)(cost)
+    # For square costs the *rows* come back permuted and the columns in order, so the columns alone
+    # are the identity: sort by row.
+    rows, columns = optax.assignment.hungarian_algorithm(problem)
+    return columns[jnp.argsort(rows)].astype(jnp.int32)

@@ -40,10 +40,9 @@ def total_loss(
     The paper's w is 1, its lambda 0 for 30 epochs and 0.1 afterwards.
     """
     total = contrastive
-    if entity is not None:
-        total = total + entity_weight * entity
-    if mask is not None:
-        total = total + mask_weight * mask
+    for weight, term in ((entity_weight, entity), (mask_weight, mask)):
+        if term is not None:
+            total = total + weight * term
     return total
 
 

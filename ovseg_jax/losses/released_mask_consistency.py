@@ -2,16 +2,11 @@
 
 The form of Eq. 10-12 that the released model was trained with. The target is what the teacher's
 group queries of an image draw on the teacher's keys of the same image; the prediction is what the
-online queries of the *partner* draw on those same keys. Compared with the equations (see
-`mask_consistency`): all groups are matched and scored, and those least like the shared entity only
-pass no gradient; maps are enlarged to pixels first; the matching looks at raw maps; the threshold
-is relative to each map's maximum; predictions are stretched to [0, 1] instead of squashed.
-
-One call is one direction. For both, call it on the rows of both (images exchanged) and take the
-mean: one call of the matching then serves all.
+online queries of the *partner* draw on those same keys. Compared with `mask_consistency`, all
+groups are matched and scored, and those least like the shared entity only pass no gradient; maps
+are enlarged to pixels first; the matching looks at raw maps; the threshold is relative to each
+map's maximum; predictions are stretched to [0, 1] instead of squashed.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +20,6 @@ from ovseg_jax.sharding import AnyMesh
 COSTS = ("euclidean", "cosine")
 
 
-@functools.cache
 def corner_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"]:
     """Matrix of one-dimensional linear interpolation whose first and last samples coincide.
 
@@ -118,11 +112,7 @@ def stretched(maps: Float[Array, "B K pixels"]) -> Float[Array, "B K pixels"]:
 def joint_dice(
     target: Float[Array, "B K pixels"], prediction: Float[Array, "B K pixels"]
 ) -> Float[Array, "B"]:
-    """Dice loss of all maps of an example as one set, [B]: 1 - (2 |m ^ p| + 1) / (|m| + |p| + 1).
-
-    Args:
-      target: 0 or 1. prediction: in [0, 1].
-    """
+    """Dice loss of all maps of an example as one set: 1 - (2 |m ^ p| + 1) / (|m| + |p| + 1)."""
     overlap = jnp.sum(target * prediction, axis=(1, 2))
     size = jnp.sum(target, axis=(1, 2)) + jnp.sum(prediction, axis=(1, 2))
     return 1.0 - (2.0 * overlap + 1.0) / (size + 1.0)
@@ -144,8 +134,8 @@ def group_mask_loss(
 ) -> tuple[Float[Array, "B"], dict[str, Array]]:
     """One value per pair of images, in one direction. Only `queries` receives a gradient.
 
-    The released training takes the sum over one device's batch divided by K: see
-    `objective.divided_sum`.
+    For both directions, call it on the rows of both (images exchanged) and take the mean: one call
+    of the matching then serves all. How the released training sums: see `objective.divided_sum`.
 
     Args:
       queries: the binding's group queries of the first image, by the online model.
