@@ -9,26 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.data.tokenizer import find_tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.optim.groups import flatten, nest
+from ovseg_jax.flags import Flag
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.links import matching
 from ovseg_jax.weights.model_dir import check_free, load_model, save_model
-from ovseg_jax.weights.pth import StateDict
-from ovseg_jax.weights.tensors import (
-    UNWRITABLE,
-    WRITERS,
-    Tensors,
-    cannot_write,
-    file_digest,
-    read_checkpoint,
-    write_checkpoint,
-)
+from ovseg_jax.weights.pth import WRITERS, StateDict, read_checkpoint, write_checkpoint
+from ovseg_jax.weights.tower_links import BERT_ANCHOR, VIT_ANCHORS
+from ovseg_jax.weights.weight_files import UNWRITABLE, Tensors, cannot_write, file_digest
 
 ABOUT = """Convert published weights. Files that would run code are refused.
 
@@ -54,24 +48,10 @@ TOKENIZERS = {
     "groupvit": "hub:nvidia/groupvit-gcc-yfcc",
 }
 # The end of a tensor's name by which each kind of tower is known.
-TOWERS = {
-    "dino": (
-        "patch_embed.proj.weight",
-        "patch_embeddings.projection.weight",
-        "embeddings.patch_embeddings.weight",
-    ),
-    "bert": ("embeddings.word_embeddings.weight",),
-}
+TOWERS = {"dino": VIT_ANCHORS, "bert": (BERT_ANCHOR,)}
 # Files that a text encoder's tokenizer and settings may consist of.
-COMPANIONS = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
+COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+COMPANIONS += ("vocab.txt", "vocab.json", "merges.txt")
 
 
 def _two_numbers(text: str) -> tuple[int, int]:
@@ -83,55 +63,48 @@ def _two_numbers(text: str) -> tuple[int, int]:
 
 _two_numbers.__name__ = "pair of whole numbers, for example 8,8"
 
-ENTRY = flags.Flag(
-    "entry", default="", help="entry of the checkpoint that holds the weights; found by default"
-)
+ENTRY = Flag("entry", help="entry of the checkpoint with the weights; found by default", default="")
+THRESHOLD = "probability below which a pixel is background; default: that of each benchmark"
 
 
-def _model_flags(kind: str) -> tuple[flags.Flag, ...]:
+def _model_flags(kind: str) -> tuple[Flag, ...]:
     """The flags that all published models share."""
+    tokenizer = f"folder of the tokenizer, or (downloaded) {TOKENIZERS[kind]}"
     return (
-        flags.Flag("checkpoint", help="file with the published weights"),
-        flags.Flag("out", required=True, help="model directory, or (--model) file, to write"),
+        Flag("checkpoint", help="file with the published weights"),
+        Flag("out", required=True, help="model directory, or (--model) file, to write"),
         ENTRY,
-        flags.Flag("model", help="model directory to convert back, in place of --checkpoint"),
-        flags.Flag("to", default="pth", choices=tuple(WRITERS), help="of the file, with --model"),
-        flags.Flag(
-            "tokenizer",
-            default="",
-            help=f"folder of the tokenizer, or (downloaded) {TOKENIZERS[kind]}",
-        ),
-        flags.Flag("grid", _two_numbers, help="rows,columns of stored positions; default square"),
-        flags.Flag(
-            "background_threshold",
-            float,
-            help="probability below which a pixel is background; default: that of each benchmark",
-        ),
-        flags.Flag("short_side", int, default=448, help="images are segmented at this short side"),
-        flags.Flag("text_length", int, default=77, help="tokens of a class prompt at most"),
+        Flag("model", help="model directory to convert back, in place of --checkpoint"),
+        Flag("to", default="pth", choices=tuple(WRITERS), help="of the file, with --model"),
+        Flag("tokenizer", default="", help=tokenizer),
+        Flag("grid", _two_numbers, help="rows,columns of stored positions; default square"),
+        Flag("background_threshold", float, help=THRESHOLD),
+        Flag("short_side", int, 448, help="images are segmented at this short side"),
+        Flag("text_length", int, 77, help="tokens of a class prompt at most"),
     )
 
 
+HEADS = "attention heads of the visual encoder"
 RELEASED = (
     *_model_flags("released"),
-    flags.Flag(
+    Flag(
         "heads",
         _two_numbers,
-        default=(released.HEADS["heads"], released.HEADS["second_heads"]),
-        help="attention heads of the visual encoder before and after the binding",
+        (released.HEADS["heads"], released.HEADS["second_heads"]),
+        help=f"{HEADS} before and after the binding",
     ),
-    flags.Flag("decoder_heads", int, released.HEADS["decoder_heads"], help="of the entity decoder"),
-    flags.Flag("text_heads", int, released.HEADS["text_heads"], help="of the text encoder"),
+    Flag("decoder_heads", int, released.HEADS["decoder_heads"], help="of the entity decoder"),
+    Flag("text_heads", int, released.HEADS["text_heads"], help="of the text encoder"),
 )
 GROUPVIT = (
     *_model_flags("groupvit"),
-    flags.Flag("heads", int, groupvit.HEADS, help="attention heads of the visual encoder"),
-    flags.Flag("text_heads", int, default=0, help="of the text encoder; 0: one for 64 channels"),
-    flags.Flag("activation", default="quick_gelu", help="of the text encoder"),
+    Flag("heads", int, groupvit.HEADS, help=HEADS),
+    Flag("text_heads", int, 0, help="of the text encoder; 0: one for 64 channels"),
+    Flag("activation", default="quick_gelu", help="of the text encoder"),
 )
 TOWER = (
-    flags.Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
-    flags.Flag("out", required=True, help="folder, or FILE.safetensors"),
+    Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
+    Flag("out", required=True, help="folder, or FILE.safetensors"),
     ENTRY,
 )
 
@@ -211,7 +184,7 @@ def _to_model_dir(kind: str, checkpoint: Path, out: Path, args: SimpleNamespace)
         batch_stats=batch_stats,
         extras={
             **{f"{UNUSED}/{name}": value for name, value in unused.items()},
-            **{f"{TEACHER}/{path}": value for path, value in flatten(teacher or {}).items()},
+            **{f"{TEACHER}/{path}": x for path, x in flatten_dict(teacher or {}, sep="/").items()},
         },
     )
     lines = [f"{len(tensors)} tensors read from {checkpoint}"]
@@ -245,7 +218,7 @@ def _from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
         extras.setdefault(group, {})[rest] = value
     model = saved.params, saved.batch_stats, saved.info["model"]
     if kind == "released":
-        teacher = nest(extras[TEACHER]) or None
+        teacher = unflatten_dict(extras[TEACHER], sep="/") or None
         tensors = released.to_released(*model, teacher, extras[UNUSED])
     else:
         names = saved.info["provenance"].get(NAMES, groupvit.ORIGINAL)
@@ -270,7 +243,7 @@ def _tower(kind: str, args: SimpleNamespace) -> list[str]:
             f"{source} is no checkpoint that convert {kind} knows: no tensor's name ends in "
             f"{' or '.join(TOWERS[kind])}. Its first tensors are {first}"
         )
-    tensors = {name: _at_least_float32(array) for name, array in read.tensors.items()}
+    tensors = {n: x.astype(np.float32) if _is_half(x) else x for n, x in read.tensors.items()}
     write_checkpoint(file, tensors, "safetensors")
     lines = [f"{len(tensors)} tensors of {source} written to {file}"]
     if file.parent != source.parent and file != out:
@@ -285,13 +258,12 @@ def _tower(kind: str, args: SimpleNamespace) -> list[str]:
     return lines + _dropped(read)
 
 
-def _at_least_float32(array: np.ndarray) -> np.ndarray:
-    """Half precision as float32, in which everything is computed; the values are the same."""
-    half = array.dtype.itemsize < 4 and array.dtype.kind in "fV"
-    return array.astype(np.float32) if half else array
+def _is_half(array: np.ndarray) -> bool:
+    """Half precision becomes float32, in which everything is computed; the values are the same."""
+    return array.dtype.itemsize < 4 and array.dtype.kind in "fV"
 
 
-KINDS: Mapping[str, tuple[Sequence[flags.Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
+KINDS: Mapping[str, tuple[Sequence[Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
     "released": (RELEASED, _model),
     "groupvit": (GROUPVIT, _model),
     "dino": (TOWER, _tower),

@@ -10,19 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import Flag
 from ovseg_jax.models.build import build_model
-from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.resume import SavedRun, read_run
 from ovseg_jax.weights.initialize import architecture, split_towers, variable_shapes
 from ovseg_jax.weights.model_dir import check_free, load_model, save_model
-from ovseg_jax.weights.towers import HUB, PACKAGE, TOKENIZER, Reference, refer
+from ovseg_jax.weights.weight_files import HUB, PACKAGE, TOKENIZER, Reference, refer
 
 ABOUT = """Write a model directory from a run.
 
@@ -38,32 +39,32 @@ changed and segmentation uses (so no entity decoder), and says where the publish
 """
 
 FLAGS = (
-    flags.Flag("workdir", help="work directory of a run"),
-    flags.Flag("model", help="model directory, in place of --workdir, with --stablehlo"),
-    flags.Flag("out", required=True, help="model directory to write"),
-    flags.Flag("step", default="latest", help="latest, best or a number"),
-    flags.Flag(
+    Flag("workdir", help="work directory of a run"),
+    Flag("model", help="model directory, in place of --workdir, with --stablehlo"),
+    Flag("out", required=True, help="model directory to write"),
+    Flag("step", default="latest", help="latest, best or a number"),
+    Flag(
         "weights",
         default="online",
         choices=("online", "ema"),
         help="ema: the teacher's visual encoder, the rest online",
     ),
-    flags.Flag(
+    Flag(
         "towers",
         default="copied",
         choices=("copied", "reference"),
         help="reference: published weights and tokenizer stay where they are",
     ),
-    flags.Flag(
+    Flag(
         "dtype",
         default="float32",
         choices=("float32", "float16"),
         help="of the weights in the file; they are read as float32",
     ),
-    flags.Flag("name", default="", help="of the model, for its README"),
-    flags.Flag("terms", default="", help="of use, for its README"),
-    flags.Flag("stablehlo", bool, default=False, help="also write StableHLO programs"),
-    flags.Flag("image_size", int, default=0, help="of StableHLO, pixels; 0: the protocol's window"),
+    Flag("name", default="", help="of the model, for its README"),
+    Flag("terms", default="", help="of use, for its README"),
+    Flag("stablehlo", bool, False, help="also write StableHLO programs"),
+    Flag("image_size", int, 0, help="of StableHLO, pixels; 0: the protocol's window"),
 )
 
 
@@ -134,11 +135,11 @@ def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> st
         shapes = variable_shapes(build_model(model))
         modules = {path.split("/")[0] for path in shapes}
         params, statistics = (
-            {path: x for path, x in flatten(tree).items() if path.split("/")[0] in modules}
+            {k: x for k, x in flatten_dict(tree, sep="/").items() if k.split("/")[0] in modules}
             for tree in (params, statistics)
         )
         kept, towers = split_towers(model, params, shapes)
-        params, statistics = nest(kept), nest(statistics)
+        params, statistics = (unflatten_dict(flat, sep="/") for flat in (kept, statistics))
         if spec.startswith((PACKAGE, HUB)):
             tokenizer = refer(spec, TOKENIZER)
     save_model(

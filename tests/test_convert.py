@@ -20,9 +20,8 @@ from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.groupvit import groupvit_config
 from ovseg_jax.weights.model_dir import load_model, save_model
-from ovseg_jax.weights.pth import write_torch
+from ovseg_jax.weights.pth import WRITERS, read_checkpoint, write_torch
 from ovseg_jax.weights.released import released_config
-from ovseg_jax.weights.tensors import WRITERS, read_checkpoint
 
 torch = pytest.importorskip("torch", reason="the extra convert is not installed")
 

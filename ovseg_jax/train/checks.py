@@ -21,7 +21,7 @@ from ovseg_jax.segmentation.calibrate import tune_split
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.sharding import AnyMesh, batch_shards
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.weights.towers import find_weights
+from ovseg_jax.weights.weight_files import find_weights
 
 LOSS_CHOICES = {
     "masking": tuple(masking.value for masking in Masking),

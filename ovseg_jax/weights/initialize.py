@@ -11,16 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import START, complete_model
 from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
-from ovseg_jax.optim.groups import flatten
-from ovseg_jax.weights import bert, vit
 from ovseg_jax.weights.links import Link, Shapes, read_links
-from ovseg_jax.weights.pth import Tensors
-from ovseg_jax.weights.towers import TOWERS, Reference, find_weights, read_weights, refer, resolve
+from ovseg_jax.weights.tower_links import BERT_ANCHOR, VIT_ANCHORS, from_bert, from_vit
+from ovseg_jax.weights.weight_files import (
+    TOWERS,
+    Reference,
+    find_weights,
+    read_weights,
+    refer,
+    resolve,
+)
 
 # The layers that see the image alone, with what comes before and directly after them.
 TRUNK = (
@@ -47,8 +53,7 @@ def init_variables(model: OVSegmentor, key: jax.Array) -> Any:
     """All collections of the model at their start; see `init_params` and `init_statistics`."""
     patch = model.image_encoder.patch
     image = jnp.zeros((1, 2 * patch, 2 * patch, 3), jnp.uint8)
-    ids = jnp.ones((1, 4), jnp.int32)
-    return model.init({"params": key}, image, ids)
+    return model.init({"params": key}, image, jnp.ones((1, 4), jnp.int32))
 
 
 def init_params(model: OVSegmentor, key: jax.Array) -> Any:
@@ -67,28 +72,26 @@ def init_statistics(model: OVSegmentor) -> dict[str, Any]:
 
 
 def variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every parameter and, under "batch_stats/", every running statistic.
-
-    Computes none of them.
-    """
+    """Path and shape of every parameter and, under "batch_stats/", every running statistic."""
     variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
 # ---- published towers
 
 
-def initial_image(
-    spec: str, shapes: Shapes, resample_to: tuple[int, int] | None = None
+def initial_tower(
+    role: str, spec: str, shapes: Shapes, resample_to: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Parameters of the visual encoder from `config.model.image_init`.
+    """Parameters by path, from `config.model.image_init` or `config.model.text_init`.
 
-    A published ViT fills the trunk or all layers, see `weights.vit`; group tokens, binding and
-    neck stay random. A model of ours fills the whole visual encoder.
+    A published ViT fills the trunk or all layers of the visual encoder, see `tower_links`; group
+    tokens, binding and neck stay random. A model of ours fills the whole tower.
 
     Args:
-      spec: see `towers.find_weights`.
+      role: "image" or "text".
+      spec: see `weight_files.find_weights`.
       shapes: of all the model's parameters.
       resample_to: the model's grid (rows, columns), to resize positions of another grid to it;
         None refuses weights of another grid.
@@ -96,57 +99,32 @@ def initial_image(
     Raises:
       UserError: the weights cannot be found or read, or do not fit; names every tensor at fault.
     """
-    field = "config.model.image_init"
+    field, tower = f"config.model.{role}_init", f"{role}_encoder/"
     path = find_weights(spec, field)
-    tensors = read_weights(path, field, "dino")
-    params = _from_model(tensors, shapes, "image_encoder/", str(path))
+    tensors = read_weights(path, field, "dino" if role == "image" else "bert")
+    stored = {name: value for name, value in tensors.items() if name.startswith(tower)}
+    if stored:
+        wanted = {path: shape for path, shape in shapes.items() if path.startswith(tower)}
+        links = [Link((path,), (path,), "same") for path in wanted]
+        return read_links(stored, links, wanted, (), str(path))
+    # Remove what precedes the known name ("backbone.", "bert.", ...).
+    for anchor in VIT_ANCHORS if role == "image" else (BERT_ANCHOR,):
+        prefix = next((n for n in tensors if n.endswith(anchor)), anchor).removesuffix(anchor)
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    params = None
+    if role == "image":
+        kind = "ViT under names that are known (DINO, DeiT, DINOv2 or DINOv3, theirs or the hub's)"
+        params = from_vit(tensors, shapes, str(path), resample_to)
+    else:
+        kind = f"BERT ({BERT_ANCHOR} is missing)"
+        if BERT_ANCHOR in tensors:
+            params = from_bert(tensors, shapes, str(path))
     if params is None:
-        for anchor in vit.ANCHORS:
-            tensors = _strip_prefix(tensors, anchor)
-        params = vit.from_vit(tensors, shapes, str(path), resample_to)
-    if params is None:
+        first = ", ".join(list(tensors)[:3])
         raise UserError(
-            f"{field}: {path} holds no ViT under names that are known (DINO, DeiT, DINOv2 or "
-            "DINOv3 as released or from Hugging Face) and no model of ours; its first tensors are "
-            f"{', '.join(list(tensors)[:3])}"
+            f"{field}: {path} holds no {kind} and no model of ours; its first tensors are {first}"
         )
     return params
-
-
-def initial_text(spec: str, shapes: Shapes) -> dict[str, np.ndarray]:
-    """Parameters of the text encoder from `config.model.text_init`; see `initial_image`."""
-    field = "config.model.text_init"
-    path = find_weights(spec, field)
-    tensors = read_weights(path, field, "bert")
-    params = _from_model(tensors, shapes, "text_encoder/", str(path))
-    if params is not None:
-        return params
-    tensors = _strip_prefix(tensors, bert.ANCHOR)
-    if bert.ANCHOR not in tensors:
-        raise UserError(
-            f"{field}: {path} holds no BERT ({bert.ANCHOR} is missing) and no model of ours; its "
-            f"first tensors are {', '.join(list(tensors)[:3])}"
-        )
-    return bert.from_bert(tensors, shapes, str(path))
-
-
-def _strip_prefix(tensors: Tensors, anchor: str) -> Tensors:
-    """Removes what precedes `anchor` in the name that ends with it ("backbone.", "bert.", ...)."""
-    name = next((name for name in tensors if name.endswith(anchor)), anchor)
-    prefix = name.removesuffix(anchor)
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}
-
-
-def _from_model(
-    tensors: Tensors, shapes: Shapes, tower: str, origin: str
-) -> dict[str, np.ndarray] | None:
-    """The parameters of a tower of a model of ours; None where the names are not ours."""
-    stored = {name: value for name, value in tensors.items() if name.startswith(tower)}
-    if not stored:
-        return None
-    wanted = {path: shape for path, shape in shapes.items() if path.startswith(tower)}
-    links = [Link((path,), (path,), "same") for path in wanted]
-    return read_links(stored, links, wanted, (), origin)
 
 
 @dataclass(frozen=True)
@@ -177,23 +155,22 @@ def published_start(model: ConfigDict, shapes: Shapes) -> PublishedStart:
     values: dict[str, np.ndarray] = {}
     sources: dict[str, str] = {}
     remarks: list[str] = []
-    for tower in ("image", "text"):
-        spec = model[f"{tower}_init"]
-        if not spec:
-            continue
-        if tower == "image":
-            grid = tuple(model.image.grid) if model.resample_init else None
-            filled = initial_image(spec, shapes, grid)
-        else:
-            filled = initial_text(spec, shapes)
-        values |= filled
-        sources |= dict.fromkeys(filled, spec)
-        path = find_weights(spec, f"config.model.{tower}_init")
-        remarks += [f"{spec}: {line}" for line in _remarks(path, model, tower)]
+    for role in TOWERS:
+        spec = model[f"{role}_init"]
+        if spec:
+            filled = initial_tower(role, spec, shapes, _grid(model, model.resample_init))
+            values |= filled
+            sources |= dict.fromkeys(filled, spec)
+            path = find_weights(spec, f"config.model.{role}_init")
+            remarks += [f"{spec}: {line}" for line in _remarks(path, model, role)]
     return PublishedStart(values, start_table(shapes, sources), remarks)
 
 
-def _remarks(path: Path, model: ConfigDict, tower: str) -> list[str]:
+def _grid(model: ConfigDict, resample: bool) -> tuple[int, int] | None:
+    return tuple(model.image.grid) if resample else None
+
+
+def _remarks(path: Path, model: ConfigDict, role: str) -> list[str]:
     """Differences between the Hugging Face config.json beside weights and ``config.model``.
 
     The number of heads, an epsilon or an activation leave no trace in a tensor's shape. A
@@ -208,15 +185,14 @@ def _remarks(path: Path, model: ConfigDict, tower: str) -> list[str]:
         return []
     image = model.image
     theirs = {**dict(theirs.get("rope_parameters") or {}), **theirs}
-    heads = "trunk_heads" if image.trunk_norm and image.trunk_heads else "heads"
-    fields = {
-        "num_attention_heads": f"image.{heads}" if tower == "image" else "text.heads",
-        "layer_norm_eps": f"{tower}.eps",
-    }
-    if tower == "text":
+    fields = {"num_attention_heads": f"{role}.heads", "layer_norm_eps": f"{role}.eps"}
+    if role == "text":
         fields["pad_token_id"] = "pad_id"
-    elif image.position == "rope":
-        fields["rope_theta"] = "image.rope_theta"
+    else:
+        if image.trunk_norm and image.trunk_heads:
+            fields["num_attention_heads"] = "image.trunk_heads"
+        if image.position == "rope":
+            fields["rope_theta"] = "image.rope_theta"
     ours = {
         key: (f"config.model.{field} is", operator.attrgetter(field)(model))
         for key, field in fields.items()
@@ -238,20 +214,17 @@ def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, .
       shapes: of all the model's parameters.
       sources: spec of the weights that filled a parameter, by path.
     """
-    origin = {path: sources.get(path, "random") for path in shapes}
     origins: dict[str, set[str]] = {}
     for path in shapes:
-        origins.setdefault(path.split("/")[0], set()).add(origin[path])
+        origins.setdefault(path.split("/")[0], set()).add(sources.get(path, "random"))
     counts: dict[tuple[str, str], list[int]] = {}
     for path, shape in shapes.items():
         names = path.split("/")
         group = "/".join(names[:2]) if len(origins[names[0]]) > 1 else names[0]
-        entry = counts.setdefault((group, origin[path]), [0, 0])
-        entry[0] += 1
-        entry[1] += int(np.prod(shape))
+        counts.setdefault((group, sources.get(path, "random")), []).append(int(np.prod(shape)))
     rows = [
-        (group, str(tensors), f"{numbers:,}", source)
-        for (group, source), (tensors, numbers) in sorted(counts.items())
+        (group, str(len(sizes)), f"{sum(sizes):,}", source)
+        for (group, source), sizes in sorted(counts.items())
     ]
     return [("parameters", "tensors", "numbers", "start from"), *rows]
 
@@ -277,7 +250,7 @@ def split_towers(
         if not spec:
             continue
         reference = refer(spec, role, resample=role == "image" and bool(model.resample_init))
-        published = _tower_values(reference, role, model, shapes)
+        published = tower_values({role: reference}, model, shapes)
         equal = [path for path, x in published.items() if np.array_equal(x, params[path])]
         if equal:
             references[role] = reference
@@ -304,14 +277,6 @@ def tower_values(
     """
     values: dict[str, np.ndarray] = {}
     for role, reference in references.items():
-        values |= _tower_values(reference, role, model, shapes)
+        path = str(resolve(reference, role))
+        values |= initial_tower(role, path, shapes, _grid(model, reference.resample))
     return values
-
-
-def _tower_values(
-    reference: Reference, role: str, model: ConfigDict, shapes: Shapes
-) -> dict[str, np.ndarray]:
-    path = str(resolve(reference, role))
-    if role == "text":
-        return initial_text(path, shapes)
-    return initial_image(path, shapes, tuple(model.image.grid) if reference.resample else None)

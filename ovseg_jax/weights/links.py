@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.tensors import Tensors
+from ovseg_jax.weights.weight_files import Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,9 +27,9 @@ class Form:
     `read` gives one array of `dtype` for each target of the link, `write` is its inverse.
     """
 
-    read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    write: Callable[[tuple[np.ndarray, ...]], np.ndarray]
     axes: int | None
+    read: Callable[[np.ndarray], tuple[np.ndarray, ...]] = lambda x: (x,)
+    write: Callable[[tuple[np.ndarray, ...]], np.ndarray] = lambda p: p[0]
     dtype: type = np.float32
 
 
@@ -45,26 +45,26 @@ def _thirds(fused: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 FORMS = {
-    "same": Form(lambda x: (x,), lambda p: p[0], None),
-    "scalar": Form(lambda x: (x,), lambda p: p[0], 0),
-    "vector": Form(lambda x: (x,), lambda p: p[0], 1),
-    "table": Form(lambda x: (x,), lambda p: p[0], 2),
+    "same": Form(None),
+    "scalar": Form(0),
+    "vector": Form(1),
+    "table": Form(2),
     # Linear weights are [out, in] in PyTorch, [in, out] here.
-    "linear": Form(lambda x: (x.T,), lambda p: p[0].T, 2),
+    "linear": Form(2, lambda x: (x.T,), lambda p: p[0].T),
     # Linear maps written as convolutions over one position, [out, in, 1].
-    "pointwise": Form(lambda x: (x[:, :, 0].T,), lambda p: p[0].T[:, :, None], 3),
+    "pointwise": Form(3, lambda x: (x[:, :, 0].T,), lambda p: p[0].T[:, :, None]),
     # Strided convolution [D, 3, P, P] to the flattened (row, column, channel) order of our patches.
-    "patch": Form(lambda x: (x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),), _patch_weight, 4),
+    "patch": Form(4, lambda x: (x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),), _patch_weight),
     # Tables with an axis of length one in front.
-    "token": Form(lambda x: (x[0],), lambda p: p[0][None], 3),
+    "token": Form(3, lambda x: (x[0],), lambda p: p[0][None]),
     # Query, key and value in one linear map, in that order.
     "fused_linear": Form(
+        2,
         lambda x: tuple(third.T for third in _thirds(x)),
         lambda p: np.concatenate([kernel.T for kernel in p]),
-        2,
     ),
-    "fused_vector": Form(_thirds, lambda p: np.concatenate(p), 1),
-    "count": Form(lambda x: (x,), lambda p: p[0].astype(np.int64), 0, np.int32),
+    "fused_vector": Form(1, _thirds, lambda p: np.concatenate(p)),
+    "count": Form(0, write=lambda p: p[0].astype(np.int64), dtype=np.int32),
 }
 
 
@@ -110,7 +110,6 @@ def module(
       ours: path of the module.
       theirs: prefix of the module, or with `stacked` of each layer; "" or with a final dot.
       names: what each map, or norm ("...norm"), is called behind the prefix, by its path in ours.
-      stacked: see `Link`.
     """
     links = []
     for path, name in names.items():
@@ -142,69 +141,53 @@ def matching(tensors: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 def read_links(
     tensors: Tensors,
-    links: Iterable[Link],
+    links: Sequence[Link],
     shapes: Shapes,
     left_out: Iterable[str],
     origin: str,
 ) -> dict[str, np.ndarray]:
-    """Our arrays from the source's.
+    """Our arrays by path, from the source's by name.
 
     Args:
-      tensors: the source's, by name.
-      links: what becomes of them.
+      links: what becomes of the tensors.
       shapes: path and shape of every array that must be filled.
       left_out: names of source tensors that are not used, on purpose.
       origin: where the tensors come from, for messages.
 
-    Returns:
-      path to array.
-
     Raises:
       UserError: one message with every missing, unused, unfilled and misshapen tensor.
     """
-    links = list(links)
     result: dict[str, np.ndarray] = {}
-    faults: list[str] = []
+    sources = Counter(name for link in links for name in link.sources)
+    targets = Counter(path for link in links for path in link.targets)
+    faults = [f"{name} is used twice" for name, times in sources.items() if times > 1]
+    faults += [f"{path} is filled twice" for path, times in targets.items() if times > 1]
+    faults += [f"{path} is not a parameter of this model" for path in targets if path not in shapes]
+    faults += [f"{path} is not filled" for path in sorted(set(shapes) - set(targets))]
+    unused = set(tensors) - set(sources) - set(left_out)
+    faults += [f"{name} has no place in this model" for name in sorted(unused)]
     for link in links:
         form = FORMS[link.form]
-        before = len(faults)
-        for name in link.sources:
-            if name not in tensors:
-                faults.append(f"{name} is missing (for {link.targets[0]})")
-            elif form.axes not in (None, np.ndim(tensors[name])):
-                shape = np.shape(tensors[name])
-                faults.append(f"{name} has shape {shape}, but needs {form.axes} axes")
-        if len(faults) > before:
+        lost = [name for name in link.sources if name not in tensors]
+        faults += [f"{name} is missing (for {link.targets[0]})" for name in lost]
+        given = {name: np.shape(tensors[name]) for name in link.sources if name not in lost}
+        odd = [name for name, shape in given.items() if form.axes not in (None, len(shape))]
+        faults += [f"{name} has shape {given[name]}, but needs {form.axes} axes" for name in odd]
+        if lost or odd:
             continue
         layers = [form.read(np.asarray(tensors[name])) for name in link.sources]
         for target, arrays in zip(link.targets, zip(*layers, strict=True), strict=True):
-            if target not in shapes:
-                faults.append(f"{target} is not a parameter of this model")
-                continue
-            shape = tuple(shapes[target])[1:] if link.stacked else tuple(shapes[target])
-            wrong = [
-                f"{target} has shape {shape}, {name} gives {array.shape}"
-                for name, array in zip(link.sources, arrays, strict=True)
-                if array.shape != shape
-            ]
-            faults += wrong
-            if target in result:
-                faults.append(f"{target} is filled twice")
-            if wrong:
-                continue
-            if link.stacked:
+            shape = tuple(shapes.get(target, ()))
+            shape = shape[1:] if link.stacked else shape
+            named = zip(link.sources, arrays, strict=True)
+            wrong = [f"{name} gives {array.shape}" for name, array in named if array.shape != shape]
+            faults += [f"{target} has shape {shape}, {reason}" for reason in wrong]
+            if not wrong:
                 # In row-major order at once: stacked transposes would come out column-major, and
                 # need twice the memory when they are written.
-                result[target] = np.empty((len(arrays), *shape), form.dtype)
-                np.stack(arrays, out=result[target], casting="unsafe")
-            else:
-                result[target] = np.array(arrays[0], form.dtype, order="C")
-    times = Counter(name for link in links for name in link.sources)
-    faults += [f"{name} is used twice" for name in sorted(times) if times[name] > 1]
-    unused = set(tensors) - set(times) - set(left_out)
-    faults += [f"{name} has no place in this model" for name in sorted(unused)]
-    unfilled = set(shapes) - {target for link in links for target in link.targets}
-    faults += [f"{path} is not filled" for path in sorted(unfilled)]
+                whole = np.empty((len(arrays), *shape), form.dtype)
+                np.stack(arrays, out=whole, casting="unsafe")
+                result[target] = whole if link.stacked else whole.reshape(shape)
     if faults:
         raise UserError(f"{origin} does not fit the model:\n  " + "\n  ".join(faults))
     return result

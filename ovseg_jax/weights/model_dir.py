@@ -22,26 +22,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_files
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
-from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights.initialize import tower_values, variable_shapes
-from ovseg_jax.weights.tensors import (
+from ovseg_jax.weights.weight_files import (
+    TOKENIZER,
     UNWRITABLE,
+    WHOLE,
+    Reference,
     cannot_write,
+    check_installed,
     file_digest,
     read_tensors,
+    resolve,
     write_safetensors,
 )
-from ovseg_jax.weights.towers import TOKENIZER, Reference, check_installed, resolve
 
 FORMAT = "ovseg_jax model"
 VERSION = 1
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 README = "README.md"
 EXTRA = "extra"
@@ -61,8 +64,7 @@ class SavedModel:
       batch_stats: running statistics of its batch norms, nested; {} where it has none.
       extras: other arrays by name, see `save_model`.
       tokenizer: of its text encoder.
-      info: what config.json holds: "model", "protocol", "text_length",
-        "benchmarks", "provenance".
+      info: what config.json holds: "model", "protocol", "text_length", "benchmarks", "provenance".
     """
 
     model: OVSegmentor
@@ -125,6 +127,10 @@ def _self_digest(info: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def _flat(tree: Mapping[str, Any] | None) -> dict[str, Any]:
+    return flatten_dict(dict(tree or {}), sep="/")
+
+
 def save_model(
     directory: str | Path,
     params: Mapping[str, Any],
@@ -160,8 +166,8 @@ def save_model(
       UserError: the directory cannot be written.
     """
     arrays = {
-        **{path: np.asarray(x, dtype) for path, x in flatten(params).items()},
-        **{f"{STATISTICS}/{path}": x for path, x in flatten(batch_stats or {}).items()},
+        **{path: np.asarray(x, dtype) for path, x in _flat(params).items()},
+        **{f"{STATISTICS}/{path}": x for path, x in _flat(batch_stats).items()},
         **{f"{EXTRA}/{name}": x for name, x in (extras or {}).items()},
     }
     info = {
@@ -177,12 +183,11 @@ def save_model(
         info[TOKENIZER], tokenizer = tokenizer.as_dict(), None
     directory = Path(directory)
     check_free(directory)
-    building = directory.with_name(f".{directory.name}.partial")
+    building, old = (directory.with_name(f".{directory.name}.{x}") for x in ("partial", "old"))
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
         _fill(building, arrays, tokenizer, info)
-        old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             os.replace(directory, old)
@@ -201,12 +206,10 @@ def check_free(directory: Path) -> None:
       UserError: there is a file, or a folder that holds no model but something else.
     """
     try:
-        if not directory.exists():
-            return
-        names = {path.name for path in directory.iterdir()}
+        names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     except OSError as error:  # a file is no directory
         raise cannot_write(directory, error) from None
-    if names and not names & {CONFIG, WEIGHTS}:
+    if names and not names & {CONFIG, WHOLE}:
         raise UserError(
             f"{directory} is a folder with other files, {min(names)} for example, which a model "
             "directory would replace: name another place"
@@ -218,15 +221,14 @@ def _fill(
 ) -> None:
     # Not `ascontiguousarray`, which makes a scalar a vector.
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
-    write_safetensors(building / WEIGHTS, arrays)
+    write_safetensors(building / WHOLE, arrays)
     if tokenizer is not None:
         try:
             tokenizer.save(building)
         except Exception as error:  # the library raises nothing more special
             raise OSError(str(error)) from None
-    (building / README).write_text(_readme(info, arrays), encoding="utf-8")
     files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
-    del files[README]
+    (building / README).write_text(_readme(info, arrays), encoding="utf-8")
     info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
     info[SELF] = _self_digest(info)
     (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -243,34 +245,30 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         its config, or published weights are absent or have changed; says which file and why.
     """
     directory = find_model(model)
-    missing = [name for name in (WEIGHTS, CONFIG) if not (directory / name).is_file()]
+    weights, file = directory / WHOLE, directory / CONFIG
+    missing = [path.name for path in (weights, file) if not path.is_file()]
     if missing:
         raise UserError(f"{directory} is no model directory: {', '.join(missing)} is missing")
     try:
-        info = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind, version, files = info["format"], info["version"], dict(info["files_sha256"])
-        config = ConfigDict(info["model"])
+        info = json.loads(file.read_text(encoding="utf-8"))
+        form = f"{info['format']!r} version {info['version']}"
+        config, files = ConfigDict(info["model"]), dict(info["files_sha256"])
         info = {**info, "text_length": int(info["text_length"])}
         for key in ("protocol", "benchmarks", "provenance"):
             dict(info[key])
         towers = {role: Reference(**fields) for role, fields in info.get(TOWERS, {}).items()}
         tokenizer = Reference(**info[TOKENIZER]) if TOKENIZER in info else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / CONFIG} is damaged or no model config: {error!r}") from None
-    if kind != FORMAT or version != VERSION:
-        raise UserError(
-            f"{directory / CONFIG} says {kind!r} version {version}; this program reads "
-            f"{FORMAT!r} version {VERSION}"
-        )
+        raise UserError(f"{file} is damaged or no model config: {error!r}") from None
+    if form != f"{FORMAT!r} version {VERSION}":
+        raise UserError(f"{file} says {form}; this program reads {FORMAT!r} version {VERSION}")
     _check_digests(directory, info, files)
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
-        model = build_model(config)
+        built = build_model(config)
     except (AttributeError, KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"{directory / CONFIG}: its model cannot be built by this version: {error}"
-        ) from None
-    tensors, shapes = read_tensors(directory / WEIGHTS), variable_shapes(model)
+        raise UserError(f"{file}: its model cannot be built by this version: {error}") from None
+    tensors, shapes = read_tensors(weights), variable_shapes(built)
     extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
     tensors = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in tensors.items()}
     # Trained values replace published ones.
@@ -282,22 +280,18 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         if given.get(name) != shapes.get(name)
     ]
     if faults:
-        raise UserError(f"{directory / WEIGHTS} does not fit {CONFIG}:\n  " + "\n  ".join(faults))
-    params = nest(tensors)
+        raise UserError(f"{weights} does not fit {CONFIG}:\n  " + "\n  ".join(faults))
+    params = unflatten_dict(tensors, sep="/")
+    folder = resolve(tokenizer, TOKENIZER) if tokenizer else directory
+    names = {path.name for path in tokenizer_files(folder)} - {"tokenizer_config.json"}
     return SavedModel(
-        model=model,
+        model=built,
         params=params,
         batch_stats=params.pop(STATISTICS, {}),
         extras={name.removeprefix(f"{EXTRA}/"): x for name, x in extras.items()},
-        tokenizer=_tokenizer_of(resolve(tokenizer, TOKENIZER) if tokenizer else directory),
+        tokenizer=find_tokenizer(str(folder)) if names else NoTokenizer(folder),
         info=info,
     )
-
-
-def _tokenizer_of(directory: Path) -> Tokenizer:
-    files = ("tokenizer.json", "vocab.txt", "vocab.json")
-    present = any((directory / name).is_file() for name in files)
-    return find_tokenizer(str(directory)) if present else NoTokenizer(directory)
 
 
 def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -323,11 +317,8 @@ def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     name = facts.pop("name", "")
     titles = {"trained_on": "Data", "terms": "Terms", "command": "Training"}
     sections = {title: [str(facts.pop(key))] for key, title in titles.items() if key in facts}
-    sections["Scores"] = [
-        f"- {key.removeprefix('miou_')}: {facts.pop(key):.1f} mIoU"
-        for key in list(facts)
-        if key.startswith("miou_")
-    ]
+    scores = [key for key in facts if key.startswith("miou_")]
+    sections["Scores"] = [f"- {x.removeprefix('miou_')}: {facts.pop(x):.1f} mIoU" for x in scores]
     needed = {f"{role} tower": fields for role, fields in info.get(TOWERS, {}).items()}
     needed |= {TOKENIZER: info[TOKENIZER]} if TOKENIZER in info else {}
     lines = [f"- {role}: {fields['spec']}" for role, fields in needed.items()]
@@ -338,13 +329,13 @@ def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     sections["Published weights, of which this directory has no copy"] = lines
     sections["Provenance"] = [f"- {key}: {value}" for key, value in facts.items()]
     sections["Protocol"] = [f"- {key}: {value}" for key, value in info["protocol"].items()]
+    command = f"python -m ovseg_jax.predict --model={name or 'THIS_DIRECTORY'} --images=a.jpg"
     lines = [
         f"# {name or 'OVSegmentor model'}",
         "",
         f"{count / 1e6:.1f} M parameters, written by ovseg_jax. Segment your own images with",
         "",
-        f"    python -m ovseg_jax.predict --model={name or 'THIS_DIRECTORY'} --images=a.jpg "
-        '--classes="cat,dog"',
+        f'    {command} --classes="cat,dog"',
     ]
     for title, content in sections.items():
         if content:

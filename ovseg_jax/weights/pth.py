@@ -1,6 +1,7 @@
-"""PyTorch's checkpoints, whatever their names. Nothing else needs PyTorch or imports it.
+"""Checkpoints of other programs in one file: PyTorch's, safetensors, npz, ONNX.
 
-No file can run code: PyTorch reads with ``weights_only=True``.
+Nothing else needs PyTorch or imports it. No file can run code: PyTorch reads with
+``weights_only=True``.
 """
 
 import collections
@@ -8,7 +9,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from ovseg_jax.errors import UserError
-
-Tensors = dict[str, np.ndarray]
+from ovseg_jax.weights.weight_files import (
+    PLAIN,
+    UNWRITABLE,
+    Tensors,
+    cannot_write,
+    read_tensors,
+    write_safetensors,
+)
 
 # Where training programs put the weights. Of a pair (DINO's), the one that is meant to be used.
 ENTRIES = ("model", "state_dict", "module", "teacher", "model_state_dict", "net")
@@ -80,8 +87,49 @@ class StateDict:
     """
 
     tensors: Tensors
-    entry: str
-    left_out: tuple[str, ...]
+    entry: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: Path, entry: str = "") -> StateDict:
+    """The tensors of a .safetensors, .npz, .onnx or (any other name) PyTorch file.
+
+    Args:
+      entry: of a PyTorch file, see `read_state_dict`.
+
+    Raises:
+      UserError: the file cannot be read, or would run code on load.
+    """
+    if not path.is_file():
+        raise UserError(f"--checkpoint={path}: there is no such file")
+    if path.suffix.lower() not in PLAIN:
+        return read_state_dict(path, entry)
+    if entry:
+        raise UserError(f"--entry is for PyTorch files; {path} has no entries")
+    return StateDict(_without_wrappers(read_tensors(path)))
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], form: str) -> None:
+    """Writes tensors to one file, whole or not at all; `form` is a key of `WRITERS`.
+
+    Raises:
+      UserError: the file cannot be written, or cannot hold an array of this type.
+    """
+    # numpy adds .npz to a name that has not got it.
+    partial = path.with_name(f".{path.name}.partial.{form}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not `ascontiguousarray`, which makes a scalar a vector.
+        WRITERS[form](partial, {k: np.asarray(v, order="C") for k, v in tensors.items()})
+        partial.replace(path)
+    except UNWRITABLE as error:
+        raise cannot_write(path, error) from None
+    finally:
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+# ---- PyTorch's files
 
 
 def _import_torch() -> ModuleType:
@@ -135,18 +183,16 @@ def read_state_dict(path: Path, entry: str = "") -> StateDict:
             f"{path} describes tensors of {total} bytes, far more than the {size} it holds; such "
             "a file is not read"
         )
-    return StateDict(without_wrappers(arrays), ".".join(names), left_out)
+    return StateDict(_without_wrappers(arrays), ".".join(names), left_out)
 
 
 def _load(torch: ModuleType, path: Path) -> Any:
     """What was saved, with `_Ignored` for everything that is not data."""
     known = [(collections.OrderedDict, name) for name in _DICTS]
-    # Schedulers save counters; their content is a dict's.
-    known += [
-        (_empty_dict, "collections.defaultdict"),
-        (collections.Counter, "collections.Counter"),
-    ]
     known += [(_Ignored, name) for name in _OBJECTS]
+    # Schedulers save counters; their content is a dict's.
+    known.append((collections.Counter, "collections.Counter"))
+    known.append((_empty_dict, "collections.defaultdict"))
     try:
         # Files from before PyTorch 1.6 are no archives and cannot be mapped.
         archive = zipfile.is_zipfile(path)
@@ -194,7 +240,7 @@ def _as_array(torch: ModuleType, tensor: Any, what: str) -> np.ndarray:
         raise UserError(f"{what} is no plain array of numbers ({error})") from None
 
 
-def without_wrappers(tensors: Tensors) -> Tensors:
+def _without_wrappers(tensors: Tensors) -> Tensors:
     """Removes the prefixes of `WRAPPERS`, as long as every name has one."""
     for prefix in WRAPPERS * 2:  # at most one around the other, in either order
         if all(name.startswith(prefix) for name in tensors):
@@ -231,3 +277,10 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             torch.save(state, file)
         except RuntimeError as error:  # its own kind of error for a full disk
             raise OSError(str(error)) from None
+
+
+WRITERS: dict[str, Callable[[Path, Tensors], None]] = {
+    "pth": write_torch,
+    "safetensors": write_safetensors,
+    "npz": lambda path, tensors: np.savez(path, **tensors),
+}

@@ -4,17 +4,18 @@ What the released code stores without using it is kept apart (`extra_tensors`), 
 `to_released` gives back every tensor that `from_released` was given, to the bit.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import STATISTICS
-from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.weights.bert import bert_links
 from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
     Link,
@@ -26,7 +27,8 @@ from ovseg_jax.weights.links import (
     read_links,
     write_links,
 )
-from ovseg_jax.weights.tensors import Sizes, Tensors, grid_of
+from ovseg_jax.weights.tower_links import bert_links
+from ovseg_jax.weights.weight_files import Tensors
 
 IMAGE, TEACHER = "img_encoder", "img_encoder_momentum"
 TEXT = "text_encoder.transformer"
@@ -54,43 +56,27 @@ POSITION_AXIS = "pos_embed.leading_axis"
 HEADS = {"heads": 8, "second_heads": 8, "decoder_heads": 8, "text_heads": 12}
 
 # Fields of ``config.model`` in which this model and GroupViT differ from the defaults.
-IMAGE_FIELDS = {
-    "eps": 1e-5,
-    "binding": "grouping_block",
-    "second_stage": "groups",
-    "drop_path": 0.1,
-}
-MODEL_FIELDS = {
-    "projector_layers": 2,
-    "projector_norm": "batch",
-    "projector_activation": "relu",
-    "projector_bias": True,
-}
+IMAGE_FIELDS = {"eps": 1e-5, "binding": "grouping_block", "second_stage": "groups"}
+IMAGE_FIELDS |= {"drop_path": 0.1}
+MODEL_FIELDS = {"projector_layers": 2, "projector_norm": "batch"}
+MODEL_FIELDS |= {"projector_activation": "relu", "projector_bias": True}
 
-_PRE_NORM = {
-    "attention_norm": "norm1",
-    "attention/out": "attn.proj",
-    "mlp_norm": "norm2",
-    "mlp/fc1": "mlp.fc1",
-    "mlp/fc2": "mlp.fc2",
-}
+_FED = {"mlp_norm": "norm2", "mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+_PRE_NORM = {"attention_norm": "norm1", "attention/out": "attn.proj", **_FED}
 _CROSS = {
-    "attention/query": "attn.q_proj",
-    "attention/key": "attn.k_proj",
-    "attention/value": "attn.v_proj",
+    **{f"attention/{name}": f"attn.{name[0]}_proj" for name in ("query", "key", "value")},
     "attention/out": "attn.proj",
-    "mlp_norm": "norm2",
-    "mlp/fc1": "mlp.fc1",
-    "mlp/fc2": "mlp.fc2",
+    **_FED,
     "norm": "norm_post",
 }
+_CROSS_BLOCK = {f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()}
 GROUPING_BLOCK = {
     "token_norm": "norm_tokens",
     "mixing/fc1": "mlp_inter.fc1",
     "mixing/fc2": "mlp_inter.fc2",
     "mixed_norm": "norm_post_tokens",
     "patch_norm": "norm_x",
-    **{f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()},
+    **_CROSS_BLOCK,
     "query": "assign.q_proj",
     "key": "assign.k_proj",
     "value": "assign.v_proj",
@@ -102,10 +88,56 @@ GROUPING_BLOCK = {
 _DECODER_LAYER = {
     "token_norm": "norm_tokens",
     "group_norm": "norm_x",
-    **{f"cross/{ours}": f"pre_assign_attn.{theirs}" for ours, theirs in _CROSS.items()},
+    **_CROSS_BLOCK,
     **{f"self/{ours}": f"post_attn.{theirs}" for ours, theirs in _PRE_NORM.items()},
     "norm": "norm_new_x",
 }
+
+
+# ---- sizes of a model, from its checkpoint
+
+
+class Sizes:
+    """Shapes of a checkpoint's tensors by name; `kind` says what it should be, for messages."""
+
+    def __init__(self, tensors: Mapping[str, Any], kind: str):
+        self._tensors, self._kind = tensors, kind
+
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        """The shape of a tensor; UserError if it is missing or has another number of axes."""
+        if name not in self._tensors:
+            raise UserError(
+                f"no {self._kind}: it has no tensor {name}. Its first tensors are "
+                f"{', '.join(list(self._tensors)[:3])}"
+            )
+        shape = tuple(np.shape(self._tensors[name]))
+        if len(shape) != axes:
+            raise UserError(f"{name} has shape {shape}, but needs {axes} axes")
+        return shape
+
+    def depth(self, prefix: str) -> int:
+        """How many numbered layers, "PREFIX.0." and on, there are."""
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        numbers = {int(match[1]) for match in map(pattern.match, self._tensors) if match}
+        return max(numbers, default=-1) + 1
+
+    def ratio(self, name: str, width: int) -> float:
+        """What the width is multiplied by, and cut to an integer, for a feed-forward's weight."""
+        hidden = self.shape(name, 2)[0]
+        ratio = hidden / width
+        return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
+
+
+def grid_of(positions: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    """Rows and columns of the position embeddings `name`; UserError if the grid does not fit."""
+    side = math.isqrt(positions)
+    rows, columns = grid or (side, side)
+    if rows * columns != positions or not positions:
+        raise UserError(
+            f"{name} has {positions} positions, which is no grid of {rows} x {columns}; give the "
+            "grid's rows and columns"
+        )
+    return rows, columns
 
 
 def released_config(
@@ -129,7 +161,7 @@ def released_config(
         contradict each other.
     """
     sizes = Sizes(tensors, "released checkpoint")
-    shape, depth = sizes.shape, sizes.depth
+    shape, depth, block = sizes.shape, sizes.depth, f"{IMAGE}.layers.0.downsample"
     width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
     positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
@@ -144,12 +176,10 @@ def released_config(
                 "width": width,
                 "heads": heads,
                 "second_heads": second_heads,
-                "mlp_ratio": sizes.ratio(
-                    f"{IMAGE}.layers.0.downsample.mlp_channels.fc1.weight", width
-                ),
+                "mlp_ratio": sizes.ratio(f"{block}.mlp_channels.fc1.weight", width),
                 "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
                 "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
-                "num_groups": shape(f"{IMAGE}.layers.0.downsample.mlp_inter.fc2.weight", 2)[0],
+                "num_groups": shape(f"{block}.mlp_inter.fc2.weight", 2)[0],
                 "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
                 "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
             },
@@ -178,6 +208,9 @@ def released_config(
     )
 
 
+# ---- there and back
+
+
 def extra_tensors(tensors: Tensors) -> Tensors:
     """Tensors that the released code stores without using them, for `to_released` alone."""
     extra = {name: tensors[name] for name in matching(tensors, UNUSED)}
@@ -202,8 +235,8 @@ def from_released(
       UserError: one message that lists every tensor that is missing, unused or of another shape.
     """
     config = ConfigDict(dict(config))
-    names = (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed")
-    flat = {n: tensors[n][0] for n in names if n in tensors and np.ndim(tensors[n]) == 3}
+    positions = {name: tensors.get(f"{name}.pos_embed") for name in (IMAGE, TEACHER)}
+    flat = {f"{name}.pos_embed": x[0] for name, x in positions.items() if np.ndim(x) == 3}
     flat = {**tensors, **flat}
     shapes = variable_shapes(build_model(config))
     momentum = {name: x for name, x in flat.items() if name.startswith(f"{TEACHER}.")}
@@ -212,9 +245,9 @@ def from_released(
     teacher = None
     if momentum:
         encoder = {path: x for path, x in shapes.items() if path.startswith("image_encoder/")}
-        links = image_links(config["image"], TEACHER)
-        teacher = nest(read_links(momentum, links, encoder, (), origin))["image_encoder"]
-    tree = nest(arrays)
+        arrays_of = read_links(momentum, image_links(config["image"], TEACHER), encoder, (), origin)
+        teacher = unflatten_dict(arrays_of, sep="/")["image_encoder"]
+    tree = unflatten_dict(arrays, sep="/")
     return tree, tree.pop(STATISTICS), teacher
 
 
@@ -230,20 +263,14 @@ def to_released(
     Raises:
       UserError: the model is of another form than the released one.
     """
-    config = ConfigDict(dict(config))
-    require_form(
-        "the released",
-        {
-            "image.binding": (config.image.binding, "grouping_block"),
-            "image.second_stage": (config.image.second_stage, "groups"),
-            "decoder.order": (config.decoder and config.decoder.order, "cross_first"),
-            "projector_norm": (config.projector_norm, "batch"),
-        },
-    )
-    tensors = write_links(flatten({**params, STATISTICS: batch_stats}), model_links(config))
+    needed = {"image.binding": "grouping_block", "image.second_stage": "groups"}
+    needed |= {"decoder.order": "cross_first", "projector_norm": "batch"}
+    require_form("the released", config, needed)
+    tree = {**params, STATISTICS: batch_stats}
+    tensors = write_links(flatten_dict(tree, sep="/"), model_links(config))
     if teacher is not None:
-        links = image_links(config.image, TEACHER)
-        tensors |= write_links(flatten({"image_encoder": teacher}), links)
+        encoder = flatten_dict({"image_encoder": dict(teacher)}, sep="/")
+        tensors |= write_links(encoder, image_links(config["image"], TEACHER))
     extra = dict(extra or {})
     if extra.pop(POSITION_AXIS, None) is not None:
         for name in (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed"):
@@ -252,30 +279,31 @@ def to_released(
     return tensors | extra
 
 
-def require_form(form: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError where a field of ``config.model`` has another value than it must have.
+def require_form(
+    form: str, config: Mapping[str, Any] | ConfigDict, needed: Mapping[str, Any]
+) -> None:
+    """Raises UserError where a ``config.model`` has other values than `needed`, by field.
 
-    Args:
-      form: whose form it must be, as in "the released".
-      fields: (value, needed value) by name.
+    `form` says whose form it must be, as in "the released".
     """
-    for field, (value, needed) in fields.items():
-        if value != needed:
+    for field, wanted in needed.items():
+        value = config
+        for name in field.split("."):
+            value = value and value[name]  # None where there is no decoder
+        if value != wanted:
             raise UserError(
                 f"only a model of {form} form has its names: config.model.{field} is {value!r}, "
-                f"not {needed!r}"
+                f"not {wanted!r}"
             )
 
 
 # ---- names
 
 
-def pre_norm_layers(ours: str, *blocks: str) -> list[Link]:
+def pre_norm_layers(ours: str, blocks: list[str]) -> list[Link]:
     """A stack of pre-norm layers with fused queries, keys and values."""
-    return [
-        *fused_attention(f"{ours}/attention", blocks, "attn.qkv.", stacked=True),
-        *module(ours, blocks, _PRE_NORM, stacked=True),
-    ]
+    fused = fused_attention(f"{ours}/attention", blocks, "attn.qkv.", stacked=True)
+    return fused + module(ours, blocks, _PRE_NORM, stacked=True)
 
 
 def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link]:
@@ -285,42 +313,22 @@ def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link
         *linear(f"{ours}/patch_embed", f"{theirs}.patch_embed.proj", form="patch"),
         Link((f"{ours}/position",), (f"{theirs}.pos_embed",), "table"),
         Link((f"{ours}/group_token",), (f"{theirs}.layers.0.group_token",), "token"),
+        *(norm(f"{ours}/embed_norm", f"{theirs}.patch_embed.norm") if image["patch_norm"] else ()),
+        *module(f"{ours}/binding", (f"{theirs}.layers.0.downsample.",), GROUPING_BLOCK),
+        *norm(f"{ours}/norm", f"{theirs}.norm"),
     ]
-    if image["patch_norm"]:
-        links += norm(f"{ours}/embed_norm", f"{theirs}.patch_embed.norm")
     for stage, stack in enumerate(("first", "second")):
         depth = image[f"{stack}_layers"]
         if depth:
-            blocks = (f"{theirs}.layers.{stage}.blocks.{index}." for index in range(depth))
-            links += pre_norm_layers(f"{ours}/{stack}/layers", *blocks)
-    links += module(f"{ours}/binding", (f"{theirs}.layers.0.downsample.",), GROUPING_BLOCK)
-    return links + norm(f"{ours}/norm", f"{theirs}.norm")
-
-
-def decoder_links(depth: int, aligned: str) -> list[Link]:
-    """The entity decoder. `aligned`: which of "image" and "text" is projected, "" for neither."""
-    ours = "entity_decoder"
-    names = {"image": "align_proj_img", "text": "align_proj_text"}
-    links = linear(f"{ours}/align_{aligned}", names[aligned]) if aligned else []
-    for index in range(depth):
-        layer, block = f"{ours}/layer_{index}", (f"{DECODER}.{index}.",)
-        links += module(layer, block, _DECODER_LAYER)
-        links += fused_attention(f"{layer}/self/attention", block, "post_attn.attn.qkv.")
+            blocks = [f"{theirs}.layers.{stage}.blocks.{index}." for index in range(depth)]
+            links += pre_norm_layers(f"{ours}/{stack}/layers", blocks)
     return links
 
 
 def projector_links(
     ours: str, first: str, normed: str, last: str, form: str = "pointwise"
 ) -> list[Link]:
-    """A projector with its running statistics.
-
-    Args:
-      ours: name of the projector.
-      first: name of the first map's tensors, up to ".weight" and ".bias".
-      normed: of the batch norm.
-      last: of the last map.
-      form: of the two maps.
-    """
+    """A projector with its running statistics: both maps of a form, and the batch norm between."""
     running = f"{STATISTICS}/{ours}/norm"
     return [
         *linear(f"{ours}/fc", first, form=form),
@@ -335,14 +343,19 @@ def projector_links(
 def model_links(model: Mapping[str, Any] | ConfigDict) -> list[Link]:
     """Everything in a ``config.model`` but the teacher."""
     image, text, decoder = (model[name] for name in ("image", "text", "decoder"))
-    widths = {"image": image["width"], "text": text["width"]}
-    aligned = [side for side, width in widths.items() if width != decoder["width"]]
     links = [
         Link(("log_scale",), ("logit_scale",), "scalar"),
         *image_links(image, IMAGE),
         *bert_links(text["depth"], f"{TEXT}."),
-        *decoder_links(decoder["depth"], aligned[0] if aligned else ""),
     ]
+    if image["width"] != decoder["width"]:
+        links += linear("entity_decoder/align_image", "align_proj_img")
+    if text["width"] != decoder["width"]:
+        links += linear("entity_decoder/align_text", "align_proj_text")
+    for index in range(decoder["depth"]):
+        layer, block = f"entity_decoder/layer_{index}", (f"{DECODER}.{index}.",)
+        links += module(layer, block, _DECODER_LAYER)
+        links += fused_attention(f"{layer}/self/attention", block, "post_attn.attn.qkv.")
     for ours, theirs in PROJECTORS.items():
         hidden = f"{theirs}.linear_hidden"
         links += projector_links(ours, f"{hidden}.0", f"{hidden}.1", f"{theirs}.linear_out")

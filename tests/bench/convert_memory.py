@@ -20,7 +20,6 @@ from flax import linen as nn
 
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import STATISTICS
-from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import init_variables
 from ovseg_jax.weights.pth import write_torch
@@ -43,7 +42,7 @@ def write_checkpoint(path: Path) -> None:
 
     params = jax.tree.map(draw, nn.unbox(shapes["params"]))
     stats = jax.tree.map(draw, shapes[STATISTICS])
-    teacher = nest({k: v + 1 for k, v in flatten(params["image_encoder"]).items()})
+    teacher = jax.tree.map(lambda x: x + 1, params["image_encoder"])
     write_torch(path, to_released(params, stats, config, teacher))
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ovseg_jax.models.vit import VisualEncoder
-from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation import readout, windows
 from ovseg_jax.weights.groupvit import image_links
 from ovseg_jax.weights.links import read_links, write_links
@@ -66,12 +66,13 @@ class Stages:
         tensors = {f"img_encoder.{name}": tensors[name] for name in tensors.files}
         blank = jnp.zeros((1, sizes["img_size"], sizes["img_size"], 3))
         abstract = jax.eval_shape(self.encoder.init, jax.random.key(0), blank)["params"]
-        shapes = {f"image_encoder/{k}": x.unbox().shape for k, x in flatten(abstract).items()}
+        boxed = flatten_dict({"image_encoder": abstract}, sep="/")
+        shapes = {path: x.unbox().shape for path, x in boxed.items()}
         links = image_links(image, "original")
         arrays = read_links(tensors, links, shapes, (), "the checkpoint")
         for name, tensor in write_links(arrays, links).items():
             np.testing.assert_array_equal(tensor, tensors[name])
-        self.params = jax.tree.map(jnp.asarray, nest(arrays)["image_encoder"])
+        self.params = jax.tree.map(jnp.asarray, unflatten_dict(arrays, sep="/")["image_encoder"])
         self.size = sizes["img_size"]
 
     def run(self, name):
@@ -173,7 +174,7 @@ def test_the_gradient_reaches_every_parameter_through_all_stages(stages):
         tokens = stages.encoder.apply({"params": params}, image, True, rngs=rngs)
         return jnp.sum(jnp.sin(3 * tokens.groups))
 
-    grads = flatten(jax.jit(jax.grad(loss))(stages.params))
+    grads = flatten_dict(jax.jit(jax.grad(loss))(stages.params), sep="/")
     silent = {path for path, grad in grads.items() if np.abs(grad).max() < 1e-3}
     # Nothing changes with a constant added to all keys (softmax over keys), to all queries of an
     # assignment (softmax over groups), or to all channels of tokens that pass a norm.

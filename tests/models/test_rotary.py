@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.vit import Rotary, cubic_weights, resize_grid
-from ovseg_jax.optim.groups import nest
 from ovseg_jax.weights.initialize import variable_shapes
 
 
@@ -57,8 +57,8 @@ def test_the_trunk_takes_rope_and_registers_on_any_grid(tiny_config):
     assert "image_encoder/position" not in shapes
     assert shapes["image_encoder/register_tokens"] == (2, 32)
     rng = np.random.default_rng(0)
-    drawn = {path: 0.3 * rng.normal(size=shape) for path, shape in shapes.items()}
-    params = nest({path: value.astype(np.float32) for path, value in drawn.items()})
+    drawn = {k: (0.3 * rng.normal(size=shape)).astype(np.float32) for k, shape in shapes.items()}
+    params = unflatten_dict(drawn, sep="/")
     image = rng.integers(0, 256, (1, 16, 24, 3), np.uint8)
     run = jax.jit(lambda p, x: model.apply({"params": p}, x, method="trunk"))
     straight = run(params, image)

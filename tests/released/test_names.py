@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights import released
 from ovseg_jax.weights.initialize import init_variables
 from ovseg_jax.weights.links import FORMS
@@ -72,7 +72,7 @@ def test_the_model_of_full_size_maps_whole():
         lambda key: init_variables(build_model(config), key), jax.random.key(0)
     )
     tree = {**nn.unbox(variables["params"]), "batch_stats": variables["batch_stats"]}
-    wanted = {path: leaf.shape for path, leaf in flatten(tree).items()}
+    wanted = {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
     links, teacher = model_links(config), image_links(config.image, TEACHER)
     names = [name for link in (*links, *teacher) for name in link.sources]
     unused = released.extra_tensors(tensors)

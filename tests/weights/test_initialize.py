@@ -1,5 +1,6 @@
 """Where initial weights may be, what of them is refused, and what a run says about its start."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.config import load_config
 from ovseg_jax.train.run import make_run
-from ovseg_jax.weights.initialize import initial_image, initial_text, published_start
+from ovseg_jax.weights.initialize import initial_tower, published_start
 from ovseg_jax.weights.pth import write_torch
 
-INITIAL = {"dino": initial_image, "bert": initial_text}
+KINDS = {"dino": "image", "bert": "text"}
+INITIAL = {kind: functools.partial(initial_tower, role) for kind, role in KINDS.items()}
 
 
 @pytest.fixture
@@ -33,10 +35,10 @@ def bert():
 
 
 def test_folders_and_npz(tmp_path, shapes, bert):
-    want = initial_text(save(tmp_path, bert), shapes)
+    want = initial_tower("text", save(tmp_path, bert), shapes)
     np.savez(tmp_path / "bert.npz", **bert)
     for spec in (tmp_path, tmp_path / "bert.npz"):
-        assert same(initial_text(str(spec), shapes), want)
+        assert same(initial_tower("text", str(spec), shapes), want)
 
 
 @pytest.mark.parametrize("initial", INITIAL.values())
@@ -65,23 +67,23 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path, shapes, bert, initi
 
 def test_weights_of_another_kind_are_named(tmp_path, shapes, bert):
     with pytest.raises(UserError, match="config.model.image_init.*holds no ViT"):
-        initial_image(save(tmp_path, bert), shapes)
+        initial_tower("image", save(tmp_path, bert), shapes)
     with pytest.raises(UserError, match="config.model.text_init.*holds no BERT"):
-        initial_text(save(tmp_path, published("vit")), shapes)
+        initial_tower("text", save(tmp_path, published("vit")), shapes)
 
 
 def test_a_model_of_ours_gives_its_towers(tmp_path, shapes):
     rng = np.random.default_rng(0)
     whole = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     save(tmp_path, whole)
-    for initial, tower in ((initial_image, "image_encoder/"), (initial_text, "text_encoder/")):
+    for role, tower in (("image", "image_encoder/"), ("text", "text_encoder/")):
         want = {path: value for path, value in whole.items() if path.startswith(tower)}
-        assert same(initial(str(tmp_path), shapes), want)
+        assert same(initial_tower(role, str(tmp_path), shapes), want)
     del whole["text_encoder/word"]
     whole["text_encoder/layers/mlp/fc1/bias"] = np.zeros((2, 7), np.float32)
     save(tmp_path, whole)
     with pytest.raises(UserError) as error:
-        initial_text(str(tmp_path), shapes)
+        initial_tower("text", str(tmp_path), shapes)
     for fault in ("text_encoder/word is missing", "fc1/bias has shape"):
         assert fault in str(error.value)
 
@@ -121,7 +123,7 @@ def test_a_hub_id_is_downloaded(tmp_path, shapes, bert, spec, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    got = initial_text(spec, shapes)
+    got = initial_tower("text", spec, shapes)
     np.testing.assert_array_equal(
         got["text_encoder/word"], bert["embeddings.word_embeddings.weight"]
     )
@@ -136,7 +138,7 @@ def test_without_a_network_one_message_says_what_to_do(shapes, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError) as error:
-        initial_text("owner/tiny-bert", shapes)
+        initial_tower("text", "owner/tiny-bert", shapes)
     message = str(error.value)
     for words in ("no such path", "no route to the hub", "hf download owner/tiny-bert"):
         assert words in message
@@ -150,7 +152,7 @@ def test_a_mistyped_path_is_never_looked_for_on_the_hub(shapes, spec, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", forbidden)
     with pytest.raises(UserError, match="config.model.image_init"):
-        initial_image(spec, shapes)
+        initial_tower("image", spec, shapes)
 
 
 # ---- what a run says

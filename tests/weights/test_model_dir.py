@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.optim.groups import flatten
 from ovseg_jax.weights.initialize import init_statistics, init_variables
 from ovseg_jax.weights.model_dir import load_model, save_model
 
@@ -74,7 +74,7 @@ def test_everything_comes_back_to_the_bit(directory, normed, tokenizer):
     _, params, stats = normed
     saved = load_model(directory)
     for found, wanted in ((saved.params, params), (saved.batch_stats, stats)):
-        found, wanted = flatten(found), flatten(wanted)
+        found, wanted = flatten_dict(found, sep="/"), flatten_dict(wanted, sep="/")
         assert found.keys() == wanted.keys()
         for path in wanted:
             np.testing.assert_array_equal(found[path], wanted[path])

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.pth import read_state_dict, write_torch
-from ovseg_jax.weights.tensors import read_checkpoint
+from ovseg_jax.weights.pth import read_checkpoint, read_state_dict, write_torch
 
 torch = pytest.importorskip("torch", reason="the extra convert is not installed")
 

@@ -27,15 +27,15 @@ from make_minilm_golden import LENGTH, SENTENCES
 from ovseg_jax.data.tokenizer import find_tokenizer
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import initial_image, initial_text, variable_shapes
+from ovseg_jax.weights.initialize import initial_tower, variable_shapes
 
 HERE = Path(__file__).parent
 
 
 def worst_error(tmp_path, config, name, **changes):
     model, shapes = build(config, name, **changes)
-    initial = initial_text if name == "bert" else initial_image
-    params = variables(shapes, initial(save(tmp_path, published(name)), shapes))
+    role = "text" if name == "bert" else "image"
+    params = variables(shapes, initial_tower(role, save(tmp_path, published(name)), shapes))
     return max(relative_error(*pair) for pair in hidden_states(model, params, read(name)))
 
 
@@ -71,8 +71,8 @@ def quickstart():
     config.model.matmul_dtype = "float32"
     model = build_model(config.model)
     shapes = variable_shapes(model)
-    values = initial_image(config.model.image_init, shapes)
-    values |= initial_text(config.model.text_init, shapes)
+    values = initial_tower("image", config.model.image_init, shapes)
+    values |= initial_tower("text", config.model.text_init, shapes)
     return find_tokenizer(config.data.tokenizer), model, variables(shapes, values)
 
 

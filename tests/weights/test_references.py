@@ -7,16 +7,16 @@ import sys
 import huggingface_hub
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_models import build, published
 from safetensors.numpy import load_file, save_file
 
 from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
-from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.weights import model_dir
 from ovseg_jax.weights.initialize import architecture, published_start, split_towers
 from ovseg_jax.weights.model_dir import find_model, load_model, save_model
-from ovseg_jax.weights.towers import TOKENIZER, Reference, check_installed, refer
+from ovseg_jax.weights.weight_files import TOKENIZER, Reference, check_installed, refer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
 TRAINED = "text_encoder/layers/mlp/fc1/bias"
@@ -64,7 +64,7 @@ def export(tmp_path, tiny_config, trunk, package):
         directory = tmp_path / name
         save_model(
             directory,
-            nest(kept),
+            unflatten_dict(kept, sep="/"),
             refer("package:tiny_bert", TOKENIZER),
             model=architecture(config),
             protocol={"name": "test"},
@@ -90,7 +90,7 @@ def test_what_was_trained_is_stored_and_all_comes_back(export):
         "model.safetensors",
     ]
     saved = load_model(directory)
-    found = flatten(saved.params)
+    found = flatten_dict(saved.params, sep="/")
     assert found.keys() == params.keys()
     for path, value in params.items():
         np.testing.assert_array_equal(found[path], value)
@@ -204,7 +204,7 @@ def test_weights_of_the_hub_are_asked_for_by_revision(export, tmp_path, monkeypa
     reference = json.loads((directory / "config.json").read_text())["towers"]["text"]
     assert (reference["spec"], reference["revision"]) == ("hub:owner/tiny-bert", "abc123")
     assert {revision for _, revision in asked[:1]} == {None}
-    found = flatten(load_model(directory).params)
+    found = flatten_dict(load_model(directory).params, sep="/")
     assert all(np.array_equal(found[path], value) for path, value in params.items())
     assert asked[-1] == ("owner/tiny-bert", "abc123")
     save_file({"other": np.zeros(1, np.float32)}, snapshot / "model.safetensors")
@@ -262,5 +262,5 @@ def test_the_name_is_what_commands_take(shipped, export):
     for path in directory.iterdir():
         (shipped / "photos" / path.name).write_bytes(path.read_bytes())
     saved = load_model("photos")
-    assert flatten(saved.params).keys() == params.keys()
+    assert flatten_dict(saved.params, sep="/").keys() == params.keys()
     assert next(flag for flag in predict.FLAGS if flag.name == "model").default == "photos"

