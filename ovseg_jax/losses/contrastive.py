@@ -171,9 +171,7 @@ def group_set_nce(
 
 
 def false_negative_rate(
-    weight: Float[Array, "B"],
-    label: Int[Array, "B ..."],
-    within: Int[Array, "B"] | None = None,
+    weight: Float[Array, "B"], label: Int[Array, "B ..."], within: Int[Array, "B"] | None = None
 ) -> Float[Array, ""]:
     """Share of the pairs of different present examples that are alike in a label.
 

@@ -12,15 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from ovseg_jax.models.layers import (
-    Dense,
-    FeedForward,
-    Floats,
-    LayerNorm,
-    contract,
-    gelu,
-    parameter,
-)
+from ovseg_jax.models.layers import Dense, FeedForward, Floats, LayerNorm, contract, gelu, parameter
 from ovseg_jax.models.transformer import CrossAttentionBlock, PreNormStack
 from ovseg_jax.shapes import Array, Float
 

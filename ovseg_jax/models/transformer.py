@@ -142,10 +142,7 @@ class PreNormStack(Floats):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        train: bool,
-        rotary: Callable[[Array], Array] | None = None,
+        self, x: Float[Array, "B T D"], train: bool, rotary: Callable[[Array], Array] | None = None
     ) -> Float[Array, "B T D"] | Float[Array, "outputs B T D"]:
         if self.depth == 0:
             return x

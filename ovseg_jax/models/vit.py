@@ -15,14 +15,7 @@ from flax import linen as nn
 from flax import struct
 
 from ovseg_jax.models.binding import GroupingBlock, GroupingStage, SlotBinding
-from ovseg_jax.models.layers import (
-    Dense,
-    Floats,
-    LayerNorm,
-    contract,
-    embeddings,
-    parameter,
-)
+from ovseg_jax.models.layers import Dense, Floats, LayerNorm, contract, embeddings, parameter
 from ovseg_jax.models.transformer import PreNormStack
 from ovseg_jax.shapes import Array, Float, UInt8
 

@@ -140,11 +140,7 @@ def matching(tensors: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def read_links(
-    tensors: Tensors,
-    links: Sequence[Link],
-    shapes: Shapes,
-    left_out: Iterable[str],
-    origin: str,
+    tensors: Tensors, links: Sequence[Link], shapes: Shapes, left_out: Iterable[str], origin: str
 ) -> dict[str, np.ndarray]:
     """Our arrays by path, from the source's by name.
 

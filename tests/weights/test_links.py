@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.weights.links import (
-    FORMS,
-    Link,
-    fused_attention,
-    linear,
-    read_links,
-    write_links,
-)
+from ovseg_jax.weights.links import FORMS, Link, fused_attention, linear, read_links, write_links
 
 # A source tensor's shape in each form, of two sizes.
 SHAPES = {
