@@ -4,7 +4,6 @@
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,28 +84,27 @@ def _model_flags(kind: str) -> tuple[Flag, ...]:
 
 
 HEADS = "attention heads of the visual encoder"
-RELEASED = (
-    *_model_flags("released"),
-    Flag(
-        "heads",
-        _two_numbers,
-        (released.HEADS["heads"], released.HEADS["second_heads"]),
-        help=f"{HEADS} before and after the binding",
-    ),
-    Flag("decoder_heads", int, released.HEADS["decoder_heads"], help="of the entity decoder"),
-    Flag("text_heads", int, released.HEADS["text_heads"], help="of the text encoder"),
-)
-GROUPVIT = (
-    *_model_flags("groupvit"),
-    Flag("heads", int, groupvit.HEADS, help=HEADS),
-    Flag("text_heads", int, 0, help="of the text encoder; 0: one for 64 channels"),
-    Flag("activation", default="quick_gelu", help="of the text encoder"),
-)
+BEFORE_AND_AFTER = (released.HEADS["heads"], released.HEADS["second_heads"])
 TOWER = (
     Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
     Flag("out", required=True, help="folder, or FILE.safetensors"),
     ENTRY,
 )
+KINDS = {
+    "released": (
+        *_model_flags("released"),
+        Flag("heads", _two_numbers, BEFORE_AND_AFTER, f"{HEADS} before and after the binding"),
+        Flag("decoder_heads", int, released.HEADS["decoder_heads"], "of the entity decoder"),
+        Flag("text_heads", int, released.HEADS["text_heads"], "of the text encoder"),
+    ),
+    "groupvit": (
+        *_model_flags("groupvit"),
+        Flag("heads", int, groupvit.HEADS, HEADS),
+        Flag("text_heads", int, 0, "of the text encoder; 0: one for 64 channels"),
+    ),
+    "dino": TOWER,
+    "bert": TOWER,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -118,28 +116,24 @@ def main(argv: list[str]) -> int:
     if kind not in KINDS:
         names = ", ".join(KINDS)
         raise UserError(f"convert what? Say one of {names} first{flags.nearest(kind, list(KINDS))}")
-    spec, run = KINDS[kind]
-    for line in run(kind, flags.parse(rest, spec, ABOUT)):
-        print(line)
+    args = flags.parse(rest, KINDS[kind], ABOUT)
+    out = Path(args.out)
+    if kind in TOWERS:
+        _convert_tower(kind, args, out)
+    elif bool(args.checkpoint) == bool(args.model):
+        raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
+    elif args.model:
+        _from_model_dir(kind, args, out)
+    else:
+        _to_model_dir(kind, args, out)
     return 0
 
 
-# ---- models
-
-
-def _model(kind: str, args: SimpleNamespace) -> list[str]:
-    """Converts there or back; returns lines for people."""
-    if bool(args.checkpoint) == bool(args.model):
-        raise UserError(f"convert {kind} takes exactly one of --checkpoint and --model")
-    if args.model:
-        return _from_model_dir(kind, Path(args.model), Path(args.out), args.to)
-    return _to_model_dir(kind, Path(args.checkpoint), Path(args.out), args)
-
-
-def _to_model_dir(kind: str, checkpoint: Path, out: Path, args: SimpleNamespace) -> list[str]:
+def _to_model_dir(kind: str, args: SimpleNamespace, out: Path) -> None:
     check_free(out)
+    checkpoint = Path(args.checkpoint)
     read = read_checkpoint(checkpoint, args.entry)
-    tensors, origin, teacher = read.tensors, str(checkpoint), None
+    tensors, origin, teacher = read.tensors, str(checkpoint), {}
     settings = {"heads": args.heads, "text_heads": args.text_heads, "grid": args.grid}
     if kind == "released":
         settings["heads"], settings["second_heads"] = args.heads
@@ -148,7 +142,6 @@ def _to_model_dir(kind: str, checkpoint: Path, out: Path, args: SimpleNamespace)
         params, batch_stats, teacher = released.from_released(tensors, config, origin)
         unused = released.extra_tensors(tensors)
     else:
-        settings["activation"] = args.activation
         config, names = groupvit.groupvit_config(tensors, **settings), groupvit.style_of(tensors)
         params, batch_stats = groupvit.from_groupvit(tensors, config, origin)
         unused = {name: tensors[name] for name in matching(tensors, groupvit.UNUSED)}
@@ -162,6 +155,19 @@ def _to_model_dir(kind: str, checkpoint: Path, out: Path, args: SimpleNamespace)
     protocol = named_protocol(kind).replace(short_side=args.short_side)
     if args.background_threshold is not None:
         protocol = protocol.replace(threshold=args.background_threshold, thresholds={})
+    averages = flatten_dict(teacher or {}, sep="/")
+    extras = {f"{UNUSED}/{name}": x for name, x in unused.items()}
+    provenance = {
+        "written_by": f"ovseg_jax {ovseg_jax.__version__}",
+        "converted_from": checkpoint.name,
+        "sha256": file_digest(checkpoint),
+        "entry": read.entry or "the whole file",
+        NAMES: names,
+        "settings": {key: str(value) for key, value in settings.items()},
+        "tokenizer": args.tokenizer or "none",
+        "kept_unused": sorted(unused),
+        "dropped": list(read.left_out),
+    }
     save_model(
         out,
         params,
@@ -170,48 +176,36 @@ def _to_model_dir(kind: str, checkpoint: Path, out: Path, args: SimpleNamespace)
         protocol=protocol.as_dict(),
         text_length=min(args.text_length, config["text"]["max_positions"]),
         benchmarks={},
-        provenance={
-            "written_by": f"ovseg_jax {ovseg_jax.__version__}",
-            "converted_from": checkpoint.name,
-            "sha256": file_digest(checkpoint),
-            "entry": read.entry or "the whole file",
-            NAMES: names,
-            "settings": {key: str(value) for key, value in settings.items()},
-            "tokenizer": args.tokenizer or "none",
-            "kept_unused": sorted(unused),
-            "dropped": list(read.left_out),
-        },
+        provenance=provenance,
         batch_stats=batch_stats,
-        extras={
-            **{f"{UNUSED}/{name}": value for name, value in unused.items()},
-            **{f"{TEACHER}/{path}": x for path, x in flatten_dict(teacher or {}, sep="/").items()},
-        },
+        extras=extras | {f"{TEACHER}/{path}": x for path, x in averages.items()},
     )
-    lines = [f"{len(tensors)} tensors read from {checkpoint}"]
+    print(f"{len(tensors)} tensors read from {checkpoint}")
     if unused:
         modules = ", ".join(sorted({name.split(".")[0] for name in unused}))
-        lines.append(f"{len(unused)} of them are not used and are kept aside ({modules})")
+        print(f"{len(unused)} of them are not used and are kept aside ({modules})")
     if teacher:
-        lines.append("with a moving average of the visual encoder, which is kept aside")
-    lines += _dropped(read)
+        print("with a moving average of the visual encoder, which is kept aside")
+    _say_dropped(read)
     coarse = {x.dtype.name for x in tensors.values() if x.dtype.kind in "fV"} - {"float32"}
     if coarse:
-        lines.append(f"stored as float32 from now on: {', '.join(sorted(coarse))}")
+        print(f"stored as float32 from now on: {', '.join(sorted(coarse))}")
     if tokenizer is None:
-        lines.append(
+        print(
             "no tokenizer: weights hold no vocabulary. Before classes can be named, copy the "
             f"tokenizer's files to {out}, or convert with --tokenizer=DIR or, with a network, "
             f"--tokenizer={TOKENIZERS[kind]}"
         )
-    return [*lines, f"model: {out}"]
+    print(f"model: {out}")
 
 
-def _dropped(read: StateDict) -> list[str]:
-    return [f"dropped, no tensors: {', '.join(read.left_out)}"] if read.left_out else []
+def _say_dropped(read: StateDict) -> None:
+    if read.left_out:
+        print(f"dropped, no tensors: {', '.join(read.left_out)}")
 
 
-def _from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
-    saved = load_model(model)
+def _from_model_dir(kind: str, args: SimpleNamespace, out: Path) -> None:
+    saved = load_model(args.model)
     extras: dict[str, Tensors] = {TEACHER: {}, UNUSED: {}}
     for name, value in saved.extras.items():
         group, _, rest = name.partition("/")
@@ -223,29 +217,28 @@ def _from_model_dir(kind: str, model: Path, out: Path, form: str) -> list[str]:
     else:
         names = saved.info["provenance"].get(NAMES, groupvit.ORIGINAL)
         tensors = groupvit.to_groupvit(*model, names) | extras[UNUSED]
-    write_checkpoint(out, tensors, form)
-    return [f"{len(tensors)} tensors written to {out}"]
+    write_checkpoint(out, tensors, args.to)
+    print(f"{len(tensors)} tensors written to {out}")
 
 
-# ---- towers, for `config.model.image_init` and `text_init`
-
-
-def _tower(kind: str, args: SimpleNamespace) -> list[str]:
-    """Writes a tower's weights as safetensors, under the same names; returns lines for people."""
-    source, out = Path(args.checkpoint), Path(args.out)
+def _convert_tower(kind: str, args: SimpleNamespace, out: Path) -> None:
+    """Writes a tower's weights as safetensors, under the same names."""
+    source = Path(args.checkpoint)
     if source.is_dir():
         source /= "pytorch_model.bin"
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
     read = read_checkpoint(source, args.entry)
     if not any(name.endswith(TOWERS[kind]) for name in read.tensors):
-        first = ", ".join(list(read.tensors)[:3])
         raise UserError(
             f"{source} is no checkpoint that convert {kind} knows: no tensor's name ends in "
-            f"{' or '.join(TOWERS[kind])}. Its first tensors are {first}"
+            f"{' or '.join(TOWERS[kind])}. Its first tensors are "
+            f"{', '.join(list(read.tensors)[:3])}"
         )
-    tensors = {n: x.astype(np.float32) if _is_half(x) else x for n, x in read.tensors.items()}
+    # Half precision becomes float32, in which everything is computed; the values are the same.
+    half = {name for name, x in read.tensors.items() if x.itemsize < 4 and x.dtype.kind in "fV"}
+    tensors = {n: x.astype(np.float32) if n in half else x for n, x in read.tensors.items()}
     write_checkpoint(file, tensors, "safetensors")
-    lines = [f"{len(tensors)} tensors of {source} written to {file}"]
+    print(f"{len(tensors)} tensors of {source} written to {file}")
     if file.parent != source.parent and file != out:
         copied = [name for name in COMPANIONS if (source.parent / name).is_file()]
         try:
@@ -254,21 +247,8 @@ def _tower(kind: str, args: SimpleNamespace) -> list[str]:
         except UNWRITABLE as error:
             raise cannot_write(file.parent / name, error) from None
         if copied:
-            lines.append(f"copied beside it: {', '.join(copied)}")
-    return lines + _dropped(read)
-
-
-def _is_half(array: np.ndarray) -> bool:
-    """Half precision becomes float32, in which everything is computed; the values are the same."""
-    return array.dtype.itemsize < 4 and array.dtype.kind in "fV"
-
-
-KINDS: Mapping[str, tuple[Sequence[Flag], Callable[[str, SimpleNamespace], list[str]]]] = {
-    "released": (RELEASED, _model),
-    "groupvit": (GROUPVIT, _model),
-    "dino": (TOWER, _tower),
-    "bert": (TOWER, _tower),
-}
+            print(f"copied beside it: {', '.join(copied)}")
+    _say_dropped(read)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ ABOUT = """Write a model directory from a run.
   export --workdir=RUN --out=MODEL_DIR --towers=reference    without the published weights
 
 `best` is the checkpoint with the highest mIoU on the tune split of the run's first benchmark,
-never on a split that is reported. With --towers=reference the directory holds what training
-changed and segmentation uses (so no entity decoder), and says where the published weights are
-(package, version, SHA-256).
+never on a split that is reported. --weights=ema takes the teacher's visual encoder, the rest is
+online. With --towers=reference the directory holds what training changed and segmentation uses (so
+no entity decoder), and says where the published weights are (package, version, SHA-256).
+--dtype=float16 halves the file; weights are read as float32.
 """
 
 FLAGS = (
@@ -43,24 +44,9 @@ FLAGS = (
     Flag("model", help="model directory, in place of --workdir, with --stablehlo"),
     Flag("out", required=True, help="model directory to write"),
     Flag("step", default="latest", help="latest, best or a number"),
-    Flag(
-        "weights",
-        default="online",
-        choices=("online", "ema"),
-        help="ema: the teacher's visual encoder, the rest online",
-    ),
-    Flag(
-        "towers",
-        default="copied",
-        choices=("copied", "reference"),
-        help="reference: published weights and tokenizer stay where they are",
-    ),
-    Flag(
-        "dtype",
-        default="float32",
-        choices=("float32", "float16"),
-        help="of the weights in the file; they are read as float32",
-    ),
+    Flag("weights", default="online", choices=("online", "ema"), help="of the visual encoder"),
+    Flag("towers", default="copied", choices=("copied", "reference"), help="published weights"),
+    Flag("dtype", default="float32", choices=("float32", "float16"), help="of the file's weights"),
     Flag("name", default="", help="of the model, for its README"),
     Flag("terms", default="", help="of use, for its README"),
     Flag("stablehlo", bool, False, help="also write StableHLO programs"),
@@ -83,21 +69,19 @@ def main(argv: list[str]) -> int:
         _programs(args.model, out, args)
         return 0
     check_free(out)
-    run = read_run(Path(args.workdir), args.step)
-    print(_write(run, Path(args.workdir), out, args))
+    _write(read_run(Path(args.workdir), args.step), Path(args.workdir), out, args)
     if args.stablehlo:
         _programs(out, out / "stablehlo", args)
     return 0
 
 
-def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> str:
-    """Writes the model directory; returns a line that says which checkpoint it is."""
+def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> None:
     config, position, weights = run.config, run.position, args.weights
     step = position["step"]
     which = f"step {step}, {weights} weights"
+    told = {"name": args.name, "terms": args.terms, "command": _command(workdir)}
     provenance: dict[str, Any] = {
-        **{key: value for key in ("name", "terms") if (value := getattr(args, key))},
-        **({"command": command} if (command := _command(workdir)) else {}),
+        **{key: value for key, value in told.items() if value},
         "written_by": f"ovseg_jax {ovseg_jax.__version__}",
         "run": workdir.name,
         "steps": step,
@@ -110,9 +94,9 @@ def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> st
         metric = position.get("metric", "mIoU on a tune split")
         provenance |= {"chosen_by": metric, "chosen_score": position["miou"]}
         which += f", best by {metric} ({position['miou']:.1f} %)"
-    finished = _finished(workdir)
-    protocol, benchmarks = config.eval.protocol, {}
-    if finished is not None:
+    protocol, benchmarks, finished = config.eval.protocol, {}, None
+    if (workdir / "model" / "config.json").is_file():
+        finished = json.loads((workdir / "model" / "config.json").read_text(encoding="utf-8"))
         protocol, benchmarks = saved_protocol(finished).as_dict(), finished["benchmarks"]
         if benchmarks:
             provenance["protocol_from"] = "the calibration at the end of the run"
@@ -125,10 +109,8 @@ def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> st
     if not length and finished is None:
         raise UserError(f"{workdir} does not say how long its texts are: finish the run first")
     params, statistics = jax.device_get((run.params(weights), run.state.batch_stats))
-    model = config.model
-    spec = config.data.tokenizer
+    model, spec, towers = config.model, config.data.tokenizer, {}
     tokenizer: Tokenizer | Reference = find_tokenizer(spec)
-    towers = {}
     if args.towers == "reference":
         model = config.model.copy_and_resolve_references()
         model.decoder, model.token_classes = None, 0
@@ -155,7 +137,7 @@ def _write(run: SavedRun, workdir: Path, out: Path, args: SimpleNamespace) -> st
         towers=towers,
         dtype=args.dtype,
     )
-    return f"model: {out} ({which})"
+    print(f"model: {out} ({which})")
 
 
 def _command(workdir: Path) -> str:
@@ -165,11 +147,6 @@ def _command(workdir: Path) -> str:
         return shlex.join(["python", "-m", "ovseg_jax.main", *versions["command"][1:]])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _finished(workdir: Path) -> dict[str, Any] | None:
-    path = workdir / "model" / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _programs(model: str | Path, out: Path, args: SimpleNamespace) -> None:

@@ -13,9 +13,8 @@ from ovseg_jax.shapes import Array, Bool, Float, Int
 def alike(labels: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
     """Whether two examples have the same label.
 
-    Args:
-      labels: [B]; or [B, N] names, of which the first is in the example's sentence. Then two
-        examples are alike if either's first name is among the names of the other.
+    Of [B, N] names the first is in the example's sentence: two examples are alike if either's first
+    name is among the names of the other.
     """
     everyone = _gathered(labels)
     if labels.ndim == 1:
@@ -34,16 +33,14 @@ def _gathered(x: Array) -> Array:
 
 
 def negatives_mask(
-    weight: Float[Array, "B"],
-    *labels: Int[Array, "B ..."] | None,
-    within: Int[Array, "B"] | None = None,
+    weight: Float[Array, "B"], *labels: Int[Array, "B ..."] | None, within: Array | None = None
 ) -> Bool[Array, "B B"]:
     """Which examples are negatives of one another; never an example of itself.
 
     Args:
       weight: an example without weight is nobody's negative, and has none.
-      labels: examples that are alike in any of them are no negatives either, since the sentence of
-        one is a correct answer for the other. None for a label that does not count.
+      labels: examples that are alike in any of them are no negatives: the sentence of one is a
+        correct answer for the other. None for a label that does not count.
       within: only examples that are equal in this are negatives. Between data sets that look or
         sound different, telling the set would be enough to tell the right sentence.
     """
@@ -70,10 +67,7 @@ def _log_sums(
 ) -> Float[Array, "B T"]:
     """The logarithm of InfoNCE's denominator of each query [i, t] over all keys [j, u].
 
-    The keys of the query's own example always count.
-
-    Args:
-      present: False takes a key out for every query.
+    The keys of the query's own example always count; where `present` is False, a key never does.
     """
     keep = (negatives | jnp.eye(len(negatives), dtype=bool))[:, None, :, None]
     if present is not None:
@@ -90,14 +84,13 @@ def info_nce(
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
     """Eq. 7 (or 9), one value per pair: the mean of both directions' cross entropy.
 
-    The paper prints the softmax ratio without the ``-log``; the loss is ``-log``. Its positive is
-    the pair itself.
+    The paper prints the softmax ratio without the ``-log``; the loss is ``-log``.
 
     Args:
       a, b: unit-norm embeddings; row i of one belongs to row i of the other. One of them may come
         times its inverse temperature, with scale 1.
       scale: inverse temperature.
-      negatives: symmetric, see `negatives_mask`; the positive always counts.
+      negatives: symmetric, see `negatives_mask`; the positive, the pair itself, always counts.
 
     Returns:
       ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, which is 0 for an example without
@@ -125,13 +118,8 @@ def multi_label_info_nce(
     of each, among all texts of the batch, and of the image given the text, among all images. With
     one text per image it is `info_nce`.
 
-    Args:
-      a, b: unit-norm embeddings of images and of their texts.
-      scale, negatives: as in `info_nce`.
-      present: texts that exist; the others are neither positives nor negatives.
-
-    Returns:
-      One value per image, float32; 0 where it has no text.
+    Texts that are not `present` are neither positives nor negatives. The other arguments: see
+    `info_nce`. One value per image, float32; 0 where it has no text.
     """
     logits = scale * _cosines(a[:, None], b)
     rows = _log_sums(logits, negatives, present)
@@ -143,10 +131,7 @@ def multi_label_info_nce(
 
 
 def group_set_nce(
-    own: Float[Array, "B S E"],
-    other: Float[Array, "B S E"],
-    scale: Float[Array, ""],
-    negatives: Bool[Array, "B B"],
+    own: Float[Array, "B S E"], other: Float[Array, "B S E"], scale: Array, negatives: Array
 ) -> Float[Array, "B"]:
     """Cross-image group consistency: the alternative to mask consistency in the paper's Table 6.
 
@@ -158,7 +143,6 @@ def group_set_nce(
     Args:
       own: unit-norm groups of the online model. other: those of the partner, by the teacher;
         nothing flows back into them.
-      scale: inverse temperature.
       negatives: pairs whose groups are negatives of one another; a pair's own always count.
 
     Returns:
@@ -173,11 +157,7 @@ def group_set_nce(
 def false_negative_rate(
     weight: Float[Array, "B"], label: Int[Array, "B ..."], within: Int[Array, "B"] | None = None
 ) -> Float[Array, ""]:
-    """Share of the pairs of different present examples that are alike in a label.
-
-    Args:
-      within: only pairs that are equal in this count, see `negatives_mask`.
-    """
+    """Share of the pairs, see `negatives_mask`, of different present examples that are alike."""
     pairs = negatives_mask(weight, within=within)
     equal = jnp.sum((pairs & alike(label)).astype(jnp.float32))
     return equal / jnp.maximum(jnp.sum(pairs.astype(jnp.float32)), 1.0)

@@ -50,7 +50,7 @@ def select_groups(
 ) -> Int[Array, "B S"]:
     """Indices of the `count` groups with the highest cosine to the entity, best first.
 
-    Both arguments are unit norm; nothing flows back.
+    Both are unit norm; nothing flows back.
     """
     cosine = jnp.einsum("bke,be->bk", joint, entity, precision=EXACT)
     # Not `top_k`, for which the partitioner gathers all rows on every device.

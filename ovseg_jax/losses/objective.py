@@ -51,11 +51,8 @@ def masked_token_loss(
 ) -> Float[Array, "B"]:
     """Masked language modeling over the entity set (Table 4, rows "MLM"): cross entropy.
 
-    Args:
-      targets: the class of each masked token, negative at all others.
-
-    Returns:
-      The mean over an example's masked tokens, float32; 0 where nothing is masked.
+    `targets` is the class of each masked token, negative at all others. The mean over an example's
+    masked tokens, float32; 0 where nothing is masked.
     """
     present = targets >= 0
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

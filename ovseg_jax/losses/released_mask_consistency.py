@@ -87,8 +87,6 @@ def pair_costs(
 
 def lowest(scores: Float[Array, "B K"], count: int) -> Bool[Array, "B K"]:
     """True at the `count` groups with the lowest scores."""
-    if count == 0:
-        return jnp.zeros(scores.shape, bool)
     # Not `top_k`, for which the partitioner gathers all rows on every device.
     chosen = jnp.argsort(jax.lax.stop_gradient(scores), axis=-1)[:, :count]
     return jnp.any(chosen[..., None] == jnp.arange(scores.shape[1])[None, None], axis=1)
@@ -139,16 +137,14 @@ def group_mask_loss(
 
     Args:
       queries: the binding's group queries of the first image, by the online model.
-      teacher_queries, teacher_keys: group queries and patch keys of the second image, by the
-        teacher.
+      teacher_queries, teacher_keys: of the second image's groups and patches, by the teacher.
       scores: how much each group of the first image resembles the shared entity.
-      grid: (rows, columns) of the second image's patches; rows * columns = L.
+      grid: (rows, columns) of the second image's patches.
       size: (height, width) in pixels that maps are compared at.
       detached_ratio: share of the groups, those with the lowest scores, whose prediction passes no
         gradient; int(K * ratio) of them.
       threshold: share of a target map's maximum that counts as inside.
-      cost: "euclidean" or "cosine", see `pair_costs`.
-      backend, mesh: see `matching.match`.
+      cost: see `pair_costs`. backend, mesh: see `matching.match`.
 
     Returns:
       The losses; and "target_fraction" [B], the share of pixels that targets cover.

@@ -22,10 +22,9 @@ EMPTY = 1e-6
 
 @struct.dataclass
 class Binding:
-    """What binding gives.
+    """The bound groups (Eq. 6), and what bound them.
 
     Attributes:
-      groups: the bound groups (Eq. 6).
       affinity: the soft map of Eq. 4, without noise.
       assigned: the map that Eq. 5 averaged with: one-hot with the gradient of a noisy softmax where
         the assignment is hard, else `affinity` again.
@@ -70,8 +69,7 @@ def weighted_mean(
 class Assignment(Floats):
     """Eq. 3-5 with learned maps, and the residual of Eq. 6: what both forms of binding share.
 
-    Attributes:
-      assignment: "hard" (one-hot forward, soft gradient; with Gumbel noise in training) or "soft".
+    `assignment` is "hard" (one-hot forward, soft gradient; Gumbel noise in training) or "soft".
     """
 
     assignment: str
@@ -157,11 +155,6 @@ class GroupingBlock(Assignment):
 
     The tokens are mixed down to K, look at the image tokens in a cross-attention block, and are
     then assigned to (Eq. 3-5, with a single head); the bound groups pass a feed-forward.
-
-    Attributes:
-      num_groups: K.
-      heads: of the cross-attention; the assignment always has one.
-      mlp_ratio: of the two feed-forwards.
     """
 
     num_groups: int
@@ -178,10 +171,7 @@ class GroupingBlock(Assignment):
     ) -> Binding:
         """Both inputs come straight from the last layer of the stage.
 
-        Args:
-          tokens: the learnable group tokens after that layer.
-          patches: what is grouped: image tokens, or an earlier stage's groups.
-          train: Gumbel noise on (where the assignment is hard). noise: see `Assignment.bind`.
+        The patches are image tokens, or an earlier stage's groups. `noise`: see `Assignment.bind`.
         """
         width, sizes = tokens.shape[-1], (self.heads, self.mlp_ratio, self.eps)
         tokens = LayerNorm(self.eps, self.dtype, name="token_norm")(tokens)
@@ -220,7 +210,6 @@ class GroupingStage(Floats):
         Args:
           segments: groups that the stage before gave.
           earlier: that stage's group tokens after its layers, before its grouping block.
-          train: stochastic depth and Gumbel noise on.
         """
         count, width = segments.shape[1:]
         zeros = nn.initializers.zeros

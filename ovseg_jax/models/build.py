@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.models.layers import FEED_FORWARD_ACTIVATIONS
 from ovseg_jax.models.ovsegmentor import ACTIVATIONS, OVSegmentor
 from ovseg_jax.models.text import BertEncoder, CausalTextEncoder, EntityDecoder
 from ovseg_jax.models.transformer import REMAT_POLICIES
@@ -29,7 +28,6 @@ CHOICES = {
     "projector_norm": ("none", "batch"),
     "projector_activation": tuple(ACTIVATIONS),
     "decoder.order": ("self_first", "cross_first"),
-    "text.activation": tuple(FEED_FORWARD_ACTIVATIONS),
     "token_classes_from": ("decoder", "text"),
     "dtype": ("float32", "bfloat16"),
     "matmul_dtype": ("float32", "bfloat16"),
@@ -42,6 +40,7 @@ RETIRED = {
     "image.gumbel_temperature": 1.0,
     "text.position_offset": 0,
     "text.token_types": 2,
+    "text.activation": "quick_gelu",
 }
 IGNORED = ("image.unroll", "text.unroll")
 
@@ -109,10 +108,7 @@ def _complete(given: Mapping[str, Any] | ConfigDict, defaults: dict[str, Any], w
 
 
 def check_model_config(config: ConfigDict) -> None:
-    """Refuses a model that cannot be built.
-
-    Args:
-      config: complete, see `complete_model`.
+    """Refuses a model whose complete config cannot be built.
 
     Raises:
       UserError: a field has none of its values, or sizes do not divide.
@@ -120,9 +116,7 @@ def check_model_config(config: ConfigDict) -> None:
     for name, allowed in CHOICES.items():
         group, _, field = name.rpartition(".")
         node = config[group] if group else config
-        if node is None or field not in node:  # no decoder; BERT has one activation
-            continue
-        if node[field] not in allowed:
+        if node is not None and node[field] not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise UserError(f"config.model.{name} is {node[field]!r}; it must be one of {listed}")
     image, text, decoder = config.image, config.text, config.decoder

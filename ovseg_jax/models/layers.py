@@ -58,10 +58,10 @@ def _product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
 
 @contextlib.contextmanager
 def every_platform() -> Iterator[None]:
-    """Within it `contract` traces a program that is right on every platform, not on this one alone.
+    """Within it `contract` traces programs for a file, which are right on every platform.
 
-    For programs that are written to a file. A choice inside the program hides its products from
-    the policies of rematerialization, so training does without.
+    A choice inside the program hides its products from the policies of rematerialization, so
+    training does without.
     """
     token = _EVERY_PLATFORM.set(True)
     try:
@@ -103,7 +103,7 @@ def parameter(
 
 
 def embeddings(module: nn.Module, name: str, rows: int, width: int, axis: str | None = None) -> Any:
-    """A table of embeddings [rows, width], a parameter of a module."""
+    """A table of embeddings, a parameter of a module."""
     return parameter(module, name, TRUNCATED_NORMAL, (rows, width), axis, "embed")
 
 
@@ -120,15 +120,7 @@ class Floats(nn.Module, kw_only=True):
 
 
 class Dense(Floats):
-    """Linear map over the last axis, `x W + b`, with a float32 accumulator.
-
-    The leading axes are flattened first: on CPU the gradient over [B, L, D] runs several times
-    slower than over [B * L, D].
-
-    Attributes:
-      features: output width.
-      axes: logical names of the kernel's two axes.
-    """
+    """Linear map over the last axis, `x W + b`; `axes` are the logical names of the kernel's."""
 
     features: int
     axes: tuple[str | None, str | None] = ("embed", "mlp")
@@ -139,6 +131,7 @@ class Dense(Floats):
         x, width = rows_split(x), x.shape[-1]
         start = nn.initializers.xavier_uniform()
         kernel = parameter(self, "kernel", start, (width, self.features), *self.axes)
+        # Flattened: on CPU the gradient over [B, L, D] runs several times slower.
         y = contract("nd,df->nf", x.reshape(-1, width), kernel, self.matmul_dtype)
         if self.use_bias:
             zeros = nn.initializers.zeros
@@ -150,8 +143,7 @@ class Dense(Floats):
 class LayerNorm(nn.Module):
     """LayerNorm over the last axis; all of it in float32, biased variance.
 
-    Flax's own leaves the choice of precision to dtype promotion, and does not run where promotion
-    is strict.
+    Flax's own leaves the precision to dtype promotion, and fails where promotion is strict.
     """
 
     eps: float
@@ -169,9 +161,8 @@ class LayerNorm(nn.Module):
         return (centered * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
 
 
-def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """GELU with the error function, as BERT and DINO were trained with (not the tanh form)."""
-    return jax.nn.gelu(x, approximate=False)
+# With the error function, as BERT and DINO were trained with (not the tanh form).
+gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
@@ -179,15 +170,10 @@ def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-FEED_FORWARD_ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
-
-
 class MultiHeadAttention(Floats):
     """Scaled dot-product attention, softmax over the keys (Vaswani et al., 2017).
 
-    Attributes:
-      heads: must divide the width of the queries.
-      causal: each token looks at itself and the tokens before it alone.
+    `heads` must divide the width of the queries. Where `causal`, no token looks ahead.
     """
 
     heads: int
@@ -201,11 +187,9 @@ class MultiHeadAttention(Floats):
         mask: Bool[Array, "B T"] | None = None,
         rotary: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends from `queries` to `context`.
+        """Attends to the context where `mask` is not False.
 
-        Args:
-          mask: keys where it is False are never looked at.
-          rotary: turns queries and keys by their positions (then both are the same tokens).
+        `rotary` turns queries and keys by their positions (then both are the same tokens).
         """
         width = queries.shape[-1]
         query = self._heads("query", queries, width)
@@ -231,16 +215,16 @@ class MultiHeadAttention(Floats):
 
 
 class FeedForward(Floats):
-    """Two dense maps, `hidden` wide between them, with a key of `FEED_FORWARD_ACTIVATIONS`."""
+    """Two dense maps with an activation, `hidden` wide between them."""
 
     hidden: int
-    activation: str = "gelu"
+    activation: Callable[[Array], Array] = gelu
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         hidden = Dense(self.hidden, ("embed", "mlp"), name="fc1", **self.floats)(x)
-        hidden = FEED_FORWARD_ACTIVATIONS[self.activation](hidden)
-        return Dense(x.shape[-1], ("mlp", "embed"), name="fc2", **self.floats)(hidden)
+        last = Dense(x.shape[-1], ("mlp", "embed"), name="fc2", **self.floats)
+        return last(self.activation(hidden))
 
 
 class LayerScale(nn.Module):

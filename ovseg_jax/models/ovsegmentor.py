@@ -31,13 +31,10 @@ STATISTICS = "batch_stats"
 class BatchNorm(nn.Module):
     """Batch normalization over every axis but the last (Ioffe & Szegedy, 2015), in float32.
 
-    In training each call normalizes with its own statistics and moves the running ones a step of
-    `momentum` towards them: several calls in one training step are several moves, in their order.
-    Under jit with a batch that is split over devices, the statistics are the global batch's. Every
-    row counts: padding, where tokens are projected, and examples of weight 0.
-
-    The running statistics are `mean`, `variance` (unbiased) and `count`, the number of calls, in
-    the collection "batch_stats"; outside training they normalize.
+    In training each call normalizes with the statistics of the global batch (padding and examples
+    of weight 0 count too) and moves the running ones a step of `momentum` towards them: several
+    calls in one training step are several moves. The running `mean`, `variance` (unbiased) and
+    `count` of calls are in the collection "batch_stats"; outside training they normalize.
     """
 
     dtype: Any
@@ -71,14 +68,9 @@ class BatchNorm(nn.Module):
 
 
 class Projector(Floats):
-    """One linear map, or two with an activation between them.
+    """One linear map, or two (`layers`), `hidden` wide between them, with an activation there.
 
-    Attributes:
-      features: E.
-      layers: 1 or 2, `hidden` wide between them.
-      norm: "none", or "batch" for a `BatchNorm` before the activation.
-      activation: a key of `ACTIVATIONS`.
-      bias: whether the last map has one.
+    `norm` is "none", or "batch" for a `BatchNorm` before the activation; `bias` is the last map's.
     """
 
     features: int
@@ -102,9 +94,9 @@ class Projector(Floats):
 class FeatureHead(Floats):
     """The embedding of an image's or a sentence's features: two linear maps, a GELU between.
 
-    A contrast of whole images with captions trains it, beside that of the groups, so it need not
-    say where anything is. It reads frozen features, which a small data set soon overfits, hence the
-    dropout: `rate` on the hidden layer, half of it on the input.
+    A contrast of whole images with captions trains it, beside that of the groups. It reads frozen
+    features, which a small data set soon overfits, hence the dropout: `rate` on the hidden layer,
+    half of it on the input.
     """
 
     features: int
@@ -145,18 +137,16 @@ class OVSegmentor(Floats):
       image_encoder, text_encoder, entity_decoder: the towers; without a decoder there is no
         `complete` and no completion projector (GroupViT).
       joint_width: E.
-      projector_layers, projector_width, projector_norm, projector_activation, projector_bias: of
-        the image, text and completion projectors, see `Projector`. With a batch norm, projecting in
-        training changes the collection "batch_stats", and the order of the calls counts.
-      text_pool: how a sentence vector is taken from its tokens, see `pool_tokens`.
-      pad_id: token id of padding.
+      projector_*: of the image, text and completion projectors, see `Projector`. With a batch norm,
+        projecting in training changes "batch_stats", and the order of the calls counts.
+      text_pool: see `pool_tokens`. pad_id: token id of padding.
       temperature_init: initial temperature of all contrastive losses.
-      image_head, image_head_dropout: hidden width and dropout of a head that embeds the whole image
-        from the trunk's class token (`FeatureHead`); 0 for none. It needs `keep_class_token`. It is
-        compared with sentences through a head of theirs, at a temperature of its own.
+      image_head, image_head_dropout: hidden width and dropout of a `FeatureHead` that embeds the
+        whole image from the trunk's class token (`keep_class_token`); 0 for none. Sentences to
+        compare it with have a head of theirs, and the contrast a temperature.
       token_classes: classes that a masked token can have (masked language modeling over the
-        entities, the paper's Table 4); 0 for no such head.
-      token_classes_from: what the head reads, the "decoder"'s output or that of the "text" encoder.
+        entities, the paper's Table 4); 0 for no such head. It reads what `token_classes_from` says,
+        the "decoder"'s output or that of the "text" encoder.
     """
 
     image_encoder: VisualEncoder
@@ -178,15 +168,9 @@ class OVSegmentor(Floats):
 
     def setup(self) -> None:
         def projector() -> Projector:
-            return Projector(
-                self.joint_width,
-                self.projector_layers,
-                self.projector_width,
-                self.projector_norm,
-                self.projector_activation,
-                self.projector_bias,
-                **self.floats,
-            )
+            maps = (self.projector_layers, self.projector_width, self.projector_norm)
+            last = (self.projector_activation, self.projector_bias)
+            return Projector(self.joint_width, *maps, *last, **self.floats)
 
         self.image_projector = projector()
         self.text_projector = projector()
@@ -205,8 +189,7 @@ class OVSegmentor(Floats):
     def trunk(self, image: Array, train: bool = False) -> Float[Array, "B L D0"]:
         """Image features before the groups join.
 
-        Args:
-          image: [B, H, W, 3]; uint8, or float32 where the pixels are normalized already.
+        `image` is [B, H, W, 3]; uint8, or float32 where the pixels are normalized already.
         """
         pixels = normalize_image(image) if image.dtype == jnp.uint8 else image
         return self.image_encoder.trunk(pixels, train)
@@ -217,7 +200,7 @@ class OVSegmentor(Floats):
         """Groups, patches and affinity (Eq. 2, 4).
 
         Args:
-          image: [B, H, W, 3] images as `trunk` takes them, or its features [B, L, D0], cached.
+          image: as `trunk` takes it, or its features [B, L, D0], cached.
           train: stochastic depth and Gumbel noise on.
           noise: that noise instead of a draw of the "gumbel" stream.
         """
@@ -257,11 +240,8 @@ class OVSegmentor(Floats):
         return self.project_image(jnp.mean(visual.groups, axis=1), train)
 
     def embed_whole_text(self, pooled: Float[Array, "... Dt"], train: bool = False) -> Array:
-        """Sentence vectors to be compared with `embed_whole`, [..., E], unit norm, float32.
-
-        With an image head they are not those of `project_text`: a joint space that serves groups
-        and whole images alike serves either worse.
-        """
+        """Sentence vectors to be compared with `embed_whole`, [..., E], unit norm, float32."""
+        # A joint space that serves groups and whole images alike serves either worse.
         if self.image_head:
             return unit(self.whole_text_head(pooled, train))
         return self.project_text(pooled, train)
@@ -284,10 +264,7 @@ class OVSegmentor(Floats):
         mask: Bool[Array, "B M"],
         groups: Float[Array, "B K D"],
     ) -> Float[Array, "B M C"]:
-        """Which entity each token of a masked caption stands for, as logits, float32.
-
-        With `token_classes_from` "text" the groups are not looked at.
-        """
+        """Which entity each token of a masked caption stands for, as logits, float32."""
         if self.token_classes_from == "decoder":
             tokens = self.entity_decoder(tokens.astype(self.dtype), mask, groups)
         return self.token_head(tokens.astype(self.dtype)).astype(jnp.float32)

@@ -13,6 +13,7 @@ from ovseg_jax.models.layers import (
     LayerNorm,
     MultiHeadAttention,
     embeddings,
+    quick_gelu,
 )
 from ovseg_jax.models.transformer import (
     CrossAttentionBlock,
@@ -27,12 +28,10 @@ from ovseg_jax.shapes import Array, Bool, Float, Int
 def pool_tokens(
     tokens: Float[Array, "B M D"], mask: Bool[Array, "B M"], pool: str
 ) -> Float[Array, "B D"]:
-    """The sentence vector of a token sequence.
+    """The sentence vector of a token sequence: of the real tokens, where `mask` is True.
 
-    Args:
-      mask: True at real tokens. A row with no real token gives its first feature, or 0 for "mean".
-      pool: "eot" (the last real token; the paper's), "cls" (the first) or "mean" (of the real
-        tokens; what sentence-transformers models are trained with).
+    `pool` is "eot" (the last one; the paper's), "cls" (the first) or "mean" (sentence-transformers
+    are trained so). Without a real token it is the first feature, or 0 for "mean".
     """
     if pool == "cls":
         return tokens[:, 0]
@@ -59,7 +58,6 @@ class BertEncoder(Floats):
     Attributes:
       max_positions: rows of the position table.
       dropout: rate after the embeddings and on both residual branches, in training.
-      eps: of every LayerNorm.
       remat: see `transformer.scanned`.
     """
 
@@ -97,9 +95,7 @@ class CausalTextEncoder(Floats):
 
     Token and position embeddings, pre-norm layers in which no token looks ahead, a LayerNorm.
 
-    Attributes:
-      end_id: the end token, whose feature is the sentence's (pooling "eot").
-      activation: see `FeedForward`. The others: see `BertEncoder`.
+    `end_id` is the end token, whose feature is the sentence's (pooling "eot").
     """
 
     vocab_size: int
@@ -109,7 +105,6 @@ class CausalTextEncoder(Floats):
     mlp_width: int
     max_positions: int = 77
     end_id: int = 49407
-    activation: str = "quick_gelu"
     eps: float = 1e-5
     remat: str = "none"
 
@@ -121,7 +116,7 @@ class CausalTextEncoder(Floats):
         del mask
         word = jnp.take(embeddings(self, "word", self.vocab_size, self.width, "vocab"), ids, axis=0)
         position = embeddings(self, "position", self.max_positions, self.width)[: ids.shape[1]]
-        options = {"remat": self.remat, "activation": self.activation, **self.floats}
+        options = {"remat": self.remat, "activation": quick_gelu, **self.floats}
         sizes = (self.depth, self.heads, self.mlp_width / self.width, self.eps)
         stack = PreNormStack(*sizes, causal=True, name="stack", **options)
         x = stack((word + position[None]).astype(self.dtype), train)
@@ -136,12 +131,8 @@ class SelfFirstLayer(Floats):
     eps: float
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B M Dd"],
-        mask: Bool[Array, "B M"] | None,
-        groups: Float[Array, "B K D"],
-    ) -> Float[Array, "B M Dd"]:
+    def __call__(self, x: Array, mask: Array | None, groups: Array) -> Float[Array, "B M Dd"]:
+        """The caption's tokens [B, M, Dd], their mask [B, M], and the groups [B, K, D]."""
         normed = LayerNorm(self.eps, self.dtype, name="self_norm")(x)
         attend = MultiHeadAttention(self.heads, name="self_attention", **self.floats)
         x = x + attend(normed, normed, mask)
@@ -156,8 +147,7 @@ class SelfFirstLayer(Floats):
 class CrossFirstLayer(Floats):
     """Cross-attention to the groups first, then a self-attention layer, then one more residual.
 
-    Every layer looks up from the caption's own tokens again; what the layer before gave is added
-    to what was found.
+    Every layer looks up from the caption's own tokens again; what the layer before gave is added.
     """
 
     heads: int
@@ -166,13 +156,8 @@ class CrossFirstLayer(Floats):
 
     @nn.compact
     def __call__(
-        self,
-        tokens: Float[Array, "B M Dd"],
-        before: Float[Array, "B M Dd"] | None,
-        mask: Bool[Array, "B M"] | None,
-        groups: Float[Array, "B K Dd"],
+        self, tokens: Array, before: Array | None, mask: Array | None, groups: Array
     ) -> Float[Array, "B M Dd"]:
-        """`before` is the layer before's output, None in the first."""
         sizes = (self.heads, self.mlp_ratio, self.eps)
         query = LayerNorm(self.eps, self.dtype, name="token_norm")(tokens)
         context = LayerNorm(self.eps, self.dtype, name="group_norm")(groups)

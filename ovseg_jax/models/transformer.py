@@ -20,6 +20,7 @@ from ovseg_jax.models.layers import (
     LayerNorm,
     LayerScale,
     MultiHeadAttention,
+    gelu,
 )
 from ovseg_jax.shapes import Array, Bool, Float
 
@@ -40,8 +41,7 @@ class PreNormLayer(Floats):
     Attributes:
       layer_scale: initial value of a per-channel factor on both branches, None for none.
       drop_path: whether the layer is built with stochastic depth at all.
-      rotary: rotary positions of its attention, None for none.
-      causal: see `MultiHeadAttention`. activation: see `FeedForward`.
+      rotary, causal: see `MultiHeadAttention`.
       keep: the scan over layers keeps this layer's output.
     """
 
@@ -53,7 +53,7 @@ class PreNormLayer(Floats):
     train: bool = False
     rotary: Callable[[Array], Array] | None = None
     causal: bool = False
-    activation: str = "gelu"
+    activation: Callable[[Array], Array] = gelu
     keep: bool = False
 
     @nn.compact
@@ -102,10 +102,8 @@ class PostNormLayer(Floats):
 def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str) -> Any:
     """`layer` repeated `depth` times as one scan over a leading "layers" axis of its parameters.
 
-    Args:
-      layer: module class whose call maps (carry, argument) to (carry, output or None).
-      in_axes: scan axis of the argument, or `nn.broadcast`.
-      remat: what the backward pass keeps: a key of `REMAT_POLICIES`.
+    The layer's call maps (carry, argument) to (carry, output or None). `in_axes` is the argument's
+    scan axis or `nn.broadcast`, `remat` a key of `REMAT_POLICIES`.
     """
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -137,7 +135,7 @@ class PreNormStack(Floats):
     drop_rates: tuple[float, ...] = ()
     remat: str = "none"
     causal: bool = False
-    activation: str = "gelu"
+    activation: Callable[[Array], Array] = gelu
     outputs: tuple[int, ...] = ()
 
     @nn.compact

@@ -22,8 +22,8 @@ from ovseg_jax.shapes import Array, Float, UInt8
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-# Keys' cubic kernel with the constant that DINO, DINOv2 and the ViT family were resized with, and
-# the constant that goes with antialiasing (Pillow's, and of DINOv2 with registers).
+# Keys' cubic kernel has one constant in DINO, DINOv2 and the ViT family, and another one where it
+# is antialiased (Pillow's, and of DINOv2 with registers).
 CUBIC_A = -0.75
 ANTIALIAS_A = -0.5
 
@@ -43,13 +43,10 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
 def cubic_weights(
     source: int, target: int, antialias: bool = False
 ) -> Float[np.ndarray, "target source"]:
-    """Matrix of one-dimensional bicubic interpolation between numbers of samples.
+    """Matrix of one-dimensional bicubic interpolation, with half-pixel centers; rows sum to one.
 
-    Half-pixel centers; each row sums to one. With ``source == target`` it is the identity.
-
-    Args:
-      antialias: widen the kernel where the axis shrinks. Then what lies beyond the border is left
-        out and the rest of the row rescaled; otherwise border values are repeated.
+    `antialias` widens the kernel where the axis shrinks. Then what lies beyond the border is left
+    out and the rest of the row rescaled; otherwise border values are repeated.
     """
     if antialias:
         stretch = max(source / target, 1.0)
@@ -75,8 +72,7 @@ def resize_grid(
     """Resizes a row-major table of position embeddings between grids of (rows, columns).
 
     The scale is the ratio of the two grids, as in transformers. (The first releases of DINO and
-    DINOv2 added 0.1 to the target before, which moves every sample by a little.) Nothing is
-    computed where the grids agree. `antialias`: see `cubic_weights`.
+    DINOv2 added 0.1 to the target before, which moves every sample by a little.)
     """
     if source == target:
         return table
@@ -108,11 +104,9 @@ class Rotary:
     theta: float
 
     def angles(self, width: int) -> Float[np.ndarray, "T half"]:
-        """Angles of every token, radians, for heads of `width` channels; 0 for the prefix.
-
-        Patch centers run from -1 to 1 along each side. The first quarter of the channels goes by
-        the row, the second by the column, each with wavelengths growing geometrically.
-        """
+        """Angles of every token, radians, for heads of `width` channels; 0 for the prefix."""
+        # Patch centers run from -1 to 1 along each side. The first quarter of the channels goes by
+        # the row, the second by the column, each with wavelengths growing geometrically.
         wave = self.theta ** (np.arange(width // 4) * 4 / width)
         sides = [(np.arange(n) + 0.5) / n * 2 - 1 for n in (self.rows, self.columns)]
         places = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -136,13 +130,11 @@ class VisualTokens:
     """What the visual encoder gives.
 
     Attributes:
-      groups: [B, K, D], after the final LayerNorm.
-      patches: [B, L, D], likewise; None where the second half sees the groups alone.
-      affinity: the soft map of Eq. 4, [B, L, K].
-      assigned: the map that patches were averaged with, see `Binding`.
-      query, key: [B, K, D] and [B, L, D], the two sides of Eq. 4's product; None after several
-        bindings, where affinity and assigned are the products of their maps.
-      whole: [B, D0], the trunk's class token; None where the trunk keeps none.
+      groups, patches: after the final LayerNorm; no patches where the second half sees the groups
+        alone.
+      affinity, assigned, query, key: see `Binding`; after several bindings, the first two are the
+        products of their maps, the others None.
+      whole: the trunk's class token; None where the trunk keeps none.
     """
 
     groups: Float[Array, "B K D"]
@@ -167,30 +159,26 @@ class VisualEncoder(Floats):
       patch: patch size, pixels.
       grid: (rows, columns) of the stored position embeddings.
       width, heads, mlp_ratio, eps: of the layers that see the groups.
-      first_layers: layers before the binding, the trunk's included.
-      second_layers: layers after it.
+      first_layers, second_layers: before the binding (the trunk's included) and after it.
       num_groups: K, the groups that binding gives.
       group_tokens: N, the learnable tokens that join the image; 0 for as many as groups.
-      binding_form: "slot" (`SlotBinding`, Eq. 3-6 as printed; N = K) or "grouping_block"
-        (`GroupingBlock`, which mixes N tokens down to K first).
+      binding_form: "slot" (`SlotBinding`; N = K) or "grouping_block" (`GroupingBlock`).
       second_stage: what the layers after the binding see: "groups_and_patches" (Eq. 2) or "groups".
       later_stages: further grouping stages between the binding and the second half, as
         (group tokens, groups, layers) each; they need the grouping block and a second half that
         sees groups alone. The model's groups are those of the last stage.
-      second_heads: of those layers, where they have others; 0 takes `heads`.
+      second_heads: of the second half, where they are others; 0 takes `heads`.
       patch_norm: a LayerNorm follows the patch embedding.
       group_std: standard deviation of the initial group tokens. At 0.02 they start nearly alike and
         take long to part; small models trained briefly want 1.
       group_layer: how many of the first layers see the image alone; 0 in the paper.
       trunk_width, trunk_heads: of the trunk, where it differs; 0 takes the encoder's.
-      class_token: the trunk carries a class token (pretrained weights may need it); it is dropped
-        where the groups join.
-      register_tokens: how many further tokens without a meaning the trunk carries (Darcet et al.,
-        2024); dropped there as well.
+      class_token, register_tokens: the trunk carries a class token, and so many tokens without a
+        meaning (Darcet et al., 2024), as pretrained weights do; both end where the groups join.
       position: "learned" embeddings are added to the patches; "rope" turns queries and keys of the
         trunk's attention instead (`Rotary`; for group_layer > 0).
-      position_resize: how learned embeddings get to another grid than `grid`: "bicubic" (DINO,
-        DINOv2) or "bicubic_antialias" (DINOv2 with registers).
+      position_resize: how learned embeddings get to another grid: "bicubic" (DINO, DINOv2) or
+        "bicubic_antialias" (DINOv2 with registers).
       rope_theta: see `Rotary`.
       trunk_norm: a LayerNorm ends the trunk (as the pretrained trunk ends in one).
       trunk_outputs: layers of the trunk (1 is the first) whose outputs are its features, each
@@ -198,11 +186,9 @@ class VisualEncoder(Floats):
         evaluations do (Oquab et al., 2023, Sec. 7.4). () for the last layer alone.
       keep_class_token: the class token stays in the trunk's output, before the patches, for a head
         that judges the whole image.
-      layer_scale: see `PreNormLayer`; applies to the trunk.
-      assignment: see `SlotBinding`.
+      layer_scale: of the trunk, see `PreNormLayer`. assignment: see `Assignment`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
       remat: see `transformer.scanned`.
-      dtype, matmul_dtype: see `Dense`.
     """
 
     patch: int
@@ -258,12 +244,10 @@ class VisualEncoder(Floats):
         if self.position == "learned":
             rows = self.grid[0] * self.grid[1]
             self.position_table = embeddings(self, "position", rows, trunk_width)
-        self.prefix = []
-        if self.class_token:
-            self.prefix = [embeddings(self, "class_token", 1, trunk_width)]
-        if self.register_tokens:
-            registers = embeddings(self, "register_tokens", self.register_tokens, trunk_width)
-            self.prefix = [*self.prefix, registers]
+        prefix = {"class_token": int(self.class_token), "register_tokens": self.register_tokens}
+        self.prefix = [
+            embeddings(self, name, rows, trunk_width) for name, rows in prefix.items() if rows
+        ]
         start, heads = self.group_layer, self.trunk_heads or self.heads
         scale = self.layer_scale
         self.trunk_layers = stack(0, start, heads, layer_scale=scale, outputs=self.trunk_outputs)
@@ -302,7 +286,7 @@ class VisualEncoder(Floats):
 
         Args:
           image: normalized pixels. Rows and columns beyond a multiple of the patch are cut off.
-          train: whether stochastic depth is on.
+          train: stochastic depth on.
 
         Returns:
           Features of the L patches, after that of the class token where `keep_class_token` is set.
@@ -342,19 +326,16 @@ class VisualEncoder(Floats):
     ) -> VisualTokens:
         """Groups join the trunk's output: the rest of the first half, binding, second half.
 
-        Args:
-          noise: Gumbel noise of the assignment instead of a draw, in training.
+        `noise` is Gumbel noise of the assignment instead of a draw, in training.
         """
         x, whole = features.astype(self.dtype), None
         if self.keep_class_token:
-            whole = x[:, 0]
-            x = x[:, 1:]
+            whole, x = x[:, 0], x[:, 1:]
         if x.shape[-1] != self.width:
             x = self.neck(x)
         count = x.shape[1]
-        tokens = jnp.broadcast_to(
-            self.group_token[None], (x.shape[0], *self.group_token.shape)
-        ).astype(self.dtype)
+        tokens = jnp.broadcast_to(self.group_token[None], (len(x), *self.group_token.shape))
+        tokens = tokens.astype(self.dtype)
         x = self.first(jnp.concatenate([x, tokens], axis=1), train)
         tokens = x[:, count:]
         bound = self.binding(tokens, x[:, :count], train, noise)

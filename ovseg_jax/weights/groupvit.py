@@ -17,9 +17,10 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
+    FORMS,
     Link,
+    Sizes,
     fused_attention,
-    linear,
     matching,
     module,
     norm,
@@ -28,11 +29,10 @@ from ovseg_jax.weights.links import (
 )
 from ovseg_jax.weights.released import (
     GROUPING_BLOCK,
-    IMAGE_FIELDS,
     MODEL_FIELDS,
-    Sizes,
-    grid_of,
-    pre_norm_layers,
+    image_config,
+    image_links,
+    image_names,
     projector_links,
     require_form,
 )
@@ -65,24 +65,19 @@ _CLIP = {
 }
 
 
-# Names in each style. `blocks` come after a stage's number, `maps` after a projector's name: first
-# map, batch norm and last map.
+# Names in each style; `maps` of a projector are its first map, batch norm and last map.
 STYLES = {
     ORIGINAL: SimpleNamespace(
-        patch="img_encoder.patch_embed.proj",
-        embed_norm="img_encoder.patch_embed.norm",
-        position="img_encoder.pos_embed",
-        norm="img_encoder.norm",
-        stages="img_encoder.layers",
-        blocks="blocks",
-        block=GROUPING_BLOCK,
+        **vars(image_names("img_encoder")),
         word="text_encoder.token_embedding.weight",
         text_position="text_encoder.positional_embedding",
         text_norm="text_encoder.ln_final",
         text_layers="text_encoder.transformer.resblocks",
         text_layer=_CLIP,
+        text_fused="attn.in_proj_",
         projectors=("img_projector", "text_projector"),
         maps=("linear_hidden.0", "linear_hidden.1", "linear_out"),
+        form="pointwise",
     ),
     TRANSFORMERS: SimpleNamespace(
         patch="vision_model.embeddings.patch_embeddings.projection",
@@ -92,13 +87,17 @@ STYLES = {
         stages="vision_model.encoder.stages",
         blocks="layers",
         block={**GROUPING_BLOCK, "cross/attention/out": "pre_assign_attn.attn.out_proj"},
+        layer=_SEPARATE,
+        fused="",
         word="text_model.embeddings.token_embedding.weight",
         text_position="text_model.embeddings.position_embedding.weight",
         text_norm="text_model.final_layer_norm",
         text_layers="text_model.encoder.layers",
         text_layer=_SEPARATE,
+        text_fused="",
         projectors=("visual_projection", "text_projection"),
         maps=("0", "1", "3"),
+        form="linear",
     ),
 }
 
@@ -125,7 +124,6 @@ def groupvit_config(
     heads: int = HEADS,
     text_heads: int = 0,
     grid: tuple[int, int] | None = None,
-    activation: str = "quick_gelu",
 ) -> dict[str, Any]:
     """The ``config.model`` of a GroupViT checkpoint, whose sizes are those of the tensors.
 
@@ -134,7 +132,6 @@ def groupvit_config(
       heads: attention heads of the visual encoder.
       text_heads: attention heads of the text encoder; 0 for one per 64 channels.
       grid: rows and columns of the position embeddings; None for a square.
-      activation: of the text encoder.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form.
@@ -142,52 +139,24 @@ def groupvit_config(
     name = style_of(tensors)
     style, axes = STYLES[name], 3 if name == ORIGINAL else 2
     style = STYLES[style_of(tensors)]
-    axes = 3 if style is STYLES[ORIGINAL] else 2
     sizes = Sizes(tensors, "GroupViT checkpoint")
-    shape, depth = sizes.shape, sizes.depth
     first, _, last = (f"{style.projectors[0]}.{name}.weight" for name in style.maps)
-    vocab, text_width = shape(style.word, 2)
-    width, _, side, _ = shape(f"{style.patch}.weight", 4)
-    stages = []  # (group tokens, groups, layers) of every stage that groups
-    while f"{style.stages}.{len(stages)}.group_token" in tensors:
-        name = f"{style.stages}.{len(stages)}"
-        tokens = shape(f"{name}.group_token", 3)[1]
-        groups = shape(f"{name}.downsample.mlp_inter.fc2.weight", 2)[0]
-        stages.append((tokens, groups, depth(f"{name}.{style.blocks}")))
-    fed = f"{style.stages}.0.downsample.mlp_channels.fc1.weight"
-    text_fed = f"{style.text_layers}.0.{style.text_layer['mlp/fc1']}.weight"
-    return architecture(
-        {
-            "image": {
-                **IMAGE_FIELDS,
-                "patch": side,
-                "grid": grid_of(shape(style.position, 3)[1], grid, style.position),
-                "width": width,
-                "heads": heads,
-                "mlp_ratio": sizes.ratio(fed, width),
-                "first_layers": stages[0][2],
-                "second_layers": depth(f"{style.stages}.{len(stages)}.{style.blocks}"),
-                "group_tokens": stages[0][0],
-                "num_groups": stages[0][1],
-                "later_stages": tuple(stages[1:]),
-                "patch_norm": f"{style.embed_norm}.weight" in tensors,
-            },
-            "text_form": "causal",
-            "text": {
-                "vocab_size": vocab,
-                "width": text_width,
-                "depth": depth(style.text_layers),
-                "heads": text_heads or max(1, text_width // 64),
-                "mlp_width": shape(text_fed, 2)[0],
-                "max_positions": shape(style.text_position, 2)[0],
-                "end_id": vocab - 1,  # as in CLIP's vocabulary
-                "activation": activation,
-            },
-            **MODEL_FIELDS,
-            "joint_width": shape(last, axes)[0],
-            "projector_width": shape(first, axes)[0],
-        }
-    )
+    axes = FORMS[style.form].axes
+    vocab, text_width = sizes.shape(style.word, 2)
+    fed = f"{style.text_layers}.0.{style.text_layer['mlp/fc1']}.weight"
+    text = {
+        "vocab_size": vocab,
+        "width": text_width,
+        "depth": sizes.depth(style.text_layers),
+        "heads": text_heads or max(1, text_width // 64),
+        "mlp_width": sizes.shape(fed, 2)[0],
+        "max_positions": sizes.shape(style.text_position, 2)[0],
+        "end_id": vocab - 1,  # as in CLIP's vocabulary
+    }
+    towers = {"image": image_config(sizes, style, heads, grid), "text_form": "causal", "text": text}
+    joint = {"joint_width": sizes.shape(last, axes)[0]}
+    joint |= {"projector_width": sizes.shape(first, axes)[0]}
+    return architecture({**towers, **MODEL_FIELDS, **joint})
 
 
 def from_groupvit(
@@ -226,58 +195,21 @@ def to_groupvit(
     return write_links(flatten_dict(tree, sep="/"), model_links(config, style))
 
 
-# ---- names
-
-
-def image_links(image: Mapping[str, Any], style: str) -> list[Link]:
-    """The visual encoder of a ``config.model.image``."""
-    ours, names = "image_encoder", STYLES[style]
-    links = [
-        *linear(f"{ours}/patch_embed", names.patch, form="patch"),
-        *(norm(f"{ours}/embed_norm", names.embed_norm) if image["patch_norm"] else ()),
-        Link((f"{ours}/position",), (names.position,), "token"),
-        *norm(f"{ours}/norm", names.norm),
-    ]
-    # Of each stage: path of its layers, their number, paths of its group tokens and block.
-    stages = [("first", image["first_layers"], "group_token", "binding")]
-    stages += [
-        (f"stages_{i}/layers", layers, f"stages_{i}/group_token", f"stages_{i}/block")
-        for i, (_, _, layers) in enumerate(image["later_stages"])
-    ]
-    stages.append(("second", image["second_layers"], "", ""))
-    for index, (stack, depth, token, block) in enumerate(stages):
-        theirs, path = f"{names.stages}.{index}", f"{ours}/{stack}/layers"
-        blocks = [f"{theirs}.{names.blocks}.{layer}." for layer in range(depth)]
-        if blocks and style == ORIGINAL:
-            links += pre_norm_layers(path, blocks)
-        elif blocks:
-            links += module(path, blocks, _SEPARATE, stacked=True)
-        if token:
-            links.append(Link((f"{ours}/{token}",), (f"{theirs}.group_token",), "token"))
-            links += module(f"{ours}/{block}", (f"{theirs}.downsample.",), names.block)
-        if token and index:
-            carried = {"projector_norm": "0", "projector/fc1": "1.fc1", "projector/fc2": "1.fc2"}
-            prefix = f"{theirs}.group_projector."
-            links += module(f"{ours}/stages_{index - 1}", (prefix,), carried)
-    return links
-
-
 def model_links(model: Mapping[str, Any], style: str) -> list[Link]:
     """The whole model of a ``config.model``."""
     names, layers = STYLES[style], "text_encoder/stack/layers"
     blocks = [f"{names.text_layers}.{index}." for index in range(model["text"]["depth"])]
     links = [
         Link(("log_scale",), ("logit_scale",), "scalar"),
-        *image_links(model["image"], style),
+        *image_links(model["image"], names),
         Link(("text_encoder/word",), (names.word,), "table"),
         Link(("text_encoder/position",), (names.text_position,), "table"),
         *norm("text_encoder/norm", names.text_norm),
         *module(layers, blocks, names.text_layer, stacked=True),
     ]
-    if style == ORIGINAL:
-        links += fused_attention(f"{layers}/attention", blocks, "attn.in_proj_", stacked=True)
-    form = "pointwise" if style == ORIGINAL else "linear"
+    if names.text_fused:
+        links += fused_attention(f"{layers}/attention", blocks, names.text_fused, stacked=True)
     for ours, theirs in zip(("image", "text"), names.projectors, strict=True):
         maps = (f"{theirs}.{name}" for name in names.maps)
-        links += projector_links(f"{ours}_projector", *maps, form=form)
+        links += projector_links(f"{ours}_projector", *maps, form=names.form)
     return links

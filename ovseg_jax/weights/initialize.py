@@ -29,15 +29,8 @@ from ovseg_jax.weights.weight_files import (
 )
 
 # The layers that see the image alone, with what comes before and directly after them.
-TRUNK = (
-    "image_encoder/patch_embed/",
-    "image_encoder/embed_norm/",
-    "image_encoder/position",
-    "image_encoder/class_token",
-    "image_encoder/register_tokens",
-    "image_encoder/trunk_layers/",
-    "image_encoder/trunk_end/",
-)
+TRUNK = ("patch_embed/", "embed_norm/", "position", "class_token", "register_tokens")
+TRUNK = tuple(f"image_encoder/{name}" for name in (*TRUNK, "trunk_layers/", "trunk_end/"))
 
 
 def architecture(model: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -62,10 +55,7 @@ def init_params(model: OVSegmentor, key: jax.Array) -> Any:
 
 
 def init_statistics(model: OVSegmentor) -> dict[str, Any]:
-    """Running statistics of batch norms at their start (mean 0, variance 1); {} without any.
-
-    Abstract under `jax.eval_shape`.
-    """
+    """Running statistics of batch norms at their start (mean 0, variance 1); {} without any."""
     if model.projector_norm != "batch":
         return {}
     return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
@@ -132,8 +122,7 @@ class PublishedStart:
     """Published values of parameters, and what to say about them.
 
     Attributes:
-      values: path to array, for the parameters that published weights fill.
-      rows: see `start_table`.
+      values: by path. rows: see `start_table`.
       remarks: what the weights were made with and the model does otherwise, a line each.
     """
 
@@ -143,11 +132,7 @@ class PublishedStart:
 
 
 def published_start(model: ConfigDict, shapes: Shapes) -> PublishedStart:
-    """Reads the weights that a run begins with; what they do not fill stays random.
-
-    Args:
-      model: ``config.model``, complete.
-      shapes: of all the model's parameters.
+    """Reads the weights that a run's complete ``config.model`` begins with; the rest stays random.
 
     Raises:
       UserError: weights cannot be found or read, or do not fit.
@@ -209,10 +194,7 @@ def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, .
     """What starts from published weights and what does not: rows of a table with its head.
 
     A module with one source is one row; of another module each child is a row, or several.
-
-    Args:
-      shapes: of all the model's parameters.
-      sources: spec of the weights that filled a parameter, by path.
+    `sources` has the spec of the weights that filled a parameter, by path.
     """
     origins: dict[str, set[str]] = {}
     for path in shapes:
@@ -236,10 +218,6 @@ def split_towers(
     model: ConfigDict, params: Mapping[str, np.ndarray], shapes: Shapes
 ) -> tuple[dict[str, np.ndarray], dict[str, Reference]]:
     """Parameters that differ from the published towers, and references to the towers.
-
-    Args:
-      model: ``config.model`` of the run, complete.
-      params: all parameters by path. shapes: theirs.
 
     Raises:
       UserError: no parameter is equal to a published one, or the weights cannot be had.
@@ -266,15 +244,7 @@ def split_towers(
 def tower_values(
     references: Mapping[str, Reference], model: ConfigDict, shapes: Shapes
 ) -> dict[str, np.ndarray]:
-    """Published parameters by path, of all towers that a model directory refers to.
-
-    Args:
-      references: by "image" and "text".
-      model: ``config.model``. shapes: of all its parameters.
-
-    Raises:
-      UserError: see `resolve`.
-    """
+    """Published parameters by path, of all towers that a model directory refers to."""
     values: dict[str, np.ndarray] = {}
     for role, reference in references.items():
         path = str(resolve(reference, role))

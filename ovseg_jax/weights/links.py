@@ -104,10 +104,9 @@ def norm(ours: str, *theirs: str, stacked: bool = False) -> list[Link]:
 def module(
     ours: str, theirs: Sequence[str], names: Mapping[str, str], stacked: bool = False
 ) -> list[Link]:
-    """The norms and linear maps of a module.
+    """The norms and linear maps of a module at the path `ours`.
 
     Args:
-      ours: path of the module.
       theirs: prefix of the module, or with `stacked` of each layer; "" or with a final dot.
       names: what each map, or norm ("...norm"), is called behind the prefix, by its path in ours.
     """
@@ -121,10 +120,7 @@ def module(
 def fused_attention(
     ours: str, theirs: Sequence[str], name: str, stacked: bool = False
 ) -> list[Link]:
-    """Query, key and value that are one linear map in the source; see `module`.
-
-    `name` is that of the map, up to "weight" and "bias".
-    """
+    """Query, key and value that are one linear map, `name`, in the source; see `module`."""
     links = []
     for leaf, kind, form in (("kernel", "weight", "linear"), ("bias", "bias", "vector")):
         targets = tuple(f"{ours}/{third}/{leaf}" for third in ("query", "key", "value"))
@@ -145,7 +141,6 @@ def read_links(
     """Our arrays by path, from the source's by name.
 
     Args:
-      links: what becomes of the tensors.
       shapes: path and shape of every array that must be filled.
       left_out: names of source tensors that are not used, on purpose.
       origin: where the tensors come from, for messages.
@@ -200,3 +195,50 @@ def write_links(arrays: Mapping[str, Any], links: Iterable[Link]) -> Tensors:
             # Not `ascontiguousarray`, which makes a scalar a vector.
             result[name] = np.array(form.write(layer), order="C")
     return result
+
+
+# ---- sizes of a model, from its checkpoint
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of a checkpoint's tensors by name; `kind` says what it should be, for messages."""
+
+    tensors: Mapping[str, Any]
+    kind: str
+
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        """The shape of a tensor; UserError if it is missing or has another number of axes."""
+        if name not in self.tensors:
+            raise UserError(
+                f"no {self.kind}: it has no tensor {name}. Its first tensors are "
+                f"{', '.join(list(self.tensors)[:3])}"
+            )
+        shape = tuple(np.shape(self.tensors[name]))
+        if len(shape) != axes:
+            raise UserError(f"{name} has shape {shape}, but needs {axes} axes")
+        return shape
+
+    def depth(self, prefix: str) -> int:
+        """How many numbered layers, "PREFIX.0." and on, there are."""
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        numbers = {int(match[1]) for match in map(pattern.match, self.tensors) if match}
+        return max(numbers, default=-1) + 1
+
+    def ratio(self, name: str, width: int) -> float:
+        """What the width is multiplied by, and cut to an integer, for a feed-forward's weight."""
+        hidden = self.shape(name, 2)[0]
+        ratio = hidden / width
+        return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
+
+
+def grid_of(positions: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    """Rows and columns of the position embeddings `name`; UserError if the grid does not fit."""
+    side = math.isqrt(positions)
+    rows, columns = grid or (side, side)
+    if rows * columns != positions or not positions:
+        raise UserError(
+            f"{name} has {positions} positions, which is no grid of {rows} x {columns}; give the "
+            "grid's rows and columns"
+        )
+    return rows, columns

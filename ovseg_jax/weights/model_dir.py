@@ -59,11 +59,8 @@ class SavedModel:
     """A model read back.
 
     Attributes:
-      model: the module.
-      params: its parameters (NumPy, nested).
-      batch_stats: running statistics of its batch norms, nested; {} where it has none.
+      params, batch_stats: NumPy, nested; {} where there are no batch norms.
       extras: other arrays by name, see `save_model`.
-      tokenizer: of its text encoder.
       info: what config.json holds: "model", "protocol", "text_length", "benchmarks", "provenance".
     """
 
@@ -76,11 +73,9 @@ class SavedModel:
 
 
 def find_model(model: str | os.PathLike) -> Path:
-    """The directory that `load_model` reads.
+    """The directory of a path, or of the name of a model that comes with this package.
 
-    Args:
-      model: path of a model directory, or the name of a model that comes with this package. A model
-        directory of that name in the current folder is preferred; any other folder is not.
+    A model directory of that name in the current folder is preferred; any other folder is not.
 
     Raises:
       UserError: there is neither; names the models that there are.
@@ -113,7 +108,6 @@ class NoTokenizer(Tokenizer):
         self._directory = directory
 
     def encode_with_cuts(self, texts: Sequence[str], length: int) -> NoReturn:
-        """Raises UserError: no text can be encoded."""
         raise UserError(
             f"{self._directory} has no tokenizer, without which no class can be named: copy the "
             "tokenizer.json (or vocab.txt) of the model's text encoder there, or convert again "
@@ -122,7 +116,7 @@ class NoTokenizer(Tokenizer):
 
 
 def _self_digest(info: Mapping[str, Any]) -> str:
-    """SHA-256 of the content of config.json, whatever its layout."""
+    # Of the content, whatever the layout of the file.
     rest = {key: value for key, value in info.items() if key != SELF}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -150,14 +144,13 @@ def save_model(
 
     Args:
       directory: see `check_free`.
-      params: nested parameters, without those that `towers` give.
+      params, batch_stats: nested, without the parameters that `towers` give.
       tokenizer: of the text encoder, to be copied or referred to; None if there is none.
       model: the ``config.model`` they belong to.
       protocol: how to segment with it (`segmentation.protocol.Protocol.as_dict`).
       text_length: tokens that class prompts are padded to in evaluation.
       benchmarks: fields of the benchmarks it was evaluated on, to repeat the evaluation.
       provenance: plain values: where data and initial weights came from, steps, scores.
-      batch_stats: running statistics of batch norms, nested, if the model has any.
       extras: arrays by name that the model does not use, kept as they are.
       towers: published weights by "image" and "text", see `initialize.split_towers`.
       dtype: of the parameters in the file, "float32" or "float16"; `load_model` gives float32.
@@ -183,11 +176,23 @@ def save_model(
         info[TOKENIZER], tokenizer = tokenizer.as_dict(), None
     directory = Path(directory)
     check_free(directory)
+    # Not `ascontiguousarray`, which makes a scalar a vector.
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     building, old = (directory.with_name(f".{directory.name}.{x}") for x in ("partial", "old"))
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        _fill(building, arrays, tokenizer, info)
+        write_safetensors(building / WHOLE, arrays)
+        if tokenizer is not None:
+            try:
+                tokenizer.save(building)
+            except Exception as error:  # the library raises nothing more special
+                raise OSError(str(error)) from None
+        files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
+        (building / README).write_text(_readme(info, arrays), encoding="utf-8")
+        info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
+        info[SELF] = _self_digest(info)
+        (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             os.replace(directory, old)
@@ -200,11 +205,7 @@ def save_model(
 
 
 def check_free(directory: Path) -> None:
-    """Refuses a place for a model directory where something else is, which would be lost.
-
-    Raises:
-      UserError: there is a file, or a folder that holds no model but something else.
-    """
+    """Refuses (UserError) a place for a model directory where something else would be lost."""
     try:
         names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     except OSError as error:  # a file is no directory
@@ -216,29 +217,8 @@ def check_free(directory: Path) -> None:
         )
 
 
-def _fill(
-    building: Path, arrays: Mapping[str, Any], tokenizer: Tokenizer | None, info: dict[str, Any]
-) -> None:
-    # Not `ascontiguousarray`, which makes a scalar a vector.
-    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
-    write_safetensors(building / WHOLE, arrays)
-    if tokenizer is not None:
-        try:
-            tokenizer.save(building)
-        except Exception as error:  # the library raises nothing more special
-            raise OSError(str(error)) from None
-    files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
-    (building / README).write_text(_readme(info, arrays), encoding="utf-8")
-    info = {"format": FORMAT, "version": VERSION, "files_sha256": files, **info}
-    info[SELF] = _self_digest(info)
-    (building / CONFIG).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-
-
 def load_model(model: str | os.PathLike) -> SavedModel:
-    """Reads a model directory, and the published weights that it refers to.
-
-    Args:
-      model: see `find_model`.
+    """Reads a model directory, see `find_model`, and the published weights that it refers to.
 
     Raises:
       UserError: it is absent, incomplete, damaged or of another format, its weights do not fit
@@ -262,7 +242,19 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         raise UserError(f"{file} is damaged or no model config: {error!r}") from None
     if form != f"{FORMAT!r} version {VERSION}":
         raise UserError(f"{file} says {form}; this program reads {FORMAT!r} version {VERSION}")
-    _check_digests(directory, info, files)
+    if info.get(SELF, _self_digest(info)) != _self_digest(info):
+        raise UserError(
+            f"{file} was changed after it was written. Copy the directory again; or, where you "
+            f"changed it on purpose, remove its field {SELF!r}"
+        )
+    for path, digest in ((directory / name, digest) for name, digest in files.items()):
+        if not path.is_file():
+            raise UserError(f"{directory} is no complete model directory: {path.name} is missing")
+        if file_digest(path) != digest:
+            raise UserError(
+                f"{path} is not the file that {CONFIG} was written with: it was truncated or "
+                "changed; copy the directory again"
+            )
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         built = build_model(config)
@@ -292,23 +284,6 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         tokenizer=find_tokenizer(str(folder)) if names else NoTokenizer(folder),
         info=info,
     )
-
-
-def _check_digests(directory: Path, info: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    if SELF in info and _self_digest(info) != info[SELF]:
-        raise UserError(
-            f"{directory / CONFIG} was changed after it was written. Copy the directory again; or, "
-            f"where you changed it on purpose, remove its field {SELF!r}"
-        )
-    for name, digest in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise UserError(f"{directory} is no complete model directory: {name} is missing")
-        if file_digest(path) != digest:
-            raise UserError(
-                f"{path} is not the file that {CONFIG} was written with: it was truncated or "
-                "changed; copy the directory again"
-            )
 
 
 def _readme(info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

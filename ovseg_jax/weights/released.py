@@ -4,9 +4,8 @@ What the released code stores without using it is kept apart (`extra_tensors`), 
 `to_released` gives back every tensor that `from_released` was given, to the bit.
 """
 
-import math
-import re
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.weights.initialize import architecture, variable_shapes
 from ovseg_jax.weights.links import (
     Link,
+    Sizes,
     fused_attention,
+    grid_of,
     linear,
     matching,
     module,
@@ -94,50 +95,33 @@ _DECODER_LAYER = {
 }
 
 
-# ---- sizes of a model, from its checkpoint
-
-
-class Sizes:
-    """Shapes of a checkpoint's tensors by name; `kind` says what it should be, for messages."""
-
-    def __init__(self, tensors: Mapping[str, Any], kind: str):
-        self._tensors, self._kind = tensors, kind
-
-    def shape(self, name: str, axes: int) -> tuple[int, ...]:
-        """The shape of a tensor; UserError if it is missing or has another number of axes."""
-        if name not in self._tensors:
-            raise UserError(
-                f"no {self._kind}: it has no tensor {name}. Its first tensors are "
-                f"{', '.join(list(self._tensors)[:3])}"
-            )
-        shape = tuple(np.shape(self._tensors[name]))
-        if len(shape) != axes:
-            raise UserError(f"{name} has shape {shape}, but needs {axes} axes")
-        return shape
-
-    def depth(self, prefix: str) -> int:
-        """How many numbered layers, "PREFIX.0." and on, there are."""
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        numbers = {int(match[1]) for match in map(pattern.match, self._tensors) if match}
-        return max(numbers, default=-1) + 1
-
-    def ratio(self, name: str, width: int) -> float:
-        """What the width is multiplied by, and cut to an integer, for a feed-forward's weight."""
-        hidden = self.shape(name, 2)[0]
-        ratio = hidden / width
-        return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
-
-
-def grid_of(positions: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
-    """Rows and columns of the position embeddings `name`; UserError if the grid does not fit."""
-    side = math.isqrt(positions)
-    rows, columns = grid or (side, side)
-    if rows * columns != positions or not positions:
-        raise UserError(
-            f"{name} has {positions} positions, which is no grid of {rows} x {columns}; give the "
-            "grid's rows and columns"
-        )
-    return rows, columns
+def image_config(
+    sizes: Sizes, names: SimpleNamespace, heads: int, grid: tuple[int, int] | None
+) -> dict[str, Any]:
+    """The ``config.model.image`` of a checkpoint with `image_names`."""
+    shape, stages = sizes.shape, []  # (group tokens, groups, layers) of every stage that groups
+    width, _, patch, _ = shape(f"{names.patch}.weight", 4)
+    while not stages or f"{names.stages}.{len(stages)}.group_token" in sizes.tensors:
+        name = f"{names.stages}.{len(stages)}"
+        tokens = shape(f"{name}.group_token", 3)[1]
+        groups = shape(f"{name}.downsample.mlp_inter.fc2.weight", 2)[0]
+        stages.append((tokens, groups, sizes.depth(f"{name}.{names.blocks}")))
+    positions = np.shape(sizes.tensors.get(names.position, np.zeros((0, width))))[-2]
+    fed = f"{names.stages}.0.downsample.mlp_channels.fc1.weight"
+    return {
+        **IMAGE_FIELDS,
+        "patch": patch,
+        "grid": grid_of(positions, grid, names.position),
+        "width": width,
+        "heads": heads,
+        "mlp_ratio": sizes.ratio(fed, width),
+        "first_layers": stages[0][2],
+        "second_layers": sizes.depth(f"{names.stages}.{len(stages)}.{names.blocks}"),
+        "group_tokens": stages[0][0],
+        "num_groups": stages[0][1],
+        "later_stages": tuple(stages[1:]),
+        "patch_norm": f"{names.embed_norm}.weight" in sizes.tensors,
+    }
 
 
 def released_config(
@@ -153,59 +137,43 @@ def released_config(
 
     Args:
       tensors: by released name; anything with a shape.
-      heads, second_heads, decoder_heads, text_heads: see `HEADS`.
       grid: rows and columns of the position embeddings; None for a square.
+      The others: see `HEADS`.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
         contradict each other.
     """
     sizes = Sizes(tensors, "released checkpoint")
-    shape, depth, block = sizes.shape, sizes.depth, f"{IMAGE}.layers.0.downsample"
-    width, _, patch, _ = shape(f"{IMAGE}.patch_embed.proj.weight", 4)
-    positions = np.shape(tensors.get(f"{IMAGE}.pos_embed", np.zeros((0, width))))[-2]
+    shape, depth = sizes.shape, sizes.depth
+    image = image_config(sizes, image_names(IMAGE), heads, grid)
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
     fed = f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight"
     decoder_width = shape(fed, 2)[1]
-    return architecture(
-        {
-            "image": {
-                **IMAGE_FIELDS,
-                "patch": patch,
-                "grid": grid_of(positions, grid, f"{IMAGE}.pos_embed"),
-                "width": width,
-                "heads": heads,
-                "second_heads": second_heads,
-                "mlp_ratio": sizes.ratio(f"{block}.mlp_channels.fc1.weight", width),
-                "first_layers": depth(f"{IMAGE}.layers.0.blocks"),
-                "second_layers": depth(f"{IMAGE}.layers.1.blocks"),
-                "num_groups": shape(f"{block}.mlp_inter.fc2.weight", 2)[0],
-                "group_tokens": shape(f"{IMAGE}.layers.0.group_token", 3)[1],
-                "patch_norm": f"{IMAGE}.patch_embed.norm.weight" in tensors,
-            },
-            "text": {
-                "vocab_size": vocab,
-                "width": text_width,
-                "depth": depth(f"{TEXT}.encoder.layer"),
-                "heads": text_heads,
-                "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
-                "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
-            },
-            "decoder": {
-                "width": decoder_width,
-                "heads": decoder_heads,
-                "mlp_ratio": sizes.ratio(fed, decoder_width),
-                "eps": 1e-5,
-                "order": "cross_first",
-                "depth": depth(DECODER),
-                "mask_padding": False,
-            },
-            **MODEL_FIELDS,
-            "joint_width": shape("img_projector.linear_out.weight", 3)[0],
-            "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
-            "text_pool": "cls",
-        }
-    )
+    text = {
+        "vocab_size": vocab,
+        "width": text_width,
+        "depth": depth(f"{TEXT}.encoder.layer"),
+        "heads": text_heads,
+        "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
+    }
+    decoder = {
+        "width": decoder_width,
+        "heads": decoder_heads,
+        "mlp_ratio": sizes.ratio(fed, decoder_width),
+        "eps": 1e-5,
+        "order": "cross_first",
+        "depth": depth(DECODER),
+        "mask_padding": False,
+    }
+    joint = {
+        "joint_width": shape("img_projector.linear_out.weight", 3)[0],
+        "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
+        "text_pool": "cls",
+    }
+    towers = {"image": {**image, "second_heads": second_heads}, "text": text, "decoder": decoder}
+    return architecture({**towers, **MODEL_FIELDS, **joint})
 
 
 # ---- there and back
@@ -245,8 +213,8 @@ def from_released(
     teacher = None
     if momentum:
         encoder = {path: x for path, x in shapes.items() if path.startswith("image_encoder/")}
-        arrays_of = read_links(momentum, image_links(config["image"], TEACHER), encoder, (), origin)
-        teacher = unflatten_dict(arrays_of, sep="/")["image_encoder"]
+        averages = read_links(momentum, _image_links(config, TEACHER), encoder, (), origin)
+        teacher = unflatten_dict(averages, sep="/")["image_encoder"]
     tree = unflatten_dict(arrays, sep="/")
     return tree, tree.pop(STATISTICS), teacher
 
@@ -270,7 +238,7 @@ def to_released(
     tensors = write_links(flatten_dict(tree, sep="/"), model_links(config))
     if teacher is not None:
         encoder = flatten_dict({"image_encoder": dict(teacher)}, sep="/")
-        tensors |= write_links(encoder, image_links(config["image"], TEACHER))
+        tensors |= write_links(encoder, _image_links(config, TEACHER))
     extra = dict(extra or {})
     if extra.pop(POSITION_AXIS, None) is not None:
         for name in (f"{IMAGE}.pos_embed", f"{TEACHER}.pos_embed"):
@@ -300,29 +268,58 @@ def require_form(
 # ---- names
 
 
-def pre_norm_layers(ours: str, blocks: list[str]) -> list[Link]:
-    """A stack of pre-norm layers with fused queries, keys and values."""
-    fused = fused_attention(f"{ours}/attention", blocks, "attn.qkv.", stacked=True)
-    return fused + module(ours, blocks, _PRE_NORM, stacked=True)
+def image_names(prefix: str) -> SimpleNamespace:
+    """Names of the visual encoder's tensors; `blocks` come after a stage's number."""
+    return SimpleNamespace(
+        patch=f"{prefix}.patch_embed.proj",
+        embed_norm=f"{prefix}.patch_embed.norm",
+        position=f"{prefix}.pos_embed",
+        norm=f"{prefix}.norm",
+        stages=f"{prefix}.layers",
+        blocks="blocks",
+        block=GROUPING_BLOCK,
+        layer=_PRE_NORM,
+        fused="attn.qkv.",
+    )
 
 
-def image_links(image: Mapping[str, Any] | ConfigDict, theirs: str) -> list[Link]:
-    """The visual encoder of a ``config.model.image``; `theirs` is the prefix of the tensors."""
+def image_links(
+    image: Mapping[str, Any] | ConfigDict, names: SimpleNamespace, position: str = "token"
+) -> list[Link]:
+    """The visual encoder of a ``config.model.image``; `position` is the form of its positions."""
     ours = "image_encoder"
     links = [
-        *linear(f"{ours}/patch_embed", f"{theirs}.patch_embed.proj", form="patch"),
-        Link((f"{ours}/position",), (f"{theirs}.pos_embed",), "table"),
-        Link((f"{ours}/group_token",), (f"{theirs}.layers.0.group_token",), "token"),
-        *(norm(f"{ours}/embed_norm", f"{theirs}.patch_embed.norm") if image["patch_norm"] else ()),
-        *module(f"{ours}/binding", (f"{theirs}.layers.0.downsample.",), GROUPING_BLOCK),
-        *norm(f"{ours}/norm", f"{theirs}.norm"),
+        *linear(f"{ours}/patch_embed", names.patch, form="patch"),
+        *(norm(f"{ours}/embed_norm", names.embed_norm) if image["patch_norm"] else ()),
+        Link((f"{ours}/position",), (names.position,), position),
+        *norm(f"{ours}/norm", names.norm),
     ]
-    for stage, stack in enumerate(("first", "second")):
-        depth = image[f"{stack}_layers"]
-        if depth:
-            blocks = [f"{theirs}.layers.{stage}.blocks.{index}." for index in range(depth)]
-            links += pre_norm_layers(f"{ours}/{stack}/layers", blocks)
+    # Of each stage: path of its layers, their number, paths of its group tokens and block.
+    stages = [("first", image["first_layers"], "group_token", "binding")]
+    stages += [
+        (f"stages_{i}/layers", layers, f"stages_{i}/group_token", f"stages_{i}/block")
+        for i, (_, _, layers) in enumerate(image["later_stages"])
+    ]
+    stages.append(("second", image["second_layers"], "", ""))
+    for index, (stack, depth, token, block) in enumerate(stages):
+        theirs, path = f"{names.stages}.{index}", f"{ours}/{stack}/layers"
+        blocks = [f"{theirs}.{names.blocks}.{layer}." for layer in range(depth)]
+        if blocks:
+            links += module(path, blocks, names.layer, stacked=True)
+        if blocks and names.fused:
+            links += fused_attention(f"{path}/attention", blocks, names.fused, stacked=True)
+        if token:
+            links.append(Link((f"{ours}/{token}",), (f"{theirs}.group_token",), "token"))
+            links += module(f"{ours}/{block}", (f"{theirs}.downsample.",), names.block)
+        if token and index:
+            carried = {"projector_norm": "0", "projector/fc1": "1.fc1", "projector/fc2": "1.fc2"}
+            prefix = f"{theirs}.group_projector."
+            links += module(f"{ours}/stages_{index - 1}", (prefix,), carried)
     return links
+
+
+def _image_links(model: Mapping[str, Any] | ConfigDict, prefix: str) -> list[Link]:
+    return image_links(model["image"], image_names(prefix), position="table")
 
 
 def projector_links(
@@ -345,7 +342,7 @@ def model_links(model: Mapping[str, Any] | ConfigDict) -> list[Link]:
     image, text, decoder = (model[name] for name in ("image", "text", "decoder"))
     links = [
         Link(("log_scale",), ("logit_scale",), "scalar"),
-        *image_links(image, IMAGE),
+        *_image_links(model, IMAGE),
         *bert_links(text["depth"], f"{TEXT}."),
     ]
     if image["width"] != decoder["width"]:

@@ -6,8 +6,8 @@ after it (paper, Sec. 4.1: layers 0-5 and 6-11 of DINO), and its final norm beco
 Group tokens, binding and neck are never among the parameters that it fills.
 """
 
-from dataclasses import dataclass
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,38 +19,25 @@ from ovseg_jax.weights.weight_files import Tensors
 IMAGE, TEXT = "image_encoder", "text_encoder"
 STACKS = ("trunk_layers", "first", "second")
 BARE = ("class_token", "register_tokens", "position")
-ATTENTION = ("attention/query", "attention/key", "attention/value", "attention/out")
-_LAYER = ("attention_norm", "mlp_norm", *ATTENTION, "mlp/fc1", "mlp/fc2")
+_LAYER = ("attention_norm", "mlp_norm", "attention/query", "attention/key", "attention/value")
+_LAYER += ("attention/out", "mlp/fc1", "mlp/fc2")
 
 
-@dataclass(frozen=True)
-class Style:
-    """Names of a ViT in one published style; ".weight" or ".bias" is added to all but bare ones.
+class Style(NamedTuple):
+    """Names of a ViT in one published style; ".weight" or ".bias" is added to all but bare ones."""
 
-    Attributes:
-      layer: what precedes the names of a layer, with {} for its index.
-      norms: before attention and feed-forward.
-      attention: query, key, value and output.
-      mlp: first and second map.
-      scales: layer scale of the two branches (bare).
-      patch, norm: patch embedding and final norm.
-      bare: class token, register tokens and position embeddings.
-    """
-
-    layer: str
-    norms: tuple[str, str]
-    attention: tuple[str, str, str, str]
+    layer: str  # before the names of a layer, with {} for its index
+    norms: tuple[str, str]  # before attention and feed-forward
+    attention: tuple[str, str, str, str]  # query, key, value and output
     mlp: tuple[str, str]
-    scales: tuple[str, str]
+    scales: tuple[str, str]  # layer scale of the two branches (bare)
     patch: str
-    norm: str
-    bare: tuple[str, str, str]
+    norm: str  # the last
+    bare: tuple[str, str, str]  # class token, register tokens and position embeddings
 
 
-_HUB_ATTENTION = (
-    *("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-    "attention.output.dense",
-)
+_HUB_ATTENTION = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
+_HUB_ATTENTION += ("attention.output.dense",)
 _HUB_BARE = tuple(
     f"embeddings.{n}" for n in ("cls_token", "register_tokens", "position_embeddings")
 )
@@ -107,9 +94,7 @@ _GATED = ("mlp.w12", "mlp.w1", "mlp.weights_in", "mlp.gate_proj")
 _REGISTERS = {name: "register_tokens" for name in ("storage_tokens", "reg_token")}
 
 _BERT_LAYER = {
-    "attention/query": "attention.self.query",
-    "attention/key": "attention.self.key",
-    "attention/value": "attention.self.value",
+    **{f"attention/{name}": f"attention.self.{name}" for name in ("query", "key", "value")},
     "attention/out": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
     "mlp/fc1": "intermediate.dense",
@@ -148,14 +133,13 @@ def from_vit(
     Args:
       tensors: without a prefix such as "backbone.".
       shapes: of all the model's parameters.
-      origin: where the tensors come from, for messages.
       resample_to: the model's grid (rows, columns), to resize positions of another grid to it.
 
     Returns:
       The parameters that a ViT fills; None where the tensors are no ViT's.
 
     Raises:
-      UserError: lists every tensor that is missing, left over or misshapen.
+      UserError: lists every tensor of `origin` that is missing, left over or misshapen.
     """
     tensors = _split_fused(tensors)
     style = find_style(tensors, origin)
@@ -219,11 +203,7 @@ def _vit_links(style: Style, stacks: dict[str, range], wanted: Shapes) -> list[L
 
 
 def find_style(tensors: Tensors, origin: str) -> Style | None:
-    """The style of a ViT's names (without prefix, fused maps split), or None for no ViT.
-
-    Raises:
-      UserError: its feed-forward layers are of a kind that cannot be built here.
-    """
+    """The style of a ViT's names (without prefix, fused maps split), or None for no ViT."""
     for style in STYLES.values():
         layer = style.layer.format(0)
         stems = (style.norms[0], style.attention[1])
@@ -242,16 +222,13 @@ def find_style(tensors: Tensors, origin: str) -> Style | None:
 
 
 def _split_fused(tensors: Tensors) -> Tensors:
-    """Fused query-key-value maps as three, "attn.query" and so on; register tokens under one name.
-
-    DINOv3 keeps the bias of its keys at zero with a mask, `bias_mask`; it is applied here.
-    """
+    """Fused maps as three, "attn.query" and so on; register tokens under one name."""
     result: Tensors = {}
     for name, value in tensors.items():
         if ".attn.qkv." not in name:
             result[_REGISTERS.get(name, name)] = value
         elif not name.endswith("bias_mask"):
-            mask = tensors.get(f"{name}_mask")
+            mask = tensors.get(f"{name}_mask")  # DINOv3 keeps the bias of its keys at zero
             if mask is not None:
                 value = np.where(np.asarray(mask, np.float32) == 0, 0, value).astype(value.dtype)
             for stem, third in zip(("query", "key", "value"), np.split(value, 3), strict=True):
@@ -290,10 +267,7 @@ def _adapt_tokens(tensors: Tensors, style: Style, patches: int) -> None:
 
 
 def _resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Positions [L, D] of a square grid on another one: `models.vit.resize_grid` in NumPy.
-
-    On the host, so that every machine computes the same.
-    """
+    """`models.vit.resize_grid` from a square grid, in NumPy: every machine computes the same."""
     side = isqrt(len(table))
     if side * side != len(table) or (side, side) == grid:
         return table

@@ -57,11 +57,7 @@ TOKENIZER = "tokenizer"
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a .safetensors, .npz or .onnx file by name.
-
-    Raises:
-      UserError: the file cannot be read or is of another kind.
-    """
+    """All tensors of a .safetensors, .npz or .onnx file by name; UserError if it has none."""
     kind = path.suffix.lower()
     try:
         if kind == ".safetensors":
@@ -139,8 +135,7 @@ def find_weights(
       spec: a path; "package:NAME/path" for a file inside an installed Python package; else a hub
         id, "OWNER/NAME" or "hub:NAME".
       field: config field it comes from, for messages.
-      revision: commit of the hub's repository; "" for the newest.
-      files: patterns of the hub's files that are needed.
+      revision, files: of the hub's repository, the commit ("": the newest) and needed patterns.
 
     Raises:
       UserError: nothing is there; says what was tried and what to do.
@@ -186,14 +181,9 @@ def _package_file(spec: str, field: str) -> Path:
 
 
 def read_weights(path: Path, field: str, kind: str) -> Tensors:
-    """All tensors of a file, or of a folder with model.safetensors.
+    """All tensors of a file, or of a folder with model.safetensors; UserError where there are none.
 
-    Args:
-      field: config field it comes from, for messages.
-      kind: "dino" or "bert", what `ovseg_jax.convert` calls such weights.
-
-    Raises:
-      UserError: no weights are there, or they cannot be read.
+    `field` names the config field, and `kind` what `ovseg_jax.convert` calls such weights.
     """
     if path.is_dir():
         others = sorted(file for file in path.iterdir() if file.suffix in _FILES)
@@ -242,20 +232,15 @@ class Reference:
 
 
 def refer(spec: str, role: str, resample: bool = False) -> Reference:
-    """The reference to what a spec names today.
+    """The reference to what a spec names today (UserError: nothing is there).
 
-    Args:
-      spec: see `find_weights`.
-      role: "image", "text" or "tokenizer".
-
-    Raises:
-      UserError: nothing is there.
+    `role` is "image", "text" or "tokenizer".
     """
     name = spec.removeprefix(PACKAGE).partition("/")[0]
     if spec.startswith(PACKAGE) and role == TOKENIZER:
         spec = f"{PACKAGE}{name}/model"  # as `data.tokenizer.find_tokenizer` reads it
-    path = _find(spec, role)
-    reference = Reference(spec, _digests(path, role), resample=resample)
+    path, digests = _find(spec, role)
+    reference = Reference(spec, digests, resample=resample)
     if spec.startswith(PACKAGE):
         owners = importlib.metadata.packages_distributions().get(name)
         if not owners:
@@ -271,22 +256,20 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     return dataclasses.replace(reference, spec=HUB + spec.removeprefix(HUB), revision=revision)
 
 
-def _find(spec: str, role: str, revision: str = "") -> Path:
-    files = {"files": HUB_TEXT_FILES} if role == TOKENIZER else {}
-    return find_weights(spec, _called(role), revision=revision, **files)
+def _find(spec: str, role: str, revision: str = "") -> tuple[Path, dict[str, str]]:
+    """Where the files of a spec are, and their digests by name."""
+    patterns = {"files": HUB_TEXT_FILES} if role == TOKENIZER else {}
+    path = find_weights(spec, _called(role), revision=revision, **patterns)
+    whole = [path / WHOLE if path.is_dir() else path]
+    files = tokenizer_files(path) if role == TOKENIZER else whole
+    try:
+        return path, {file.name: file_digest(file) for file in files if file.is_file()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _called(role: str) -> str:
     return f"the model's {role}" if role == TOKENIZER else f"the model's {role} tower"
-
-
-def _digests(path: Path, role: str) -> dict[str, str]:
-    whole = [path / WHOLE if path.is_dir() else path]
-    files = tokenizer_files(path) if role == TOKENIZER else whole
-    try:
-        return {file.name: file_digest(file) for file in files if file.is_file()}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def check_installed(references: Sequence[Reference], origin: Path) -> None:
@@ -311,11 +294,7 @@ def check_installed(references: Sequence[Reference], origin: Path) -> None:
 
 
 def resolve(reference: Reference, role: str) -> Path:
-    """The file or folder that a reference means, after its digests were compared.
-
-    Raises:
-      UserError: it is absent or another one; says what to do.
-    """
+    """The file or folder of a reference; UserError with what to do if it is absent or another."""
     spec, what, package = reference.spec, _called(role), reference.package
     local = not spec.startswith((PACKAGE, HUB))
     if local and not Path(spec).exists():
@@ -337,10 +316,9 @@ def resolve(reference: Reference, role: str) -> Path:
     else:
         remedy = f"the model was made with revision {reference.revision or 'main'} of {spec}"
     try:
-        path = _find(spec, role, reference.revision)
+        path, present = _find(spec, role, reference.revision)
     except UserError as error:
         raise UserError(f"{error}; {remedy}" if package else str(error)) from None
-    present = _digests(path, role)
     if present != reference.files_sha256:
         pairs = {*present.items()} ^ {*reference.files_sha256.items()}
         changed = ", ".join(sorted({name for name, _ in pairs}))

@@ -10,19 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from released.arrays import relative
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import readout, windows
 from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config, style_of, to_groupvit
-
-PREFIX = "weights/"
-
-
-def relative(ours, theirs):
-    theirs = np.asarray(theirs, np.float64)
-    assert np.shape(ours) == theirs.shape
-    return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +25,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def tensors(arrays):
-    return {k.removeprefix(PREFIX): x for k, x in arrays.items() if k.startswith(PREFIX)}
+    return {k.removeprefix("weights/"): x for k, x in arrays.items() if k.startswith("weights/")}
 
 
 @pytest.fixture(scope="module")

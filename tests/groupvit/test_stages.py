@@ -5,95 +5,59 @@ the released arrays is compared, and those in the folder that OVSEG_RELEASED_ARR
 """
 
 import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from released.arrays import relative, sets_with
 
 from ovseg_jax.models.vit import VisualEncoder
 from ovseg_jax.segmentation import readout, windows
-from ovseg_jax.weights.groupvit import image_links
-from ovseg_jax.weights.links import read_links, write_links
+from ovseg_jax.weights.links import Sizes, read_links, write_links
+from ovseg_jax.weights.released import image_config, image_links, image_names
 
-RELEASED = Path(__file__).parents[1] / "released"
-
-
-def all_sets():
-    for folder in (RELEASED, *map(Path, filter(None, [os.environ.get("OVSEG_RELEASED_ARRAYS")]))):
-        for path in sorted(folder.glob("*_eval.npz")):
-            stem = path.name.removesuffix("_eval.npz")
-            if (folder / f"{stem}_weights.npz").is_file():
-                yield folder / stem
-
-
-def relative(ours, theirs):
-    theirs = np.asarray(theirs, np.float64)
-    assert np.shape(ours) == theirs.shape
-    return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+PARTS = ("eval.npz", "weights.npz", "meta.json")
 
 
 class Stages:
     """One set: our encoder with its weights, and the recorded arrays."""
 
-    def __init__(self, stem):
-        meta = json.loads(stem.with_name(f"{stem.name}_meta.json").read_text())
-        sizes = meta["config"]
-        side = sizes["img_size"] // sizes["patch_size"]
-        depths, tokens = sizes["depths"], sizes["num_group_tokens"]
-        stages = list(zip(tokens, sizes["num_output_groups"], depths, strict=False))
-        image = {
-            "patch": sizes["patch_size"],
-            "grid": (side, side),
-            "width": sizes["embed_dim"],
-            "heads": sizes["num_heads"][0],
-            "second_heads": sizes["num_heads"][-1],
-            "eps": 1e-5,
-            "first_layers": depths[0],
-            "group_tokens": tokens[0],
-            "num_groups": stages[0][1],
-            "later_stages": tuple(stages[1:]),
-            "second_layers": depths[-1],
-            "second_stage": "groups",
-            "patch_norm": meta["patch_norm"],
-        }
-        self.encoder = VisualEncoder(**image, binding_form="grouping_block")
-        self.recorded = dict(np.load(stem.with_name(f"{stem.name}_eval.npz")))
-        tensors = np.load(stem.with_name(f"{stem.name}_weights.npz"))
-        tensors = {f"img_encoder.{name}": tensors[name] for name in tensors.files}
-        blank = jnp.zeros((1, sizes["img_size"], sizes["img_size"], 3))
+    def __init__(self, folder, name):
+        meta, weights, self.recorded = (folder / f"{name}_{x}" for x in reversed(PARTS))
+        meta = json.loads(meta.read_text())["config"]
+        tensors = {f"img_encoder.{key}": x for key, x in np.load(weights).items()}
+        self.recorded = dict(np.load(self.recorded))
+        names, heads = image_names("img_encoder"), meta["num_heads"]
+        image = image_config(Sizes(tensors, "checkpoint"), names, heads[0], None)
+        image |= {"second_heads": heads[-1], "drop_path": 0.0, "binding_form": image.pop("binding")}
+        self.encoder, self.size = VisualEncoder(**image), meta["img_size"]
+        blank = jnp.zeros((1, self.size, self.size, 3))
         abstract = jax.eval_shape(self.encoder.init, jax.random.key(0), blank)["params"]
         boxed = flatten_dict({"image_encoder": abstract}, sep="/")
         shapes = {path: x.unbox().shape for path, x in boxed.items()}
-        links = image_links(image, "original")
+        links = image_links(image, names)
         arrays = read_links(tensors, links, shapes, (), "the checkpoint")
         for name, tensor in write_links(arrays, links).items():
             np.testing.assert_array_equal(tensor, tensors[name])
         self.params = jax.tree.map(jnp.asarray, unflatten_dict(arrays, sep="/")["image_encoder"])
-        self.size = sizes["img_size"]
 
     def run(self, name):
         """(recorded values of an input, our tokens, what every submodule gave)."""
         prefix = f"{name}/"
-        values = {
-            k.removeprefix(prefix): x for k, x in self.recorded.items() if k.startswith(prefix)
-        }
-        apply = jax.jit(
-            lambda params, image: self.encoder.apply(
-                {"params": params}, image, capture_intermediates=True, mutable=["intermediates"]
-            )
-        )
+        recorded = {k: x for k, x in self.recorded.items() if k.startswith(prefix)}
+        values = {key.removeprefix(prefix): x for key, x in recorded.items()}
+        record = {"capture_intermediates": True, "mutable": ["intermediates"]}
+        apply = jax.jit(lambda params, x: self.encoder.apply({"params": params}, x, **record))
         image = jnp.asarray(self.recorded[f"input/{name}"].transpose(0, 2, 3, 1))
         tokens, seen = apply(self.params, image)
         return values, tokens, seen["intermediates"]
 
 
-@pytest.fixture(scope="module", params=list(all_sets()), ids=lambda stem: stem.name)
+@pytest.fixture(scope="module", params=sets_with(*PARTS))
 def stages(request):
-    return Stages(request.param)
+    return Stages(*request.param)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +76,6 @@ def only(node, *path):
 def bindings_of(seen):
     later = [name for name in sorted(seen) if name.startswith("stages_")]
     return [only(seen, "binding"), *(only(seen, name)[0] for name in later)], later
-
-
-def test_a_set_is_there():
-    assert RELEASED / "groupvit2" in list(all_sets())
 
 
 def test_each_stage(cases):
@@ -139,10 +99,8 @@ def test_maps_and_their_product(cases):
         bindings, _ = bindings_of(seen)
         product = 1.0
         for index, binding in enumerate(bindings):
-            soft, hard = (
-                recorded[f"attn{index}/{kind}"][:, 0].transpose(0, 2, 1)
-                for kind in ("soft", "hard")
-            )
+            maps = (recorded[f"attn{index}/{kind}"][:, 0] for kind in ("soft", "hard"))
+            soft, hard = (x.transpose(0, 2, 1) for x in maps)
             assert relative(binding.affinity, soft) < 1e-5
             np.testing.assert_array_equal(np.argmax(binding.assigned, -1), hard.argmax(-1))
             affinity = np.asarray(binding.affinity)

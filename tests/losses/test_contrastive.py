@@ -14,6 +14,7 @@ from ovseg_jax import sharding
 from ovseg_jax.losses.contrastive import (
     alike,
     false_negative_rate,
+    group_set_nce,
     info_nce,
     multi_label_info_nce,
     negatives_mask,
@@ -74,9 +75,8 @@ def test_info_nce_with_excluded_pairs():
     negatives, keep = some(4)
     assert 0 < keep.sum() < 0.8 * B * B
     got, hits = info_nce(a, b, jnp.float32(5.0), negatives)
-    np.testing.assert_allclose(
-        got, reference.info_nce(*numpy64(a, b), 5.0, keep), rtol=1e-5, atol=1e-6
-    )
+    want = reference.info_nce(*numpy64(a, b), 5.0, keep)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got[2], 0, atol=1e-6)  # alone with itself
     assert hits[2]
 
@@ -98,6 +98,7 @@ def test_what_is_alike_in_any_label_is_no_negative():
     counted = np.asarray(weight > 0)[:, None] & np.asarray(weight > 0)[None] & off
     rate = (same_name & counted).sum() / counted.sum()
     np.testing.assert_allclose(false_negative_rate(weight, names), rate, rtol=1e-6)
+    assert false_negative_rate(0 * weight, names) == 0
 
 
 def test_negatives_within_a_data_set():
@@ -139,16 +140,13 @@ def test_several_texts_per_image():
     a, (negatives, keep), present = unit_rows(9), some(10), rng.random((B, 3)) < 0.7
     present[1] = False
     masks = negatives, jnp.asarray(present)
-    got, grad = jax.value_and_grad(
-        lambda b: jnp.sum(multi_label_info_nce(a, b, jnp.float32(6.0), *masks))
-    )(texts)
+    got, pull = jax.vjp(lambda b: multi_label_info_nce(a, b, jnp.float32(6.0), *masks), texts)
     want = reference.multi_label_info_nce(*numpy64(a, texts), 6.0, keep, present)
     assert want[1] == 0 and (want > 0).sum() >= B - 2
-    np.testing.assert_allclose(
-        multi_label_info_nce(a, texts, jnp.float32(6.0), *masks), want, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    (grad,) = pull(jnp.ones(B))
     np.testing.assert_array_equal(grad[~present], 0)
-    assert np.isfinite(got) and np.isfinite(grad).all()
+    assert np.isfinite(grad).all()
     one = multi_label_info_nce(a, texts[:, :1], jnp.float32(6.0), masks[0], jnp.ones((B, 1), bool))
     pairs, _ = info_nce(a, texts[:, 0], jnp.float32(6.0), negatives)
     np.testing.assert_allclose(one, pairs, rtol=1e-5, atol=1e-6)
@@ -172,12 +170,33 @@ def test_the_released_multi_label_loss(name):
     np.testing.assert_allclose(jnp.mean(pairs), arrays["out/matching_loss"], rtol=1e-5)
 
 
-def test_false_negatives():
-    weight = jnp.asarray([1.0, 0.0, 2.0, 1.0])
-    sets = jnp.asarray([5, 5, 5, 7], jnp.int32)
-    # Of the six ordered pairs of three examples, two share their entities.
-    np.testing.assert_allclose(false_negative_rate(weight, sets), 2 / 6)
-    assert false_negative_rate(jnp.zeros(4), sets) == 0
+# Two sets of S groups of each pair, for the alternative to mask consistency (Table 6).
+S = 3
+
+
+def group_sets():
+    sets = np.random.default_rng(0).normal(size=(2, B, S, E))
+    return (sets / np.linalg.norm(sets, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_group_consistency_equals_the_sum_written_out():
+    (own, other), (negatives, keep) = group_sets(), some(4)
+    found = group_set_nce(jnp.asarray(own), jnp.asarray(other), jnp.float32(7.0), negatives)
+    for i in range(B):
+        total = 0.0
+        for s in range(S):
+            mass = [np.exp(7.0 * (other[j] @ own[i, s]).astype(float)).sum() for j in range(B)]
+            among = sum(mass[j] for j in range(B) if keep[i, j] or j == i)
+            total -= np.log(mass[i] / among) / S
+        np.testing.assert_allclose(found[i], total, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_group_consistency_go_to_the_online_groups_alone():
+    def total(own, other):
+        return group_set_nce(own, other, jnp.float32(7.0), everyone(B)).sum()
+
+    own, other = jax.grad(total, argnums=(0, 1))(*map(jnp.asarray, group_sets()))
+    assert np.abs(own).min() > 0 and not np.abs(other).any()
 
 
 def test_eight_devices_give_the_plain_loss():

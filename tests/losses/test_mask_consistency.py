@@ -31,10 +31,9 @@ def case():
     return (regions(0), regions(1)), (regions(2), regions(3)), entity
 
 
-def one(pair, b):
-    return [
-        tuple(np.asarray(x[b], np.float64) for x in (r.patches, r.groups, r.joint)) for r in pair
-    ]
+def numpy_of(pair, b):
+    views = [(r.patches, r.groups, r.joint) for r in pair]
+    return [tuple(np.asarray(x[b], np.float64) for x in arrays) for arrays in views]
 
 
 @pytest.mark.parametrize(("ratio", "threshold"), [(0.5, 0.5), (1.0, 0.65), (0.2, 0.3)])
@@ -43,19 +42,19 @@ def test_equations_10_to_12(ratio, threshold):
     run = jax.jit(losses.consistency_loss, static_argnames=("ratio", "threshold", "backend"))
     got, extra = run(online, teacher, entity, ratio=ratio, threshold=threshold, backend="host")
     for b in range(B):
-        want = reference.consistency(
-            one(online, b), one(teacher, b), np.asarray(entity[b], np.float64), ratio, threshold
-        )
+        views = numpy_of(online, b), numpy_of(teacher, b)
+        want = reference.consistency(*views, np.float64(entity[b]), ratio, threshold)
         np.testing.assert_allclose(got[b], want, rtol=1e-4)
     assert 0 < np.min(extra["target_fraction"]) and np.max(extra["target_fraction"]) < 1
+
+
+OPTIONS = {"ratio": 0.5, "threshold": 0.5, "backend": "enumerate"}
 
 
 def test_identical_views_and_sharp_masks_cost_nothing():
     online, _, entity = case()
     sharp = Regions(400 * online[0].patches, online[0].groups, online[0].joint)
-    loss, _ = losses.consistency_loss(
-        (sharp, sharp), (sharp, sharp), entity, ratio=0.5, threshold=0.5, backend="enumerate"
-    )
+    loss, _ = losses.consistency_loss((sharp, sharp), (sharp, sharp), entity, **OPTIONS)
     np.testing.assert_allclose(loss, 0, atol=0.05)
 
 
@@ -63,14 +62,10 @@ def test_nothing_flows_into_the_teacher_the_entity_or_the_selection():
     online, teacher, entity = case()
 
     def total(online, teacher, entity):
-        loss, _ = losses.consistency_loss(
-            online, teacher, entity, ratio=0.5, threshold=0.5, backend="enumerate"
-        )
-        return jnp.sum(loss)
+        return jnp.sum(losses.consistency_loss(online, teacher, entity, **OPTIONS)[0])
 
-    to_online, to_teacher, to_entity = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(
-        online, teacher, entity
-    )
+    grad = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    to_online, to_teacher, to_entity = grad(online, teacher, entity)
     for leaf in [*jax.tree.leaves((to_teacher, to_entity)), *(r.joint for r in to_online)]:
         np.testing.assert_array_equal(leaf, 0)
     for image in to_online:
@@ -94,9 +89,8 @@ def test_matching_cost_is_minus_the_cosine():
     m, n = (jnp.asarray(rng.random((2, 3, L)), jnp.float32) for _ in range(2))
     got = losses.matching_cost(m, n)
     for b, k, j in np.ndindex(2, 3, 3):
-        np.testing.assert_allclose(
-            got[b, k, j], -reference.cosine(np.asarray(m[b, k]), np.asarray(n[b, j])), rtol=1e-5
-        )
+        want = -reference.cosine(np.asarray(m[b, k]), np.asarray(n[b, j]))
+        np.testing.assert_allclose(got[b, k, j], want, rtol=1e-5)
     assert np.isfinite(losses.matching_cost(0 * m, 0 * n)).all()
 
 
@@ -118,26 +112,16 @@ def test_every_product_has_the_highest_precision(form):
     """Read from the program: on a CPU the results are the same with any precision."""
     online, teacher, entity = case()
 
-    def final_tokens(online, teacher):
-        loss, _ = losses.consistency_loss(online, teacher, entity, ratio=0.5, threshold=0.5)
-        return jnp.sum(loss)
+    def total(online, teacher):
+        if form == "final tokens":
+            loss, _ = losses.consistency_loss(online, teacher, entity, ratio=0.5, threshold=0.5)
+            return jnp.sum(loss)
+        scores = jnp.ones((B, K), jnp.float32)
+        options = {"grid": (2, 5), "size": (4, 10), "detached_ratio": 0.5, "threshold": 0.5}
+        maps = online[0].groups, teacher[1].groups, teacher[1].patches, scores
+        return jnp.sum(group_mask_loss(*maps, **options)[0])
 
-    def binding(online, teacher):
-        queries, other = online[0].groups, teacher[1]
-        loss, _ = group_mask_loss(
-            queries,
-            other.groups,
-            other.patches,
-            jnp.ones(queries.shape[:2], jnp.float32),
-            grid=(2, 5),
-            size=(4, 10),
-            detached_ratio=0.5,
-            threshold=0.5,
-        )
-        return jnp.sum(loss)
-
-    function = {"final tokens": final_tokens, "binding": binding}[form]
-    program = str(jax.make_jaxpr(jax.grad(function))(online, teacher))
+    program = str(jax.make_jaxpr(jax.grad(total))(online, teacher))
     products = re.findall(r"dot_general\[.*?\n *\]", program, re.DOTALL)
     assert len(products) == program.count("dot_general[") >= 4
     assert all("HIGHEST" in product for product in products)

@@ -12,10 +12,6 @@ from ovseg_jax.models.binding import SlotBinding, straight_through, weighted_mea
 B, L, K, D = 3, 6, 4, 8
 
 
-def make(assignment):
-    return SlotBinding(assignment, 1e-6)
-
-
 def inputs(seed=0):
     rng = np.random.default_rng(seed)
     shapes = {"groups": (B, K, D), "patches": (B, L, D)}
@@ -25,21 +21,21 @@ def inputs(seed=0):
 @pytest.fixture(scope="module")
 def params():
     start = jax.eval_shape(
-        lambda key: make("soft").init(key, **inputs(), train=False)["params"], jax.random.key(0)
-    )
+        lambda: SlotBinding("soft", 1e-6).init(jax.random.key(0), **inputs(), train=False)
+    )["params"]
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), nn.unbox(start))
 
 
-def run(module, params, case, train=False):
-    rngs = {"gumbel": jax.random.key(0)}
+def run(assignment, params, case, train=False):
+    module, rngs = SlotBinding(assignment, 1e-6), {"gumbel": jax.random.key(0)}
     return jax.jit(lambda p: module.apply({"params": p}, **case, train=train, rngs=rngs))(params)
 
 
 @pytest.mark.parametrize("assignment", ["hard", "soft"])
 def test_equations_3_to_6(params, assignment):
-    module, case = make(assignment), inputs()
-    binding = run(module, params, case)
+    case = inputs()
+    binding = run(assignment, params, case)
     bound, affinity = binding.groups, binding.affinity
     used = []
     for b in range(B):
@@ -56,22 +52,20 @@ def test_equations_3_to_6(params, assignment):
     assert min(used) < K, "no group of any example is empty: the case tests less than it should"
 
 
-def gradients(module, params, case):
-    def total(p, groups, patches):
-        bound = module.apply({"params": p}, groups, patches, False)
-        return jnp.sum(bound.groups**2)
-
-    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(params, *case.values())
-
-
 @pytest.mark.parametrize("assignment", ["hard", "soft"])
 def test_an_empty_group_gets_no_update_and_finite_gradients(params, assignment):
     # A key and a query this far apart leave most groups without a patch, also softly.
     params = {**params, "query": jax.tree.map(lambda x: 1e3 * x, params["query"])}
     case = inputs()
-    affinity = run(make(assignment), params, case).affinity
+    affinity = run(assignment, params, case).affinity
     assert (np.asarray(affinity).sum(1) < 1e-6).any()
-    value, grads = gradients(make(assignment), params, case)
+
+    def total(p, groups, patches):
+        bound = SlotBinding(assignment, 1e-6).apply({"params": p}, groups, patches, False)
+        return jnp.sum(bound.groups**2)
+
+    run_both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    value, grads = run_both(params, *case.values())
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
@@ -105,10 +99,10 @@ def test_gumbel_noise_assigns_in_proportion_to_the_affinity(params):
     count = 4000
     case = {name: jnp.repeat(x[:1], count, 0) for name, x in inputs().items()}
     case["patches"] = case["patches"][:, :1]  # one patch, so that one group is updated
-    noisy = run(make("hard"), params, case, train=True)
+    noisy = run("hard", params, case, train=True)
     bound, affinity = noisy.groups, noisy.affinity
     # The map that inference reads is Eq. 4's, without noise.
-    quiet = run(make("hard"), params, case).affinity
+    quiet = run("hard", params, case).affinity
     np.testing.assert_allclose(affinity, quiet, rtol=1e-5)
     idle = np.asarray(case["groups"]) + params["out"]["bias"]
     claimed = np.abs(np.asarray(bound) - idle).max(-1) > 1e-4
@@ -119,11 +113,8 @@ def test_gumbel_noise_assigns_in_proportion_to_the_affinity(params):
 
 def test_relabeling_the_groups_relabels_the_result(params):
     case, order = inputs(), np.array([2, 0, 3, 1])
-    binding = run(make("soft"), params, case)
-    bound, affinity = binding.groups, binding.affinity
-    other = {**case, "groups": case["groups"][:, order]}
-    after = run(make("soft"), params, other)
-    moved, moved_affinity = after.groups, after.affinity
-    np.testing.assert_allclose(moved, bound[:, order], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(moved_affinity, affinity[..., order], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(affinity).sum(-1), 1, rtol=1e-5)
+    before = run("soft", params, case)
+    after = run("soft", params, {**case, "groups": case["groups"][:, order]})
+    np.testing.assert_allclose(after.groups, before.groups[:, order], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(after.affinity, before.affinity[..., order], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(before.affinity.sum(-1), 1, rtol=1e-5)

@@ -25,24 +25,20 @@ COSTS = {"L2": "euclidean", "cosine": "cosine"}
 COARSER = 4.0
 
 
-def sets_of(directory):
-    """Names of the sets in a directory, in order."""
-    found = [path.name.removesuffix("_inputs.npz") for path in Path(directory).glob("*_inputs.npz")]
-    return sorted(found)
+def sets_with(*files, chosen=lambda folder, name: True):
+    """`pytest` parameters (folder, name) of every set with these files, e.g. "inputs.npz".
 
-
-def all_sets(*here):
-    """`pytest` parameters (folder, name): the sets `here`, and all in the folder of ENVIRONMENT."""
-    found = [(HERE, name) for name in here]
-    if os.environ.get(ENVIRONMENT):
-        folder = Path(os.environ[ENVIRONMENT])
-        names = sets_of(folder)
-        assert names, f"{ENVIRONMENT}={folder} holds no set (SET_inputs.npz and others)"
-        found += [(folder, name) for name in names]
-    return [
-        pytest.param(pair, id=f"{pair[1]}-{'here' if pair[0] == HERE else 'elsewhere'}")
-        for pair in found
-    ]
+    Sets in this folder, of which there must be one, and in the folder of ENVIRONMENT.
+    """
+    found = []
+    for folder in (HERE, *map(Path, filter(None, [os.environ.get(ENVIRONMENT)]))):
+        names = [path.name.removesuffix(f"_{files[0]}") for path in folder.glob(f"*_{files[0]}")]
+        for name in sorted(names):
+            whole = all((folder / f"{name}_{file}").is_file() for file in files)
+            if whole and chosen(folder, name):
+                found.append(pytest.param((folder, name), id=f"{folder.name}-{name}"))
+        assert found, f"{folder} holds no set with {files}"
+    return found
 
 
 def relative(ours, theirs):
@@ -67,13 +63,10 @@ class ReleasedSet:
         self.tensors = self.file("weights")
         if (self.directory / f"{name}_weights_momentum.npz").is_file():
             self.tensors |= self.file("weights_momentum")
-        first, second = self.meta["config"]["img"]["num_heads"]
-        self.config = released_config(
-            self.tensors,
-            heads=first,
-            second_heads=second,
-            text_heads=self.meta["config"]["bert"]["num_attention_heads"],
-        )
+        sizes = self.meta["config"]
+        heads = dict(zip(("heads", "second_heads"), sizes["img"]["num_heads"], strict=True))
+        heads["text_heads"] = sizes["bert"]["num_attention_heads"]
+        self.config = released_config(self.tensors, **heads)
         self.config["image"]["drop_path"] = self.config["text"]["dropout"] = 0.0
         self.model = build_model(ConfigDict(self.config))
         self.params, self.statistics, self.teacher = from_released(self.tensors, self.config)

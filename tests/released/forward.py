@@ -2,15 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.ovsegmentor import unit
 from ovseg_jax.models.transformer import PostNormLayer, PreNormLayer
 from ovseg_jax.models.vit import resize_grid
 from released.arrays import relative
-
-FLOATS = {"dtype": jnp.float32, "matmul_dtype": jnp.float32}
 
 
 def layer_of(stack, index):
@@ -43,21 +40,17 @@ def image_values(case, params):
     count = embedded.shape[1]
     values["img/patch_tokens"] = embedded
     values["img/patch_tokens_plus_pos"] = embedded + encoder["position"][None]
-    learned = jnp.broadcast_to(
-        encoder["group_token"][None], (len(embedded), *encoder["group_token"].shape)
-    )
+    learned = encoder["group_token"]
+    learned = jnp.broadcast_to(learned[None], (len(embedded), *learned.shape))
     x = jnp.concatenate([values["img/patch_tokens_plus_pos"], learned], axis=1)
     for stage, stack in enumerate(("first", "second")):
         heads = config["heads"] if stage == 0 else config["second_heads"]
-        layer = PreNormLayer(
-            heads, config["mlp_ratio"], config["eps"], None, False, False, **FLOATS
-        )
+        layer = PreNormLayer(heads, config["mlp_ratio"], config["eps"])
         x = x if stage == 0 else tokens_of(seen)
         for index in range(config[f"{stack}_layers"]):
-            mine = {"params": layer_of(encoder[stack], index)}
-            (x, _), parts = layer.apply(
-                mine, x, jnp.zeros(()), capture_intermediates=True, mutable=True
-            )
+            mine, record = {"params": layer_of(encoder[stack], index)}, {"mutable": True}
+            record["capture_intermediates"] = True
+            (x, _), parts = layer.apply(mine, x, jnp.zeros(()), **record)
             parts, name = parts["intermediates"], f"img/stage{stage}_block{index}"
             values[f"{name}_attn_out"] = parts["attention"]["__call__"][0]
             values[f"{name}_mlp_out"] = parts["mlp"]["__call__"][0]
@@ -114,9 +107,7 @@ def rest_values(case, params):
     x = seen["intermediates"]["text_encoder"]["embed_norm"]["__call__"][0]
     values["text/hidden0"] = x
     options = config["text"]
-    layer = PostNormLayer(
-        options["heads"], options["mlp_width"], options["eps"], 0.0, False, **FLOATS
-    )
+    layer = PostNormLayer(options["heads"], options["mlp_width"], options["eps"], 0.0, False)
     for index in range(options["depth"]):
         mine = layer_of(params["text_encoder"], index)
         x = layer.apply({"params": mine}, x, text.mask)[0]
@@ -132,15 +123,9 @@ def rest_values(case, params):
         out = model.entity_decoder(*args)
         return out, model.completion_projector(out[:, 0], False)
 
-    (completed, bridge), seen = model.apply(
-        variables,
-        question.tokens,
-        question.mask,
-        groups,
-        method=decode,
-        capture_intermediates=True,
-        mutable=True,
-    )
+    masked = question.tokens, question.mask, groups
+    record = {"capture_intermediates": True, "mutable": True}
+    (completed, bridge), seen = model.apply(variables, *masked, method=decode, **record)
     seen = seen["intermediates"]["entity_decoder"]
     aligned = {"visual": ("align_image", groups), "question": ("align_text", question.tokens)}
     for side, (name, raw) in aligned.items():
@@ -187,8 +172,3 @@ def errors_of(ours, recorded, skipped=()):
         for name, theirs in recorded.items()
         if not name.startswith(("pos_embed/", *skipped))
     }
-
-
-def hard_indices(recorded):
-    """The group of each patch, [B, L], from a recorded hard map."""
-    return np.argmax(recorded["grouping/hard"][:, 0], axis=1)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from released import training
-from released.arrays import ReleasedSet, all_sets, relative
+from released.arrays import ReleasedSet, relative, sets_with
 
 VALUES, GRADIENTS = 1e-5, 1e-4
 # After a second step, which inherits what rounding made of gradients that are zero.
 LOOSE = 2e-3
 
 
-@pytest.fixture(scope="module", params=all_sets("dev2"))
+@pytest.fixture(scope="module", params=sets_with("optim_step2.npz"))
 def case(request):
     return ReleasedSet(*request.param)
 

@@ -56,13 +56,6 @@ def build(config, name: str, **changes):
     return model, variable_shapes(model)
 
 
-def halves(config, **changes):
-    """A model of the paper's form: no trunk, one layer before the binding, one after it."""
-    fields = {"width": 24, "heads": 3, "first_layers": 1, "second_layers": 1, "group_layer": 0}
-    fields |= {"class_token": False, "trunk_norm": False, "trunk_width": 0, "trunk_heads": 0}
-    return build(config, "vit", **{**fields, **changes})
-
-
 def same(ours: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
     """Whether two sets of arrays are equal to the bit, and not empty."""
     return (

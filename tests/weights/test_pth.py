@@ -54,47 +54,31 @@ def test_tensors_are_views_of_the_file():
 # ---- writing
 
 
-def written():
-    rng = np.random.default_rng(0)
-    return {
-        "a.weight": rng.normal(size=(3, 4)).astype(np.float32),
-        "logit_scale": np.float32(2.659) * np.ones((), np.float32),
-        "num_batches_tracked": np.array(1 << 40),
-        "none": np.zeros((0, 3), np.float32),
-        "half": np.array([1.5, -2], ml_dtypes.bfloat16),
-        "eighth": np.array([1.5, -2], ml_dtypes.float8_e5m2),
-        "big_endian": np.arange(3, dtype=">f4"),
-        "flags": np.array([True, False]),
-    }
-
-
-def nested(path, tensors, *entries):
-    """Saves a state dict as PyTorch's users do, inside one or more entries."""
-    write_torch(path, tensors)
-    state = torch.load(path, weights_only=True)
-    for entry in reversed(entries):
-        state = {entry: state}
-    torch.save(state, path)
+WRITTEN = {
+    "a.weight": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32),
+    "logit_scale": np.full((), 2.659, np.float32),
+    "num_batches_tracked": np.array(1 << 40),
+    "none": np.zeros((0, 3), np.float32),
+    "half": np.array([1.5, -2], ml_dtypes.bfloat16),
+    "eighth": np.array([1.5, -2], ml_dtypes.float8_e5m2),
+    "big_endian": np.arange(3, dtype=">f4"),
+    "flags": np.array([True, False]),
+}
 
 
 def test_a_written_file_says_the_same_to_pytorch_and_to_us(tmp_path):
     path = tmp_path / "out.pth"
-    write_torch(path, written())
+    write_torch(path, WRITTEN)
     theirs, ours = torch.load(path, weights_only=True), read_state_dict(path)
-    assert list(theirs) == list(ours.tensors) == list(written()) and ours.entry == ""
-    for name, wanted in written().items():
+    assert list(theirs) == list(ours.tensors) == list(WRITTEN) and ours.entry == ""
+    for name, wanted in WRITTEN.items():
         same(theirs[name].double().numpy(), wanted.astype(np.float64))
         same(ours.tensors[name], wanted)
         assert ours.tensors[name].dtype == wanted.dtype.newbyteorder("=")
 
-
-def test_equal_weights_give_equal_files(tmp_path):
-    write_torch(tmp_path / "a.pth", written())
-    write_torch(tmp_path / "b.pth", written())
-    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-
-
-def test_types_that_pytorch_has_not(tmp_path):
+    # Equal weights give equal files.
+    write_torch(tmp_path / "other.pth", WRITTEN)
+    assert (tmp_path / "other.pth").read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match="words has the type <U3"):
         write_torch(tmp_path / "x.pth", {"words": np.array(["cat"])})
 
@@ -162,26 +146,22 @@ def test_code_is_refused_by_name(name, kind, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
 
-def test_a_small_file_cannot_describe_large_arrays(tmp_path):
-    torch.save({"w": torch.ones(1).expand(60_000, 60_000)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="far more than"):
-        read_state_dict(tmp_path / "x.pth")
-
-
-def test_compressed_entries_are_not_unpacked(tmp_path):
-    path = archive_of(tmp_path / "x.pth", b"N.", {"data/0": b"\0" * 100_000_000}, compression=8)
+def test_what_is_no_plain_state_dict_is_refused(tmp_path):
+    """A small file with large arrays, packed entries, sparse tensors, settings alone."""
+    path = tmp_path / "x.pth"
+    cases = {
+        "far more than": {"w": torch.ones(1).expand(60_000, 60_000)},
+        "w is no plain array of numbers": {"w": torch.eye(3).to_sparse()},
+        "holds no state dict; it has: epoch, args": dict(epoch=3, args={"lr": 1}),
+        "holds no state dict": 3,
+    }
+    for reason, content in cases.items():
+        torch.save(content, path)
+        with pytest.raises(UserError, match=reason):
+            read_state_dict(path)
+    archive_of(path, b"N.", {"data/0": b"\0" * 100_000_000}, compression=8)
     with pytest.raises(UserError, match="is a compressed archive"):
         read_state_dict(path)
-
-
-def test_tensors_that_are_no_arrays(tmp_path):
-    torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="w is no plain array of numbers"):
-        read_state_dict(tmp_path / "x.pth")
-
-
-def script(path):
-    archive_of(path, b"N.", {"constants.pkl": b"N.", "version": b"3\n"})
 
 
 FILES = {
@@ -195,19 +175,16 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", [*FILES, "npz", "script"])
-def test_files_of_other_kinds(kind, tmp_path):
-    path = tmp_path / "x.pth"
-    if kind == "npz":
-        with path.open("wb") as file:
-            np.savez(file, w=np.zeros(3))
-    elif kind == "script":
-        script(path)
-    else:
-        path.write_bytes(FILES[kind])
-    with pytest.raises(UserError, match="no PyTorch file") as error:
-        read_state_dict(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+def test_files_of_other_kinds(tmp_path):
+    for kind, content in FILES.items():
+        (tmp_path / kind).write_bytes(content)
+    with (tmp_path / "npz").open("wb") as file:
+        np.savez(file, w=np.zeros(3))
+    archive_of(tmp_path / "script", b"N.", {"constants.pkl": b"N.", "version": b"3\n"})
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match="no PyTorch file") as error:
+            read_state_dict(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -237,25 +214,19 @@ def test_damage_is_an_error_or_leaves_the_tensors_readable(kind, data, tmp_path_
 
 @pytest.mark.parametrize("entry", ["", "model", "state_dict", "teacher", "model.module"])
 def test_entries_and_prefixes(entry, tmp_path):
-    weights = {f"module._orig_mod.{name}": value for name, value in written().items()}
+    weights = {f"module._orig_mod.{name}": value for name, value in WRITTEN.items()}
     path = tmp_path / "x.pth"
-    nested(path, weights, *filter(None, entry.split(".")))
+    write_torch(path, weights)
+    state = torch.load(path, weights_only=True)
+    for name in reversed(entry.split(".") if entry else []):
+        state = {name: state}
+    torch.save(state, path)
     read = read_state_dict(path)
-    assert read.entry == entry and set(read.tensors) == set(written())
+    assert read.entry == entry and set(read.tensors) == set(WRITTEN)
     if entry:
-        assert set(read_state_dict(path, entry).tensors) == set(written())
+        assert set(read_state_dict(path, entry).tensors) == set(WRITTEN)
         with pytest.raises(UserError, match=f"no entry 'other'; it has: {entry.split('.')[0]}"):
             read_state_dict(path, "other")
-
-
-def test_no_state_dict(tmp_path):
-    path = tmp_path / "x.pth"
-    torch.save(collections.OrderedDict(epoch=3, args={"lr": 1}), path)
-    with pytest.raises(UserError, match="holds no state dict; it has: epoch, args"):
-        read_state_dict(path)
-    torch.save(3, path)
-    with pytest.raises(UserError, match="holds no state dict"):
-        read_state_dict(path)
 
 
 def test_a_counter_beside_the_weights_is_read(tmp_path):

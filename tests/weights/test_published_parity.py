@@ -21,8 +21,7 @@ from golden_models import (
     save,
     variables,
 )
-from make_dinov2_golden import STEP, golden_image
-from make_minilm_golden import LENGTH, SENTENCES
+from make_package_golden import LENGTH, SENTENCES, STEP, golden_image
 
 from ovseg_jax.data.tokenizer import find_tokenizer
 from ovseg_jax.models.build import build_model
