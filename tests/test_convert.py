@@ -5,7 +5,6 @@ The checkpoint is the released code's own: `tests/released/dev2_weights*.npz`.
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -290,21 +289,3 @@ def test_a_model_of_another_form_has_no_released_names(tmp_path, tiny_params, sh
         run("released", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")
     with pytest.raises(UserError, match="only a model of GroupViT's form"):
         run("groupvit", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")
-
-
-def test_as_a_process(files, tmp_path):
-    def call(*arguments):
-        command = [sys.executable, "-m", "ovseg_jax.convert", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    done = call(
-        "released", f"--checkpoint={files / 'wrapped.pth'}", f"--out={tmp_path / 'm'}", *HEADS
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"model: {tmp_path / 'm'}" in done.stdout
-    load_model(tmp_path / "m")
-    done = call("released", f"--model={tmp_path}", f"--out={tmp_path / 'x.pth'}")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "no model directory" in done.stderr
-    helped = call("--help")
-    assert helped.returncode == 0 and "convert dino" in helped.stdout

@@ -11,29 +11,12 @@ from transformers import GroupViTConfig, GroupViTModel
 from transformers.models.groupvit.modeling_groupvit import get_grouping_from_attentions
 
 START, END, PADDING = 97, 98, 0
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": START,
-    "eos_token_id": END,
-    "pad_token_id": PADDING,
-}
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "depths": [2, 1, 1],
-    "num_hidden_layers": 4,
-    "num_group_tokens": [6, 3, 0],
-    "num_output_groups": [6, 3, 0],
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-    "assign_mlp_ratio": [0.5, 2],
-}
+TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "max_position_embeddings": 16}
+TEXT |= {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PADDING}
+VISION = {"hidden_size": 24, "intermediate_size": 48, "depths": [2, 1, 1], "num_hidden_layers": 4}
+VISION |= {"num_group_tokens": [6, 3, 0], "num_output_groups": [6, 3, 0], "num_attention_heads": 4}
+VISION |= {"image_size": 32, "patch_size": 8, "assign_mlp_ratio": [0.5, 2]}
 # Real tokens of each text; one fills the whole length.
 LENGTHS = (12, 5, 2, 7)
 

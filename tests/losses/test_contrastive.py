@@ -26,9 +26,13 @@ RELEASED = Path(__file__).parents[1] / "released"
 B, E = 6, 4
 
 
-def unit_rows(seed):
-    x = np.random.default_rng(seed).normal(size=(B, E))
-    return jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def unit_rows(seed, *shape):
+    x = np.random.default_rng(seed).normal(size=(B, *shape, E))
+    return jnp.asarray(unit(x), jnp.float32)
 
 
 def everyone(count):
@@ -123,8 +127,7 @@ def test_matched_pairs_at_a_high_temperature_cost_nothing_and_stay_finite():
 
 def test_two_devices_of_the_released_training_are_one_global_batch():
     arrays = np.load(RELEASED / "contrastive_2rank.npz")
-    a, b = (jnp.asarray(arrays[f"{name}_x"].reshape(6, -1)) for name in ("image", "text"))
-    a, b = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    a, b = (unit(jnp.asarray(arrays[f"{name}_x"].reshape(6, -1))) for name in ("image", "text"))
     for scale, name in ((jnp.exp(2.5), "ls2p5"), (100.0, "ls6_clamped")):
         each, _ = info_nce(a, b, jnp.float32(scale), everyone(6))
         by_rank = each.reshape(2, 3).mean(1)
@@ -134,10 +137,8 @@ def test_two_devices_of_the_released_training_are_one_global_batch():
 
 
 def test_several_texts_per_image():
-    rng = np.random.default_rng(8)
-    texts = rng.normal(size=(B, 3, E))
-    texts = jnp.asarray(texts / np.linalg.norm(texts, axis=-1, keepdims=True), jnp.float32)
-    a, (negatives, keep), present = unit_rows(9), some(10), rng.random((B, 3)) < 0.7
+    texts, present = unit_rows(8, 3), np.random.default_rng(8).random((B, 3)) < 0.7
+    a, (negatives, keep) = unit_rows(9), some(10)
     present[1] = False
     masks = negatives, jnp.asarray(present)
     got, pull = jax.vjp(lambda b: multi_label_info_nce(a, b, jnp.float32(6.0), *masks), texts)
@@ -156,17 +157,14 @@ def test_several_texts_per_image():
 def test_the_released_multi_label_loss(name):
     # Caption and completed answer are the two texts of each image.
     arrays = np.load(RELEASED / f"{name}_eval_rest.npz")
-    image, *texts = (
-        arrays[key] / np.linalg.norm(arrays[key], axis=1, keepdims=True)
-        for key in ("out/image_x", "out/text_x", "entity/answer_text_x")
-    )
-    scale = jnp.asarray(arrays["out/logit_scale_exp_clamped"])
-    every = everyone(len(image))
-    texts = jnp.asarray(np.stack(texts, 1))
+    keys = ("out/image_x", "out/text_x", "entity/answer_text_x")
+    image, *texts = (unit(jnp.asarray(arrays[key])) for key in keys)
+    scale, every = jnp.asarray(arrays["out/logit_scale_exp_clamped"]), everyone(len(image))
+    texts = jnp.stack(texts, 1)
     present = jnp.ones(texts.shape[:2], bool)
-    values = multi_label_info_nce(jnp.asarray(image), texts, scale, every, present)
+    values = multi_label_info_nce(image, texts, scale, every, present)
     np.testing.assert_allclose(jnp.mean(values), arrays["out/multi_label_loss"], rtol=1e-5)
-    pairs, _ = info_nce(jnp.asarray(image), texts[:, 0], scale, every)
+    pairs, _ = info_nce(image, texts[:, 0], scale, every)
     np.testing.assert_allclose(jnp.mean(pairs), arrays["out/matching_loss"], rtol=1e-5)
 
 
@@ -174,18 +172,14 @@ def test_the_released_multi_label_loss(name):
 S = 3
 
 
-def group_sets():
-    sets = np.random.default_rng(0).normal(size=(2, B, S, E))
-    return (sets / np.linalg.norm(sets, axis=-1, keepdims=True)).astype(np.float32)
-
-
 def test_group_consistency_equals_the_sum_written_out():
-    (own, other), (negatives, keep) = group_sets(), some(4)
-    found = group_set_nce(jnp.asarray(own), jnp.asarray(other), jnp.float32(7.0), negatives)
+    own, other, (negatives, keep) = unit_rows(14, S), unit_rows(15, S), some(4)
+    found = group_set_nce(own, other, jnp.float32(7.0), negatives)
+    own, other = numpy64(own, other)
     for i in range(B):
         total = 0.0
         for s in range(S):
-            mass = [np.exp(7.0 * (other[j] @ own[i, s]).astype(float)).sum() for j in range(B)]
+            mass = [np.exp(7.0 * (other[j] @ own[i, s])).sum() for j in range(B)]
             among = sum(mass[j] for j in range(B) if keep[i, j] or j == i)
             total -= np.log(mass[i] / among) / S
         np.testing.assert_allclose(found[i], total, rtol=1e-5, atol=1e-6)
@@ -195,7 +189,7 @@ def test_gradients_of_group_consistency_go_to_the_online_groups_alone():
     def total(own, other):
         return group_set_nce(own, other, jnp.float32(7.0), everyone(B)).sum()
 
-    own, other = jax.grad(total, argnums=(0, 1))(*map(jnp.asarray, group_sets()))
+    own, other = jax.grad(total, argnums=(0, 1))(unit_rows(14, S), unit_rows(15, S))
     assert np.abs(own).min() > 0 and not np.abs(other).any()
 
 

@@ -8,8 +8,6 @@ from reference.steps import loss_terms
 
 from ovseg_jax.optim.ema_teacher import replace_teacher
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.apply import apply
-from ovseg_jax.train.mask_terms import teacher_views, view
 from ovseg_jax.train.state import new_state, teacher_of
 from ovseg_jax.train.step import step_rngs, train_step
 from ovseg_jax.weights.released import extra_tensors, to_released
@@ -19,60 +17,6 @@ LOSSES = {"matching": "contrastive", "entity": "entity", "mask": "mask"}
 # Entries of Adam's first step whose clipped gradient is smaller than this are rounding noise over
 # rounding noise: their step is plus or minus the learning rate.
 SMALLEST = 1e-6
-
-
-def passes(case, params, teacher, statistics):
-    """Values of each image and text pass of a training step in both directions."""
-    rngs, config, noise = step_rngs(0, 0), case.loss_config(True), case.noise(True)
-    batch, values = case.batch(), {}
-    given = (case.model, params, statistics)
-
-    def record(name, pooled, seen):
-        tokens = seen.tokens
-        maps = {"soft": tokens.affinity, "hard": tokens.assigned}
-        values[f"{name}/image_x"], values[f"{name}/image_feat"] = pooled, seen.embedded
-        values[f"{name}/q"], values[f"{name}/k"] = tokens.query[:, None], tokens.key[:, None]
-        for kind, one in maps.items():
-            values[f"{name}/{kind}"] = one.transpose(0, 2, 1)[:, None]
-
-    def text(name, kind):
-        seen, _ = apply(*given, "text_tokens", batch[f"{kind}_ids"], True, rngs=rngs)
-        values[f"txt_{name}/text_x"], _ = apply(*given, "embed_text", seen.pooled, True)
-        return seen
-
-    names = {0: "online_image", 1: "online_cross"}
-    groups = {}
-    for i, image in enumerate((batch["image"], batch["image2"])):
-        tokens, _ = apply(*given, "visual_tokens", image, True, noise["online"][i], rngs=rngs)
-        pooled, seen, _ = view(*given, tokens)
-        record(f"img_{names[i]}", pooled, seen)
-        groups[i] = tokens.groups
-    images = (batch["image"], batch["image2"])
-    drawn, _ = teacher_views(*given, teacher, images, config, rngs=rngs, noise=noise, mesh=None)
-    for i, name in ((0, "momentum_image"), (1, "momentum_cross")):
-        pooled, _ = apply(*given, "embed_image", jnp.mean(drawn[i].tokens.groups, axis=1), True)
-        record(f"img_{name}", pooled, drawn[i])
-    text("caption", "caption")
-    question = text("question", "masked")
-    values["txt_question/text_feat_before_proj"] = question.tokens
-    text("answer", "prompt")
-    text("cross_entity", "shared")
-    text("cross_entity_again", "shared")
-
-    def decode(model, *args):
-        out = model.entity_decoder(*args)[:, 0]
-        return out, model.completion_projector(out, True)
-
-    (token, bridge), _ = case.model.apply(
-        {"params": params, "batch_stats": statistics},
-        question.tokens,
-        question.mask,
-        groups[0],
-        method=decode,
-        mutable=["batch_stats"],
-    )
-    values["entity/answer_token"], values["entity/bridge_out"] = token, bridge
-    return values
 
 
 def losses_and_gradients(case, params, teacher, statistics, dual):

@@ -73,17 +73,11 @@ def checkpoint() -> dict:
 
 
 def main() -> None:
-    """Writes the three files beside this one."""
     torch.save(checkpoint(), HERE / "torch_zip.pth")
     torch.save(checkpoint(), HERE / "torch_stream.pth", _use_new_zipfile_serialization=False)
     values = torch.load(HERE / "torch_zip.pth", weights_only=False)["model"]
-    plain = {
-        name.removeprefix("module."): value.detach()
-        for name, value in values.items()
-        if value.dtype != torch.bfloat16
-    }
-    arrays = {name: value.numpy() for name, value in plain.items()}
-    arrays["bfloat16"] = values["module.bfloat16"].float().numpy()
+    values["module.bfloat16"] = values["module.bfloat16"].float()
+    arrays = {name.removeprefix("module."): x.detach().numpy() for name, x in values.items()}
     np.savez_compressed(HERE / "torch_values.npz", **arrays)
 
 

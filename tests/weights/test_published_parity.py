@@ -91,18 +91,3 @@ def test_text_encoder_equals_pytorch(quickstart):
     np.testing.assert_array_equal(ids, golden["ids"])
     encode = jax.jit(lambda v, ids: model.apply(v, ids, method="text_tokens").tokens)
     assert relative_error(np.asarray(encode(params, ids)), golden["hidden"]) < 1e-5  # seen: 2e-6
-
-
-def test_text_encoder_knows_which_sentences_mean_the_same(quickstart):
-    """And the padding of a sentence does not change it."""
-    tokenizer, model, params = quickstart
-    encode = jax.jit(lambda v, ids: model.apply(v, ids, method="text_tokens").pooled)
-    sentences = ["a photo of a dog", "a picture of a puppy", "the stock market fell today"]
-    pooled = np.array(encode(params, tokenizer.encode(sentences, 16)))
-    longer = np.asarray(encode(params, tokenizer.encode(sentences, 24)))
-    np.testing.assert_allclose(pooled, longer, atol=1e-5)
-    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
-    similar = pooled @ pooled.T
-    # Seen: 0.82 for the paraphrase, 0.03 and 0.04 for the unrelated sentence.
-    assert similar[0, 1] > 0.5
-    assert similar[0, 2] < 0.2 and similar[1, 2] < 0.2
