@@ -229,11 +229,8 @@ def _convert_tower(kind: str, args: SimpleNamespace, out: Path) -> None:
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
     read = read_checkpoint(source, args.entry)
     if not any(name.endswith(TOWERS[kind]) for name in read.tensors):
-        raise UserError(
-            f"{source} is no checkpoint that convert {kind} knows: no tensor's name ends in "
-            f"{' or '.join(TOWERS[kind])}. Its first tensors are "
-            f"{', '.join(list(read.tensors)[:3])}"
-        )
+        first = ", ".join(list(read.tensors)[:3])
+        raise UserError(f"{source} is no checkpoint that convert {kind} knows: it has {first}, ...")
     # Half precision becomes float32, in which everything is computed; the values are the same.
     half = {name for name, x in read.tensors.items() if x.itemsize < 4 and x.dtype.kind in "fV"}
     tensors = {n: x.astype(np.float32) if n in half else x for n, x in read.tensors.items()}

@@ -18,7 +18,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights import groupvit
 from ovseg_jax.weights.groupvit import groupvit_config
-from ovseg_jax.weights.model_dir import load_model, save_model
+from ovseg_jax.weights.model_dir import load_model
 from ovseg_jax.weights.pth import WRITERS, read_checkpoint, write_torch
 from ovseg_jax.weights.released import released_config
 
@@ -272,20 +272,3 @@ def test_a_tokenizer_of_another_vocabulary(files, tmp_path, tokenizer):
     arguments = [f"--checkpoint={files / 'bare.pth'}", f"--out={tmp_path / 'm'}", *HEADS]
     with pytest.raises(UserError, match=f"has {len(words)} tokens"):
         run("released", *arguments, f"--tokenizer={larger}")
-
-
-def test_a_model_of_another_form_has_no_released_names(tmp_path, tiny_params, shared_tiny_config):
-    save_model(
-        tmp_path / "m",
-        tiny_params,
-        None,
-        model=json.loads(shared_tiny_config.model.to_json_best_effort()),
-        protocol={},
-        text_length=8,
-        benchmarks={},
-        provenance={},
-    )
-    with pytest.raises(UserError, match="only a model of the released form"):
-        run("released", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")
-    with pytest.raises(UserError, match="only a model of GroupViT's form"):
-        run("groupvit", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x.pth'}")

@@ -1,5 +1,1 @@
-"""The training objective (Sec. 3.2). Nothing here knows a model.
-
-Losses return one value per example; weights and means are applied in `objective`. (A metric,
-`false_negative_rate`, is a mean.)
-"""
+"""The training objective (Sec. 3.2), one value per example. Nothing here knows a model."""

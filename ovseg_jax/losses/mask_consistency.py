@@ -21,12 +21,8 @@ EXACT = jax.lax.Precision.HIGHEST
 
 @struct.dataclass
 class Regions:
-    """One image seen by one model.
-
-    Attributes:
-      patches, groups: final image tokens I and group tokens G.
-      joint: the groups in the joint space, unit norm; only selects subgroups.
-    """
+    """One image seen by one model: final image tokens I and group tokens G, and the groups in the
+    joint space at unit norm, which only select subgroups."""
 
     patches: Float[Array, "B L D"]
     groups: Float[Array, "B K D"]

@@ -124,13 +124,9 @@ class SlotBinding(Assignment):
 
     @nn.compact
     def __call__(
-        self,
-        groups: Float[Array, "B K D"],
-        patches: Float[Array, "B L D"],
-        train: bool,
-        noise: Float[Array, "B L K"] | None = None,
+        self, groups: Array, patches: Array, train: bool, noise: Array | None = None
     ) -> Binding:
-        """Eq. 3-6. `noise`: see `Assignment.bind`."""
+        """Eq. 3-6; the arguments are those of `Assignment.bind`."""
         normed = LayerNorm(self.eps, self.dtype, name="group_norm")(groups)
         patches = LayerNorm(self.eps, self.dtype, name="patch_norm")(patches)
         return self.bind(groups, normed, patches, train, noise, scaled="key", count_offset=0.0)
@@ -163,16 +159,9 @@ class GroupingBlock(Assignment):
 
     @nn.compact
     def __call__(
-        self,
-        tokens: Float[Array, "B N D"],
-        patches: Float[Array, "B L D"],
-        train: bool,
-        noise: Float[Array, "B L K"] | None = None,
+        self, tokens: Array, patches: Array, train: bool, noise: Array | None = None
     ) -> Binding:
-        """Both inputs come straight from the last layer of the stage.
-
-        The patches are image tokens, or an earlier stage's groups. `noise`: see `Assignment.bind`.
-        """
+        """N tokens and L patches (image tokens, or groups) from the last layer of the stage."""
         width, sizes = tokens.shape[-1], (self.heads, self.mlp_ratio, self.eps)
         tokens = LayerNorm(self.eps, self.dtype, name="token_norm")(tokens)
         patches = LayerNorm(self.eps, self.dtype, name="patch_norm")(patches)
@@ -199,17 +188,11 @@ class GroupingStage(Floats):
     eps: float
 
     @nn.compact
-    def __call__(
-        self,
-        segments: Float[Array, "B segments D"],
-        earlier: Float[Array, "B earlier D"],
-        train: bool,
-    ) -> tuple[Binding, Float[Array, "B tokens D"]]:
-        """The binding of segments to groups, and this stage's tokens before it.
+    def __call__(self, segments: Array, earlier: Array, train: bool) -> tuple[Binding, Array]:
+        """The binding of segments to groups, and this stage's tokens [B, N, D] before it.
 
-        Args:
-          segments: groups that the stage before gave.
-          earlier: that stage's group tokens after its layers, before its grouping block.
+        `segments` are groups that the stage before gave, `earlier` its group tokens after its
+        layers, before its grouping block; both [B, ., D].
         """
         count, width = segments.shape[1:]
         zeros = nn.initializers.zeros

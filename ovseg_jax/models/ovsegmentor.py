@@ -197,12 +197,9 @@ class OVSegmentor(Floats):
     def visual_tokens(
         self, image: Array, train: bool = False, noise: Float[Array, "B L K"] | None = None
     ) -> VisualTokens:
-        """Groups, patches and affinity (Eq. 2, 4).
+        """Groups, patches and affinity (Eq. 2, 4) of an image or of its trunk's features.
 
-        Args:
-          image: as `trunk` takes it, or its features [B, L, D0], cached.
-          train: stochastic depth and Gumbel noise on.
-          noise: that noise instead of a draw of the "gumbel" stream.
+        `noise` stands in for a draw of the "gumbel" stream.
         """
         features = image if image.ndim == 3 else self.trunk(image, train)
         return self.image_encoder.group(features, train, noise)
@@ -247,23 +244,14 @@ class OVSegmentor(Floats):
         return self.project_text(pooled, train)
 
     def complete(
-        self,
-        tokens: Float[Array, "B M Dt"],
-        mask: Bool[Array, "B M"],
-        groups: Float[Array, "B K D"],
-        train: bool = False,
+        self, tokens: Array, mask: Array, groups: Array, train: bool = False
     ) -> Float[Array, "B E"]:
-        """z^M of Eq. 9: the masked caption, completed by the groups, in the joint space."""
+        """z^M of Eq. 9: the masked caption (tokens [B, M, Dt]), completed by the groups."""
         completed = self.entity_decoder(tokens.astype(self.dtype), mask, groups)
         pooled = pool_tokens(completed, mask, self.text_pool)
         return unit(self.completion_projector(pooled, train))
 
-    def classify_tokens(
-        self,
-        tokens: Float[Array, "B M Dt"],
-        mask: Bool[Array, "B M"],
-        groups: Float[Array, "B K D"],
-    ) -> Float[Array, "B M C"]:
+    def classify_tokens(self, tokens: Array, mask: Array, groups: Array) -> Float[Array, "B M C"]:
         """Which entity each token of a masked caption stands for, as logits, float32."""
         if self.token_classes_from == "decoder":
             tokens = self.entity_decoder(tokens.astype(self.dtype), mask, groups)

@@ -55,10 +55,7 @@ def up_to_end(ids: Int[Array, "B M"], end_id: int) -> Bool[Array, "B M"]:
 class BertEncoder(Floats):
     """BERT (Devlin et al., 2019): token, position and type embeddings, then post-norm layers.
 
-    Attributes:
-      max_positions: rows of the position table.
-      dropout: rate after the embeddings and on both residual branches, in training.
-      remat: see `transformer.scanned`.
+    `dropout` acts after the embeddings and on both residual branches. `remat`: see `scanned`.
     """
 
     vocab_size: int
@@ -93,9 +90,8 @@ class BertEncoder(Floats):
 class CausalTextEncoder(Floats):
     """The text encoder of CLIP and GroupViT (Radford et al., 2021; Xu et al., 2022).
 
-    Token and position embeddings, pre-norm layers in which no token looks ahead, a LayerNorm.
-
-    `end_id` is the end token, whose feature is the sentence's (pooling "eot").
+    Token and position embeddings, pre-norm layers in which no token looks ahead, a LayerNorm. The
+    feature of the end token is the sentence's (pooling "eot").
     """
 
     vocab_size: int
@@ -189,10 +185,7 @@ class EntityDecoder(Floats):
 
     @nn.compact
     def __call__(
-        self,
-        tokens: Float[Array, "B M Dt"],
-        mask: Bool[Array, "B M"],
-        groups: Float[Array, "B K D"],
+        self, tokens: Float[Array, "B M Dt"], mask: Array, groups: Float[Array, "B K D"]
     ) -> Float[Array, "B M Dd"]:
         sizes = (self.heads, self.mlp_ratio, self.eps)
         keep = mask if self.mask_padding else None

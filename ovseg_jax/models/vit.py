@@ -284,12 +284,8 @@ class VisualEncoder(Floats):
     def trunk(self, image: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B L D0"]:
         """Patch embedding, positions and the layers that see the image alone.
 
-        Args:
-          image: normalized pixels. Rows and columns beyond a multiple of the patch are cut off.
-          train: stochastic depth on.
-
-        Returns:
-          Features of the L patches, after that of the class token where `keep_class_token` is set.
+        Of normalized pixels; what is beyond a multiple of the patch is cut off. Gives features of
+        the L patches, after that of the class token where `keep_class_token` is set.
         """
         batch, height, width, _ = image.shape
         rows, columns, p = height // self.patch, width // self.patch, self.patch

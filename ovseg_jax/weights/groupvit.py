@@ -103,19 +103,12 @@ STYLES = {
 
 
 def style_of(tensors: Mapping[str, Any]) -> str:
-    """Whose names these are, a key of `STYLES`.
-
-    Raises:
-      UserError: neither's.
-    """
+    """Whose names these are, a key of `STYLES`; UserError where they are neither's."""
     anchors = {f"{style.stages}.0.group_token": name for name, style in STYLES.items()}
     for anchor, name in anchors.items():
         if anchor in tensors:
             return name
-    raise UserError(
-        f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors)}. Its first "
-        f"tensors are {', '.join(list(tensors)[:3])}"
-    )
+    raise UserError(f"no GroupViT checkpoint: it has no tensor {' or '.join(anchors)}")
 
 
 def groupvit_config(
@@ -127,11 +120,8 @@ def groupvit_config(
 ) -> dict[str, Any]:
     """The ``config.model`` of a GroupViT checkpoint, whose sizes are those of the tensors.
 
-    Args:
-      tensors: by name, in either style; anything with a shape.
-      heads: attention heads of the visual encoder.
-      text_heads: attention heads of the text encoder; 0 for one per 64 channels.
-      grid: rows and columns of the position embeddings; None for a square.
+    Heads are of attention, of the text 0 for one per 64 channels. `grid` has the rows and columns
+    of the position embeddings; None for a square.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form.
@@ -164,12 +154,8 @@ def from_groupvit(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our (parameters, running statistics), nested NumPy, from a checkpoint of either style.
 
-    Args:
-      config: see `groupvit_config`.
-      origin: where the tensors come from, for messages.
-
     Raises:
-      UserError: one message that lists every tensor that is missing, unused or of another shape.
+      UserError: lists every tensor of `origin` that is missing, unused or of another shape.
     """
     shapes = variable_shapes(build_model(ConfigDict(dict(config))))
     links = model_links(config, style_of(tensors))
@@ -184,11 +170,7 @@ def to_groupvit(
     config: Mapping[str, Any],
     style: str = TRANSFORMERS,
 ) -> Tensors:
-    """A checkpoint's tensors in one of `STYLES`, the inverse of `from_groupvit`.
-
-    Raises:
-      UserError: the model has another form than GroupViT.
-    """
+    """The inverse of `from_groupvit`, in a style; UserError where the form is another."""
     needed = {"image.binding": "grouping_block", "text_form": "causal", "decoder": None}
     require_form("GroupViT's", config, {**needed, "projector_norm": "batch"})
     tree = {**params, STATISTICS: batch_stats}

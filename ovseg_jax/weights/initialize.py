@@ -80,11 +80,9 @@ def initial_tower(
     tokens, binding and neck stay random. A model of ours fills the whole tower.
 
     Args:
-      role: "image" or "text".
-      spec: see `weight_files.find_weights`.
+      role: "image" or "text". spec: see `weight_files.find_weights`.
       shapes: of all the model's parameters.
-      resample_to: the model's grid (rows, columns), to resize positions of another grid to it;
-        None refuses weights of another grid.
+      resample_to: see `from_vit`; None refuses weights of another grid.
 
     Raises:
       UserError: the weights cannot be found or read, or do not fit; names every tensor at fault.
@@ -101,30 +99,21 @@ def initial_tower(
     for anchor in VIT_ANCHORS if role == "image" else (BERT_ANCHOR,):
         prefix = next((n for n in tensors if n.endswith(anchor)), anchor).removesuffix(anchor)
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    params = None
     if role == "image":
         kind = "ViT under names that are known (DINO, DeiT, DINOv2 or DINOv3, theirs or the hub's)"
         params = from_vit(tensors, shapes, str(path), resample_to)
     else:
         kind = f"BERT ({BERT_ANCHOR} is missing)"
-        if BERT_ANCHOR in tensors:
-            params = from_bert(tensors, shapes, str(path))
+        params = from_bert(tensors, shapes, str(path))
     if params is None:
         first = ", ".join(list(tensors)[:3])
-        raise UserError(
-            f"{field}: {path} holds no {kind} and no model of ours; its first tensors are {first}"
-        )
+        raise UserError(f"{field}: {path} holds no {kind} and no model of ours, but {first}, ...")
     return params
 
 
 @dataclass(frozen=True)
 class PublishedStart:
-    """Published values of parameters, and what to say about them.
-
-    Attributes:
-      values: by path. rows: see `start_table`.
-      remarks: what the weights were made with and the model does otherwise, a line each.
-    """
+    """Published values by path, `start_table`'s rows, and what the model does otherwise."""
 
     values: dict[str, np.ndarray]
     rows: list[tuple[str, ...]]
@@ -156,11 +145,9 @@ def _grid(model: ConfigDict, resample: bool) -> tuple[int, int] | None:
 
 
 def _remarks(path: Path, model: ConfigDict, role: str) -> list[str]:
-    """Differences between the Hugging Face config.json beside weights and ``config.model``.
-
-    The number of heads, an epsilon or an activation leave no trace in a tensor's shape. A
-    difference may be meant (the released model runs DINO with 8 heads), so it is not refused.
-    """
+    """Differences between the Hugging Face config.json beside weights and ``config.model``."""
+    # Heads, an epsilon or an activation leave no trace in a tensor's shape. A difference may be
+    # meant (the released model runs DINO with 8 heads), so it is not refused.
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -235,8 +222,7 @@ def split_towers(
             kept = {path: value for path, value in kept.items() if path not in equal}
     if not references:
         raise UserError(
-            "--towers=reference: every parameter of the towers was trained or started at random, "
-            "so there is nothing to refer to; use --towers=copied"
+            "--towers=reference: no published weights are as they were; use --towers=copied"
         )
     return kept, references
 

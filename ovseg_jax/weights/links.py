@@ -74,9 +74,8 @@ class Link:
 
     Attributes:
       targets: our paths; several for a fused map.
-      sources: names; with `stacked`, one for each layer of the targets' leading axis.
+      sources: names; where the targets are `stacked`, one for each layer of their leading axis.
       form: key of `FORMS`.
-      stacked: whether the targets are stacks of layers.
     """
 
     targets: tuple[str, ...]
@@ -210,10 +209,8 @@ class Sizes:
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
         """The shape of a tensor; UserError if it is missing or has another number of axes."""
         if name not in self.tensors:
-            raise UserError(
-                f"no {self.kind}: it has no tensor {name}. Its first tensors are "
-                f"{', '.join(list(self.tensors)[:3])}"
-            )
+            first = ", ".join(list(self.tensors)[:3])
+            raise UserError(f"no {self.kind}: it has no tensor {name}, but {first}, ...")
         shape = tuple(np.shape(self.tensors[name]))
         if len(shape) != axes:
             raise UserError(f"{name} has shape {shape}, but needs {axes} axes")
@@ -237,8 +234,5 @@ def grid_of(positions: int, grid: tuple[int, int] | None, name: str) -> tuple[in
     side = math.isqrt(positions)
     rows, columns = grid or (side, side)
     if rows * columns != positions or not positions:
-        raise UserError(
-            f"{name} has {positions} positions, which is no grid of {rows} x {columns}; give the "
-            "grid's rows and columns"
-        )
+        raise UserError(f"{name} has {positions} positions, which is no grid of {rows} x {columns}")
     return rows, columns

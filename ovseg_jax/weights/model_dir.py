@@ -76,9 +76,7 @@ def find_model(model: str | os.PathLike) -> Path:
     """The directory of a path, or of the name of a model that comes with this package.
 
     A model directory of that name in the current folder is preferred; any other folder is not.
-
-    Raises:
-      UserError: there is neither; names the models that there are.
+    Where there is neither, a UserError names the models that there are.
     """
     name, path = os.fspath(model), Path(model)
     known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
@@ -87,10 +85,8 @@ def find_model(model: str | os.PathLike) -> Path:
             raise UserError(f"--model={name} is the folder of a run; its model is {path / 'model'}")
         if path.is_dir():
             return path
-        raise UserError(
-            f"--model={name}: there is no such directory, nor a model of this name in ovseg_jax, "
-            f"which brings {', '.join(known) or 'none'}"
-        )
+        names = ", ".join(known) or "none"
+        raise UserError(f"--model={name}: there is no such directory; ovseg_jax brings {names}")
     shipped = SHIPPED / name
     if not (path / CONFIG).is_file():
         return shipped
@@ -109,9 +105,8 @@ class NoTokenizer(Tokenizer):
 
     def encode_with_cuts(self, texts: Sequence[str], length: int) -> NoReturn:
         raise UserError(
-            f"{self._directory} has no tokenizer, without which no class can be named: copy the "
-            "tokenizer.json (or vocab.txt) of the model's text encoder there, or convert again "
-            "with --tokenizer=DIR"
+            f"{self._directory} has no tokenizer: copy the tokenizer.json (or vocab.txt) of the "
+            "model's text encoder there, or convert again with --tokenizer=DIR"
         )
 
 
@@ -212,8 +207,7 @@ def check_free(directory: Path) -> None:
         raise cannot_write(directory, error) from None
     if names and not names & {CONFIG, WHOLE}:
         raise UserError(
-            f"{directory} is a folder with other files, {min(names)} for example, which a model "
-            "directory would replace: name another place"
+            f"{directory} is a folder with other files, {min(names)} for example; name another"
         )
 
 
@@ -221,8 +215,8 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     """Reads a model directory, see `find_model`, and the published weights that it refers to.
 
     Raises:
-      UserError: it is absent, incomplete, damaged or of another format, its weights do not fit
-        its config, or published weights are absent or have changed; says which file and why.
+      UserError: it is absent, incomplete, damaged, of another format or does not fit itself, or
+        published weights are absent or have changed; says which file and why.
     """
     directory = find_model(model)
     weights, file = directory / WHOLE, directory / CONFIG
@@ -244,17 +238,13 @@ def load_model(model: str | os.PathLike) -> SavedModel:
         raise UserError(f"{file} says {form}; this program reads {FORMAT!r} version {VERSION}")
     if info.get(SELF, _self_digest(info)) != _self_digest(info):
         raise UserError(
-            f"{file} was changed after it was written. Copy the directory again; or, where you "
-            f"changed it on purpose, remove its field {SELF!r}"
+            f"{file} was changed; copy it again, or remove its field {SELF!r} on purpose"
         )
     for path, digest in ((directory / name, digest) for name, digest in files.items()):
         if not path.is_file():
             raise UserError(f"{directory} is no complete model directory: {path.name} is missing")
         if file_digest(path) != digest:
-            raise UserError(
-                f"{path} is not the file that {CONFIG} was written with: it was truncated or "
-                "changed; copy the directory again"
-            )
+            raise UserError(f"{path} is not the file it was (truncated or changed): copy it again")
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         built = build_model(config)

@@ -58,13 +58,9 @@ _OBJECTS = """
     numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct
     numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer
 """.split()
-# NumPy has no such types itself.
-_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 class _Ignored:
-    """An object beside the weights, whatever the file says about it."""
-
     def __init__(self, *_: Any):
         pass
 
@@ -92,14 +88,8 @@ class StateDict:
 
 
 def read_checkpoint(path: Path, entry: str = "") -> StateDict:
-    """The tensors of a .safetensors, .npz, .onnx or (any other name) PyTorch file.
-
-    Args:
-      entry: of a PyTorch file, see `read_state_dict`.
-
-    Raises:
-      UserError: the file cannot be read, or would run code on load.
-    """
+    """The tensors of a .safetensors, .npz, .onnx or (any other name) PyTorch file, see
+    `read_state_dict`; UserError: it cannot be read, or would run code on load."""
     if not path.is_file():
         raise UserError(f"--checkpoint={path}: there is no such file")
     if path.suffix.lower() not in PLAIN:
@@ -110,11 +100,7 @@ def read_checkpoint(path: Path, entry: str = "") -> StateDict:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], form: str) -> None:
-    """Writes tensors to one file, whole or not at all; `form` is a key of `WRITERS`.
-
-    Raises:
-      UserError: the file cannot be written, or cannot hold an array of this type.
-    """
+    """Writes tensors to one file, whole or not at all (UserError); `form`: a key of `WRITERS`."""
     # numpy adds .npz to a name that has not got it.
     partial = path.with_name(f".{path.name}.partial.{form}")
     try:
@@ -136,19 +122,16 @@ def _import_torch() -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise UserError(
-            "PyTorch's files need PyTorch: run  pip install torch==2.13.0  (without a GPU, add "
-            "--index-url https://download.pytorch.org/whl/cpu : the download is a tenth)"
-        ) from None
+        cpu = "without a GPU, add --index-url https://download.pytorch.org/whl/cpu"
+        raise UserError(f"it needs PyTorch: run  pip install torch==2.13.0  ({cpu})") from None
     return torch
 
 
 def read_state_dict(path: Path, entry: str = "") -> StateDict:
     """The state dict in a PyTorch file: an entry of it, or all of it.
 
-    Args:
-      path: written by ``torch.save``, by today's PyTorch or by one before 1.6.
-      entry: name of the entry; by default the first of `ENTRIES` that is there, at any depth.
+    Written by today's PyTorch or by one before 1.6; by default the first of `ENTRIES` that is
+    there, at any depth.
 
     Raises:
       UserError: the file is damaged, of another kind, would run code on load, or holds no state
@@ -179,10 +162,7 @@ def read_state_dict(path: Path, entry: str = "") -> StateDict:
     arrays = {name: _as_array(torch, x, f"{path}: {name}") for name, x in tensors.items()}
     total, size = sum(array.nbytes for array in arrays.values()), path.stat().st_size
     if total > LARGEST_GROWTH * size:
-        raise UserError(
-            f"{path} describes tensors of {total} bytes, far more than the {size} it holds; such "
-            "a file is not read"
-        )
+        raise UserError(f"{path} of {size} bytes describes far more than it holds: {total}")
     return StateDict(_without_wrappers(arrays), ".".join(names), left_out)
 
 
@@ -207,15 +187,12 @@ def _load(torch: ModuleType, path: Path) -> Any:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and name:
             raise UserError(
-                f"{path} is refused: it names {name[1]}, which would run code on load. Weights "
-                "need nothing of the kind. If you trust the file, load it where it was written "
-                "and save its state dict alone"
+                f"{path} is refused: it names {name[1]}, which would run code. If you trust "
+                "it, save its state dict alone, where it was written"
             ) from None
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
-        raise UserError(
-            f"{path} is refused, damaged or no PyTorch file ({reason or type(error).__name__}); "
-            "was it copied whole?"
-        ) from None
+        why = reason or type(error).__name__
+        raise UserError(f"{path} is refused, damaged or no PyTorch file ({why})") from None
 
 
 def _check_archive(path: Path) -> None:
@@ -230,11 +207,9 @@ def _check_archive(path: Path) -> None:
 
 def _as_array(torch: ModuleType, tensor: Any, what: str) -> np.ndarray:
     """A view of the tensor's memory."""
-    name = str(tensor.dtype).removeprefix("torch.")
     try:
-        if name in _ML_DTYPES:
-            bits = torch.uint8 if tensor.itemsize == 1 else torch.int16
-            return tensor.view(bits).numpy().view(getattr(ml_dtypes, name))
+        if tensor.dtype == torch.bfloat16:  # NumPy has no such type itself
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{what} is no plain array of numbers ({error})") from None
@@ -249,24 +224,17 @@ def _without_wrappers(tensors: Tensors) -> Tensors:
 
 
 def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict that ``torch.load`` reads, also with ``weights_only=True``.
-
-    Raises:
-      UserError: PyTorch has no such type, or is not installed.
-    """
+    """Writes a state dict that ``torch.load`` reads, also with ``weights_only=True``."""
     torch = _import_torch()
 
     def as_tensor(name: str, array: np.ndarray) -> Any:
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
         try:
-            if array.dtype.name in _ML_DTYPES:
-                bits = np.uint8 if array.itemsize == 1 else np.int16
-                return torch.from_numpy(array.view(bits)).view(getattr(torch, array.dtype.name))
+            if array.dtype == ml_dtypes.bfloat16:
+                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             return torch.from_numpy(array)
         except TypeError:
-            raise UserError(
-                f"{name} has the type {array.dtype}, which PyTorch files do not have"
-            ) from None
+            raise UserError(f"{name} has the type {array.dtype}, unknown to PyTorch") from None
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about arrays that are read-only: nobody writes to them

@@ -125,28 +125,20 @@ def image_config(
 
 
 def released_config(
-    tensors: Mapping[str, Any],
-    *,
-    heads: int = HEADS["heads"],
-    second_heads: int = HEADS["second_heads"],
-    decoder_heads: int = HEADS["decoder_heads"],
-    text_heads: int = HEADS["text_heads"],
-    grid: tuple[int, int] | None = None,
+    tensors: Mapping[str, Any], *, grid: tuple[int, int] | None = None, **heads: int
 ) -> dict[str, Any]:
     """The ``config.model`` of a released checkpoint, whose sizes are those of the tensors.
 
-    Args:
-      tensors: by released name; anything with a shape.
-      grid: rows and columns of the position embeddings; None for a square.
-      The others: see `HEADS`.
+    Numbers of heads: see `HEADS`, the default. `grid` has the rows and columns of the position
+    embeddings; None for a square.
 
     Raises:
-      UserError: a tensor that sizes are read from is missing or of an unexpected form, or sizes
-        contradict each other.
+      UserError: a tensor that sizes are read from is missing or of an unexpected form.
     """
     sizes = Sizes(tensors, "released checkpoint")
     shape, depth = sizes.shape, sizes.depth
-    image = image_config(sizes, image_names(IMAGE), heads, grid)
+    heads = HEADS | heads
+    image = image_config(sizes, image_names(IMAGE), heads["heads"], grid)
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
     fed = f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight"
     decoder_width = shape(fed, 2)[1]
@@ -154,13 +146,13 @@ def released_config(
         "vocab_size": vocab,
         "width": text_width,
         "depth": depth(f"{TEXT}.encoder.layer"),
-        "heads": text_heads,
+        "heads": heads["text_heads"],
         "mlp_width": shape(f"{TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
         "max_positions": shape(f"{TEXT}.embeddings.position_embeddings.weight", 2)[0],
     }
     decoder = {
         "width": decoder_width,
-        "heads": decoder_heads,
+        "heads": heads["decoder_heads"],
         "mlp_ratio": sizes.ratio(fed, decoder_width),
         "eps": 1e-5,
         "order": "cross_first",
@@ -172,7 +164,8 @@ def released_config(
         "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
         "text_pool": "cls",
     }
-    towers = {"image": {**image, "second_heads": second_heads}, "text": text, "decoder": decoder}
+    image["second_heads"] = heads["second_heads"]
+    towers = {"image": image, "text": text, "decoder": decoder}
     return architecture({**towers, **MODEL_FIELDS, **joint})
 
 
@@ -194,13 +187,8 @@ def from_released(
 
     The teacher is the visual encoder's moving average, None where the checkpoint has none.
 
-    Args:
-      tensors: by released name ("img_encoder...."; no "module." in front).
-      config: see `released_config`.
-      origin: where the tensors come from, for messages.
-
     Raises:
-      UserError: one message that lists every tensor that is missing, unused or of another shape.
+      UserError: lists every tensor of `origin` that is missing, unused or of another shape.
     """
     config = ConfigDict(dict(config))
     positions = {name: tensors.get(f"{name}.pos_embed") for name in (IMAGE, TEACHER)}
@@ -226,11 +214,7 @@ def to_released(
     teacher: Mapping[str, Any] | None = None,
     extra: Tensors | None = None,
 ) -> Tensors:
-    """A released checkpoint's tensors, the inverse of `from_released` and `extra_tensors`.
-
-    Raises:
-      UserError: the model is of another form than the released one.
-    """
+    """The inverse of `from_released` and `extra_tensors`; UserError where the form is another."""
     needed = {"image.binding": "grouping_block", "image.second_stage": "groups"}
     needed |= {"decoder.order": "cross_first", "projector_norm": "batch"}
     require_form("the released", config, needed)
@@ -259,10 +243,8 @@ def require_form(
         for name in field.split("."):
             value = value and value[name]  # None where there is no decoder
         if value != wanted:
-            raise UserError(
-                f"only a model of {form} form has its names: config.model.{field} is {value!r}, "
-                f"not {wanted!r}"
-            )
+            why = f"config.model.{field} is {value!r}, not {wanted!r}"
+            raise UserError(f"only a model of {form} form has its names: {why}")
 
 
 # ---- names

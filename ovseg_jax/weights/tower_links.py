@@ -114,8 +114,10 @@ def bert_links(depth: int, prefix: str = "") -> list[Link]:
     return links + module(f"{TEXT}/layers", blocks, _BERT_LAYER, stacked=True)
 
 
-def from_bert(tensors: Tensors, shapes: Shapes, origin: str) -> dict[str, np.ndarray]:
+def from_bert(tensors: Tensors, shapes: Shapes, origin: str) -> dict[str, np.ndarray] | None:
     """Parameters of the text encoder by path, from a BERT; see `from_vit`."""
+    if BERT_ANCHOR not in tensors:
+        return None
     # Files converted from TensorFlow call the two vectors of a norm gamma and beta.
     for old, new in (("gamma", "weight"), ("beta", "bias")):
         old, new = f".LayerNorm.{old}", f".LayerNorm.{new}"
@@ -211,8 +213,7 @@ def find_style(tensors: Tensors, origin: str) -> Style | None:
             continue
         if any(f"{layer}{gate}.weight" in tensors for gate in _GATED):
             raise UserError(
-                f"{origin} is a ViT with gated feed-forward layers (SwiGLU), which the visual "
-                "encoder does not have; take a small, base or large DINOv2 or DINOv3 (no 'plus')"
+                f"{origin} is a ViT with SwiGLU, which cannot be built: take a smaller one"
             )
         return style
     return None

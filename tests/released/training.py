@@ -24,21 +24,11 @@ def losses_and_gradients(case, params, teacher, statistics, dual):
     _, mask_weight = case.weights_of_losses()
 
     def terms(params):
-        loss, (metrics, after) = loss_terms(
-            case.model,
-            params,
-            teacher,
-            case.batch(),
-            case.loss_config(dual),
-            mask_weight=mask_weight,
-            text_dropout=True,
-            rngs=step_rngs(0, 0),
-            mesh=None,
-            statistics=statistics,
-            noise=case.noise(dual),
-        )
-        values = {name: metrics[ours] for name, ours in LOSSES.items()}
-        return values, (loss, after)
+        given = (case.model, params, teacher, case.batch(), case.loss_config(dual))
+        options = {"mask_weight": mask_weight, "text_dropout": True, "rngs": step_rngs(0, 0)}
+        options |= {"mesh": None, "statistics": statistics, "noise": case.noise(dual)}
+        loss, (metrics, after) = loss_terms(*given, **options)
+        return {name: metrics[ours] for name, ours in LOSSES.items()}, (loss, after)
 
     values, pull, (loss, after) = jax.vjp(terms, params, has_aux=True)
     zero = {name: jnp.zeros(()) for name in values}
@@ -104,20 +94,9 @@ def optimizer_steps(case, count):
         return state.replace(opt_state=replace_teacher(state.opt_state, average))
 
     state = jax.jit(start)(case.params, case.statistics, case.teacher)
-    step = jax.jit(
-        lambda state, batch, noise: train_step(
-            state,
-            batch,
-            model=case.model,
-            tx=tx,
-            rate=lambda _: rate,
-            config=config,
-            mask_weight=mask_weight,
-            frozen=(),
-            mesh=None,
-            noise=noise,
-        )
-    )
+    options = {"model": case.model, "tx": tx, "rate": lambda _: rate, "config": config}
+    options |= {"mask_weight": mask_weight, "frozen": (), "mesh": None}
+    step = jax.jit(lambda state, batch, noise: train_step(state, batch, noise=noise, **options))
     states, history = [], []
     for _ in range(count):
         state, metrics = step(state, case.batch(), case.noise(False))

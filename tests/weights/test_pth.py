@@ -60,7 +60,6 @@ WRITTEN = {
     "num_batches_tracked": np.array(1 << 40),
     "none": np.zeros((0, 3), np.float32),
     "half": np.array([1.5, -2], ml_dtypes.bfloat16),
-    "eighth": np.array([1.5, -2], ml_dtypes.float8_e5m2),
     "big_endian": np.arange(3, dtype=">f4"),
     "flags": np.array([True, False]),
 }

@@ -154,8 +154,7 @@ def test_another_tower_is_refused_and_another_version_of_the_same_is_not(export,
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     said = fault_of(directory)
     assert "SHA-256 of model.safetensors" in said
-    assert "tiny-bert 1.3 is installed, the model was made with 1.2" in said
-    assert "pip install --no-deps --force-reinstall tiny-bert==1.2" in said
+    assert "the model was made with tiny-bert==1.2: run  pip install" in said
     weights.unlink()
     assert "tiny-bert==1.2" in fault_of(directory)
 
@@ -165,9 +164,9 @@ def test_another_tower_is_refused_and_another_version_of_the_same_is_not(export,
     (weights.parent / "vocab.txt").write_text("\n".join(WORDS) + "\n")
 
     save_file({**load_file(trunk), "more": np.zeros(1, np.float32)}, trunk)
-    assert "put back what the model was made with" in fault_of(directory)
+    assert "put it back" in fault_of(directory)
     trunk.unlink()
-    assert "export the model again with --towers=copied" in fault_of(directory)
+    assert "export again with --towers=copied" in fault_of(directory)
 
 
 def test_weights_of_the_hub_are_asked_for_by_revision(export, tmp_path, monkeypatch):
@@ -224,16 +223,7 @@ def test_a_name_means_the_model_of_the_package(shipped, caplog):
 
 
 def test_unknown_names_list_the_known_ones(shipped, monkeypatch):
-    assert "which brings photos" in fault_of("fotos")
+    assert "brings photos" in fault_of("fotos")
     monkeypatch.setattr(model_dir, "SHIPPED", shipped / "nowhere")
     said = fault_of("photos")
     assert "--model=photos: there is no such directory" in said and "brings none" in said
-
-
-def test_the_name_is_what_commands_take(shipped, export):
-    directory, params = export()
-    for path in directory.iterdir():
-        (shipped / "photos" / path.name).write_bytes(path.read_bytes())
-    saved = load_model("photos")
-    assert flatten_dict(saved.params, sep="/").keys() == params.keys()
-    assert next(flag for flag in predict.FLAGS if flag.name == "model").default == "photos"
