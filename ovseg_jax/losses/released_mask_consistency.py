@@ -107,15 +107,6 @@ def stretched(maps: Float[Array, "B K pixels"]) -> Float[Array, "B K pixels"]:
     return jnp.where(span > 0, (maps - low) / jnp.where(span > 0, span, 1.0), 0.0)
 
 
-def joint_dice(
-    target: Float[Array, "B K pixels"], prediction: Float[Array, "B K pixels"]
-) -> Float[Array, "B"]:
-    """Dice loss of all maps of an example as one set: 1 - (2 |m ^ p| + 1) / (|m| + |p| + 1)."""
-    overlap = jnp.sum(target * prediction, axis=(1, 2))
-    size = jnp.sum(target, axis=(1, 2)) + jnp.sum(prediction, axis=(1, 2))
-    return 1.0 - (2.0 * overlap + 1.0) / (size + 1.0)
-
-
 def group_mask_loss(
     queries: Float[Array, "B K D"],
     teacher_queries: Float[Array, "B K D"],
@@ -158,5 +149,9 @@ def group_mask_loss(
     permutation = match(costs, backend, mesh)
     target = jnp.take_along_axis(target, permutation[..., None], axis=1)
     binary = relative_binary(enlarge(target, grid, size), threshold)
-    losses = joint_dice(binary, stretched(enlarge(prediction, grid, size)))
+    soft = stretched(enlarge(prediction, grid, size))
+    # The dice loss of all maps of an example as one set.
+    overlap = jnp.sum(binary * soft, axis=(1, 2))
+    area = jnp.sum(binary, axis=(1, 2)) + jnp.sum(soft, axis=(1, 2))
+    losses = 1.0 - (2.0 * overlap + 1.0) / (area + 1.0)
     return losses, {"target_fraction": jnp.mean(binary, axis=(1, 2))}

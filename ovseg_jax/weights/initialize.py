@@ -20,10 +20,13 @@ from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
 from ovseg_jax.weights.links import Link, Shapes, read_links
 from ovseg_jax.weights.tower_links import BERT_ANCHOR, VIT_ANCHORS, from_bert, from_vit
 from ovseg_jax.weights.weight_files import (
+    FILES,
+    PLAIN,
     TOWERS,
+    WHOLE,
     Reference,
     find_weights,
-    read_weights,
+    read_tensors,
     refer,
     resolve,
 )
@@ -31,6 +34,9 @@ from ovseg_jax.weights.weight_files import (
 # The layers that see the image alone, with what comes before and directly after them.
 TRUNK = ("patch_embed/", "embed_norm/", "position", "class_token", "register_tokens")
 TRUNK = tuple(f"image_encoder/{name}" for name in (*TRUNK, "trunk_layers/", "trunk_end/"))
+
+# What `ovseg_jax.convert` calls a tower's weights.
+KINDS = {"image": "dino", "text": "bert"}
 
 
 def architecture(model: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -89,7 +95,16 @@ def initial_tower(
     """
     field, tower = f"config.model.{role}_init", f"{role}_encoder/"
     path = find_weights(spec, field)
-    tensors = read_weights(path, field, "dino" if role == "image" else "bert")
+    if path.is_dir():
+        others = sorted(file for file in path.iterdir() if file.suffix in FILES)
+        whole = [path / WHOLE] if (path / WHOLE).is_file() else others
+        if not whole:
+            raise UserError(f"{field}: the folder {path} has no {WHOLE}")
+        path = whole[0]
+    if path.suffix.lower() not in PLAIN:
+        command = f"ovseg_jax.convert {KINDS[role]} --checkpoint={path} --out=WEIGHTS"
+        raise UserError(f"{field}: {path} must be converted once: python -m {command}")
+    tensors = read_tensors(path)
     stored = {name: value for name, value in tensors.items() if name.startswith(tower)}
     if stored:
         wanted = {path: shape for path, shape in shapes.items() if path.startswith(tower)}

@@ -47,7 +47,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Weights, the config that belongs to them and the tokenizer; no pickles, no other formats.
 HUB_TEXT_FILES = ("*.json", "*.txt")
 # Endings that tell a file from a hub id.
-_FILES = (*PLAIN, ".pth", ".pt", ".bin", ".ckpt")
+FILES = (*PLAIN, ".pth", ".pt", ".bin", ".ckpt")
 
 TOWERS = ("image", "text")
 TOKENIZER = "tokenizer"
@@ -146,7 +146,7 @@ def find_weights(
     if path.exists():
         return path
     name = spec.removeprefix(HUB)
-    if name == spec and (not _HUB_ID.fullmatch(spec) or path.suffix in _FILES):
+    if name == spec and (not _HUB_ID.fullmatch(spec) or path.suffix in FILES):
         raise UserError(f"{field} = {spec!r}: there is no such file or directory")
     pinned = {"revision": revision} if revision else {}
     try:
@@ -175,25 +175,6 @@ def _package_file(spec: str, field: str) -> Path:
     if not path.exists():
         raise UserError(f"{field}: the package {name} has no file {inside!r} (expected {path})")
     return path
-
-
-def read_weights(path: Path, field: str, kind: str) -> Tensors:
-    """All tensors of a file, or of a folder with model.safetensors; UserError where there are none.
-
-    `field` names the config field, and `kind` what `ovseg_jax.convert` calls such weights.
-    """
-    if path.is_dir():
-        others = sorted(file for file in path.iterdir() if file.suffix in _FILES)
-        whole = path / WHOLE
-        if not whole.is_file() and not others:
-            raise UserError(f"{field}: the folder {path} has no {WHOLE}")
-        path = whole if whole.is_file() else others[0]
-    if path.suffix.lower() not in PLAIN:
-        raise UserError(
-            f"{field}: {path} is no {', '.join(PLAIN)} file. Convert a PyTorch file once:  python "
-            f"-m ovseg_jax.convert {kind} --checkpoint={path} --out=WEIGHTS  and give WEIGHTS"
-        )
-    return read_tensors(path)
 
 
 # ---- references
