@@ -129,7 +129,7 @@ def check_model_config(config: ConfigDict) -> None:
         "decoder.width": (decoder.width, decoder.heads) if decoder else (0, 1),
     }
     for name, (width, heads) in widths.items():
-        if width % heads:
+        if heads < 1 or width % heads:
             raise UserError(f"config.model.{name} = {width} is not a multiple of its {heads} heads")
     form, layers, outputs = image.binding, image.group_layer, image.trunk_outputs
     in_trunk = all(1 <= number <= layers for number in outputs)
