@@ -82,7 +82,7 @@ def assert_same(found, tensors):
 NAMES = ["bare.pth", "wrapped.pth", "arrays.npz", "tensors.safetensors"]
 
 
-@pytest.mark.parametrize(("name", "form"), zip(NAMES, ["pth", *WRITERS], strict=True))
+@pytest.mark.parametrize(("name", "form"), list(zip(NAMES, ["pth", *WRITERS], strict=True)))
 def test_released_there_and_back_is_exact_to_the_bit(name, form, files, tensors, tmp_path, capsys):
     model, back = tmp_path / "model", tmp_path / f"back.{form}"
     assert run("released", f"--checkpoint={files / name}", f"--out={model}", *HEADS) == 0
