@@ -1,11 +1,7 @@
-"""From captioned images to training records.
-
-``python -m ovseg_jax.prepare --source=img2dataset:DIR --out=DIR --entities=published``
-"""
+"""From captioned images to training records."""
 
 import contextlib
 import functools
-import importlib.util
 import io
 import itertools
 import multiprocessing
@@ -20,13 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from ovseg_jax import flags
-from ovseg_jax.data.prepare.inputs import PairSource, parse_path
-from ovseg_jax.data.prepare.report import summary
+from ovseg_jax.data.prepare.pairs import PairSource, parse_path
+from ovseg_jax.data.prepare.pipeline import Jobs, dry_run, parse_choice, prepare
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.run import Jobs, dry_run, parse_choice, prepare
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
 from ovseg_jax.data.prepare.source_sets import FolderSource, ScenePairs, TfdsSource
 from ovseg_jax.data.prepare.source_table import FileSource
+from ovseg_jax.data.prepare.summary import summary
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.errors import UserError
 
@@ -53,43 +49,26 @@ beside those of --entities. Sets with different entities can be mixed.
 A run that was killed goes on where it was with the same command. Then train with
 --config.data.source=records --config.data.records.dir=OUT.
 """
+_ENTITIES = "published, scenes, a .json file, or auto:100 (built from the captions)"
+_HYPERNYMS = "for folders:, wider words from NLTK's WordNet as further names: sorrel, horse"
+_RUNNER = "local processes, or an Apache Beam runner, whose machines must see the same paths"
 FLAGS = (
     flags.Flag("source", help="where the pairs are"),
     flags.Flag("out", help="folder to write"),
-    flags.Flag(
-        "entities",
-        default="published",
-        help="published, scenes, a .json file, or auto:100 (built from the captions)",
-    ),
+    flags.Flag("entities", default="published", help=_ENTITIES),
     flags.Flag("images", help="folder of image files, for files:; default that of the table"),
-    flags.Flag(
-        "hypernyms",
-        bool,
-        default=False,
-        help="for folders:, wider words from NLTK's WordNet as further names: sorrel, horse",
-    ),
+    flags.Flag("hypernyms", bool, False, _HYPERNYMS),
     flags.Flag("verify", help="folder of finished records to check; then nothing else is done"),
-    flags.Flag("dry-run", bool, default=False, help="only say what would happen to a sample"),
+    flags.Flag("dry-run", bool, False, "only say what would happen to a sample"),
     flags.Flag("workers", int, help="processes; 0 for this one alone; default one a CPU"),
-    flags.Flag(
-        "runner",
-        default="local",
-        choices=("local", *RUNNERS),
-        help="local processes, or an Apache Beam runner; a cluster's machines must see the input "
-        "and --out under the same paths",
-    ),
-    flags.Flag(
-        "beam_options", default="", help='of the runner, in one: "--flink_master=host:8081 ..."'
-    ),
-    flags.Flag(
-        "min_side", int, default=Rules.min_side, help="least pixels of an image's shorter side"
-    ),
-    flags.Flag("max_caption", int, default=Rules.max_caption, help="most characters of a caption"),
-    flags.Flag(
-        "keep_without_entities", bool, default=False, help="keep captions that name no entity"
-    ),
+    flags.Flag("runner", default="local", help=_RUNNER, choices=("local", *RUNNERS)),
+    flags.Flag("beam_options", default="", help='in one: "--flink_master=host:8081 ..."'),
+    flags.Flag("min_side", int, Rules.min_side, "least pixels of an image's shorter side"),
+    flags.Flag("max_caption", int, Rules.max_caption, "most characters of a caption"),
+    flags.Flag("keep_without_entities", bool, False, "keep captions that name no entity"),
 )
-_SHOWN = 20
+_SHOWN = 20  # entities that a dry run names
+_AGAIN = "the same command goes on where it was"
 # KIND of --source -> what opens the text behind the colon. Add a source here.
 SOURCES: dict[str, Callable[..., PairSource]] = {
     "img2dataset": Img2DatasetSource,
@@ -106,7 +85,15 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, ABOUT)
     if args.verify:
-        return _verify(args.verify, argv)
+        if len(argv) > 1:
+            raise UserError("--verify checks a finished folder and goes with no other flag")
+        records = ArrayRecordSource(args.verify)
+        records.verify()
+        files = records.manifest.everything()
+        size = sum(info.bytes for info in files) / 1e9
+        found = f"{len(records)} records, {len(files)} files, {size:.2f} GB as they were written"
+        print(f"{args.verify}: {found}")
+        return 0
     if not args.source:
         raise UserError("missing --source (or --verify, which checks finished records)")
     rules = Rules(args.min_side, args.max_caption, args.keep_without_entities)
@@ -119,15 +106,15 @@ def main(argv: list[str]) -> int:
         print(_sample_text(dry_run(source, choice, rules)))
         return 0
     out = parse_path(args.out)
+    say = functools.partial(print, file=sys.stderr, flush=True)
     try:
-        report = prepare(source, out, choice, rules, run_jobs=run_jobs, say=_say)
+        report = prepare(source, out, choice, rules, run_jobs=run_jobs, say=say)
     except (OSError, RuntimeError) as error:
         # ArrayRecord raises a RuntimeError where the disk is full.
         if isinstance(error, RuntimeError) and "write() failed" not in str(error):
             raise
         raise UserError(
-            f"{args.out} cannot be finished ({error}); make room, or mend what it says; the same "
-            "command goes on where it was"
+            f"{args.out} cannot be finished ({error}); mend that, and {_AGAIN}"
         ) from error
     print(summary(report))
     print(f"records: {args.out}, report: {out / 'report.html'}")
@@ -137,16 +124,10 @@ def main(argv: list[str]) -> int:
 def open_source(text: str, images: str | None = None, hypernyms: bool = False) -> PairSource:
     """The source that 'KIND:WHERE' names.
 
-    Args:
-      text: what --source says.
-      images: the folder of image files, for 'files'.
-      hypernyms: add wider words to class names, for 'folders'.
-
-    Raises:
-      UserError: an unknown kind, or what the source itself refuses.
+    `images` is the folder of image files, for 'files'; `hypernyms` adds wider words, for 'folders'.
     """
-    kind, colon, where = text.partition(":")
-    if kind not in SOURCES or not colon or not where:
+    kind, _, where = text.partition(":")
+    if kind not in SOURCES or not where:
         forms = "img2dataset:DIR, files:FILE.tsv, folders:DIR, tfds:NAME, scenes:N"
         raise UserError(f"--source={text} is none of: {forms}")
     options = {"images": images, "hypernyms": hypernyms}
@@ -161,105 +142,55 @@ def _jobs(args: SimpleNamespace) -> Jobs:
     """Where the flags let the work be done."""
     if args.runner == "local":
         if args.beam_options:
-            raise UserError(
-                f"--beam_options goes with --runner={'|'.join(RUNNERS)}, not with local"
-            )
+            raise UserError("--beam_options goes with a Beam --runner, not with local")
         return local_jobs((os.cpu_count() or 1) if args.workers is None else args.workers)
     if args.workers is not None:
         raise UserError("--workers is for --runner=local; a Beam runner has --beam_options")
-    if args.runner == "DataflowRunner":
-        # Its machines see no disk of this machine.
-        for flag, where in (("source", args.source), ("out", args.out or "")):
-            if "gs://" not in where:
-                raise UserError(
-                    f"--runner=DataflowRunner needs --{flag} in a bucket, gs://...; it is {where!r}"
-                )
+    for flag, where in (("source", args.source), ("out", args.out or "")):
+        if args.runner == "DataflowRunner" and "gs://" not in where:
+            needs = f"--runner=DataflowRunner needs --{flag} in a bucket, gs://..."
+            raise UserError(f"{needs}: its machines see no disk of this one")
     return beam_jobs(args.runner, shlex.split(args.beam_options))
 
 
 def local_jobs(workers: int) -> Jobs:
-    """Runs jobs in worker processes; 0 is this process alone.
-
-    Raises:
-      UserError: a negative number; later, what a job raises, or that a worker process died.
-    """
+    """Runs jobs in worker processes; 0 is this process alone."""
     if workers < 0:
         raise UserError(f"--workers={workers} must be 0 (this process alone) or more")
-    return functools.partial(_run_locally, workers)
 
+    def run(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+        if not workers or not jobs:
+            yield from itertools.starmap(function, jobs)
+            return
+        # Not forked: threads of this process (progress, libraries) would not survive it. Ctrl-C
+        # ends workers at once and without a traceback of their own.
+        with ProcessPoolExecutor(
+            min(workers, len(jobs)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_DFL),
+        ) as executor:
+            try:
+                yield from executor.map(function, *zip(*jobs, strict=True))
+            except BrokenProcessPool as error:
+                cause = "a worker process died, most likely for want of memory"
+                raise UserError(f"{cause}; with fewer --workers, {_AGAIN}") from error
 
-def _run_locally(
-    workers: int, function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]
-) -> Iterator[None]:
-    if not workers or not jobs:
-        yield from itertools.starmap(function, jobs)
-        return
-    # Not forked: threads of this process (progress, libraries) would not survive it. Ctrl-C ends
-    # workers at once and without a traceback of their own.
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_DFL),
-    ) as executor:
-        try:
-            yield from executor.map(function, *zip(*jobs, strict=True))
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died, most likely for want of memory; run the same command "
-                "again, with fewer --workers, and it goes on where it was"
-            ) from error
+    return run
 
 
 def beam_jobs(runner: str, options: Sequence[str] = ()) -> Jobs:
     """Runs jobs as a pipeline of Apache Beam, on this machine or on a cluster.
 
     All machines must see the input and the output under the same paths, in a bucket or on a shared
-    file system.
-
-    Args:
-      runner: one of `RUNNERS`.
-      options: of the runner, as on its command line ('--flink_master=host:8081').
-
-    Raises:
-      UserError: an unknown runner, Beam is not installed, or it refuses the options; later, that
-        the pipeline failed.
+    file system. `options` are those of the runner's command line ('--flink_master=host:8081').
     """
-    if runner not in RUNNERS:
-        raise UserError(f"the Beam runner {runner!r} is none of {', '.join(RUNNERS)}")
-    if importlib.util.find_spec("apache_beam") is None:
-        raise UserError(
-            f"--runner={runner} needs Apache Beam; install it with: pip install 'ovseg_jax[beam]'"
-        )
-    return functools.partial(_run_on_beam, runner, _pipeline_options(options))
-
-
-def _run_on_beam(
-    runner: str, options: Any, function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]
-) -> Iterator[None]:
-    # Imported here: it takes seconds.
-    import apache_beam
-
-    try:
-        with apache_beam.Pipeline(runner=runner, options=options) as pipeline:
-            created = pipeline | "Jobs" >> apache_beam.Create(jobs, reshuffle=True)
-            created | "Run" >> apache_beam.MapTuple(function)
-    except Exception as error:
-        # A runner raises anything, from its own machinery as from ours. Our own messages are in
-        # the middle of a remote traceback.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "UserError: " in line), lines[0])
-        raise UserError(
-            f"the pipeline on {runner} failed ({reason}); run the same command again, and it goes "
-            "on where it was"
-        ) from error
-    yield from (None for _ in jobs)
-
-
-def _pipeline_options(options: Sequence[str]) -> Any:
-    """Beam's form of the options."""
-    from apache_beam.options.pipeline_options import PipelineOptions
-
+    try:  # imported here: it takes seconds
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        needed = "Apache Beam; install it with: pip install 'ovseg_jax[beam]'"
+        raise UserError(f"--runner={runner} needs {needed}") from error
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -267,26 +198,22 @@ def _pipeline_options(options: Sequence[str]) -> Any:
             parsed.get_all_options()  # parses them
     except SystemExit as error:
         # Beam prints hundreds of lines of usage; the last one says what is wrong.
-        reason = said.getvalue().strip().splitlines()[-1]
-        raise UserError(f"--beam_options: {reason}") from error
-    return parsed
+        raise UserError(f"--beam_options: {said.getvalue().strip().splitlines()[-1]}") from error
 
+    def run(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+        try:
+            with apache_beam.Pipeline(runner=runner, options=parsed) as pipeline:
+                created = pipeline | "Jobs" >> apache_beam.Create(jobs, reshuffle=True)
+                created | "Run" >> apache_beam.MapTuple(function)
+        except Exception as error:
+            # A runner raises anything, from its own machinery as from ours. Our own messages are
+            # in the middle of a remote traceback.
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "UserError: " in line), lines[0])
+            raise UserError(f"the pipeline on {runner} failed ({reason}); {_AGAIN}") from error
+        yield from (None for _ in jobs)
 
-def _verify(directory: str, argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError("--verify checks a finished folder and goes with no other flag")
-    source = ArrayRecordSource(directory)
-    source.verify()
-    files = source.manifest.everything()
-    print(
-        f"{directory}: {len(source)} records, {len(files)} files, "
-        f"{sum(info.bytes for info in files) / 1e9:.2f} GB as they were written"
-    )
-    return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return run
 
 
 def _sample_text(sample: dict[str, Any]) -> str:
@@ -294,17 +221,13 @@ def _sample_text(sample: dict[str, Any]) -> str:
     named = sorted(sample["entities"].items(), key=lambda item: (-item[1], item[0]))
     entities = ", ".join(f"{name} {count}" for name, count in named[:_SHOWN] if count)
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    share = sample["kept"] / sample["read"]
-    return "\n".join(
-        [
-            f"dry run: {sample['read']} pairs of {sample['shards_read']} of "
-            f"{sample['input_shards']} shards; nothing is written",
-            summary(sample),
-            f"entities named: {entities or 'none'}{more}",
-            f"of a million pairs about {share * 1e6:,.0f} would be kept, "
-            f"{sample['bytes'] / sample['read'] / 1e3:,.1f} GB of images; duplicates come off that",
-        ]
-    )
+    kept = sample["kept"] / sample["read"] * 1e6
+    size = sample["bytes"] / sample["read"] / 1e3
+    shards = f"{sample['shards_read']} of {sample['input_shards']} shards"
+    return f"""dry run: {sample["read"]} pairs of {shards}; nothing is written
+{summary(sample)}
+entities named: {entities or "none"}{more}
+of a million pairs about {kept:,.0f} would be kept, {size:,.1f} GB of images, duplicates included"""
 
 
 if __name__ == "__main__":

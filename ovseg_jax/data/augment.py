@@ -1,15 +1,11 @@
 """The transform of a training image: crop, flip, color jitter, RandAugment; from bytes to uint8.
 
-Random erasing is a field of the transform too, but it fills in noise after normalization, so the
-train step applies it on the device (`ovseg_jax.train.erasing`).
-
-RandAugment (Cubuk et al., 2020) has the 15 operations that grow stronger with the magnitude. The
-published recipe is rand-m9-mstd0.5-inc1 in timm's notation: two operations are drawn for each image
-with replacement, and each is applied with probability 0.5 at a magnitude drawn from a normal
-distribution of mean 9 and deviation 0.5, clipped to 0..10. Pixels that a moved image uncovers get
-the mean color of ImageNet.
+Random erasing fills in noise after normalization, so the train step applies it on the device
+(`ovseg_jax.train.erasing`). RandAugment (Cubuk et al., 2020) has the 15 operations that grow
+stronger with the magnitude. The published recipe is rand-m9-mstd0.5-inc1 in timm's notation.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,45 +32,55 @@ MAX_MAGNITUDE = 10.0
 
 
 def complete_transform(spec: Mapping[str, Any], where: str = "transform") -> dict[str, Any]:
-    """A transform with every field present, checked.
+    """A transform with every field present, checked; errors call it `where`.
 
-    Args:
-      spec: `kind` is 'none' (the whole image, no randomness) or 'crop'; `size` is in pixels. Fields
-        of a crop: `scale`, `ratio` (see `decoding.crop_box`), `flip` (probability of a mirror
-        image), `color_jitter` (strengths of brightness, contrast, saturation), `rand_augment` (see
-        `rand_augment`), `erase` (see `ovseg_jax.train.erasing`) and `reduced_decoding` (see
-        `decoding.decode_reduced`).
-      where: the name of the transform in errors.
+    `kind` is 'none' (the whole image, no randomness) or 'crop'; `size` is in pixels. Fields of a
+    crop: `scale`, `ratio` (see `decoding.crop_box`), `flip` (probability of a mirror image),
+    `color_jitter` (strengths of brightness, contrast, saturation), `rand_augment` (see there),
+    `erase` (see `ovseg_jax.train.erasing`) and `reduced_decoding` (see `decoding.decode_reduced`).
 
     Raises:
       UserError: a field is unknown, missing or out of range.
     """
     _check_names(spec, {"kind": None, "size": None, **DEFAULTS}, where)
-    for name in ("kind", "size"):
-        if name not in spec:
-            raise UserError(f"{where} lacks {name!r}")
     full = {**DEFAULTS, **dict(spec.items())}
     for name in ("rand_augment", "erase"):
         _check_names(full[name], DEFAULTS[name], f"{where}.{name}")
         full[name] = {**DEFAULTS[name], **dict(full[name].items())}
-    if full["kind"] not in KINDS:
-        raise UserError(
-            f"the image transform {full['kind']!r} is unknown; use {' or '.join(map(repr, KINDS))}"
-        )
-    _check_values(full, where)
-    augment, erase = full["rand_augment"], full["erase"]
+    for name in ("kind", "size"):
+        if name not in spec:
+            raise UserError(f"{where} lacks {name!r}")
+    jitter, augment, erase = full["color_jitter"], full["rand_augment"], full["erase"]
+    # Field -> (its value is right, what it must be).
+    rules = {
+        "kind": (full["kind"] in KINDS, " or ".join(map(repr, KINDS))),
+        "size": (full["size"] >= 1, "at least 1 pixel"),
+        "color_jitter": (len(jitter) == 3 and min(jitter) >= 0, "three numbers from 0"),
+        "rand_augment.operations": (augment["operations"] >= 0, "a number from 0"),
+        "rand_augment.deviation": (augment["deviation"] >= 0, "a number from 0"),
+        "rand_augment.magnitude": (0 <= augment["magnitude"] <= MAX_MAGNITUDE, "from 0 to 10"),
+        "scale": (_is_range(full["scale"], 1.0), "two shares of the image, the lesser first"),
+        "ratio": (_is_range(full["ratio"]), "two numbers above 0, the lesser first"),
+        "erase.area": (_is_range(erase["area"], 1.0), "two shares of the image, the lesser first"),
+        "erase.aspect": (_is_range(erase["aspect"]), "two numbers above 0, the lesser first"),
+    }
+    chances = {"flip": full["flip"], "rand_augment.probability": augment["probability"]}
+    for name, value in {**chances, "erase.probability": erase["probability"]}.items():
+        # A boolean is an int in Python: True would be a probability of 1.
+        is_right = not isinstance(value, bool) and 0 <= value <= 1
+        rules[name] = (is_right, "a probability, from 0.0 to 1.0")
+    for name, (is_right, wanted) in rules.items():
+        if not is_right:
+            raise UserError(f"{where}.{name} must be {wanted}")
     changes = {
-        "color_jitter": max(full["color_jitter"]),
+        "color_jitter": max(jitter),
         "rand_augment": augment["operations"],
         "erase": erase["probability"],
         "reduced_decoding": full["reduced_decoding"],
     }
-    changed = [name for name, strength in changes.items() if strength]
+    changed = ", ".join(name for name, strength in changes.items() if strength)
     if full["kind"] == "none" and changed:
-        raise UserError(
-            f"{where}.kind is 'none', which leaves images as they are, but "
-            f"{', '.join(changed)} would change them: set kind = 'crop'"
-        )
+        raise UserError(f"{where}.kind is 'none', but {changed} would change images: use 'crop'")
     return full
 
 
@@ -84,32 +90,8 @@ def _check_names(spec: Mapping[str, Any], known: Mapping[str, Any], where: str) 
             raise UserError(f"{where}.{name} is no field{nearest(name, list(known))}")
 
 
-def _check_values(full: Mapping[str, Any], where: str) -> None:
-    jitter, augment, erase = full["color_jitter"], full["rand_augment"], full["erase"]
-    if full["size"] < 1:
-        raise UserError(f"{where}.size must be at least 1 pixel")
-    if len(jitter) != 3 or min(jitter) < 0:
-        raise UserError(
-            f"{where}.color_jitter must be three numbers from 0: brightness, contrast, saturation"
-        )
-    if augment["operations"] < 0 or augment["deviation"] < 0:
-        raise UserError(f"{where}.rand_augment: operations and deviation must not be negative")
-    if not 0 <= augment["magnitude"] <= MAX_MAGNITUDE:
-        raise UserError(f"{where}.rand_augment.magnitude must be from 0 to {MAX_MAGNITUDE:g}")
-    ranges = {"scale": full["scale"], "ratio": full["ratio"]}
-    ranges |= {"erase.area": erase["area"], "erase.aspect": erase["aspect"]}
-    for name, pair in ranges.items():
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-            raise UserError(f"{where}.{name} must be two numbers above 0, the lesser first")
-        if name in ("scale", "erase.area") and pair[1] > 1:
-            raise UserError(f"{where}.{name} is a share of the image: it must not exceed 1")
-    probabilities = {"flip": full["flip"]}
-    probabilities |= {"rand_augment.probability": augment["probability"]}
-    probabilities |= {"erase.probability": erase["probability"]}
-    for name, value in probabilities.items():
-        # A boolean is an int in Python: True would be a probability of 1.
-        if isinstance(value, bool) or not 0 <= value <= 1:
-            raise UserError(f"{where}.{name} is a probability: a number from 0.0 to 1.0")
+def _is_range(pair: Sequence[float], most: float = math.inf) -> bool:
+    return len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
 
 
 def resize_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -122,11 +104,7 @@ def train_image(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """The pixels of a view of an encoded image, for training, in the order of timm's transform.
 
-    Args:
-      spec: from `complete_transform`.
-
-    Raises:
-      UnreadableImage: the image cannot be decoded.
+    `spec` is from `complete_transform`. Raises UnreadableImage.
     """
     if spec["kind"] == "none":
         return resize_square(decode(data), spec["size"])
@@ -157,9 +135,7 @@ def color_jitter(
 ) -> Image.Image:
     """The image with brightness, contrast and saturation scaled by random factors, in random order.
 
-    Args:
-      strengths: of (brightness, contrast, saturation); a factor is uniform in [1 - s, 1 + s] and
-        at least 0. At strength 0 the property does not change.
+    For each strength s in this order, the factor is uniform in [1 - s, 1 + s] and at least 0.
     """
     for index in rng.permutation(len(_JITTERED)):
         strength = strengths[index]
@@ -189,13 +165,11 @@ def _rotate(image: Image.Image, strength: float, sign: int) -> Image.Image:
 
 def _affine(
     image: Image.Image,
-    shear_x: float = 0.0,
-    shift_x: float = 0.0,
-    shear_y: float = 0.0,
-    shift_y: float = 0.0,
+    shear: tuple[float, float] = (0.0, 0.0),
+    shift: tuple[float, float] = (0.0, 0.0),
 ) -> Image.Image:
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    terms = (1.0, shear_x, shift_x, shear_y, 1.0, shift_y)
+    terms = (1.0, shear[0], shift[0], shear[1], 1.0, shift[1])
     return image.transform(image.size, affine, terms, resample=bilinear, fillcolor=FILL)
 
 
@@ -215,38 +189,32 @@ def _solarize_add(image: Image.Image, strength: float, sign: int) -> Image.Image
     return image.point(table * len(image.getbands()))
 
 
+# i: the image, s: the strength, g: the sign.
 OPERATIONS: dict[str, Operation] = {
-    "auto_contrast": lambda i, strength, sign: ImageOps.autocontrast(i),
-    "equalize": lambda i, strength, sign: ImageOps.equalize(i),
-    "invert": lambda i, strength, sign: ImageOps.invert(i),
+    "auto_contrast": lambda i, s, g: ImageOps.autocontrast(i),
+    "equalize": lambda i, s, g: ImageOps.equalize(i),
+    "invert": lambda i, s, g: ImageOps.invert(i),
     "rotate": _rotate,
     "posterize": _posterize,
-    "solarize": lambda i, strength, sign: ImageOps.solarize(i, 256 - int(strength * 256)),
+    "solarize": lambda i, s, g: ImageOps.solarize(i, 256 - int(s * 256)),
     "solarize_add": _solarize_add,
-    "color": lambda i, strength, sign: _enhance(ImageEnhance.Color, i, sign * strength),
-    "contrast": lambda i, strength, sign: _enhance(ImageEnhance.Contrast, i, sign * strength),
-    "brightness": lambda i, strength, sign: _enhance(ImageEnhance.Brightness, i, sign * strength),
-    "sharpness": lambda i, strength, sign: _enhance(ImageEnhance.Sharpness, i, sign * strength),
-    "shear_x": lambda i, strength, sign: _affine(i, shear_x=sign * strength * MAX_SHEAR),
-    "shear_y": lambda i, strength, sign: _affine(i, shear_y=sign * strength * MAX_SHEAR),
-    "translate_x": lambda i, strength, sign: _affine(
-        i, shift_x=sign * strength * MAX_SHIFT * i.width
-    ),
-    "translate_y": lambda i, strength, sign: _affine(
-        i, shift_y=sign * strength * MAX_SHIFT * i.height
-    ),
+    "color": lambda i, s, g: _enhance(ImageEnhance.Color, i, g * s),
+    "contrast": lambda i, s, g: _enhance(ImageEnhance.Contrast, i, g * s),
+    "brightness": lambda i, s, g: _enhance(ImageEnhance.Brightness, i, g * s),
+    "sharpness": lambda i, s, g: _enhance(ImageEnhance.Sharpness, i, g * s),
+    "shear_x": lambda i, s, g: _affine(i, shear=(g * s * MAX_SHEAR, 0.0)),
+    "shear_y": lambda i, s, g: _affine(i, shear=(0.0, g * s * MAX_SHEAR)),
+    "translate_x": lambda i, s, g: _affine(i, shift=(g * s * MAX_SHIFT * i.width, 0.0)),
+    "translate_y": lambda i, s, g: _affine(i, shift=(0.0, g * s * MAX_SHIFT * i.height)),
 }
 _NAMES = tuple(OPERATIONS)
 
 
 def apply_operation(image: Image.Image, name: str, magnitude: float, sign: int) -> Image.Image:
-    """An operation on an RGB image.
+    """An operation of `OPERATIONS` on an RGB image, at a magnitude from 0 to 10.
 
-    Args:
-      name: of `OPERATIONS`.
-      magnitude: 0 to 10. The first three operations do not depend on it.
-      sign: 1 or -1: the direction of those that have two (rotation, shears, shifts, and the four
-        enhancements, which grow or shrink).
+    The first three do not depend on the magnitude. The sign, 1 or -1, is the direction of rotation,
+    shears and shifts, and whether the four enhancements grow or shrink.
     """
     return OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, sign)
 
@@ -254,11 +222,10 @@ def apply_operation(image: Image.Image, name: str, magnitude: float, sign: int) 
 def rand_augment(
     image: Image.Image, rng: np.random.Generator, spec: Mapping[str, Any]
 ) -> Image.Image:
-    """The image after operations drawn at random.
+    """The image after `operations` drawn at random with replacement, each done with `probability`.
 
-    Args:
-      spec: `operations`, how many are drawn; `probability` that a drawn operation is applied;
-        `magnitude` and `deviation`, the mean and standard deviation of its strength.
+    The strength is normal with mean `magnitude` and the standard deviation `deviation`, clipped to
+    0..10. Pixels that a moved image uncovers get the mean color of ImageNet.
     """
     for index in rng.integers(len(_NAMES), size=int(spec["operations"])):
         if rng.random() >= spec["probability"]:

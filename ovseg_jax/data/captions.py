@@ -1,61 +1,19 @@
-"""What the text encoder reads of a caption: itself, its masked form, prompts (Sec. 3.1.2).
-
-Prompt templates in the style of CLIP are sentences with a place for entity names. All are of the
-list that OpenAI published with CLIP (https://github.com/openai/CLIP), which is in
-clip_templates.json with its license.
-"""
+"""What the text encoder reads of a caption: itself, its masked form, prompts (Sec. 3.1.2)."""
 
 import itertools
-import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import resources
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from ovseg_jax.data.entities import MASK_TOKEN, EntitySet
-from ovseg_jax.data.words import NounFinder, caption_nouns
-from ovseg_jax.errors import UserError
-from ovseg_jax.flags import nearest
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.tokenizer import MASK_TOKEN, fill
+from ovseg_jax.data.words import caption_nouns
 
-_LISTED = json.loads(resources.files("ovseg_jax.data").joinpath("clip_templates.json").read_text())
-# The name of the whole list in a config.
-CLIP_NAME = "clip"
-CLIP: tuple[str, ...] = tuple(_LISTED["templates"])
-# The default for training, the shorter ones that suit any entity. One of them is drawn for each
-# example and becomes the target of the entity loss (Eq. 9).
-TRAINING: tuple[str, ...] = tuple(_LISTED["training"])
 # The target of a masked token that is no entity.
 NO_TARGET = -1
-
-
-def expand_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """The templates that a config lists, each once; "clip" means all of CLIP's, () the default.
-
-    Raises:
-      UserError: a template has no place for names.
-    """
-    groups = [CLIP if name == CLIP_NAME else (name,) for name in names]
-    templates = tuple(dict.fromkeys(itertools.chain.from_iterable(groups)))
-    for template in templates:
-        fill(template, ("dog",))
-    return templates or TRAINING
-
-
-def fill(template: str, names: Sequence[str]) -> str:
-    """Puts 'a and b and c' into a template.
-
-    Raises:
-      UserError: the template has not exactly one {}.
-    """
-    if template.count("{}") != 1:
-        raise UserError(
-            f"the template {template!r} must have {{}} once, where the names go"
-            + nearest(template, [CLIP_NAME])
-        )
-    return template.replace("{}", " and ".join(names))
 
 
 def prompt(entities: Sequence[str], template: str) -> str:
@@ -69,12 +27,9 @@ def shared_prompt(name: str) -> str:
 
 
 def mask_entities(caption: str, entity_set: EntitySet, only: Collection[int] | None = None) -> str:
-    """The caption with the mask token in place of every mention of an entity.
+    """The caption with the mask token in place of every mention of an entity (of those in `only`).
 
-    The text around the mentions does not change. The result names no entity.
-
-    Args:
-      only: the entities (ids) to mask; all by default.
+    The text around the mentions does not change. The result names no such entity.
     """
     # Several rounds, because the words on both sides of a mask may become another mention.
     while spans := [
@@ -96,8 +51,8 @@ class Masking(StrEnum):
     ALL_NOUNS: the same with every noun, whether it is an entity or not.
     MULTI_LABEL: nothing is masked; sentences of single nouns are further positives of the image
       (GroupViT, Xu et al., 2022).
-    MLM_GROUPS: masked language modeling. Every entity is masked, and each masked token attends to
-      the groups and is classified as an entity.
+    MLM_GROUPS: every entity is masked; each masked token attends to the groups and is classified
+      as an entity.
     MLM: the same from the text encoder's output alone, without the groups.
     """
 
@@ -148,18 +103,11 @@ def masked_texts(
     template: str,
     masking: Masking,
     rng: np.random.Generator,
-    finder: NounFinder | None = None,
 ) -> MaskedTexts:
-    """Masks a caption.
-
-    Args:
-      template: of the prompt, in which names have the order of ids.
-      rng: used only for SINGLE_ENTITY.
-      finder: of nouns; `words.noun_finder()` by default.
-    """
+    """Masks a caption; only SINGLE_ENTITY draws. In the prompt, names are in order of id."""
     if masking is Masking.ALL_NOUNS:
         # A table of the nouns, so that every mention and plural is masked.
-        entity_set = EntitySet({noun: [] for noun in caption_nouns(caption, finder)})
+        entity_set = EntitySet({noun: [] for noun in caption_nouns(caption)})
     named, only = entity_set.find(caption), None
     if masking is Masking.SINGLE_ENTITY and named:
         named = only = (named[int(rng.integers(len(named)))],)
@@ -170,12 +118,8 @@ def masked_texts(
         mentions = tuple(identity for _, _, identity in entity_set.spans(caption))
         # The counts differ if the caption has the literal token, or masking made another mention.
         mentions = mentions if masked.count(MASK_TOKEN) == len(mentions) else None
-    return MaskedTexts(
-        masked=masked,
-        prompt=prompt(names, template),
-        answer=tuple(names) if masking is Masking.ALL_NOUNS else named,
-        mentions=mentions,
-    )
+    answer = tuple(names) if masking is Masking.ALL_NOUNS else named
+    return MaskedTexts(masked, prompt(names, template), answer, mentions)
 
 
 def token_targets(
@@ -183,9 +127,7 @@ def token_targets(
 ) -> Int32[np.ndarray, "M"]:
     """The entity of each mask token, `NO_TARGET` elsewhere.
 
-    Args:
-      ids: tokens of the masked caption; if it was cut, its last mentions are missing.
-      mentions: from `MaskedTexts`.
+    `mentions` are those of `MaskedTexts`; if the caption was cut, `ids` lack the last of them.
     """
     targets = np.full(ids.shape, NO_TARGET, np.int32)
     at = np.flatnonzero(ids == mask_id)
@@ -199,13 +141,9 @@ def noun_sentences(
     count: int,
     templates: Sequence[str],
     rng: np.random.Generator,
-    finder: NounFinder | None = None,
 ) -> list[str]:
-    """Up to `count` different nouns of a caption, drawn at random, each in a random template.
-
-    They are further positives of the image (GroupViT, Xu et al., 2022, Sec. 3.2).
-    """
-    nouns = caption_nouns(caption, finder)
+    """Up to `count` nouns of a caption, drawn at random, each in a random template (GroupViT)."""
+    nouns = caption_nouns(caption)
     drawn = rng.permutation(len(nouns))[:count]
     return [fill(templates[int(rng.integers(len(templates)))], [nouns[i]]) for i in drawn]
 
@@ -215,12 +153,8 @@ def distinct_captions(
 ) -> tuple[list[str], Int64[np.ndarray, "records_plus_one"], Int32[np.ndarray, "captions"]]:
     """The different captions of many records, and which of them each record has.
 
-    Args:
-      records: the captions of each record.
-
-    Returns:
-      (captions, starts, rows): record r has `captions[i]` for i in
-      `rows[starts[r] : starts[r + 1]]`, in the order of its captions.
+    Returns (captions, starts, rows): record r has `captions[i]` for i in
+    `rows[starts[r] : starts[r + 1]]`, in the order of its captions.
     """
     numbers: dict[str, int] = {}
     # Photographs of a class share hundreds of captions.
@@ -238,10 +172,7 @@ def distinct_captions(
 def distinct_prompts(
     captions: Sequence[str], entity_set: EntitySet, templates: Sequence[str]
 ) -> tuple[list[str], Int32[np.ndarray, "records templates"]]:
-    """The different prompts of many captions, and which of them each caption uses.
-
-    Many captions name the same entities, so there are far fewer different prompts to encode.
-    """
+    """The different prompts of many captions, far fewer, and which of them each caption uses."""
     rows: dict[str, int] = {}
     table = np.zeros((len(captions), len(templates)), np.int32)
     for record, caption in enumerate(captions):

@@ -1,7 +1,4 @@
-"""From the bytes of an image file to upright RGB, and random resized crops of it.
-
-Files that cannot be decoded raise one exception, with a cause.
-"""
+"""From the bytes of an image file to upright RGB, and random resized crops of it."""
 
 import contextlib
 import io
@@ -48,10 +45,9 @@ class UnreadableImage(Exception):
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes an image file to RGB, upright.
+    """Decodes an image file to RGB, turned as its EXIF orientation says; see `to_rgb`.
 
-    Only the first frame of an animation is decoded, the EXIF rotation is applied, transparent
-    areas become white, and gray of 16 bits or floating point is scaled to 8 bits.
+    Of an animation, this is the first frame.
 
     Raises:
       UnreadableImage: with the cause 'empty', 'too large', 'not an image', 'unknown range' or
@@ -62,20 +58,17 @@ def decode(data: bytes) -> Image.Image:
 
 
 def decode_reduced(
-    data: bytes,
-    choose: Callable[[tuple[int, int]], Box],
-    size: int,
+    data: bytes, choose: Callable[[tuple[int, int]], Box], size: int
 ) -> tuple[Image.Image, Box]:
     """Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the crop of it will be shrunk that much.
 
-    The decoder averages pixels within its 8 x 8 blocks, so the result differs a little from that of
-    the whole image: by 0.3 to 0.8 of 256 levels on average for photographs of 1000 pixels (24 crops
-    each to 224), and by up to 3.7 where the crop is hardly twice its new size. Files of other
+    The decoder averages pixels within its 8 x 8 blocks, so the result differs by under one of 256
+    levels on average, and by up to 4 where the crop is hardly twice its new size. Files of other
     formats, and rotated ones, are decoded whole.
 
     Args:
-      choose: maps (width, height) of the upright image to the crop (left, top, right, bottom) in
-        pixels.
+      data: the file.
+      choose: maps (width, height) of the upright image to the crop in pixels.
       size: the side to which the crop will be resized; the reduced crop is never smaller.
 
     Returns:
@@ -97,9 +90,7 @@ def decode_reduced(
             reduced = image.draft(None, (width // factor, height // factor))
             if factor > 1 and reduced is not None:
                 # The decoder may choose another factor; it returns the exact size.
-                shrink = reduced[1][2] / width
-                left, top, right, bottom = (side * shrink for side in box)
-                box = (left, top, right, bottom)
+                box = tuple(side * (reduced[1][2] / width) for side in box)
         return upright(image), box
 
 
@@ -109,15 +100,11 @@ def crop_box(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> Box:
-    """A random crop (left, top, right, bottom) of an image, in integer pixels.
+    """A random crop of an image of (width, height), in integer pixels, drawn as timm does.
 
-    Drawn as timm's random resized crop (Szegedy et al., 2015). If no drawn crop fits into the
-    image, it is the largest centered crop with an allowed ratio.
-
-    Args:
-      image_size: (width, height).
-      scale: the least and greatest area of the crop, as a fraction of the image.
-      ratio: the least and greatest width / height, drawn uniformly in the logarithm.
+    `scale` has the least and greatest area of the crop, as a fraction of the image, and `ratio` the
+    least and greatest width / height, drawn uniformly in the logarithm (Szegedy et al., 2015). If
+    no drawn crop fits into the image, it is the largest centered crop with an allowed ratio.
     """
     width, height = image_size
     low, high = np.log(ratio[0]), np.log(ratio[1])
@@ -151,11 +138,7 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent areas white, other ranges scaled to 8 bits.
-
-    Raises:
-      UnreadableImage: with the cause 'unknown range'.
-    """
+    """An image of any mode as RGB: transparent areas white, other ranges scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _in_8_bits(image)
     if image.has_transparency_data:
@@ -179,10 +162,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(initial=0), values.max(initial=0)
     top = next((top for top in tops if 0 < top and low >= 0 and high <= top), None)
     if top is None:
-        raise UnreadableImage(
-            "unknown range",
-            f"gray values from {low:g} to {high:g} in mode {image.mode}; save them as 0 to 255",
-        )
+        values = f"gray values from {low:g} to {high:g} in mode {image.mode}"
+        raise UnreadableImage("unknown range", f"{values}; save them as 0 to 255")
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
@@ -207,11 +188,7 @@ def orientation_of(image: Image.Image) -> int:
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """Pillow's image of a file, whose pixels are not decoded yet.
-
-    Raises:
-      UnreadableImage: as `decode`, here or where the block decodes the pixels.
-    """
+    """Pillow's image of a file, not decoded yet; UnreadableImage also of what the block does."""
     if not data:
         raise UnreadableImage("empty", "the file has no bytes")
     try:
@@ -220,14 +197,12 @@ def opened(data: bytes) -> Iterator[Image.Image]:
             if width * height > MAX_PIXELS:
                 raise UnreadableImage("too large", f"{width}x{height} pixels")
             yield image
-    except UnreadableImage:
+    except (UnreadableImage, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage("too large", str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage("not an image", f"{len(data)} bytes") from error
-    except MemoryError:
-        raise
     except Exception as error:
         # Pillow's decoders raise nearly anything on damaged input (SyntaxError, struct.error,
         # IndexError, ...); all of it means the same to the caller.

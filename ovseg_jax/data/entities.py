@@ -10,30 +10,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.words import EDGE, MASK_TOKEN, plurals, word_spans, words
+from ovseg_jax.data.tokenizer import MASK_TOKEN
+from ovseg_jax.data.words import plurals, word_spans, words
 from ovseg_jax.errors import UserError
 
 FORMAT = "ovseg_jax entities"
 VERSION = 1
-
-
-def unmasked(text: str) -> str:
-    """The text with blanks inside every mask token that its author typed, so that it masks nothing.
-
-    The tokenizer makes the same pieces of "[ MASK ]" as of the letters of "[MASK]".
-    """
-    return text.replace(MASK_TOKEN, f"[ {MASK_TOKEN[1:-1]} ]")
+_EDGE = ".,'-_*/\u2026"  # marks that are no words, alone or around a word
 
 
 class EntitySet:
     """A table of entities, which finds them in captions.
 
-    Args:
-      table: entity name -> surface forms; the name is a form too. The order of the table gives the
-        ids.
-
-    Raises:
-      UserError: a form is empty, or is listed under two entities.
+    `table` has the surface forms of each name, which is a form too; its order gives the ids. A
+    UserError tells of a form that is empty, or is listed under two entities.
     """
 
     def __init__(self, table: Mapping[str, Sequence[str]]):
@@ -44,7 +34,13 @@ class EntitySet:
                 raise UserError(f"the forms of entity {name!r} are a string; write a list of them")
             self.table[name] = list(forms)
             for form in (name, *forms):
-                self._add_form(name, form, identity)
+                tokens = _form_words(form)
+                if not tokens:
+                    raise UserError(f"entity {name!r} has the form {form!r}, which has no word")
+                other = self._ids.setdefault(tokens, identity)
+                if other != identity:
+                    both = f"two entities, {list(self.table)[other]!r} and {name!r}"
+                    raise UserError(f"the form {form!r} is listed under {both}; remove one of them")
         self.names: tuple[str, ...] = tuple(self.table)
         for tokens, identity in list(self._ids.items()):
             for plural in plurals(tokens[-1]):
@@ -55,17 +51,6 @@ class EntitySet:
         for tokens in self._ids:
             self._longest[tokens[0]] = max(self._longest.get(tokens[0], 0), len(tokens))
         self._first_words = frozenset(self._longest)
-
-    def _add_form(self, name: str, form: str, identity: int) -> None:
-        tokens = _form_words(form)
-        if not tokens:
-            raise UserError(f"entity {name!r} has the form {form!r}, in which no word can be found")
-        other = self._ids.setdefault(tokens, identity)
-        if other != identity:
-            raise UserError(
-                f"the form {form!r} is listed under two entities, {list(self.table)[other]!r} and "
-                f"{name!r}; remove it from one of them"
-            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,12 +98,7 @@ class EntitySet:
     def to_json(
         self, path: str | Path, *, source: str = "", counts: Mapping[str, int] | None = None
     ) -> None:
-        """Writes the table as a file that a person can read, edit and give back.
-
-        Args:
-          source: where the entities come from.
-          counts: entity name -> the number of captions that name it; only for the reader.
-        """
+        """Writes the table as a file to read, edit and give back; the rest is for the reader."""
         document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "source": source}
         if counts is not None:
             document["counts"] = dict(counts)
@@ -128,17 +108,11 @@ class EntitySet:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "EntitySet":
-        """Reads a table that `to_json`, or a person, wrote.
-
-        The file is what `to_json` writes, or only the object of names and forms in it.
-
-        Raises:
-          UserError: the file is missing or is not an object of lists of strings.
-        """
+        """Reads what `to_json` writes, or only the object of names and forms in it."""
         try:
             document = json.loads(Path(path).read_text("utf-8-sig"))
-        except FileNotFoundError as error:
-            raise UserError(f"there is no entity file at {path}; check the path") from error
+        except FileNotFoundError:
+            raise UserError(f"there is no entity file at {path}; check the path") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as JSON ({error}); correct the file") from error
         return cls(_table_of(document, path))
@@ -153,9 +127,8 @@ class EntitySet:
 def joined_tables(tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
     """One table of the entities of several; the first table where all are equal.
 
-    Entities of the same name are joined. An entity whose name is a form of an earlier entity
-    ("puppy", after "dog" with the form "puppy") joins that entity. A form belongs to the first
-    entity that lists it.
+    Entities of one name are joined. An entity whose name is a form of an earlier one ("puppy")
+    joins that one. A form belongs to the first entity that lists it.
     """
     first = tables[0]
     if all(list(table.items()) == list(first.items()) for table in tables):
@@ -174,16 +147,10 @@ def joined_tables(tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, li
 
 
 def with_names(table: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, list[str]]:
-    """The table with further entities: those names that are no form, or plural, of its entities.
-
-    Names without a letter or without a word are left out.
-    """
+    """The table with further entities: names with a word that are no form, or plural, in it."""
     known = EntitySet(table)
-    new = {
-        name: []
-        for name in names
-        if any(map(str.isalpha, name)) and _form_words(name) and not known.is_form(name)
-    }
+    usable = [name for name in names if any(map(str.isalpha, name)) and _form_words(name)]
+    new = {name: [] for name in usable if not known.is_form(name)}
     return joined_tables([table, new] if new else [table])
 
 
@@ -192,25 +159,21 @@ def _table_of(document: Any, path: str | Path) -> dict[str, list[str]]:
     table = document
     if isinstance(document, dict) and document.get("format") == FORMAT:
         if document.get("version") != VERSION:
-            raise UserError(
-                f"{path} has layout version {document.get('version')!r}, this program reads "
-                f"{VERSION}; write the entities again"
-            )
+            version = document.get("version")
+            raise UserError(f"{path} has layout version {version!r}; write the entities again")
         table = document.get("entities")
     well_formed = isinstance(table, dict) and all(
         isinstance(forms, list) and all(isinstance(form, str) for form in forms)
         for forms in table.values()
     )
     if not well_formed:
-        raise UserError(
-            f'{path} must hold one JSON object such as {{"dog": ["dog", "puppy"]}}: a list of '
-            "surface forms for each entity name"
-        )
+        example = '{"dog": ["dog", "puppy"]}'
+        raise UserError(f"{path} must hold a list of forms for each entity name, as in {example}")
     return table
 
 
 def _form_words(form: str) -> tuple[str, ...]:
     """The words of a surface form; () if it has a mark in place of a word."""
     tokens = tuple(words(form))
-    are_words = all(token.strip(EDGE) and token != MASK_TOKEN.lower() for token in tokens)
+    are_words = all(token.strip(_EDGE) and token != MASK_TOKEN.lower() for token in tokens)
     return tokens if are_words else ()

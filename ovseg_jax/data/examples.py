@@ -4,8 +4,7 @@ The record of a slot comes from `order.record_index`. Everything random about th
 `order.example_rng(seed, epoch, key)`, drawn in this order: the caption if the record has several,
 the prompt template, the partner (entity, then record), the view or the augmentation of the image,
 that of the partner's image, the nouns, the entity that is masked. So cached and uncached texts use
-the same caption and template, and cached and uncached images the same partner. The partner shares
-an entity of the drawn caption, which any of the partner's captions may name.
+the same caption and template, and cached and uncached images the same partner.
 """
 
 import hashlib
@@ -16,21 +15,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from ovseg_jax.data import captions as texts
 from ovseg_jax.data.augment import complete_transform, train_image
-from ovseg_jax.data.captions import (
-    TRAINING,
-    Masking,
-    masked_texts,
-    noun_sentences,
-    shared_prompt,
-    token_targets,
-)
+from ovseg_jax.data.captions import Masking
 from ovseg_jax.data.decoding import UnreadableImage
-from ovseg_jax.data.entities import EntitySet, unmasked
+from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.order import Pairs, example_rng, find_pairs, record_index
-from ovseg_jax.data.records import MOST_NAMES, ClassCaptions, Record, RecordSource, keys_of
-from ovseg_jax.data.tokenizer import Tokenizer
+from ovseg_jax.data.order import example_rng, find_pairs, record_index
+from ovseg_jax.data.records import MOST_NAMES, ClassCaptions, Record, RecordSource
+from ovseg_jax.data.tokenizer import TRAINING_TEMPLATES, Tokenizer, unmasked
 from ovseg_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
@@ -61,7 +54,7 @@ class Examples:
       entity_set: the entities.
       tokenizer: not needed if `text_store` is given.
       spec: `text_length` (M), `transform` (see `augment.complete_transform`), `templates` (default:
-        `captions.TRAINING`), `nouns` (how many nouns of a caption become sentences; default 0),
+        TRAINING_TEMPLATES), `nouns` (how many nouns of a caption become sentences; default 0),
         `masking` (see `captions.Masking`; default "all_entities").
       batch_size: the global batch size.
       seed: of the order and of everything random about an example.
@@ -70,16 +63,14 @@ class Examples:
         this batch size.
       with_pairs: draw a second image that shares an entity (Sec. 3.2.3).
       slots: the slots of the global batch that this process reads; all of them by default.
-      image_store: cached image features, read in place of images.
-      text_store: cached text features, read in place of token ids.
-      pairs: partners of records; `order.find_pairs` by default.
+      image_store, text_store: cached features, read in place of images and token ids.
 
     Attributes:
       slots: as above.
       failures: key -> cause of the records that weighed 0 so far, each logged once a process.
 
     Raises:
-      UserError: the settings do not fit each other or the stores.
+      UserError: there are no records, or the stores are of other data.
     """
 
     def __init__(
@@ -98,24 +89,17 @@ class Examples:
         slots: Sequence[int] | None = None,
         image_store: FeatureStore | None = None,
         text_store: FeatureStore | None = None,
-        pairs: Pairs | None = None,
     ):
         self.slots = tuple(range(batch_size)) if slots is None else tuple(map(int, slots))
-        if not self.slots or not all(0 <= slot < batch_size for slot in self.slots):
-            raise UserError(f"the slots {self.slots} must be some of 0..{batch_size - 1}")
-        if last_step < first_step:
-            raise UserError(f"last_step {last_step} comes before first_step {first_step}")
         if not len(source):
             raise UserError(f"the data set {source.name} has no records; check path and filters")
-        if text_store is None and tokenizer is None:
-            raise UserError("texts that are not cached need a tokenizer; give one")
         self._source, self._entity_set, self._tokenizer = source, entity_set, tokenizer
         self._is_mixture = hasattr(source, "record_at")
         self._batch, self._seed = batch_size, seed
         self._start = first_step * batch_size if first_position is None else first_position
         self._steps = last_step - first_step
         self._images, self._texts = image_store, text_store
-        self._templates = tuple(spec.get("templates") or TRAINING)
+        self._templates = tuple(spec.get("templates") or TRAINING_TEMPLATES)
         self._masking = Masking(spec.get("masking", Masking.ALL_ENTITIES))
         self._nouns = int(spec.get("nouns", 0)) if text_store is None else 0
         self._length = 0 if text_store is not None else int(spec["text_length"])
@@ -126,11 +110,9 @@ class Examples:
         # are all read at once.
         self._without_images = None
         if image_store is not None:
-            named = zip(keys_of(source), source.captions(), strict=True)
+            named = zip(source.keys(), source.captions(), strict=True)
             self._without_images = [Record(b"", captions, key) for key, captions in named]
-        self._pairs = None
-        if with_pairs:
-            self._pairs = find_pairs(source, entity_set) if pairs is None else pairs
+        self._pairs = find_pairs(source, entity_set) if with_pairs else None
         self._name = "image" if image_store is None else "image_features"
 
     def __len__(self) -> int:
@@ -172,21 +154,21 @@ class Examples:
             except _Unusable as error:
                 self._note(error)
                 shared = None
-        nouns = {}
+        sentences = []
         if self._nouns:
-            nouns = self._noun_ids(noun_sentences(caption, self._nouns, self._templates, rng))
+            sentences = texts.noun_sentences(caption, self._nouns, self._templates, rng)
         if self._texts is not None:
-            texts, answer = self._cached_texts(at, number, template), entities
+            read, answer = self._cached_texts(at, number, template), entities
         else:
-            masked = masked_texts(
+            masked = texts.masked_texts(
                 caption, self._entity_set, self._templates[template], self._masking, rng
             )
-            texts, answer = self._ids(caption, masked.masked, masked.prompt), masked.answer
-            texts |= self._targets(texts, masked.mentions)
+            read, answer = self._ids(caption, masked.masked, masked.prompt), masked.answer
+            read |= self._targets(read, masked.mentions)
         return {
             self._name: image,
-            **texts,
-            **nouns,
+            **read,
+            **self._noun_ids(sentences),
             **self._pair(second, shared),
             "weight": np.float32(1),
             "entity_weight": np.float32(bool(answer)),
@@ -197,18 +179,17 @@ class Examples:
     def _empty(self) -> Example:
         """The example of a record that cannot be used."""
         if self._texts is not None:
-            texts = {
-                name: np.zeros_like(text) for name, text in self._cached_texts(0, 0, 0).items()
-            }
+            cached = self._cached_texts(0, 0, 0)
+            read = {name: np.zeros_like(text) for name, text in cached.items()}
             # A visible token: attention over none at all would be 0/0.
-            texts["masked_mask"][0] = True
+            read["masked_mask"][0] = True
         else:
-            texts = self._ids("", "", "")
-            texts |= self._targets(texts, ())
+            read = self._ids("", "", "")
+            read |= self._targets(read, ())
         return {
             self._name: self._no_image(),
-            **texts,
-            **(self._noun_ids([]) if self._nouns else {}),
+            **read,
+            **self._noun_ids([]),
             **self._pair(None, None),
             "weight": np.float32(0),
             "entity_weight": np.float32(0),
@@ -239,30 +220,30 @@ class Examples:
 
     def _no_image(self) -> np.ndarray:
         if self._images is not None:
-            views = self._images["image"]
-            return np.zeros(views.shape[2:], views.dtype)
-        size = self._transform["size"]
-        return np.zeros((size, size, 3), np.uint8)
+            return np.zeros_like(self._images["image"][0, 0])
+        return np.zeros((self._transform["size"],) * 2 + (3,), np.uint8)
 
     def _pair(self, second: np.ndarray | None, shared: int | None) -> Example:
         """The second image, and the sentence for the entity that it shares."""
         if self._pairs is None:
             return {}
-        example = {
-            self._name.replace("image", "image2"): self._no_image() if second is None else second,
-            "pair_weight": np.float32(second is not None),
-        }
         if self._texts is not None:
             table = self._texts["shared_pooled"]
             none = np.zeros(table.shape[1:], table.dtype)
-            return {**example, "shared_pooled": none if shared is None else table[shared]}
-        text = "" if shared is None else shared_prompt(self._entity_set.names[shared])
-        return {**example, "shared_ids": self._encode([text])[0][0]}
+            sentence = {"shared_pooled": none if shared is None else table[shared]}
+        else:
+            names = self._entity_set.names
+            text = "" if shared is None else texts.shared_prompt(names[shared])
+            sentence = {"shared_ids": self._encode([text])[0][0]}
+        return {
+            self._name.replace("image", "image2"): self._no_image() if second is None else second,
+            "pair_weight": np.float32(second is not None),
+            **sentence,
+        }
 
     def _cached_texts(self, at: int, number: int, template: int) -> Example:
         """The features of caption `number` of a record."""
         store = self._texts
-        assert store is not None
         row = store["caption_rows"][store["caption_starts"][at] + number]
         masked = store["masked_rows"][row]
         return {
@@ -272,57 +253,49 @@ class Examples:
             "prompt_pooled": store["prompt_pooled"][store["prompt_rows"][row, template]],
         }
 
-    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        assert self._tokenizer is not None
-        return self._tokenizer.encode_with_cuts(texts, self._length)
+    def _encode(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self._tokenizer.encode_with_cuts(sentences, self._length)
 
     def _ids(self, caption: str, masked: str, prompt: str) -> Example:
-        ids, cut = self._encode([caption, masked, prompt])
-        names = ("caption_ids", "masked_ids", "prompt_ids")
-        return {**dict(zip(names, ids, strict=True)), "truncated": cut.any()}
+        (caption_ids, masked_ids, prompt_ids), cut = self._encode([caption, masked, prompt])
+        ids = {"caption_ids": caption_ids, "masked_ids": masked_ids, "prompt_ids": prompt_ids}
+        return {**ids, "truncated": cut.any()}
 
-    def _targets(self, texts: Example, mentions: tuple[int, ...] | None) -> Example:
+    def _targets(self, read: Example, mentions: tuple[int, ...] | None) -> Example:
         if not self._masking.classifies:
             return {}
-        assert self._tokenizer is not None
-        targets = token_targets(texts["masked_ids"], self._tokenizer.mask_id, mentions)
-        return {"masked_targets": targets}
+        mask_id = self._tokenizer.mask_id
+        return {"masked_targets": texts.token_targets(read["masked_ids"], mask_id, mentions)}
 
     def _noun_ids(self, sentences: list[str]) -> Example:
+        if not self._nouns:
+            return {}
         empty = [""] * (self._nouns - len(sentences))
-        return {
-            "noun_ids": self._encode(sentences + empty)[0],
-            "noun_present": np.arange(self._nouns) < len(sentences),
-        }
+        present = np.arange(self._nouns) < len(sentences)
+        return {"noun_ids": self._encode(sentences + empty)[0], "noun_present": present}
 
     def _note(self, error: "_Unusable") -> None:
-        if error.key not in self.failures:
-            self.failures[error.key] = error.cause
-            _log.warning("record %s cannot be used and weighs 0: %s", error.key, error.cause)
+        key, cause = error.args
+        if key not in self.failures:
+            self.failures[key] = cause
+            _log.warning("record %s cannot be used and weighs 0: %s", key, cause)
 
     def _check_stores(self) -> None:
-        records, templates, entities = map(len, (self._source, self._templates, self._entity_set))
-        counts = []
-        if (images := self._images) is not None:
-            counts.append(("image", images["image"].shape[0], records))
-        if (texts := self._texts) is not None:
-            counts.append(("caption_starts", len(texts["caption_starts"]) - 1, records))
-            counts.append(("prompt_rows", texts["prompt_rows"].shape[1], templates))
-            counts.append(("shared_pooled", texts["shared_pooled"].shape[0], entities))
-        for name, have, want in counts:
+        counts = {}
+        if self._images is not None:
+            counts["image"] = (len(self._images["image"]), len(self._source))
+        if (stored := self._texts) is not None:
+            counts["caption_starts"] = (len(stored["caption_starts"]) - 1, len(self._source))
+            counts["prompt_rows"] = (stored["prompt_rows"].shape[1], len(self._templates))
+            counts["shared_pooled"] = (len(stored["shared_pooled"]), len(self._entity_set))
+        for name, (have, want) in counts.items():
             if have != want:
-                raise UserError(
-                    f"the cached array {name} is for {have} and not for {want} records, templates "
-                    "or entities; delete the cache folder to have it computed again"
-                )
+                wrong = f"the cached array {name} is for {have} and not for {want} of them"
+                raise UserError(f"{wrong}; delete the cache folder to have it computed again")
 
 
 class _Unusable(Exception):
-    """A record that keeps its slot with weight 0."""
-
-    def __init__(self, key: str, cause: str):
-        super().__init__(key, cause)
-        self.key, self.cause = key, cause
+    """A record that keeps its slot with weight 0; the arguments are its key and the cause."""
 
 
 def entity_set_hash(entities: Sequence[int | str]) -> int:
@@ -331,14 +304,11 @@ def entity_set_hash(entities: Sequence[int | str]) -> int:
 
 
 def caption_set(captions: Sequence[str], number: int) -> Int32[np.ndarray, "4"]:
-    """Hashes of what describes an image: its drawn caption; of a class, the drawn name first.
+    """Hashes of what describes an image: its drawn caption `number`; of a class, its names.
 
-    The drawn text of an example is right for another example if its hash is among the other's: two
-    photographs of a class, whatever templates were drawn, and a horse beside another breed of it.
-
-    Args:
-      captions: of the record.
-      number: which of them was drawn.
+    The drawn text, or name, comes first. It is right for another example if its hash is among the
+    other's: two photographs of a class, whatever templates were drawn, and a horse beside another
+    breed of it.
     """
     names = (captions[number],)
     if isinstance(captions, ClassCaptions):

@@ -23,31 +23,22 @@ Layout = Mapping[str, tuple[tuple[int, ...], Any]]
 class FeatureStore:
     """Named arrays on disk. Get one with `create` (writable) or `open` (read-only).
 
-    Arrays of an image store: `image` [N, V, L, D], and where records could not be read `valid`
-    [N] (0 for those). Arrays of a text store, in which every text is held once: `caption_pooled`
-    [C, Dt], `masked_tokens` [K, M, Dt], `masked_mask` [K, M], `prompt_pooled` [P, Dt],
-    `shared_pooled` [entities, Dt]; and rows of them: caption i of record r has the row
-    c = `caption_rows[caption_starts[r] + i]` of the captions, `masked_rows[c]` of the masked ones
-    and `prompt_rows[c, t]` of the prompts. There are N records, V views, L patches, T templates, M
-    text tokens, C different captions, K masked captions and P prompts.
+    For N records, V views and L patches, an image store has `image` [N, V, L, D], and `valid` [N]
+    (0 where a record could not be read). A text store holds every text once, for C different
+    captions, K masked ones of M tokens, P prompts and T templates: `caption_pooled` [C, Dt],
+    `masked_tokens` [K, M, Dt], `masked_mask` [K, M], `prompt_pooled` [P, Dt], `shared_pooled`
+    [entities, Dt]. Caption i of record r has the row c = `caption_rows[caption_starts[r] + i]` of
+    the captions, `masked_rows[c]` of the masked ones and `prompt_rows[c, t]` of the prompts.
     """
 
     def __init__(self, directory: Path, key: str, layout: Layout, target: Path | None = None):
-        self.directory = directory
-        self.key = key
-        self._layout = {
-            name: (tuple(shape), np.dtype(kind)) for name, (shape, kind) in layout.items()
-        }
-        self._target = target
+        self.directory, self.key, self._target = directory, key, target
+        self._layout = {name: (shape, np.dtype(kind)) for name, (shape, kind) in layout.items()}
         self._arrays: dict[str, np.ndarray] = {}
 
     @classmethod
     def create(cls, directory: str | Path, key: str, arrays: Layout) -> "FeatureStore":
-        """Begins a store of zeros beside `directory`; `commit` moves it there.
-
-        Args:
-          arrays: name -> (shape, dtype).
-        """
+        """Begins a store of zeros (name -> shape, dtype), which `commit` moves to `directory`."""
         target = Path(directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f".{target.name}.building-*"):
@@ -71,33 +62,23 @@ class FeatureStore:
                 return None
             layout = {name: (tuple(shape), kind) for name, (shape, kind) in meta["arrays"].items()}
             store = cls(directory, key, layout)
-            for name in store.names:
+            for name in store._layout:
                 store._load(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return store
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._layout)
-
     def __contains__(self, name: str) -> bool:
         return name in self._layout
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array, mapped into memory.
-
-        Raises:
-          UserError: the store has no such array, or its file was damaged after it was opened.
-        """
+        """The array, mapped into memory; a UserError if it is absent or was damaged meanwhile."""
         if name not in self._arrays:
             try:
                 self._load(name)
             except (OSError, ValueError, KeyError) as error:
-                raise UserError(
-                    f"{self.directory / name}.npy cannot be read ({error}); delete the folder to "
-                    "have it computed again"
-                ) from error
+                file = f"{self.directory / name}.npy cannot be read ({error})"
+                raise UserError(f"{file}; delete the folder to have it computed again") from error
         return self._arrays[name]
 
     def _load(self, name: str) -> None:
@@ -109,10 +90,7 @@ class FeatureStore:
         self._arrays[name] = array.view(np.ndarray)
 
     def commit(self) -> "FeatureStore":
-        """Writes the arrays out and moves the folder to its name, over a store that is there.
-
-        Returns the store, opened read-only.
-        """
+        """Moves the folder to its name, over a store that is there; returns it opened read-only."""
         assert self._target is not None, "only a store from `create` can be committed"
         for array in self._arrays.values():
             array.flush()

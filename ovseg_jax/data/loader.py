@@ -11,8 +11,7 @@ from ovseg_jax.data.examples import Examples
 from ovseg_jax.errors import RestartError
 
 Batch = dict[str, np.ndarray]
-# Batches that wait ready for every reading thread.
-_BATCHES_AHEAD = 2
+_BATCHES_AHEAD = 2  # that wait ready for every reading thread
 
 
 def make_loader(*data: Any, workers: int = 0, threads: int = 4, **settings: Any) -> "Loader":
@@ -23,9 +22,6 @@ def make_loader(*data: Any, workers: int = 0, threads: int = 4, **settings: Any)
       workers: worker processes; 0 reads in threads of this process.
       threads: reading threads (of each worker), at most one where images and texts are cached; 0
         reads a batch when it is asked for.
-
-    Raises:
-      UserError: the settings do not fit each other or the stores.
     """
     if settings.get("image_store") is not None and settings.get("text_store") is not None:
         # Nothing is decoded or tokenized, only copied: several threads, which mostly wait for
@@ -59,8 +55,8 @@ class Loader:
     Iterating raises RestartError when a worker process dies.
 
     Attributes:
-      failures: key -> cause of the records that weighed 0 so far, of this process only: worker
-        processes log theirs as warnings, and `weight` shows them in the batch.
+      failures: those of `Examples`, of this process only: worker processes log theirs as warnings,
+        and `weight` shows them in the batch.
     """
 
     def __init__(self, examples: Examples, workers: int, threads: int):
@@ -69,16 +65,15 @@ class Loader:
         self.failures: Mapping[str, str] = examples.failures
         # Whole batches before the split among workers, who read them in turn; an IterDataset
         # batched after it would lose the ends of each worker's share.
-        dataset = grain.MapDataset.source(batches).to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_BATCHES_AHEAD * threads)
-        )
+        options = grain.ReadOptions(threads, prefetch_buffer_size=_BATCHES_AHEAD * threads)
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
         if workers:
             if not flags.FLAGS.is_parsed():
                 # Grain reads its absl flags when it starts a worker, also in programs and notebooks
                 # that parse none.
                 flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(options)
+            processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(processes)
         self._dataset = dataset
 
     def __len__(self) -> int:
@@ -93,10 +88,8 @@ class Loader:
         except RuntimeError as error:
             if "Worker process was terminated" not in str(error):
                 raise
-            raise RestartError(
-                "a worker process that reads data was killed, perhaps for want of memory "
-                f"(config.data.workers asks for several): {error}"
-            ) from None
+            cause = "a worker process that reads data was killed, perhaps for want of memory"
+            raise RestartError(f"{cause} (see config.data.workers): {error}") from None
         finally:
             # Stops worker processes at once, not when the garbage collector runs.
             iterator.close()

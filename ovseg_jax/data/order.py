@@ -1,8 +1,7 @@
 """Which record comes in which slot of which step, its partner, and the randomness of an example.
 
 All are pure functions, so a run does not depend on the number of processes or workers that read the
-data, and can resume at any step. The partner of a record is another one that names one of the same
-entities (Sec. 3.2.3).
+data, and can resume at any step.
 """
 
 import functools
@@ -20,17 +19,15 @@ from ovseg_jax.errors import UserError
 
 # Feistel rounds of the index permutation; Grain allows no fewer.
 _ROUNDS = 4
+# (partner record, shared entity), or (None, None) where there is no other record.
+Partner = tuple[int | None, int | None]
 
 
 def record_index(seed: int, n_records: int, position: int) -> tuple[int, int]:
     """(epoch, record index) of a position in the order of examples.
 
     Epochs follow each other without a gap, and every epoch is another permutation of the records.
-    Slot s of a step reads position p + s after p examples in the earlier steps. Needs no memory:
-    the permutation is computed index by index.
-
-    Raises:
-      UserError: there are no records.
+    Slot s of a step reads position p + s after p examples in the earlier steps. Needs no memory.
     """
     if n_records < 1:
         raise UserError("the data set has no records; check its path and its filters")
@@ -52,13 +49,11 @@ def digest(text: str, size: int) -> int:
 
 @runtime_checkable
 class Pairs(Protocol):
-    """Draws partners of records."""
+    """Draws partners of records, as `PairIndex` does."""
 
     def partner(
         self, rng: np.random.Generator, record: int, entities: Sequence[int]
-    ) -> tuple[int | None, int | None]:
-        """Draws (partner record, shared entity), or (None, None); see `PairIndex.partner`."""
-        ...
+    ) -> Partner: ...
 
 
 class PairIndex:
@@ -70,25 +65,16 @@ class PairIndex:
     """
 
     def __init__(
-        self,
-        starts: Int64[np.ndarray, "entities_plus_one"],
-        records: Int64[np.ndarray, "mentions"],
+        self, starts: Int64[np.ndarray, "entities_plus_one"], records: Int64[np.ndarray, "mentions"]
     ):
         self.starts = starts
         self.records = records
 
     @classmethod
     def build(cls, entity_lists: Iterable[Collection[int]]) -> "PairIndex":
-        """Makes the index from the entity ids of each record, in record order.
-
-        Raises:
-          UserError: an entity id is negative.
-        """
+        """Makes the index from the entity ids of each record, in record order."""
         # An id counts once, however often the captions name the entity.
         ids = [np.unique(np.fromiter(listed, np.int64)) for listed in entity_lists]
-        for record, unique in enumerate(ids):
-            if unique.size and unique[0] < 0:
-                raise UserError(f"record {record} has the entity id {unique[0]}; ids begin at 0")
         entity = np.concatenate([np.zeros(0, np.int64), *ids])
         records = np.repeat(np.arange(len(ids)), np.array([unique.size for unique in ids], int))
         starts = np.concatenate([[0], np.cumsum(np.bincount(entity, minlength=1))])
@@ -104,10 +90,8 @@ class PairIndex:
             return self.records[:0]
         return self.records[self.starts[entity] : self.starts[entity + 1]]
 
-    def partner(
-        self, rng: np.random.Generator, record: int, entities: Sequence[int]
-    ) -> tuple[int | None, int | None]:
-        """Draws (partner record, shared entity), or (None, None) when there is no other record.
+    def partner(self, rng: np.random.Generator, record: int, entities: Sequence[int]) -> Partner:
+        """Draws another record that shares an entity with this one (Sec. 3.2.3).
 
         The entity is uniform over those of `entities` that another record names too, and the
         partner is uniform over the other records with it. Draws two numbers when there is a
@@ -129,15 +113,16 @@ class PairIndex:
 
 
 def find_pairs(source: RecordSource, entity_set: EntitySet) -> Pairs:
-    """The partners in a source, from the index that `ovseg_jax.prepare` stored, or a new one.
-
-    A record is listed under the entities of any of its captions.
-    """
+    """The partners in a source, from the index that `ovseg_jax.prepare` stored, or a new one."""
     if hasattr(source, "find_pairs"):
         return source.find_pairs(entity_set)
-    stored = stored_pairs(source, entity_set)
-    if stored is not None:
-        return stored
+    # Ids are positions: the order of the table counts.
+    if isinstance(source, ArrayRecordSource) and list(source.manifest.entities.items()) == list(
+        entity_set.table.items()
+    ):
+        stored = source.entity_index()
+        if stored is not None:
+            return PairIndex(*stored)
 
     # Photographs of a class share hundreds of captions.
     @functools.lru_cache(maxsize=100_000)
@@ -145,14 +130,3 @@ def find_pairs(source: RecordSource, entity_set: EntitySet) -> Pairs:
         return {entity for text in captions for entity in entity_set.find(text)}
 
     return PairIndex.build(map(named, source.captions()))
-
-
-def stored_pairs(source: RecordSource, entity_set: EntitySet) -> PairIndex | None:
-    """The index on disk, if there is one and it is of these entities."""
-    if not isinstance(source, ArrayRecordSource):
-        return None
-    # Ids are positions: the order of the table counts.
-    if list(source.manifest.entities.items()) != list(entity_set.table.items()):
-        return None
-    arrays = source.entity_index()
-    return None if arrays is None else PairIndex(*arrays)

@@ -1,17 +1,15 @@
 """Records, each an image with its captions, and the folders that hold them.
 
-A folder of records has ArrayRecord shards, an index of keys and captions (`index.jsonl`), and
-`manifest.json`, which says what the folder must hold and is checked before anything is used; a
-folder that `ovseg_jax.prepare` wrote also has an entity -> records index. A stored record is the
-msgpack array `[2, key, [captions], image, [entity ids]]`: a layout version, strings, bytes, and
-integers. Nothing in a folder is a pickle. Layout 1, with a single caption in place of the list, is
-still read.
+A folder has ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`,
+which says what the folder must hold and is checked first; a prepared one also has an entity ->
+records index. A stored record is the msgpack array `[2, key, [captions], image, [entity ids]]`,
+beginning with its layout; nothing is a pickle. Layout 1, with a single caption, is still read.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +18,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_data_source
 
-from ovseg_jax.data.captions import CLIP, fill
+from ovseg_jax.data.tokenizer import CLIP_TEMPLATES, fill
 from ovseg_jax.errors import UserError
 
 RECORD_LAYOUT = 2
@@ -30,11 +28,9 @@ ENTITY_INDEX_NAMES = ("entities.starts.npy", "entities.records.npy")
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ovseg_jax records"
 VERSION = 3
-# What `Manifest.captions` may say.
-TEXTS, CLASS_NAMES = "texts", "class_names"
-_AGAIN = "write the records again into an empty folder"
-# Names of a class that are told apart; `ovseg_jax.prepare` gives no more.
-MOST_NAMES = 4
+TEXTS, CLASS_NAMES = "texts", "class_names"  # what `Manifest.captions` may say
+_AGAIN = "copy the file again, or write the records again into an empty folder"
+MOST_NAMES = 4  # names of a class that are told apart; `ovseg_jax.prepare` gives no more
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,6 @@ class Record:
       captions: the texts that came with the image, at least one: a tuple, or `ClassCaptions`.
       key: a name that is unique within its data set.
       entities: sorted ids of the entities that any of the captions names.
-
-    Raises:
-      ValueError: there is no caption, or a string in place of a tuple.
     """
 
     image: bytes
@@ -83,9 +76,8 @@ class ClassCaptions(Sequence[str]):
 class RecordSource(Protocol):
     """Random access to the records of one data set.
 
-    A source may also have `keys() -> list[str]`, so that a reader who needs no images (the text
-    caches, cached image features) reads none; `caption_sample` (see `sample_captions`); and
-    `find_pairs(entity_set)`, if it has another way to find partners than `order.find_pairs`.
+    A source may also have `caption_sample` (see `sample_captions`), and `find_pairs(entity_set)` if
+    it has another way to find partners than `order.find_pairs`.
     """
 
     name: str
@@ -94,8 +86,12 @@ class RecordSource(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def keys(self) -> list[str]:
+        """Every key in record order, if possible without reading the records."""
+        ...
+
     def captions(self) -> list[Sequence[str]]:
-        """The captions of every record, if possible without reading the records."""
+        """The captions of every record, likewise."""
         ...
 
     def fingerprint(self) -> str:
@@ -103,57 +99,38 @@ class RecordSource(Protocol):
         ...
 
 
-def keys_of(source: RecordSource) -> list[str]:
-    """Every key in record order, through `source.keys()` where the source has it."""
-    keys = getattr(source, "keys", None)
-    if callable(keys):
-        return list(keys())
-    return [source[index].key for index in range(len(source))]
-
-
 def sample_captions(source: RecordSource, most: int) -> list[str]:
     """Up to about `most` captions of records that are evenly spread, one from each record."""
-    sample = getattr(source, "caption_sample", None)
-    if callable(sample):
-        return sample(most)
+    if hasattr(source, "caption_sample"):
+        return source.caption_sample(most)
     captions = source.captions()
-    return _one_of_each(captions[:: max(1, len(captions) // most)])
+    return _spread(captions[:: max(1, len(captions) // most)])
 
 
-def _one_of_each(records: Iterable[Sequence[str]]) -> list[str]:
-    # The first caption of the first record, the second of the second, and so on.
+def _spread(records: Iterable[Sequence[str]]) -> list[str]:
+    """The first caption of the first record, the second of the second, and so on."""
     return [captions[number % len(captions)] for number, captions in enumerate(records)]
 
 
 def key_digest(keys: Iterable[str]) -> str:
     """SHA-256 of a list of keys in order, and of their lengths: no two lists are hashed alike."""
     digest = hashlib.sha256()
-    for key in keys:
-        _add(digest, key.encode())
+    for key in map(str.encode, keys):
+        digest.update(len(key).to_bytes(8, "little") + key)
     return digest.hexdigest()
 
 
 def pack_record(record: Record) -> bytes:
-    """A record as bytes (see the module's docstring).
-
-    Raises:
-      UserError: the key or a caption is not valid Unicode.
-    """
+    """A record as bytes; a UserError where the key or a caption is not valid Unicode."""
     fields = [record.key, list(record.captions), record.image, list(record.entities)]
     try:
         return msgpack.packb([RECORD_LAYOUT, *fields])
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"a caption or the key of record {record.key!r} is not valid Unicode; drop the record"
-        ) from error
+        raise UserError(f"record {record.key!r} has text that is not Unicode; drop it") from error
 
 
 def unpack_record(data: bytes) -> Record:
-    """Inverse of `pack_record`; reads layout 1 too.
-
-    Raises:
-      ValueError: the bytes are no record of these layouts.
-    """
+    """Inverse of `pack_record`; reads layout 1 too. A ValueError where the bytes are no record."""
     try:
         layout, key, captions, image, entities = msgpack.unpackb(data)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
@@ -192,9 +169,8 @@ class Manifest:
       shards: the ArrayRecord files in record order.
       index: the file with one `[key, [captions]]` a line, in record order.
       entities: entity name -> surface forms, in id order.
-      source: name of the source that was written.
-      source_fingerprint: the fingerprint of that source.
-      keys_sha256: digest of the key list (`records.key_digest`).
+      source, source_fingerprint: name and fingerprint of the source that was written.
+      keys_sha256: the `key_digest` of all keys.
       tool: program and version that wrote the folder.
       files: further files: the entity -> records index, where there is one.
       captions: "texts", or "class_names" that training puts into templates.
@@ -249,71 +225,42 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads and checks the manifest and the presence and size of every file that it names.
-
-    Raises:
-      UserError: the folder or a file is missing, cut short, or was changed after it was written.
-    """
+    """Reads and checks the manifest, and the presence and size of every file that it names."""
     path = directory / MANIFEST_NAME
-    if not directory.is_dir():
-        raise UserError(f"there is no folder of records at {directory}; check the path")
     if not path.is_file():
-        raise UserError(
-            f"{directory} has no {MANIFEST_NAME}, so it is no finished folder of records; {_AGAIN}"
-        )
+        missing = f"there is no folder of records at {directory}: no {MANIFEST_NAME}"
+        raise UserError(f"{missing}; check the path, or write the records with ovseg_jax.prepare")
     try:
         document = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); {_AGAIN}") from error
-    if not isinstance(document, Mapping) or document.get("format") != FORMAT:
-        raise UserError(f"{path} is not a manifest of records; check the path")
-    if document.get("version") not in (2, VERSION):
-        raise UserError(
-            f"{path} has layout version {document.get('version')!r}, this program reads 2 and "
-            f"{VERSION}; {_AGAIN}"
-        )
-    try:
-        fields = {"captions": TEXTS} | {
-            name: document[name] for name in Manifest.__annotations__ if name in document
-        }
-        fields |= {
-            name: tuple(FileInfo(**info) for info in document[name]) for name in ("shards", "files")
-        }
-        manifest = Manifest(**fields | {"index": FileInfo(**document["index"])})
-        digest = manifest.digest()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} lacks a field or has a wrong one ({error}); {_AGAIN}") from error
-    if manifest.count != sum(shard.count for shard in manifest.shards):
-        raise UserError(f"{path}: the shards' counts do not add up to {manifest.count}; {_AGAIN}")
-    if digest != document.get("manifest_sha256"):
-        raise UserError(f"{path} was changed after it was written; restore it, or {_AGAIN}")
+        if document["format"] != FORMAT or document["version"] not in (2, VERSION):
+            raise ValueError(f"{document['format']!r}, version {document['version']}, is not read")
+        known = {name: document[name] for name in Manifest.__annotations__ if name in document}
+        files = {name: tuple(FileInfo(**f) for f in document[name]) for name in ("shards", "files")}
+        manifest = Manifest(**known | files | {"index": FileInfo(**document["index"])})
+        if manifest.count != sum(shard.count for shard in manifest.shards):
+            raise ValueError(f"the shards' counts do not add up to {manifest.count}")
+        if manifest.digest() != document["manifest_sha256"]:
+            raise ValueError("it was changed after it was written")
+    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be used ({error}); {_AGAIN}") from error
     for info in manifest.everything():
         _check_file(directory / info.file, info)
     return manifest
 
 
 def _check_file(path: Path, info: FileInfo) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; copy the file, or {_AGAIN}")
-    size = path.stat().st_size
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise UserError(f"{path} is missing; {_AGAIN}")
     if size != info.bytes:
-        raise UserError(
-            f"{path} has {size} bytes and should have {info.bytes}: it was cut short or changed; "
-            f"copy the file again, or {_AGAIN}"
-        )
+        wrong = f"{path} was cut short or changed: it has {size} and not {info.bytes} bytes"
+        raise UserError(f"{wrong}; {_AGAIN}")
 
 
 class ArrayRecordSource:
-    """A folder of records at random access. Can be pickled; it opens the files on first use.
+    """A folder of records at random access. It can be pickled, and opens files on first use."""
 
-    Args:
-      name_templates: for class names, in a folder that has these in place of captions.
-
-    Raises:
-      UserError: the manifest or a shard is missing, cut short or changed (see `read_manifest`).
-    """
-
-    def __init__(self, directory: str | Path, name_templates: Sequence[str] = CLIP):
+    def __init__(self, directory: str | Path, name_templates: Sequence[str] = CLIP_TEMPLATES):
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         self.name = self.manifest.source
@@ -326,22 +273,20 @@ class ArrayRecordSource:
         return self.manifest.count
 
     def __getitem__(self, index: int) -> Record:
-        """Reads one record.
-
-        Raises:
-          IndexError: no such record.
-          UserError: the shard is damaged at this record.
-        """
+        """Reads a record; a UserError where the shard is damaged at this record."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.directory}")
+        if self._reader is None:
+            # With the counts from the manifest, the reader opens no shard before it is needed.
+            self._reader = array_record_data_source.ArrayRecordDataSource(
+                [f"{self.directory / s.file}[0:{s.count}]" for s in self.manifest.shards]
+            )
         try:
-            record = unpack_record(self._data()[index])
-            return replace(record, captions=self._as_captions(record.captions))
+            record = unpack_record(self._reader[index])
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(
-                f"record {index} of {self.directory} cannot be read ({error}): its shard is "
-                "damaged; copy the shard again, or write the records again"
-            ) from error
+            where = f"record {index} of {self.directory}: its shard is damaged ({error})"
+            raise UserError(f"{where}; {_AGAIN}") from error
+        return replace(record, captions=self._as_captions(record.captions))
 
     def _as_captions(self, stored: Sequence[str]) -> Sequence[str]:
         """The captions that stored ones stand for."""
@@ -350,30 +295,16 @@ class ArrayRecordSource:
             return texts
         return self._of_class.setdefault(texts, ClassCaptions(texts, self._templates))
 
-    def _data(self) -> array_record_data_source.ArrayRecordDataSource:
-        if self._reader is None:
-            # With the counts from the manifest, the reader opens no shard before it is needed.
-            self._reader = array_record_data_source.ArrayRecordDataSource(
-                [f"{self.directory / s.file}[0:{s.count}]" for s in self.manifest.shards]
-            )
-        return self._reader
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
 
     def verify(self) -> None:
-        """Checks every byte of the folder against the manifest.
-
-        Raises:
-          UserError: naming the first file that differs.
-        """
+        """Compares every byte with the manifest; a UserError names the first file that differs."""
         for info in self.manifest.everything():
             path = self.directory / info.file
             _check_file(path, info)
             if file_digest(path) != info.sha256:
-                raise UserError(
-                    f"{path} was changed after it was written; copy the file again, or {_AGAIN}"
-                )
+                raise UserError(f"{path} was changed after it was written; {_AGAIN}")
 
     def entity_index(self) -> tuple[np.ndarray, ...] | None:
         """The arrays of a `order.PairIndex` of the manifest's entities; None if not stored."""
@@ -389,42 +320,25 @@ class ArrayRecordSource:
 
     def caption_sample(self, most: int) -> list[str]:
         """See `sample_captions`; keeps only the sample in memory."""
-        step = max(1, len(self) // most)
-        every = itertools.islice(self._index(), 0, None, step)
-        return _one_of_each(captions for _, captions in every)
+        every = itertools.islice(self._index(), 0, None, max(1, len(self) // most))
+        return _spread(captions for _, captions in every)
 
     def _index(self) -> Iterator[tuple[str, Sequence[str]]]:
         """(key, captions) of every record, after the keys were checked; one at a time in memory."""
         path = self.directory / self.manifest.index.file
-        count = 0
-
-        def keys(rows: Iterator[list[str]]) -> Iterator[str]:
-            nonlocal count
-            for row in rows:
-                count += 1
-                yield row[0]
-
         try:
-            with path.open(encoding="ascii") as stream:
-                digest = key_digest(keys(json.loads(line) for line in stream))
-            if count != len(self) or digest != self.manifest.keys_sha256:
-                raise ValueError("its keys are not those of the manifest")
-            with path.open(encoding="ascii") as stream:
-                for key, captions in map(json.loads, stream):
+            with path.open("rb") as lines:
+                if key_digest(json.loads(line)[0] for line in lines) != self.manifest.keys_sha256:
+                    raise ValueError("its keys are not those of the manifest")
+            with path.open("rb") as lines:
+                for key, captions in map(json.loads, lines):
                     # Version 2 of the manifest has the caption itself in place of the list.
                     listed = [captions] if isinstance(captions, str) else captions
                     yield key, self._as_captions(listed)
-        except (ValueError, TypeError, LookupError, OSError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}); copy the file again, or write the records again"
-            ) from error
+        except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
     def fingerprint(self) -> str:
         # Without the templates: caches of images do not depend on them, and caches of texts have
         # the captions in their key.
         return self.manifest.digest()[:16]
-
-
-def _add(digest: Any, part: bytes) -> None:
-    digest.update(len(part).to_bytes(8, "little"))
-    digest.update(part)

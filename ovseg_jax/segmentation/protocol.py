@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ovseg_jax.data.captions import expand_templates
+from ovseg_jax.data.tokenizer import expand_templates
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
 

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from ovseg_jax import sharding
-from ovseg_jax.data.entities import unmasked
-from ovseg_jax.data.tokenizer import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer, unmasked
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import listed
 from ovseg_jax.models.ovsegmentor import OVSegmentor

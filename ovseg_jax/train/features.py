@@ -27,11 +27,11 @@ from ovseg_jax.data.captions import (
     shared_prompt,
 )
 from ovseg_jax.data.decoding import UnreadableImage
-from ovseg_jax.data.entities import EntitySet, unmasked
+from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.order import example_rng
 from ovseg_jax.data.records import RecordSource
-from ovseg_jax.data.tokenizer import Tokenizer
+from ovseg_jax.data.tokenizer import Tokenizer, unmasked
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim.groups import flatten

@@ -12,13 +12,13 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ovseg_jax import processes, sharding
-from ovseg_jax.data.captions import Masking, expand_templates, masked_texts
+from ovseg_jax.data.captions import Masking, masked_texts
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.loader import Loader, make_loader
 from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
-from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer, text_length
+from ovseg_jax.data.tokenizer import Tokenizer, expand_templates, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim import groups

@@ -23,7 +23,7 @@ from caption_corpus import captions
 from nltk.tokenize import NLTKWordTokenizer
 
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare.inputs import RawPair
+from ovseg_jax.data.prepare.pairs import RawPair
 from ovseg_jax.data.prepare.rules import Rules, clean_captions
 from ovseg_jax.data.words import plurals, words
 

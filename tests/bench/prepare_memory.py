@@ -19,17 +19,17 @@ import numpy as np
 from caption_corpus import captions
 from PIL import Image
 
-from ovseg_jax.data.prepare.inputs import InputShard, RawPair
+from ovseg_jax.data.prepare.pairs import InputShard, RawPair
 
 ROOT = Path(__file__).parents[2]
 PER_SHARD = 10_000
 PREPARE = """
 from pathlib import Path
 from prepare_memory import MadeUp
-from ovseg_jax.data.prepare.run import parse_choice
+from ovseg_jax.data.prepare.pipeline import parse_choice
 from ovseg_jax.prepare import local_jobs
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.run import prepare
+from ovseg_jax.data.prepare.pipeline import prepare
 prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(),
         run_jobs=local_jobs(0), say=lambda line: None)
 """

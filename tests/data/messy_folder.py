@@ -4,8 +4,8 @@ from pair_folders import encoded, jpeg, write_img2dataset
 from PIL import Image
 
 from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.prepare.pipeline import EntityChoice, prepare
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.run import EntityChoice, prepare
 from ovseg_jax.data.prepare.source_img2dataset import Img2DatasetSource
 from ovseg_jax.prepare import local_jobs
 

@@ -9,22 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-PARQUET = pa.schema(
-    [
-        ("url", pa.string()),
-        ("caption", pa.string()),
-        ("key", pa.string()),
-        ("status", pa.string()),
-        ("error_message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("exif", pa.string()),
-        ("sha256", pa.string()),
-    ]
-)
-
 
 def pixels(seed=0, side=40, channels=3):
     shape = (side, side + 8) + ((channels,) if channels > 1 else ())
@@ -43,20 +27,9 @@ def jpeg(seed=0, side=40):
 
 def row(key, caption, status="success"):
     """A row of img2dataset's parquet file, which KEY.json holds too."""
-    failed = status != "success"
-    return {
-        "url": f"http://example.org/{key}.jpg",
-        "caption": caption,
-        "key": key,
-        "status": status,
-        "error_message": "HTTP Error 404: Not Found" if failed else None,
-        "width": None if failed else 48,
-        "height": None if failed else 40,
-        "original_width": None if failed else 48,
-        "original_height": None if failed else 40,
-        "exif": None if failed else "{}",
-        "sha256": None if failed else "0" * 64,
-    }
+    error = None if status == "success" else "HTTP Error 404: Not Found"
+    text = {"url": f"http://example.org/{key}.jpg", "caption": caption, "key": key}
+    return {**text, "status": status, "error_message": error, "width": 48, "height": 40}
 
 
 def add_file(archive, name, content):
@@ -83,6 +56,5 @@ def write_img2dataset(folder, number, pairs, failed=(), image_kind="jpg", parque
             add_file(archive, f"{key}.txt", text)
     rows += [row(key, "a dog that is gone", "failed_to_download") for key in failed]
     if parquet:
-        columns = {name: [entry[name] for entry in rows] for name in PARQUET.names}
-        pq.write_table(pa.table(columns, PARQUET), folder / f"{number:05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:05d}.parquet")
     return folder / f"{number:05d}.tar"

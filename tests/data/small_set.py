@@ -60,6 +60,15 @@ def read_batches(source, tokenizer, **changes):
     return list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
 
 
+def joined(readers, slots):
+    """The batches of several readers put together; each has read some of the slots."""
+    columns = np.argsort(sum(slots, []))
+    return [
+        {name: np.concatenate([part[name] for part in parts])[columns] for name in parts[0]}
+        for parts in zip(*readers, strict=True)
+    ]
+
+
 def assert_same(left, right):
     """Two lists of batches are equal to the bit."""
     assert len(left) == len(right)

@@ -79,32 +79,14 @@ def test_kind_none_is_the_whole_image():
     np.testing.assert_array_equal(view({"kind": "none", "size": 8}), resize_square(IMAGE, 8))
 
 
-def test_reduced_decoding_takes_the_same_part():
-    big = IMAGE.resize((1200, 750), Image.Resampling.BICUBIC)
-    data = encode(big, "JPEG", quality=95)
-    spec = {"kind": "crop", "size": 32, "scale": (0.3, 1.0)}
-    for seed in range(5):
-        whole = view(spec, seed, data).astype(np.float32)
-        reduced = view({**spec, "reduced_decoding": True}, seed, data).astype(np.float32)
-        assert 0 < np.abs(whole - reduced).mean() < 2
-
-
 def test_unreadable_images_have_a_cause():
     for spec in (STAGE_1, {**STAGE_1, "reduced_decoding": True}, {"kind": "none", "size": 8}):
         with pytest.raises(UnreadableImage):
             view(spec, data=PNG[:-30])
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32))
-def test_jitter_keeps_the_shape_and_is_off_at_zero(brightness, contrast, saturation, seed):
-    strengths = (brightness, contrast, saturation)
-    image = color_jitter(IMAGE, np.random.default_rng(seed), strengths)
-    assert image.size == IMAGE.size and image.mode == "RGB"
-    if not any(strengths):
-        assert image is IMAGE
-
-
 def test_jitter_factors_span_their_range():
+    assert color_jitter(IMAGE, np.random.default_rng(0), (0.0, 0.0, 0.0)) is IMAGE
     gray = Image.new("RGB", (4, 4), (100, 100, 100))
     levels = [
         np.asarray(color_jitter(gray, np.random.default_rng(seed), (0.4, 0.0, 0.0)))[0, 0, 0]
@@ -121,13 +103,13 @@ def test_jitter_factors_span_their_range():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "blur"}, "'blur'"),
+        ({"kind": "blur"}, "kind must be 'none' or 'crop'"),
         ({"siez": 8}, "size"),
         ({"size": 0}, "size"),
-        ({"flip": True}, "flip is a probability"),
-        ({"flip": 1.5}, "flip is a probability"),
+        ({"flip": True}, "flip must be a probability"),
+        ({"flip": 1.5}, "flip must be a probability"),
         ({"scale": (0.5, 0.2)}, "scale"),
-        ({"scale": (0.5, 1.2)}, "exceed"),
+        ({"scale": (0.5, 1.2)}, "scale must be two shares"),
         ({"ratio": (0.0, 1.0)}, "ratio"),
         ({"color_jitter": (0.4, 0.4)}, "color_jitter"),
         ({"rand_augment": {"operation": 2}}, "rand_augment.operation is no field"),
@@ -144,9 +126,6 @@ def test_jitter_factors_span_their_range():
 def test_wrong_fields_are_named(change, said):
     with pytest.raises(UserError, match=said):
         complete_transform({"kind": "crop", "size": 8, **change})
-
-
-def test_missing_fields():
     with pytest.raises(UserError, match="lacks 'size'"):
         complete_transform({"kind": "crop"})
     assert complete_transform({"kind": "crop", "size": 8})["rand_augment"]["operations"] == 0
@@ -201,10 +180,6 @@ def test_equals_plain_pillow(name, magnitude, sign, plain):
     np.testing.assert_array_equal(np.asarray(found), np.asarray(plain(MID_LEVELS)))
 
 
-def test_there_are_fifteen_and_all_are_compared():
-    assert len(OPERATIONS) == 15 and {row[0] for row in GOLDEN} == set(OPERATIONS)
-
-
 @given(
     st.sampled_from(list(OPERATIONS)),
     st.floats(0, 10),
@@ -213,6 +188,7 @@ def test_there_are_fifteen_and_all_are_compared():
     st.integers(1, 20),
 )
 def test_size_mode_and_source_stay(name, magnitude, sign, width, height):
+    assert len(OPERATIONS) == 15 and {row[0] for row in GOLDEN} == set(OPERATIONS)
     pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
     image = Image.fromarray(pixels.copy())
     found = apply_operation(image, name, magnitude, sign)
@@ -220,40 +196,6 @@ def test_size_mode_and_source_stay(name, magnitude, sign, width, height):
     np.testing.assert_array_equal(np.asarray(image), pixels)
     again = apply_operation(image, name, magnitude, sign)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
-
-
-WITHOUT_MAGNITUDE = {"auto_contrast", "equalize", "invert"}
-
-
-def changed(name, magnitude, sign):
-    """How much an operation changes an image on which nothing is clipped or comes back around."""
-    ramp = np.linspace(64, 127, 64).astype(np.uint8)
-    channels = np.broadcast_arrays(ramp[None], ramp[:, None], ramp[None] // 2)
-    pixels = np.stack(channels, -1)
-    if name == "sharpness":  # a ramp is as sharp as can be
-        pixels = pixels + 6 * (np.indices((64, 64)).sum(0) % 2).astype(np.uint8)[..., None]
-    found = np.asarray(apply_operation(Image.fromarray(pixels), name, magnitude, sign), np.float32)
-    if name == "solarize":  # more pixels are inverted, whatever that does to each
-        return (found != pixels).mean()
-    if name.startswith("translate"):  # the center never sees the border
-        found, pixels = found[30:34, 30:34], pixels[30:34, 30:34]
-    return np.abs(found - pixels).mean()
-
-
-@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - WITHOUT_MAGNITUDE))
-@given(st.floats(0, 10), st.floats(0, 10), st.sampled_from([-1, 1]))
-def test_a_greater_magnitude_changes_more(name, first, second, sign):
-    low, high = sorted((first, second))
-    assert changed(name, low, sign) <= changed(name, high, sign) + 0.05
-    assert changed(name, 0.0, sign) < changed(name, 10.0, sign)
-
-
-def test_strength_zero_leaves_the_image():
-    still = {"rotate", "solarize", "solarize_add", "color", "contrast", "brightness", "sharpness"}
-    still |= {"shear_x", "shear_y", "translate_x", "translate_y"}
-    for name in still:
-        found = np.asarray(apply_operation(ODD_SIZED, name, 0.0, 1))
-        np.testing.assert_array_equal(found, np.asarray(ODD_SIZED), err_msg=name)
 
 
 def drawn(monkeypatch, spec, count):

@@ -2,6 +2,7 @@
 
 import json
 
+import nltk
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from ovseg_jax.data.words import (
     noun_finder,
     plurals,
     singular,
-    word_list,
     word_spans,
     words,
 )
@@ -46,7 +46,7 @@ def names(caption):
         ("A dog.", ["dog"]),
         ("Two puppies and three BUSES", ["dog", "bus"]),
         ("mice, people; men (women)", ["mouse", "person", "person", "person"]),
-        ("by the fire hydrants near a fire", ["fire hydrant", "fire"]),
+        ("by the Fire  hydrants near a fire", ["fire hydrant", "fire"]),
         ("fire, hydrant", ["fire"]),
         ("T-Shirts and a tee shirt", ["t-shirt", "t-shirt"]),
         ("the dog's bowl, the dogs' bowl, the dog\u2019s bowl", ["dog", "dog", "dog"]),
@@ -62,18 +62,6 @@ def names(caption):
 )
 def test_mentions(caption, expected):
     assert names(caption) == expected
-
-
-def test_spans_cut_out_exactly_the_mention():
-    caption = 'The "Fire  Hydrant", near two puppies.'
-    assert [caption[start:end] for start, end, _ in ENTITIES.spans(caption)] == [
-        "Fire  Hydrant",
-        "puppies",
-    ]
-
-
-def test_find_is_sorted_and_unique():
-    assert ENTITIES.find("a bus, a dog, a bus and a puppy") == (0, 5)
 
 
 def test_the_mask_token_is_no_mention_of_a_mask():
@@ -96,16 +84,6 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(deadline=None)
-@given(st.lists(FRAGMENTS).map("".join))
-def test_mentions_do_not_overlap_and_are_found_again_alone(text):
-    end = 0
-    for start, stop, identity in ENTITIES.spans(text):
-        assert start >= end
-        assert ENTITIES.find(text[start:stop]) == (identity,)
-        end = stop
-
-
 def test_form_under_two_entities_is_an_error():
     with pytest.raises(UserError, match="'cat'.*'tiger'.*'feline'"):
         EntitySet({"tiger": ["cat"], "feline": ["cat"]})
@@ -119,20 +97,14 @@ def test_forms_without_a_word_are_an_error(table):
         EntitySet(table)
 
 
-def test_json_round_trip(tmp_path):
-    ENTITIES.to_json(tmp_path / "e.json")
-    again = EntitySet.from_json(tmp_path / "e.json")
-    assert again.table == ENTITIES.table
-    assert again.names == ENTITIES.names
-
-
 def test_a_file_of_bare_names_and_forms_is_read_too(tmp_path):
     path = tmp_path / "e.json"
     ENTITIES.to_json(path, source="a test", counts={"dog": 3})
+    assert EntitySet.from_json(path).table == ENTITIES.table
     document = json.loads(path.read_text("utf-8"))
     assert (document["source"], document["counts"]) == ("a test", {"dog": 3})
-    path.write_text(json.dumps(document["entities"]))
-    assert EntitySet.from_json(path).table == ENTITIES.table
+    path.write_text(json.dumps({"TV Monitor": [], **document["entities"]}))
+    assert EntitySet.from_json(path).find("a tv monitor, a bus, a dog and a bus") == (0, 1, 6)
 
 
 BAD_FILES = ["{", "[]", '{"dog": "dog"}', '{"dog": [1]}', None]
@@ -152,50 +124,24 @@ def test_bad_entity_file_is_a_user_error(tmp_path, content):
         EntitySet.from_json(path)
 
 
-REGULAR_AND_IRREGULAR = {
-    "dog": "dogs",
-    "bus": "buses",
-    "box": "boxes",
-    "church": "churches",
-    "city": "cities",
-    "boy": "boys",
-    "knife": "knives",
-    "bookshelf": "bookshelves",
-    "cliff": "cliffs",
-    "snowman": "snowmen",
-    "human": "humans",
-    "grandchild": "grandchildren",
-    "sheep": "sheep",
-    "photo": "photos",
-    "shoe": "shoes",
-    "movie": "movies",
-    "headache": "headaches",
-    "horse": "horses",
-    "rose": "roses",
-    "lens": "lenses",
-    "walrus": "walruses",
-    "zebra": "zebras",
-    "fox": "foxes",
-    "t-shirt": "t-shirts",
-}
+PLURALS = """dog/dogs bus/buses box/boxes church/churches city/cities boy/boys knife/knives
+bookshelf/bookshelves cliff/cliffs snowman/snowmen human/humans grandchild/grandchildren sheep/sheep
+photo/photos shoe/shoes movie/movies headache/headaches horse/horses rose/roses lens/lenses
+walrus/walruses zebra/zebras fox/foxes t-shirt/t-shirts"""
 
 
-@pytest.mark.parametrize("one", REGULAR_AND_IRREGULAR)
-def test_plural_and_back(one):
-    many = REGULAR_AND_IRREGULAR[one]
+@pytest.mark.parametrize("pair", PLURALS.split())
+def test_plural_and_back(pair):
+    one, many = pair.split("/")
     assert many in plurals(one)
-    assert singular(many) == one
-    assert singular(one) == one
+    assert singular(many) == singular(one) == one
 
 
 CAPTIONS = [
-    "a brown dog running on the beach",
-    "two dogs and a cat in the garden",
-    "a cat sleeping on a wooden chair",
-    "the happiness of a beautiful morning",
-    "three boxes on the table",
-    "a dog under the table",
-]
+    "a brown dog running on the beach", "two dogs and a cat in the garden",
+    "a cat sleeping on a wooden chair", "the happiness of a beautiful morning",
+    "three boxes on the table", "a dog under the table",
+]  # fmt: skip
 
 
 def counted(captions, finder):
@@ -211,80 +157,21 @@ def test_frequent_concrete_nouns_become_entities():
     assert list(chosen.items()) == [("dog", 3), ("cat", 2), ("table", 2), ("beach", 1)]
     everything = choose_entities(counts, top=100)
     assert set(everything) == {"dog", "cat", "table", "beach", "garden", "chair", "box"}
-    assert "happiness" in choose_entities(counts, top=100, abstract=[])
-
-
-def test_captions_without_nouns_are_a_user_error():
     with pytest.raises(UserError, match="no nouns"):
         choose_entities(counted(["very quickly", ""], BundledNouns()), top=100)
 
 
-@pytest.mark.parametrize(
-    "name",
-    """abstract adjectives determiners function invariant_plurals irregular_plurals
-    shape_exceptions singulars_in_e singulars_in_s verbs""".split(),
-)
-def test_word_lists_are_lower_case_words(name):
-    listed = word_list(name)
-    assert len(listed) > 20
-    assert all(word == word.lower() and not word.startswith("#") for word in listed)
-
-
-class _Sense:
-    def __init__(self, *above):
-        self._above = above
-
-    def hypernyms(self):
-        return self._above
-
-    def closure(self, relation):
-        for above in relation(self):
-            yield above
-            yield from above.closure(relation)
-
-
-class _WordNet:
-    """The few calls that are made, over a dictionary of four nouns."""
-
-    physical = _Sense()
-    senses = {"dog": _Sense(_Sense(physical)), "idea": _Sense(_Sense())}
-
-    def ensure_loaded(self):
-        pass
-
-    def morphy(self, word, kind):
-        return {"dogs": "dog", "ideas": "idea"}.get(word)
-
-    def synsets(self, lemma, kind):
-        return [self.senses[lemma]] if lemma in self.senses else []
-
-    def synset(self, name):
-        assert name == "physical_entity.n.01"
-        return self.physical
-
-
-def test_wordnet_is_used_where_it_is_installed(monkeypatch):
-    import nltk
-    import nltk.corpus
-
-    tags = {"dogs": "NNS", "ideas": "NNS", "qwerty": "NN", "test": "NN"}
-    monkeypatch.setattr(nltk.corpus, "wordnet", _WordNet())
+def test_wordnet_is_used_where_it_is_installed(wordnet, monkeypatch):
+    tags = {"horses": "NNS", "ideas": "NNS", "qwerty": "NN", "test": "NN"}
     monkeypatch.setattr(nltk, "pos_tag", lambda tokens: [(t, tags.get(t, "DT")) for t in tokens])
     finder = noun_finder()
     assert isinstance(finder, WordNetNouns)
-    assert choose_entities(counted(["some dogs and ideas, qwerty"], finder), top=9) == {"dog": 1}
+    assert choose_entities(counted(["some horses and ideas, qwerty"], finder), 9) == {"horse": 1}
 
 
 def test_without_corpora_the_word_lists_are_used(monkeypatch):
-    import nltk
-
     monkeypatch.setattr(nltk.data, "path", [])
     assert isinstance(noun_finder(), BundledNouns)
-
-
-def test_names_are_kept_as_written(tmp_path):
-    (tmp_path / "e.json").write_text(json.dumps({"TV Monitor": ["television"]}))
-    assert EntitySet.from_json(tmp_path / "e.json").find("a tv monitor") == (0,)
 
 
 def test_joined_tables_have_each_name_and_form_once():

@@ -1,4 +1,4 @@
-"""The order of records, of one data set and of several by weight; the randomness of examples."""
+"""The order of records and mixtures, partners, and the randomness of examples."""
 
 import io
 
@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from memory_source import MemorySource
 from ml_collections import ConfigDict
 from PIL import Image
-from small_set import assert_same
+from scipy import stats
+from small_set import assert_same, joined
 
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.order import PairIndex, example_rng, record_index, stored_pairs
+from ovseg_jax.data.order import PairIndex, example_rng, record_index
 from ovseg_jax.data.records import ArrayRecordSource, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.sources import Mixture, interleaved, make_source, missing_data
@@ -56,27 +57,15 @@ def test_every_epoch_is_a_permutation(n_records, seed, epoch):
     found = [record_index(seed, n_records, start + i) for i in range(n_records)]
     assert {at for at, _ in found} == {epoch}
     assert sorted(index for _, index in found) == list(range(n_records))
-
-
-def test_epochs_and_seeds_differ():
-    def epoch(seed, number):
-        return [record_index(seed, 50, number * 50 + i)[1] for i in range(50)]
-
-    orders = [tuple(epoch(seed, number)) for seed in (0, 1) for number in (0, 1)]
-    assert len(set(orders)) == 4
+    with pytest.raises(UserError, match="no records"):
+        record_index(seed, 0, start)
 
 
 def test_order_is_this_one_on_every_machine_and_version():
     """A changed order would silently break resuming: change the values only on purpose."""
-    assert [record_index(0, 10, position)[1] for position in range(20)] == GOLDEN
-
-
-GOLDEN = [9, 8, 3, 4, 2, 0, 5, 7, 6, 1, 5, 8, 7, 2, 6, 0, 4, 1, 3, 9]
-
-
-def test_empty_data_set_is_a_user_error():
-    with pytest.raises(UserError, match="no records"):
-        record_index(0, 0, 0)
+    golden = [9, 8, 3, 4, 2, 0, 5, 7, 6, 1, 5, 8, 7, 2, 6, 0, 4, 1, 3, 9]
+    assert [record_index(0, 10, position)[1] for position in range(20)] == golden
+    assert [record_index(1, 10, position)[1] for position in range(10)] != golden[:10]
 
 
 def test_example_rng_depends_on_seed_epoch_and_key_alone():
@@ -104,16 +93,6 @@ def test_every_stretch_has_its_shares(weights, first, length):
     assert sum(mixed.weights) == pytest.approx(1)
 
 
-@given(weights, st.integers(1, 300))
-def test_positions_of_a_part_are_counted_without_gap(weights, length):
-    cuts = Mixture([records(2, 0)] * len(weights), weights)._cuts
-    seen = {}
-    for position in range(length):
-        part, before = interleaved(position, cuts)
-        assert before == seen.get(part, 0)
-        seen[part] = before + 1
-
-
 @settings(max_examples=8)
 @given(st.integers(0, 2**40), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
 def test_every_data_set_has_epochs_of_its_own(seed, weights):
@@ -131,17 +110,6 @@ def test_every_data_set_has_epochs_of_its_own(seed, weights):
             assert len(found) == size or epoch == len(epochs) - 1
 
 
-def test_data_sets_of_one_size_have_orders_of_their_own():
-    mixed = Mixture([records(40, 0), records(40, 9)], [1, 1])
-    found = [[], []]
-    for position in range(80):
-        index = mixed.record_at(0, position)[1]
-        part = mixed.part_of(index)
-        inside = index - mixed.starts[part]
-        found[part].append(inside)
-    assert sorted(found[0]) == sorted(found[1]) and found[0] != found[1]
-
-
 def test_records_of_a_mixture(mixture):
     assert len(mixture) == 18 and mixture.weights == (0.25, 0.625, 0.125)
     assert [mixture[i].key for i in range(18)] == mixture.keys()
@@ -157,17 +125,9 @@ def test_records_of_a_mixture(mixture):
     assert Mixture(mixture.parts[::-1], [1, 1, 1]).fingerprint() != mixture.fingerprint()
 
 
-def read(source, tokenizer, **changes):
+def read(source, tokenizer, entities=ENTITIES, **changes):
     settings = {"batch_size": 8, "seed": 3, "first_step": 0, "last_step": 6, "with_pairs": True}
-    settings.update(changes)
-    return list(make_loader(source, ENTITIES, tokenizer, SPEC, threads=0, **settings))
-
-
-def joined(parts, columns):
-    return [
-        {name: np.concatenate([one[name] for one in step])[columns] for name in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
+    return list(make_loader(source, entities, tokenizer, SPEC, threads=0, **settings | changes))
 
 
 def test_any_split_and_any_start_give_the_same_batches(mixture, tokenizer):
@@ -176,7 +136,7 @@ def test_any_split_and_any_start_give_the_same_batches(mixture, tokenizer):
     assert_same(read(mixture, tokenizer, first_step=4), whole[4:])
     slots = [[0, 5, 2], [1, 3, 4, 6, 7]]
     parts = [read(mixture, tokenizer, slots=some) for some in slots]
-    assert_same(joined(parts, np.argsort(sum(slots, []))), whole)
+    assert_same(joined(parts, slots), whole)
 
 
 def test_batches_are_mixed_and_partners_stay_in_their_data_set(mixture, tokenizer):
@@ -196,8 +156,6 @@ def test_batches_are_mixed_and_partners_stay_in_their_data_set(mixture, tokenize
 @pytest.mark.parametrize(
     ("parts", "weights", "message"),
     [
-        ([], [], "mixture of 0 data sets"),
-        ([records(2, 0)], [1, 2], "1 data sets has 2 weights"),
         ([records(0, 0)], [1], "no records"),
         *(([records(2, 0)], [bad], "number above 0") for bad in (0, -1, np.nan, np.inf, True)),
     ],
@@ -214,23 +172,15 @@ def test_mixtures_that_cannot_be(parts, weights, message):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("prepared")
     for name, count, entities in (("a", 12, "scenes"), ("b", 7, "scenes"), ("c", 6, "published")):
-        assert not prepare(
-            [
-                f"--source=scenes:{count},size=32",
-                f"--out={root / name}",
-                f"--entities={entities}",
-                "--keep_without_entities",
-                "--workers=0",
-            ]
-        )
+        where = [f"--source=scenes:{count},size=32", f"--out={root / name}", "--workers=0"]
+        assert not prepare([*where, f"--entities={entities}", "--keep_without_entities"])
     return root
 
 
 def data_config(*mixture):
     scenes = {"split": "train", "count": 9, "seed": 0, "size": 32}
-    return ConfigDict(
-        {"source": "mixture", "records": {"dir": ""}, "scenes": scenes, "mixture": mixture}
-    )
+    config = {"source": "mixture", "records": {"dir": ""}, "scenes": scenes}
+    return ConfigDict({**config, "mixture": mixture})
 
 
 def test_mixture_of_a_config_maps_the_stored_indices(folders, tokenizer, monkeypatch):
@@ -247,20 +197,8 @@ def test_mixture_of_a_config_maps_the_stored_indices(folders, tokenizer, monkeyp
         raise AssertionError("an index is built")
 
     monkeypatch.setattr(PairIndex, "build", no_building)
-    settings = {"batch_size": 8, "seed": 0, "first_step": 0, "last_step": 2, "with_pairs": True}
-    batches = list(make_loader(source, entities, tokenizer, SPEC, **settings))
+    batches = read(source, tokenizer, entities, last_step=2)
     assert all(batch["weight"].all() and batch["pair_weight"].any() for batch in batches)
-
-
-def test_scenes_in_a_mixture_have_the_entities_of_the_records(folders):
-    source, entities = make_source(
-        data_config(
-            {"weight": 1, "scenes": {"count": 4}},
-            {"weight": 1, "records": {"dir": str(folders / "c")}},
-        )
-    )
-    assert isinstance(source.parts[0], ScenesSource) and source.parts[0].count == 4
-    assert list(entities.table) == list(source.parts[1].manifest.entities)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +228,69 @@ def test_records_of_different_entities_have_those_of_both(folders, tokenizer):
     tables = [part.manifest.entities for part in source.parts]
     assert list(entities.table)[: len(tables[0])] == list(tables[0])
     assert all(entities.is_form(name) for table in tables for name in table)
-    assert all(stored_pairs(part, entities) is None for part in source.parts)
-    settings = {"batch_size": 8, "seed": 0, "first_step": 0, "last_step": 2, "with_pairs": True}
-    batches = list(make_loader(source, entities, tokenizer, SPEC, **settings))
+    batches = read(source, tokenizer, entities, last_step=2)
     assert all(batch["pair_weight"].any() for batch in batches)
+
+
+def test_scenes_in_a_mixture_have_the_entities_of_the_records(folders):
+    stored = {"weight": 1, "records": {"dir": str(folders / "c")}}
+    source, entities = make_source(data_config({"weight": 1, "scenes": {"count": 4}}, stored))
+    assert isinstance(source.parts[0], ScenesSource) and source.parts[0].count == 4
+    assert list(entities.table) == list(source.parts[1].manifest.entities)
 
 
 def test_missing_folders_are_all_named(folders):
     parts = [{"weight": 1, "records": {"dir": name}} for name in ("x", str(folders / "a"), "y")]
     lines = missing_data(data_config(*parts))
     assert ["mixture[0]" in lines[0], "mixture[2]" in lines[1], len(lines)] == [True, True, 2]
+
+
+# ---- partners: never oneself, always a shared entity, uniform
+
+ENTITY_LISTS = st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=20)
+
+
+@settings(deadline=None)
+@given(ENTITY_LISTS, st.integers(0, 2**32))
+def test_partner_shares_the_entity_and_is_another_record(lists, seed):
+    index = PairIndex.build(lists)
+    for record, entities in enumerate(lists):
+        partner, shared = index.partner(np.random.default_rng(seed), record, entities)
+        others = [ids for at, ids in enumerate(lists) if at != record]
+        if not any(entity in ids for entity in entities for ids in others):
+            assert (partner, shared) == (None, None)
+            continue
+        assert partner != record
+        assert shared in entities
+        assert shared in lists[partner]
+
+
+@settings(deadline=None)
+@given(ENTITY_LISTS)
+def test_index_holds_each_mention_once_in_order(lists):
+    index = PairIndex.build(lists)
+    for entity in range(8):
+        expected = [record for record, ids in enumerate(lists) if entity in ids]
+        assert index.members(entity).tolist() == expected
+
+
+def test_entity_first_then_record_uniformly():
+    # Entity 0 has three other records, entity 1 has one: 1/6, 1/6, 1/6 and 1/2.
+    index = PairIndex.build([[0, 1, 2], [0], [0], [0], [1]])
+    rng = np.random.default_rng(0)
+    draws = [index.partner(rng, 0, (0, 1, 2)) for _ in range(6000)]
+    partners = np.bincount([partner for partner, _ in draws], minlength=5)
+    assert partners[0] == 0
+    expected = np.array([1 / 6, 1 / 6, 1 / 6, 1 / 2]) * len(draws)
+    assert stats.chisquare(partners[1:], expected).pvalue > 1e-3
+    assert {shared for _, shared in draws} == {0, 1}, "entity 2 has no other record"
+
+
+@pytest.mark.parametrize("record", [0, 5, 9])
+def test_uniform_wherever_the_record_stands(record):
+    index = PairIndex.build([[0]] * 10)
+    rng = np.random.default_rng(record)
+    drawn = [index.partner(rng, record, [0])[0] for _ in range(4500)]
+    counts = np.delete(np.bincount(drawn, minlength=10), record)
+    assert counts.sum() == 4500
+    assert stats.chisquare(counts).pvalue > 1e-3

@@ -5,8 +5,8 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from pair_folders import jpeg, write_img2dataset
 
-from ovseg_jax.data.prepare import run
-from ovseg_jax.data.prepare.inputs import parse_path
+from ovseg_jax.data.prepare import shard as work_files
+from ovseg_jax.data.prepare.pairs import parse_path
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main, open_source
 
@@ -102,59 +102,51 @@ def pairs_folder(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("entities", ["published", "auto:2"])
-def test_output_into_a_bucket_has_the_same_bytes(buckets, pairs_folder, tmp_path, entities):
-    where = [f"--source=img2dataset:{pairs_folder}", f"--entities={entities}", "--workers=0"]
-    assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
-    assert main([*where, "--out=s3://bucket/records"]) == 0
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
-    assert stored(buckets, "bucket/records") == expected
-    with pytest.raises(UserError, match="s3://bucket/records already holds records"):
-        main([*where, "--out=s3://bucket/records"])
-    with pytest.raises(UserError, match="s3://bucket is not empty"):
-        main([*where, "--out=s3://bucket"])
-
-
-def test_a_run_into_a_bucket_goes_on_where_it_was_killed(
-    buckets, pairs_folder, tmp_path, monkeypatch
-):
-    where = [f"--source=img2dataset:{pairs_folder}", "--entities=published", "--workers=0"]
-    assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
-    right, made = run.process_shard, []
-
-    def killed(source, shard, number, *rest):
-        if number == 2:
-            raise KeyboardInterrupt
-        return right(source, shard, number, *rest)
-
-    def counted(source, shard, number, *rest):
-        made.append(number)
-        return right(source, shard, number, *rest)
-
-    monkeypatch.setattr(run, "process_shard", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main([*where, "--out=s3://bucket/records"])
-    assert not buckets.exists("s3://bucket/records/manifest.json")
-    monkeypatch.setattr(run, "process_shard", counted)
-    with pytest.raises(UserError, match="begun with other arguments"):
-        main([*where, "--min_side=5", "--out=s3://bucket/records"])
-    assert main([*where, "--out=s3://bucket/records"]) == 0
-    assert made == [2]
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
-    assert stored(buckets, "bucket/records") == expected
-
-
 def stored(buckets, folder):
     """Name -> bytes of all that is in a folder of the buckets, at any depth."""
     names = buckets.find(f"s3://{folder}")
     return {name.partition(f"{folder}/")[2]: buckets.cat_file(name) for name in names}
 
 
+@pytest.mark.parametrize("entities", ["published", "auto:2"])
+def test_output_into_a_bucket_has_the_same_bytes(
+    buckets, pairs_folder, tmp_path, monkeypatch, entities
+):
+    """Also where the run was killed and goes on."""
+    where = [f"--source=img2dataset:{pairs_folder}", f"--entities={entities}", "--workers=0"]
+    assert main([*where, f"--out={tmp_path / 'local'}"]) == 0
+    right, made = work_files.process_shard, []
+
+    def killed(source, part, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        return right(source, part, number, *rest)
+
+    def counted(source, part, number, *rest):
+        made.append(number)
+        return right(source, part, number, *rest)
+
+    out = "--out=s3://bucket/records"
+    monkeypatch.setattr(work_files, "process_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*where, out])
+    assert not buckets.exists("s3://bucket/records/manifest.json")
+    monkeypatch.setattr(work_files, "process_shard", counted)
+    with pytest.raises(UserError, match="begun with other arguments"):
+        main([*where, "--min_side=5", out])
+    assert main([*where, out]) == 0
+    assert made == [2]
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert stored(buckets, "bucket/records") == expected
+    with pytest.raises(UserError, match="s3://bucket/records already holds records"):
+        main([*where, out])
+    with pytest.raises(UserError, match="s3://bucket is not empty"):
+        main([*where, "--out=s3://bucket"])
+
+
 def test_places_that_are_none(buckets, monkeypatch):
     with pytest.raises(UserError, match="there is no folder s3://bucket/none"):
         open_source("img2dataset:s3://bucket/none")
-    with pytest.raises(UserError, match="there is no file s3://bucket/t.tsv"):
-        open_source("files:s3://bucket/t.tsv")
 
     def no_network(*args, **kwargs):
         raise ConnectionError("no route")

@@ -53,12 +53,13 @@ def test_cc12m_and_cc3m_order_are_recognized(tmp_path, images):
         assert [pair.image for pair in read_all(source, images=False)] == [None] * 5
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_header_names_the_columns(tmp_path, images, mark):
+def test_header_names_the_columns(tmp_path, images, mark, separator):
     path = tmp_path / "t.csv"
     with path.open("w", newline="", encoding="utf-8") as stream:
         stream.write(mark)
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, delimiter=separator)
         writer.writerow(["id", "Width", "URL", "TEXT"])
         for number, (url, caption) in enumerate(zip(URLS, CAPTIONS, strict=True)):
             writer.writerow([f"k{number}", 640, url, caption + "\nsecond line"])
@@ -67,14 +68,6 @@ def test_header_names_the_columns(tmp_path, images, mark):
         (f"k{n}", caption + "\nsecond line", image)
         for n, (_, caption, image) in enumerate(EXPECTED)
     ]
-
-
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_separator_of_a_csv_is_found(tmp_path, images, separator):
-    path = tmp_path / "t.csv"
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, delimiter=separator).writerows(zip(CAPTIONS, URLS, strict=True))
-    assert usual(read_all(FileSource(path, images))) == EXPECTED
 
 
 NAMES = {
@@ -128,14 +121,8 @@ def test_rows_of_one_image_are_its_captions(tmp_path, images, monkeypatch, per_s
     monkeypatch.setattr(source_table, "_PER_SHARD", per_shard)
     separator = "," if name == "t.csv" else "\t"
     rows = [
-        (0, "a dog"),
-        (1, "a cat"),
-        (0, "one dog"),
-        (2, "x"),
-        (2, "x"),
-        (1, "two"),
-        (0, "three"),
-    ]
+        (0, "a dog"), (1, "a cat"), (0, "one dog"), (2, "x"), (2, "x"), (1, "two"), (0, "three"),
+    ]  # fmt: skip
     lines = ["url" + separator + "caption"]
     lines += [f"{URLS[image]}{separator}{caption}" for image, caption in rows]
     lines.insert(3, URLS[0])
@@ -166,21 +153,22 @@ def test_bad_rows_are_counted(tmp_path, images):
     assert pairs[2].captions == ("caf\udce9",)
 
 
+ANY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CELL = st.text(st.sampled_from("ab ,;\"'\\\n\t\u00e9"), max_size=12)
 PLAIN = st.text(st.sampled_from("ab ,;\"'\\\u00e9"), max_size=12)
 
 
 def table_of(folder, name, content):
-    """A source of a table whose images are all one file, and the rows that it gives."""
+    """(rows, pairs with a cause) of a table whose images are all one file."""
+    (folder / "x.jpg").touch()
     path = folder / name
     path.write_text(content, "utf-8", newline="")
-    source = FileSource(path)
-    return [(pair.key, caption) for pair in read_all(source) for caption in pair.captions], [
-        pair for pair in read_all(source) if pair.cause
-    ]
+    pairs = read_all(FileSource(path))
+    rows = [(pair.key, caption) for pair in pairs for caption in pair.captions]
+    return rows, [pair for pair in pairs if pair.cause]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY
 @given(
     captions=st.lists(CELL, min_size=1, max_size=8),
     separator=st.sampled_from(",\t"),
@@ -188,7 +176,6 @@ def table_of(folder, name, content):
     end=st.sampled_from(["\n", "\r\n"]),
 )
 def test_quoted_rows_are_those_of_the_csv_module(tmp_path, captions, separator, quoting, end):
-    (tmp_path / "x.jpg").touch()
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, delimiter=separator, quoting=quoting, lineterminator=end)
     writer.writerows([("image", "caption"), *(("x.jpg", caption) for caption in captions)])
@@ -199,12 +186,11 @@ def test_quoted_rows_are_those_of_the_csv_module(tmp_path, captions, separator, 
     assert (rows, bad) == (expected, [])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY
 @given(captions=st.lists(PLAIN, min_size=1, max_size=8), extra=st.sampled_from(["", "in", "out"]))
 @example(captions=['"'] * 3, extra="in")
 def test_unquoted_rows_are_lines(tmp_path, captions, extra):
     """As in CC12M: a quote is a letter, also where it begins a caption and never ends."""
-    (tmp_path / "x.jpg").touch()
     more = {"": [], "in": ['the "dog" house'] * 30, "out": ['"Hello" she said'] * 30}
     captions = captions + more[extra]
     has_quotes = any('"' in caption for caption in captions)
@@ -213,14 +199,13 @@ def test_unquoted_rows_are_lines(tmp_path, captions, extra):
     assert (rows, bad) == ([("x.jpg", text) for text in captions], [])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY
 @given(
     captions=st.lists(st.text(st.sampled_from("ab ,\u00e9"), max_size=9), min_size=2, max_size=9),
     broken=st.integers(0, 8),
     cut=st.booleans(),
 )
 def test_row_that_is_never_closed_costs_itself_alone(tmp_path, captions, broken, cut):
-    (tmp_path / "x.jpg").touch()
     # A file without a whole row is refused.
     broken = max(broken % len(captions), int(cut))
     lines = [f'x.jpg,"{caption} ""so"""\n' for caption in captions]
@@ -235,11 +220,13 @@ def test_row_that_is_never_closed_costs_itself_alone(tmp_path, captions, broken,
 
 
 def test_quotes_behind_backslashes(tmp_path):
-    (tmp_path / "x.jpg").touch()
-    content = (
-        'image,caption\nx.jpg,"a \\"big\\" dog, and a cat"\nx.jpg,"a cat, 5\\""\nx.jpg,a cat\n'
-    )
-    rows, bad = table_of(tmp_path, "t.csv", content)
+    lines = [
+        "image,caption",
+        r'x.jpg,"a \"big\" dog, and a cat"',
+        r'x.jpg,"a cat, 5\""',
+        "x.jpg,a cat",
+    ]
+    rows, bad = table_of(tmp_path, "t.csv", "\n".join([*lines, ""]))
     assert [caption for _, caption in rows] == ['a "big" dog, and a cat', 'a cat, 5"', "a cat"]
     assert not bad
 
@@ -250,9 +237,7 @@ def test_quotes_behind_backslashes(tmp_path):
         ("t.tsv", None, "there is no file"),
         ("t.parquet", "x", r"must be a \.tsv or \.csv"),
         ("t.tsv", "", "has no rows"),
-        ("t.tsv", "\n\n", "has no rows"),
         ("t.tsv", "a dog\na cat\n", "lacks a column.*'a dog'.*header"),
-        ("t.tsv", "a dog\tbrown\n", "lacks a column"),
         ("t.csv", "https://a.org/1.jpg\n", "lacks a column"),
         ("t.tsv", "https://a.org/1.jpg\ta dog\n", "none of the first .* images.*MD5.*--images"),
     ],
@@ -263,10 +248,7 @@ def test_tables_that_cannot_be_used(tmp_path, name, text, message):
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         FileSource(path)
-
-
-def test_missing_folder(tmp_path):
-    path = tmp_path / "t.tsv"
+    path = tmp_path / "good.tsv"
     path.write_text(f"{URLS[0]}\ta dog\n")
     with pytest.raises(UserError, match="no folder .*none; check --images"):
         FileSource(path, tmp_path / "none")

@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from small_set import ENTITIES, NAMES, SPEC, TEMPLATES, assert_same, make_tokenizer, text_ids
+from small_set import (
+    ENTITIES,
+    NAMES,
+    SPEC,
+    TEMPLATES,
+    make_tokenizer,
+    read_batches,
+    text_ids,
+)
 from small_set import make_source as small
 
 from ovseg_jax.data.examples import MOST_NAMES, caption_set
-from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.order import PairIndex
 from ovseg_jax.data.records import ClassCaptions, Record
 from ovseg_jax.data.sources import Mixture
 
@@ -39,9 +45,8 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def read(tokenizer):
     def read(source, **changes):
-        settings = {"batch_size": 6, "seed": 1, "first_step": 0, "last_step": STEPS}
-        settings |= {"with_pairs": True, "threads": 0, **changes}
-        return list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+        settings = {"batch_size": 6, "last_step": STEPS, "threads": 0, **changes}
+        return read_batches(source, tokenizer, **settings)
 
     return read
 
@@ -81,40 +86,6 @@ def test_every_caption_is_drawn_and_the_rest_follows_it(source, tokenizer, batch
         assert len(seen[index]) == epochs
         assert set(seen[index]) == set(range(len(captions_of(index))))
     assert partners > 0.9 * STEPS * 6
-
-
-def test_partner_is_among_those_with_the_entity_in_any_caption():
-    index = PairIndex.build([(1, 2), (2, 3), (3,)])
-    rng = np.random.default_rng(0)
-    # Entity 1 was drawn for record 0, which no other record has; for 2 there is record 1.
-    assert index.partner(rng, 0, (1,)) == (None, None)
-    assert index.partner(rng, 0, (2,)) == (1, 2)
-
-
-def test_any_split_of_the_work_draws_alike(source, read, batches):
-    assert_same(read(source, workers=2), batches)
-    assert_same(read(source, first_step=30), batches[30:])
-    mine, yours = read(source, slots=[0, 4]), read(source, slots=[1, 2, 3, 5])
-    columns = np.argsort([0, 4, 1, 2, 3, 5])
-    joined = [
-        {name: np.concatenate([left[name], right[name]])[columns] for name in left}
-        for left, right in zip(mine, yours, strict=True)
-    ]
-    assert_same(joined, batches)
-
-
-def test_single_caption_draws_nothing(source, read):
-    """Its images and templates stay, whatever captions the other records have."""
-    found = [source[index] for index in range(COUNT)]
-    alone = MemorySource([Record(r.image, (r.captions[0],), r.key) for r in found])
-    compared = 0
-    both = (read(records, with_pairs=False) for records in (alone, source))
-    for one, other in zip(*both, strict=True):
-        for at in np.flatnonzero(one["record"] == PLAIN):
-            for name in ("image", "caption_ids", "prompt_ids"):
-                np.testing.assert_array_equal(one[name][at], other[name][at])
-            compared += 1
-    assert compared == STEPS * 6 // COUNT
 
 
 def test_photographs_of_a_class_are_alike_whatever_was_drawn():

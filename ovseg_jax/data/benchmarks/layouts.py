@@ -9,13 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ovseg_jax.data.benchmarks.class_tables import class_table
-from ovseg_jax.data.benchmarks.folders import (
-    LabeledFolder,
-    find_root,
-    first_existing,
-    require,
-    require_equal_sizes,
-)
+from ovseg_jax.data.benchmarks.folders import LabeledFolder, find_root, first_existing, require
 from ovseg_jax.data.benchmarks.label_forms import (
     Labels,
     coco_instances,
@@ -28,13 +22,9 @@ from ovseg_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the labels of a benchmark.
+    """A form of the labels: its name in results, the file or folder (see `Layout`), and a reader.
 
-    Attributes:
-      name: what results call it.
-      path: the file or folder with the labels; see `Layout`.
-      read: a reader of `label_forms`.
-      differs: in what these labels differ from those that published scores were computed from.
+    `differs` says in what these labels differ from those of published scores.
     """
 
     name: str
@@ -51,9 +41,8 @@ class Layout:
 
     Attributes:
       roots: where the layout may begin under the folder that the user gives, '' for itself.
-      images: the folder of images.
+      images, suffix: the folder of images, and how their names end behind the key.
       forms: of the labels; the first whose path exists is read.
-      suffix: how the name of an image file ends behind the key.
     """
 
     roots: tuple[str, ...]
@@ -76,37 +65,30 @@ _PAINTED = (
     "maps of COCO-Stuff (stuffthingmaps_trainval2017)"
 )
 
+_COCO_STUFF = [Form("pixel maps", _COCO_MAPS, png_files)]
+# Published scores of COCO Object were computed from the pixel maps of COCO-Stuff, without its stuff
+# (the conversion that GroupViT began, and others took over). These maps number classes from 0.
+_COCO_OBJECT = [
+    Form("pixel maps", _COCO_MAPS, partial(png_files, offset=-1)),
+    Form("instances", _COCO_INSTANCES, coco_instances, _PAINTED),
+]
+# 'png' is as other programs convert them: the 59 in alphabetical order, 0 background.
+_CONTEXT = [
+    Form("png", "SegmentationClassContext", _CONTEXT_PNG),
+    Form("json", "trainval_merged.json", context_json),
+    Form("mat", "trainval", context_mat),
+]
+_VOC_ROOTS = [("", f"VOC{year}", f"VOCdevkit/VOC{year}") for year in (2012, 2010)]
+
 LAYOUTS = {
     # PASCAL VOC 2012: 20 classes and background.
-    "voc": Layout(
-        ("", "VOC2012", "VOCdevkit/VOC2012"),
-        "JPEGImages",
-        [Form("palette", "SegmentationClass", _VOC_PNG)],
-    ),
-    # PASCAL Context: VOC 2010's images with labels for all pixels, reduced to 59 classes; 'png' is
-    # as other programs convert them: the 59 in alphabetical order, 0 background.
-    "context": Layout(
-        ("", "VOC2010", "VOCdevkit/VOC2010"),
-        "JPEGImages",
-        [
-            Form("png", "SegmentationClassContext", _CONTEXT_PNG),
-            Form("json", "trainval_merged.json", context_json),
-            Form("mat", "trainval", context_mat),
-        ],
-    ),
-    # COCO Object: the 80 classes of COCO's instances, and background. Published scores were
-    # computed from the pixel maps of COCO-Stuff, without its stuff (the conversion that GroupViT
-    # began, and others took over). These maps number classes from 0.
-    "coco_object": Layout(
-        _COCO_ROOTS,
-        _COCO_IMAGES,
-        [
-            Form("pixel maps", _COCO_MAPS, partial(png_files, offset=-1)),
-            Form("instances", _COCO_INSTANCES, coco_instances, _PAINTED),
-        ],
-    ),
+    "voc": Layout(_VOC_ROOTS[0], "JPEGImages", [Form("palette", "SegmentationClass", _VOC_PNG)]),
+    # PASCAL Context: VOC 2010's images with labels for all pixels, reduced to 59 classes.
+    "context": Layout(_VOC_ROOTS[1], "JPEGImages", _CONTEXT),
+    # COCO Object: the 80 classes of COCO's instances, and background.
+    "coco_object": Layout(_COCO_ROOTS, _COCO_IMAGES, _COCO_OBJECT),
     # COCO-Stuff 164k: 80 things and 91 stuff classes, no background.
-    "coco_stuff": Layout(_COCO_ROOTS, _COCO_IMAGES, [Form("pixel maps", _COCO_MAPS, png_files)]),
+    "coco_stuff": Layout(_COCO_ROOTS, _COCO_IMAGES, _COCO_STUFF),
     # ADE20K as in the scene parsing challenge of 2016: 150 classes, no background.
     "ade20k": Layout(
         ("", "ADEChallengeData2016"),
@@ -124,28 +106,20 @@ LAYOUTS = {
 
 
 def open_folder(name: str, directory: str | Path, field: str, split: str = "val") -> LabeledFolder:
-    """Opens the official folder of a benchmark.
+    """Opens the official folder of a benchmark, which is `directory` or below it.
 
-    Args:
-      name: such as 'voc'.
-      directory: the official folder, or a folder above it.
-      field: flag or config field that holds `directory`, for messages.
-      split: "val" or "train".
-
-    Raises:
-      UserError: files are missing, or of another kind; it names them.
+    `split` is "val" or "train"; `field` is the flag or config field that holds `directory`. A
+    UserError names files that are missing, or of another kind.
     """
     layout = LAYOUTS[name]
     images = layout.images.format(split=split)
     forms = {form.path.format(split=split): form for form in layout.forms}
     root = find_root(name, directory, layout.roots, (images, "|".join(forms)), field)
-    paths = [path for path in forms if first_existing(root, path)]
-    form = forms[paths[0]]
-    keys, read_labels, masks = form.read(name, root, first_existing(root, paths[0]), split)
+    path = next(path for path in forms if first_existing(root, path))
+    form = forms[path]
+    keys, read_labels, masks = form.read(name, root, first_existing(root, path), split)
     files = tuple(first_existing(root, images) / f"{key}{layout.suffix}" for key in keys)
-    require(name, (*files, *masks))
-    if masks:
-        require_equal_sizes(name, files, masks)
+    require(name, files, masks)
     keys = tuple(key.rpartition("/")[2] for key in keys)
     return LabeledFolder(
         name, class_table(name), root, form.name, keys, files, read_labels, form.differs
@@ -159,14 +133,8 @@ OPENERS: dict[str, Callable[[str | Path, str], LabeledFolder]] = {
 
 
 def open_train(name: str, directory: str | Path, field: str) -> LabeledFolder:
-    """The training images of a benchmark; thresholds are never chosen on images that are reported.
-
-    Raises:
-      UserError: the set has no background and so no threshold, or files are missing.
-    """
+    """The training images; thresholds are never chosen on images that are reported."""
     if not class_table(name).background:
-        raise UserError(
-            f"benchmark {name} has no background, so there is no threshold to choose: leave out "
-            "--sweep, or the benchmark"
-        )
+        none = f"benchmark {name} has no background, so there is no threshold to choose"
+        raise UserError(f"{none}: leave out --sweep, or the benchmark")
     return open_folder(name, directory, field, "train")

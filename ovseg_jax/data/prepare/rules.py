@@ -11,7 +11,7 @@ from PIL import Image
 
 from ovseg_jax.data.decoding import UnreadableImage, opened, orientation_of, upright
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.prepare.inputs import RawPair
+from ovseg_jax.data.prepare.pairs import RawPair
 from ovseg_jax.data.records import Record
 from ovseg_jax.errors import UserError
 
@@ -36,8 +36,7 @@ REPEATED = "repeated caption"
 NO_IMAGE = "no image"
 SMALL_IMAGE = "image too small"
 DUPLICATE = "duplicate key"
-# The reason of `decoding.UnreadableImage` follows the colon.
-UNREADABLE = "unreadable image: "
+UNREADABLE = "unreadable image: "  # the cause of `decoding.UnreadableImage` follows
 
 # In the order in which the rules are tried. A pair, or a caption of a pair that has others, is
 # counted under the first rule that it breaks. A pair without any good caption counts as its first.
@@ -60,6 +59,7 @@ DROP_REASONS = {
     UNREADABLE + "empty": "the image has no bytes",
     UNREADABLE + "too large": "the image has more pixels than 2^26; it is never decoded",
     UNREADABLE + "not an image": "no known image format",
+    UNREADABLE + "unknown range": "gray values of an unknown range, which are never guessed",
     UNREADABLE + "damaged": "the image is cut short or cannot be decoded",
     SMALL_IMAGE: "the shorter side has fewer pixels than --min_side",
     DUPLICATE: "an earlier pair, with nothing wrong with it, has the same key",
@@ -87,13 +87,8 @@ _MODES = {
 class Rules:
     """What can be chosen about the rules.
 
-    Attributes:
-      min_side: the least length of an image's shorter side, in pixels.
-      max_caption: the most characters of a caption.
-      keep_without_entities: keep captions that name no entity (Table 2: CC12M unfiltered).
-
-    Raises:
-      UserError: a bound is below 1.
+    `min_side` is the least length of an image's shorter side, in pixels, `max_caption` the most
+    characters of a caption; `keep_without_entities` keeps captions that name no entity (Table 2).
     """
 
     min_side: int = 32
@@ -102,26 +97,19 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.min_side < 1 or self.max_caption < 1:
-            raise UserError(
-                f"--min_side={self.min_side} and --max_caption={self.max_caption} must be 1 or more"
-            )
+            bounds = f"--min_side={self.min_side} and --max_caption={self.max_caption}"
+            raise UserError(f"{bounds} must be 1 or more")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a pair: a record, or the reason why it is dropped.
+    """A record to keep, or the cause (of `DROP_REASONS`) why a pair is dropped.
 
-    Attributes:
-      record: to keep; None if the pair is dropped.
-      cause: the drop reason (of `DROP_REASONS`); '' if the pair is kept.
-      size: width and height of the image, upright, in pixels.
-      remarks: what is unusual about a pair that is kept.
-      dropped: the drop reason of each caption that is dropped of a pair that is kept.
+    `remarks` say what is unusual about a pair that is kept; `dropped` are causes of its captions.
     """
 
     record: Record | None
     cause: str = ""
-    size: tuple[int, int] = (0, 0)
     remarks: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -140,17 +128,17 @@ def judge(pair: RawPair, rules: Rules, entities: EntitySet) -> Verdict:
         captions, dropped, remarks = _judge_captions(pair, rules, entities)
         if pair.image is None:
             raise _Dropped(NO_IMAGE)
-        size, image_remarks = _check_image(pair.image, rules)
-    except _Dropped as dropped:
-        return Verdict(None, str(dropped))
+        remarks += _check_image(pair.image, rules)
+    except _Dropped as cause:
+        return Verdict(None, str(cause))
     named = tuple(sorted(set().union(*captions.values())))
     record = Record(image=pair.image, captions=tuple(captions), key=pair.key, entities=named)
-    return Verdict(record, "", size, remarks + image_remarks, dropped)
+    return Verdict(record, "", tuple(remarks), tuple(dropped))
 
 
 def _judge_captions(
     pair: RawPair, rules: Rules, entities: EntitySet
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[int, ...]], list[str], list[str]]:
     """(caption -> its entities for those that are kept, causes of the others, remarks)."""
     kept: dict[str, tuple[int, ...]] = {}
     dropped, remarks = [], []
@@ -169,7 +157,7 @@ def _judge_captions(
         remarks += unusual
     if not kept:
         raise _Dropped(dropped[0] if dropped else NO_CAPTION)
-    return kept, tuple(dropped), tuple(remarks)
+    return kept, dropped, remarks
 
 
 def clean_captions(pair: RawPair, rules: Rules) -> list[str]:
@@ -181,7 +169,7 @@ def clean_captions(pair: RawPair, rules: Rules) -> list[str]:
     return kept
 
 
-def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]]:
+def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, list[str]]:
     """(caption, remarks): HTML escapes resolved, runs of blanks replaced by one."""
     remarks = []
     try:
@@ -199,11 +187,6 @@ def clean_caption(text: str | bytes, rules: Rules) -> tuple[str, tuple[str, ...]
         raise _Dropped(EMPTY_CAPTION)
     if len(caption) > rules.max_caption:
         raise _Dropped(LONG_CAPTION)
-    _check_script(caption)
-    return caption, tuple(remarks)
-
-
-def _check_script(caption: str) -> None:
     if caption.isascii():
         letters = latin = sum(map(str.isalpha, caption))
     else:
@@ -213,10 +196,11 @@ def _check_script(caption: str) -> None:
         raise _Dropped(NO_LETTERS)
     if 2 * latin <= letters:
         raise _Dropped(NON_LATIN)
+    return caption, remarks
 
 
-def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """(size, remarks) of an image that training can decode: it is decoded here once."""
+def _check_image(data: bytes, rules: Rules) -> list[str]:
+    """Remarks on an image that training can decode: it is decoded here once."""
     with warnings.catch_warnings():
         # Pillow warns of much that is odd about an image; what matters here is counted.
         warnings.simplefilter("ignore")
@@ -224,23 +208,22 @@ def _check_image(data: bytes, rules: Rules) -> tuple[tuple[int, int], tuple[str,
             with opened(data) as image:
                 mode = image.mode  # decoding may change it
                 size = upright(image).size
-                remarks = _image_remarks(image, mode)
+                remarks = {
+                    _MODES.get(mode, ""): mode in _MODES,
+                    EXIF_ROTATED: orientation_of(image) != 1,
+                    TRANSPARENT: image.has_transparency_data,
+                    ANIMATED: _is_animated(image),
+                }
         except UnreadableImage as error:
             raise _Dropped(UNREADABLE + error.cause) from error
     if min(size) < rules.min_side:
         raise _Dropped(SMALL_IMAGE)
-    return size, remarks
+    return [remark for remark, applies in remarks.items() if applies]
 
 
-def _image_remarks(image: Image.Image, mode: str) -> tuple[str, ...]:
-    remarks = {
-        _MODES.get(mode, ""): mode in _MODES,
-        EXIF_ROTATED: orientation_of(image) != 1,
-        TRANSPARENT: image.has_transparency_data,
-    }
+def _is_animated(image: Image.Image) -> bool:
     try:
-        remarks[ANIMATED] = bool(getattr(image, "is_animated", False))
+        return bool(getattr(image, "is_animated", False))
     except Exception:
         # Frames after the first are damaged: Pillow raises nearly anything. The first is whole.
-        remarks[ANIMATED] = True
-    return tuple(remark for remark, applies in remarks.items() if applies)
+        return True

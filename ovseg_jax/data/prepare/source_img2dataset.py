@@ -1,8 +1,8 @@
 """Folders that img2dataset wrote in its webdataset format: 00000.tar and 00000.parquet.
 
-In the tar, KEY.jpg, KEY.txt and KEY.json stand next to one another for each image that was
-downloaded. The parquet file has one row a URL, those that failed included. The caption in KEY.json
-and in the parquet file may be a list of several.
+The tar has KEY.jpg, KEY.txt and KEY.json side by side for each image that was downloaded; the
+parquet file has one row a URL, those that failed included. A caption in KEY.json and in the parquet
+file may be a list of several.
 """
 
 import io
@@ -18,55 +18,37 @@ import pyarrow
 import pyarrow.parquet
 
 from ovseg_jax.data.decoding import is_foreign
-from ovseg_jax.data.prepare.inputs import (
-    AnyPath,
-    Damage,
-    InputShard,
-    RawPair,
-    file_size,
-    is_file,
-    network_errors,
-    parse_path,
-)
+from ovseg_jax.data.prepare import pairs
+from ovseg_jax.data.prepare.pairs import AnyPath, Damage, InputShard, RawPair
 from ovseg_jax.data.prepare.rules import LOST, NOT_DOWNLOADED
 from ovseg_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")
-# img2dataset before 1.5 stored keys as numbers.
-_KEY_DIGITS = 9
 _DAMAGED = (tarfile.TarError, EOFError)
 # Of a row of a parquet file: key, captions, and whether the image was downloaded.
 _Row = tuple[str, tuple[str, ...], bool]
 
 
 class Img2DatasetSource:
-    """All tars below a folder, in the order of their paths.
-
-    A parquet file without its tar is a shard of which everything is lost.
-
-    Raises:
-      UserError: no such folder, or no tar in it.
-    """
+    """All tars below a folder by path; of a parquet file without its tar everything is lost."""
 
     name = "img2dataset"
 
     def __init__(self, directory: str | AnyPath):
-        self.directory = parse_path(directory)
+        self.directory = pairs.parse_path(directory)
         if not self.directory.is_dir():
             raise UserError(f"there is no folder {self.directory}; check --source")
         if not any(path.suffix == ".tar" for path in _files(self.directory)):
-            raise UserError(
-                f"there is no .tar file below {self.directory}: img2dataset writes them with "
-                "--output_format=webdataset"
-            )
+            wanted = "img2dataset writes them with --output_format=webdataset"
+            raise UserError(f"there is no .tar file below {self.directory}: {wanted}")
 
     def shards(self) -> list[InputShard]:
         names, sizes, others = set(), {}, []
         for path in _files(self.directory):
             name = path.with_suffix(".tar").relative_to(self.directory).as_posix()
             if path.suffix == ".tar":
-                sizes[name] = file_size(path)
+                sizes[name] = pairs.file_size(path)
             elif path.suffix == ".parquet":
                 names.add(name)
             elif path.suffix != ".json":  # img2dataset's statistics
@@ -108,7 +90,7 @@ class Img2DatasetSource:
 
 
 def _files(folder: AnyPath) -> Iterator[AnyPath]:
-    """The files below a folder, unordered, but for those of other programs.
+    """The files below a folder, but for those of other programs.
 
     In a bucket only tars and parquet files of two levels: a search for all would list all of it.
     """
@@ -122,10 +104,7 @@ def _files(folder: AnyPath) -> Iterator[AnyPath]:
 
 
 def _captions(files: dict[str, bytes], listed: tuple[str, ...]) -> tuple[str | bytes, ...]:
-    """The texts of a pair.
-
-    In this order: several in KEY.json, KEY.txt, one in KEY.json, `listed` by the parquet file.
-    """
+    """Several in KEY.json, else KEY.txt, else one in KEY.json, else those of the parquet file."""
     try:
         caption = json.loads(files.get("json", b"{}")).get("caption")
     except (ValueError, AttributeError):
@@ -142,14 +121,14 @@ def _texts(caption: Any) -> tuple[str, ...]:
 
 
 def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes] | None] | Damage]:
-    """(key, extension -> content) of neighboring members of a tar that share a key.
+    """(key, extension -> content) of neighbors in a tar that share a key.
 
     The second is None for a pair that the end of a damaged tar cuts off.
     """
     wanted = (*IMAGES, *_TEXTS) if images else _TEXTS
     key, files, count, damage = "", {}, 0, ""
     try:
-        with network_errors(path, *_DAMAGED, FileNotFoundError), path.open("rb") as file:
+        with pairs.network_errors(path, *_DAMAGED, FileNotFoundError), path.open("rb") as file:
             for archive, member in _members(file):
                 prefix, kind = _split(member.name, key if files else "") if member else ("", "")
                 if files and (prefix != key or kind in files):
@@ -171,9 +150,7 @@ def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes
 
 
 def _members(file: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo | None]]:
-    """The members of one tar or of several, one behind the other, without folders.
-
-    None follows the members of each.
+    """The members, without folders, of one tar or of several behind one another; None after each.
 
     Raises:
       TarError: damage, or an end without an end mark.
@@ -203,14 +180,10 @@ def _members(file: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo | Non
 
 
 def _split(name: str, current: str) -> tuple[str, str]:
-    """'a/000.jpg' -> ('a/000', 'jpg').
+    """'a/000.jpg' -> ('a/000', 'jpg'); `current` is the key of the member before.
 
     The key ends at the first period of the file name, as webdataset has it, unless only the ending
     behind the last one is known ('photo.001.jpg') and no file of the key came before.
-
-    Args:
-      name: of the member of a tar.
-      current: the key of the member before it.
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, kind = base.partition(".")
@@ -223,10 +196,10 @@ def _split(name: str, current: str) -> tuple[str, str]:
 
 def _metadata(path: AnyPath) -> tuple[list[_Row], str]:
     """(rows of a parquet file, what is wrong with the file or ''); no rows without a file."""
-    if not is_file(path):
+    if not pairs.is_file(path):
         return [], f"{path.name} is missing: failed downloads and lost pairs are not counted"
     try:
-        with network_errors(path):
+        with pairs.network_errors(path):
             content = io.BytesIO(path.read_bytes())
         present = pyarrow.parquet.read_schema(content).names
         lacking = [name for name in ("key", "status") if name not in present]
@@ -238,8 +211,7 @@ def _metadata(path: AnyPath) -> tuple[list[_Row], str]:
         # Arrow's messages go over many lines, with addresses in memory.
         reason = str(error).splitlines()[0][:80]
         return [], f"{path.name} cannot be read ({reason}); it is not used"
-    return [(_key(r["key"]), _texts(r.get("caption")), r["status"] == "success") for r in rows], ""
-
-
-def _key(value: Any) -> str:
-    return f"{value:0{_KEY_DIGITS}d}" if isinstance(value, int) else str(value)
+    # img2dataset before 1.5 stored keys as numbers.
+    keys = [f"{r['key']:09d}" if isinstance(r["key"], int) else str(r["key"]) for r in rows]
+    listed = [(_texts(r.get("caption")), r["status"] == "success") for r in rows]
+    return [(key, *pair) for key, pair in zip(keys, listed, strict=True)], ""

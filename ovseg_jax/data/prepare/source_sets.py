@@ -1,18 +1,16 @@
 """Data sets in other forms: photographs in class-named folders, TFDS, the embedded scenes."""
 
+import contextlib
+import functools
+import itertools
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ovseg_jax.data.decoding import is_foreign
-from ovseg_jax.data.prepare.inputs import (
-    AnyPath,
-    InputShard,
-    RawPair,
-    network_errors,
-    parse_path,
-)
+from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, network_errors, parse_path
 from ovseg_jax.data.prepare.rules import BAD_ROW, NO_CLASS, NO_IMAGE_FILE
 from ovseg_jax.data.records import MOST_NAMES
 from ovseg_jax.data.scenes import ScenesSource
@@ -31,14 +29,8 @@ _KEYS = ("key", "id", "image/id", "image_id", "image/filename", "file_name")
 class FolderSource:
     """One class a folder; its name, "_" read as a blank, is the caption of each image in it.
 
-    Args:
-      directory: the folder with the classes.
-      hypernyms: wider words from WordNet are further captions. Where a folder or its first file
-        begins with a WordNet id (n02389026), that is looked up, and otherwise the name.
-
-    Raises:
-      UserError: no such folder, no classes in it, ids for names without `hypernyms`, or WordNet is
-        not installed.
+    With `hypernyms`, wider words from WordNet are further captions. Where a folder or its first
+    file begins with a WordNet id (n02389026), that is looked up, and otherwise the name.
     """
 
     def __init__(self, directory: str | AnyPath, hypernyms: bool = False):
@@ -50,30 +42,23 @@ class FolderSource:
         self._classes = [path.name for path in listed if path.is_dir()]
         self._beside = [path.name for path in listed if not path.is_dir()]
         if not self._classes:
-            raise UserError(
-                f"{self.directory} has no folders in it; it must have one for each class, with "
-                "the images of the class"
-            )
+            raise UserError(f"{self.directory} has no folders in it; it needs one for each class")
         wordnet = load_wordnet() if hypernyms else None
         self._names = [self._names_of(folder, wordnet) for folder in self._classes]
+        self.class_names = list(dict.fromkeys(itertools.chain.from_iterable(self._names)))
 
     def _names_of(self, folder: str, wordnet: Any) -> tuple[str, ...]:
         name, only_id = " ".join(folder.split("_")).strip(), _WORDNET_ID.fullmatch(folder)
         if wordnet is None:
             if only_id:
                 raise UserError(
-                    f"{self.directory / folder} has a WordNet id for its name; --hypernyms finds "
-                    "the words for it"
+                    f"{self.directory / folder} has a WordNet id for its name: give --hypernyms"
                 )
             return (name,)
         first = next((path.name for _, path in _files(self.directory / folder, "")), "")
         match = _WORDNET_ID.match(folder) or _WORDNET_ID.match(first)
         offset = int(match[1]) if match else None
         return wider_names(wordnet, "" if only_id else name, offset)[:MOST_NAMES]
-
-    def class_names(self) -> list[str]:
-        """All names of all classes, each once."""
-        return list(dict.fromkeys(name for names in self._names for name in names))
 
     def shards(self) -> list[InputShard]:
         shards: list[InputShard] = []
@@ -94,8 +79,8 @@ class FolderSource:
             for key, path in _files(self.directory / folder, folder):
                 if path.name.startswith(".") or not path.name.lower().endswith(_IMAGES):
                     yield RawPair(key, cause=NO_IMAGE_FILE)
-                    continue
-                yield RawPair(key, self._names[number], _content(path) if images else None)
+                else:
+                    yield RawPair(key, self._names[number], _content(path) if images else None)
 
 
 def _listed(folder: AnyPath) -> list[AnyPath]:
@@ -116,11 +101,9 @@ def _files(folder: AnyPath, below: str) -> Iterator[tuple[str, AnyPath]]:
 
 
 def _content(path: AnyPath) -> bytes | None:
-    try:
-        with network_errors(path, FileNotFoundError):
-            return path.read_bytes()
-    except OSError:
-        return None
+    with contextlib.suppress(OSError), network_errors(path, FileNotFoundError):
+        return path.read_bytes()
+    return None
 
 
 def _index_shards(name: str, total: int, size: int) -> list[InputShard]:
@@ -131,11 +114,7 @@ def _index_shards(name: str, total: int, size: int) -> list[InputShard]:
 
 
 class ScenePairs:
-    """The first N scenes of the train split: 'N', or 'N,size=96,seed=1'.
-
-    Raises:
-      UserError: the text is not of that form.
-    """
+    """The first N scenes of the train split: 'N', or 'N,size=96,seed=1'."""
 
     name = "scenes"
 
@@ -143,8 +122,7 @@ class ScenePairs:
         match = re.fullmatch(r"(\d+)(?:,size=(\d+))?(?:,seed=(\d+))?", text)
         if match is None:
             raise UserError(
-                f"--source=scenes:{text} is not of the form scenes:1000 or "
-                "scenes:1000,size=224,seed=0"
+                f"--source=scenes:{text} is not of the form scenes:1000,size=224,seed=0"
             )
         number, size, seed = (int(group or 0) for group in match.groups())
         self._source = ScenesSource("train", number, seed, size or 224)
@@ -163,9 +141,6 @@ class TfdsSource:
 
     The text is 'coco_captions', 'name,split=val', or the folder of a set, prepared with
     `file_format='array_record'`. All captions of an image are kept.
-
-    Raises:
-      UserError: no such set, not prepared as ArrayRecord, or no image or caption in it.
     """
 
     def __init__(self, text: str):
@@ -184,15 +159,13 @@ class TfdsSource:
         # TFDS lists the features of a set in no fixed order; the choice must not change.
         leaves = sorted(_leaves(info.features), key=lambda leaf: leaf[0])
         images = [path for path, kind, depth in leaves if kind == "Image" and not depth]
-        captions = [
-            path
-            for path, kind, depth in leaves
-            if kind == "Text" and depth < 2 and any(w in "/".join(path) for w in _CAPTIONS)
-        ]
+        texts = [path for path, kind, depth in leaves if kind == "Text" and depth < 2]
+        captions = [path for path in texts if any(word in "/".join(path) for word in _CAPTIONS)]
         if not images or not captions:
+            names = ", ".join("/".join(path) for path, _, _ in leaves)
+            lacking = "caption" if images else "image"
             raise UserError(
-                f"the TFDS set {self._set} has no {'caption' if images else 'image'} "
-                f"among its features: {', '.join('/'.join(path) for path, _, _ in leaves)}"
+                f"the TFDS set {self._set} has no {lacking} among its features: {names}"
             )
         self._image, self._caption = images[0], captions[0]
         self._key = next((name for name in _KEYS if name in info.features), None)
@@ -227,11 +200,11 @@ class TfdsSource:
                 stored = example[self._key]
                 is_text = isinstance(stored, bytes)
                 key = stored.decode("utf-8", "surrogateescape") if is_text else str(stored)
-            captions = _at(example, self._caption)
+            captions = functools.reduce(operator.getitem, self._caption, example)
             if isinstance(captions, bytes | str):
                 captions = (captions,)
-            image = bytes(_at(example, self._image)) if images else None
-            yield RawPair(key, tuple(captions), image)
+            image = functools.reduce(operator.getitem, self._image, example)
+            yield RawPair(key, tuple(captions), bytes(image) if images else None)
 
     def _open(self) -> Any:
         if self._data is None:
@@ -243,19 +216,19 @@ class TfdsSource:
             try:
                 self._data = self._builder().as_data_source(self._split, decoders=decoders)
             except (NotImplementedError, ValueError, AssertionError, OSError) as error:
-                raise UserError(
-                    f"the TFDS set {self._set} cannot be read at random access; prepare it with "
-                    "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
-                ) from error
+                write = "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
+                wrong = f"the TFDS set {self._set} cannot be read at random access"
+                raise UserError(f"{wrong}; prepare it with {write}") from error
         return self._data
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_data": None}
 
 
-def _leaves(
-    features: Any, path: tuple[str, ...] = (), depth: int = 0
-) -> Iterator[tuple[tuple[str, ...], str, int]]:
+_Leaf = tuple[tuple[str, ...], str, int]
+
+
+def _leaves(features: Any, path: tuple[str, ...] = (), depth: int = 0) -> Iterator[_Leaf]:
     """(names, class of the feature, how many sequences it is in) of every feature."""
     inner = getattr(features, "feature", None)  # of a sequence
     if inner is not None:
@@ -265,9 +238,3 @@ def _leaves(
             yield from _leaves(features[name], (*path, name), depth)
     else:
         yield path, type(features).__name__, depth
-
-
-def _at(example: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        example = example[name]
-    return example

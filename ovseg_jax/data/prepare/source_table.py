@@ -1,11 +1,10 @@
 """A table of captions, and a folder of images however the program that fetched them named them.
 
 CC12M's table is `url<TAB>caption`, CC3M's `caption<TAB>url`, neither with a header; others name
-their columns. So the first rows tell which column is what.
-
-In a .csv file, cells with separators, quotes or line breaks in them stand in quotes, and a quote in
-a cell is doubled or follows a backslash. A .tsv file may be like that too (pandas), or quotes in it
-are letters (CC12M): the rows with quotes tell. A row that cannot be parsed costs its first line.
+their columns. So the first rows tell which column is what. In a .csv file, cells with separators,
+quotes or line breaks are quoted, and a quote in a cell is doubled or follows a backslash. A .tsv
+file may be like that too (pandas), or quotes in it are letters (CC12M): the rows with quotes tell.
+A row that cannot be parsed costs its first line.
 """
 
 import contextlib
@@ -23,24 +22,19 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from jaxtyping import Int64
 
-from ovseg_jax.data.prepare.inputs import (
-    AnyPath,
-    InputShard,
-    RawPair,
-    file_size,
-    is_file,
-    network_errors,
-    parse_path,
-)
+from ovseg_jax.data.prepare import pairs
+from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, is_file
 from ovseg_jax.data.prepare.rules import BAD_ROW
 from ovseg_jax.errors import UserError
 
 _PER_SHARD = 10_000
 _SAMPLE_ROWS = 1000
-_IMAGE_NAMES = ("url", "image", "image_url", "image_path", "filepath", "file_name", "filename")
-_IMAGE_NAMES += ("file", "path", "img")
-_CAPTION_NAMES = ("caption", "text", "title", "alt", "alt_text", "sentence")
-_KEY_NAMES = ("key", "id", "image_id")
+# Names of the columns of images, captions and keys.
+_HEADERS = (
+    "url image image_url image_path filepath file_name filename file path img".split(),
+    "caption text title alt alt_text sentence".split(),
+    "key id image_id".split(),
+)
 _IMAGE_CELL = re.compile(r"https?://\S+|\S.*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 _BYTE_ORDER_MARK = "\ufeff"  # some programs begin a UTF-8 file with it
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
@@ -57,6 +51,7 @@ NAMINGS: dict[str, Callable[[str, int], str]] = {
     "number of the row, 9 digits": lambda cell, row: f"{row:09d}",
     "number of the row": lambda cell, row: str(row),
 }
+_Row = tuple[int, list[str]]  # the byte where it begins, and its cells
 
 
 class FileSource:
@@ -64,17 +59,11 @@ class FileSource:
 
     Rows with the same cell for the image, anywhere in the file, are the captions of this image.
     Of the ways to name image files (`NAMINGS`), the one that fits most of the first rows is taken.
-
-    Args:
-      table: the file.
-      images: the folder of image files; by default the folder of the table.
-
-    Raises:
-      UserError: no such file or folder, a column missing, or no image found.
+    `images` is the folder of image files; by default the folder of the table.
     """
 
     def __init__(self, table: str | AnyPath, images: str | AnyPath | None = None):
-        self._path = parse_path(table)
+        self._path = pairs.parse_path(table)
         if not is_file(self._path):
             raise UserError(f"there is no file {self._path}; check --source")
         suffix = self._path.suffix.lower()
@@ -87,22 +76,24 @@ class FileSource:
         if not rows:
             raise UserError(f"{self._path} has no rows; check --source")
         self._columns = Counter(map(len, rows)).most_common(1)[0][0]
-        named = _named_columns(rows[0])
-        self._has_header = named is not None
-        self._image, self._caption, self._key = named or _guessed_columns(self._path, rows)
-        self._images = parse_path(images) if images else self._path.parent
+        names = [cell.strip().lower() for cell in rows[0]]
+        named = [next((names.index(x) for x in known if x in names), None) for known in _HEADERS]
+        self._has_header = named[0] is not None and named[1] is not None
+        columns = named if self._has_header else _guessed_columns(self._path, rows)
+        self._image, self._caption, self._key = columns
+        self._images = pairs.parse_path(images) if images else self._path.parent
         if not self._images.is_dir():
             raise UserError(f"there is no folder {self._images}; check --images")
         self._naming = self._find_naming()
+        found = "named by its header" if self._has_header else "found by looking at its rows"
         self.name = (
             f"files: image in column {self._image + 1}, caption in column {self._caption + 1}, "
-            f"{'named by its header' if named else 'found by looking at its rows'}; "
-            f"image files named by {self._naming}"
+            f"{found}; image files named by {self._naming}"
         )
 
     def shards(self) -> list[InputShard]:
         starts, _ = self._scanned
-        stops = [*starts[1:], file_size(self._path)]
+        stops = [*starts[1:], pairs.file_size(self._path)]
         return [
             InputShard(f"rows from {n * _PER_SHARD}", start, stop, n * _PER_SHARD)
             for n, (start, stop) in enumerate(zip(starts, stops, strict=True))
@@ -133,8 +124,8 @@ class FileSource:
     def _scanned(self) -> tuple[list[int], Int64[np.ndarray, "rows 2"]]:
         """Where shards begin, and the rows whose image an earlier row has.
 
-        For each of these rows: the byte where the first row of the image begins, and the byte where
-        it begins itself; sorted.
+        Of each such row: the byte where the first row of its image begins, and where it begins
+        itself; sorted.
         """
         starts, begins, digests = [], array("q"), array("Q")
         for row, (begin, cells) in enumerate(self._data_rows()):
@@ -151,11 +142,11 @@ class FileSource:
         repeats = np.stack([first, rows], axis=1)[first != rows]
         return starts, repeats[np.lexsort((repeats[:, 1], repeats[:, 0]))]
 
-    def _rows(self, start: int, stop: int | None = None) -> Iterator[tuple[int, list[str]]]:
+    def _rows(self, start: int, stop: int | None = None) -> Iterator[_Row]:
         quoted, columns = self._quoted, self._columns
         return _read_rows(self._path, self._separator, quoted, columns, start, stop)
 
-    def _data_rows(self) -> Iterator[tuple[int, list[str]]]:
+    def _data_rows(self) -> Iterator[_Row]:
         return islice(self._rows(0), int(self._has_header), None)
 
     def _image_cell(self, cells: list[str]) -> str:
@@ -163,55 +154,38 @@ class FileSource:
         usable = len(cells) > max(self._image, self._caption, self._key or 0)
         return cells[self._image].strip() if usable else ""
 
-    def _try_names(
-        self, naming: str, cell: str, row: int, function: Callable[[AnyPath], Any]
-    ) -> Any:
-        """The first result other than None of a function of the paths that an image may have."""
+    def _try_names(self, naming: str, cell: str, row: int, read: Callable[[AnyPath], Any]) -> Any:
+        """The first result of `read`, if any, for the paths that an image may have."""
         for ending in _ENDINGS:
             # An OSError: there is no such file, it is a folder, or it cannot be read.
             # A ValueError: the cell gives no possible name.
             with contextlib.suppress(OSError, ValueError):
                 name = NAMINGS[naming](cell, row)
-                result = function(self._images / (name + ending)) if name else None
-                if result is not None:
+                result = read(self._images / (name + ending)) if name else None
+                if result not in (None, False):
                     return result
         return None
 
     def _find_naming(self) -> str:
         fits = dict.fromkeys(NAMINGS, 0)
         for row, (_, cells) in enumerate(islice(self._data_rows(), _SAMPLE_ROWS)):
-            if len(cells) <= self._image:
-                continue
-            cell = cells[self._image].strip()
-            for naming in NAMINGS:
-                fits[naming] += self._try_names(naming, cell, row, _exists) is not None
-        best = max(NAMINGS, key=lambda naming: fits[naming])
+            if len(cells) > self._image:
+                cell = cells[self._image].strip()
+                for naming in NAMINGS:
+                    fits[naming] += bool(self._try_names(naming, cell, row, is_file))
+        best = max(NAMINGS, key=fits.__getitem__)
         if not fits[best]:
             raise UserError(
-                f"none of the first {_SAMPLE_ROWS} images of {self._path} is in "
-                f"{self._images}; tried as file name, with and without {', '.join(_ENDINGS[1:])}: "
-                f"{', '.join(NAMINGS)}. Check --images"
+                f"none of the first {_SAMPLE_ROWS} images of {self._path} is in {self._images}, "
+                f"with or without {', '.join(_ENDINGS[1:])}, named by {' or '.join(NAMINGS)}; "
+                "check --images"
             )
         return best
 
 
-def _exists(path: AnyPath) -> bool | None:
-    return True if is_file(path) else None
-
-
 def _content(path: AnyPath) -> bytes:
-    with network_errors(path, FileNotFoundError, IsADirectoryError):
+    with pairs.network_errors(path, FileNotFoundError, IsADirectoryError):
         return path.read_bytes()
-
-
-def _named_columns(row: list[str]) -> tuple[int, int, int | None] | None:
-    """The columns (image, caption, key) that a header names; None where the row is no header."""
-    names = [cell.strip().lower() for cell in row]
-    image, caption, key = (
-        next((names.index(name) for name in known if name in names), None)
-        for known in (_IMAGE_NAMES, _CAPTION_NAMES, _KEY_NAMES)
-    )
-    return None if image is None or caption is None else (image, caption, key)
 
 
 def _guessed_columns(path: AnyPath, rows: list[list[str]]) -> tuple[int, int, None]:
@@ -223,22 +197,20 @@ def _guessed_columns(path: AnyPath, rows: list[list[str]]) -> tuple[int, int, No
     others = [column for column in columns if column != image]
     if 2 * images[image] < len(rows) or not others:
         raise UserError(
-            f"{path} lacks a column: it needs one with URLs or image files and one with captions; "
-            f"its first row is {rows[0][:4]!r}. A header with the names url and caption, or "
-            "image and caption, says which is which"
+            f"{path} lacks a column of URLs or image files, or one of captions; its first row is "
+            f"{rows[0][:4]!r}. A header with url (or image) and caption says which is which"
         )
     return image, max(others, key=lambda column: sum(c.count(" ") for c in cells[column])), None
 
 
 def _separator(path: AnyPath) -> str:
     """Of a .csv file: the sign that gives most rows the same number, above 1, of columns."""
-
-    def alike(separator: str) -> int:
-        rows = islice(_read_rows(path, separator, quoted=True), _SAMPLE_ROWS)
+    alike = {}
+    for sign in (",", ";", "\t"):
+        rows = islice(_read_rows(path, sign, quoted=True), _SAMPLE_ROWS)
         widths = Counter(len(cells) for _, cells in rows if len(cells) > 1)
-        return max(widths.values(), default=0)
-
-    return max((",", ";", "\t"), key=alike)
+        alike[sign] = max(widths.values(), default=0)
+    return max(alike, key=alike.__getitem__)
 
 
 def _has_quoted_cells(path: AnyPath) -> bool:
@@ -256,18 +228,14 @@ def _read_rows(
     columns: int = 0,
     start: int = 0,
     stop: int | None = None,
-) -> Iterator[tuple[int, list[str]]]:
-    """(byte where the row begins, its cells); no cells where the row cannot be parsed.
+) -> Iterator[_Row]:
+    """The rows that begin at byte `start` to `stop`; without cells where one cannot be parsed.
 
     Bytes that are not UTF-8 become lone surrogates. The header is a row too; blank lines are none.
 
     Args:
-      path: of the file.
-      separator: between two columns.
       quoted: quotes are around cells; otherwise they are letters.
       columns: how many a row over several lines must have; 0 for any number.
-      start: the byte where the first row begins.
-      stop: the byte where no further row begins.
     """
     is_csv = path.suffix.lower() == ".csv"
     with path.open("rb") as stream:
@@ -298,10 +266,8 @@ def _parse_quoted(text: str, stream: Any, separator: str, columns: int) -> list[
         return next(csv.reader([text], delimiter=separator, strict=True))
     begin = stream.tell()
     for escape in (None, "\\"):
-        lines = (line.decode("utf-8", "surrogateescape") for line in stream)
-        reader = csv.reader(
-            chain([text], lines), delimiter=separator, escapechar=escape, strict=True
-        )
+        lines = chain([text], (line.decode("utf-8", "surrogateescape") for line in stream))
+        reader = csv.reader(lines, delimiter=separator, escapechar=escape, strict=True)
         with contextlib.suppress(csv.Error):
             cells = next(reader)
             if reader.line_num == 1 or len(cells) == columns or not columns:

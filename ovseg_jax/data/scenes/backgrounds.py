@@ -204,21 +204,11 @@ def _planks(rng: np.random.Generator, size: int) -> Picture:
     return picture * np.where(seam, np.float32(0.5), np.float32(1))[:, None, None]
 
 
-_FAMILIES: dict[str, Callable[[np.random.Generator, int], Picture]] = {
-    "mist": _mist,
-    "clouds": _clouds,
-    "gradient": _gradient,
-    "stripes": _stripes,
-    "checker": _checker,
-    "bricks": _bricks,
-    "dots": _dots,
-    "grass": _grass,
-    "wood": _wood,
-    "cells": _cells,
-    "camouflage": _camouflage,
-    "weave": _weave,
-    "planks": _planks,
-}
+_PAINTERS: list[Callable[[np.random.Generator, int], Picture]] = [
+    _mist, _clouds, _gradient, _stripes, _checker, _bricks, _dots, _grass, _wood, _cells,
+    _camouflage, _weave, _planks,
+]  # fmt: skip
+_FAMILIES = {painter.__name__.removeprefix("_"): painter for painter in _PAINTERS}
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 

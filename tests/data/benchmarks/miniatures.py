@@ -113,13 +113,8 @@ def coco_object(root, names):
     big, small, crowd, triangle = box(0, 0, 5, 6), box(1, 1, 3, 3), box(0, 0, 6, 9), box(2, 2, 5, 7)
 
     def region(image, category, segmentation, area, crowded=0):
-        return {
-            "image_id": image,
-            "category_id": category,
-            "segmentation": segmentation,
-            "area": area,
-            "iscrowd": crowded,
-        }
+        where = {"image_id": image, "category_id": category, "segmentation": segmentation}
+        return {**where, "area": area, "iscrowd": crowded}
 
     annotations = [
         # In the order of the file the small one comes first, and the crowd last.
@@ -128,15 +123,10 @@ def coco_object(root, names):
         region(1, 1, plain_run_lengths(crowd), int(crowd.sum()), crowded=1),
         region(2, 3, [[2, 2, 7, 2, 7, 5, 2, 5]], 15),
     ]
-    images = [
-        {"id": i, "file_name": f"{i:012d}.jpg", "height": SIZE[0], "width": SIZE[1]}
-        for i in (2, 1, 3)
-    ]
-    document = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in names.items()],
-    }
+    size = {"height": SIZE[0], "width": SIZE[1]}
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", **size} for i in (2, 1, 3)]
+    categories = [{"id": i, "name": name} for i, name in names.items()]
+    document = {"images": images, "annotations": annotations, "categories": categories}
     path = root / "annotations" / "instances_val2017.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document))

@@ -48,13 +48,6 @@ def test_a_miniature_of_the_official_layout(name, tmp_path):
         assert folder.image_bytes(index) == folder.images[index].read_bytes()
 
 
-def test_the_official_order_is_kept(tmp_path):
-    mini.voc(tmp_path)
-    base = tmp_path / "VOCdevkit" / "VOC2012"
-    mini.write_text(base / "ImageSets/Segmentation/val.txt", "2007_000042", "2007_000033")
-    assert OPENERS["voc"](base, FIELD).keys == ("2007_000042", "2007_000033")
-
-
 def test_overlapping_objects_and_crowds(tmp_path):
     """The rule of the table: the crowd below, then the large object, the small one on top."""
     labels = make("coco_object", tmp_path)["000000000001"]
@@ -87,20 +80,14 @@ def test_objects_from_pixel_maps(tmp_path):
     assert other.form == "instances" and "pixel maps" in other.differs
 
 
-def test_context_from_merged_json(tmp_path):
-    maps = mini.context_json(tmp_path)
-    folder = OPENERS["context"](tmp_path, FIELD)
-    assert (folder.form, folder.keys) == ("json", mini.CONTEXT_KEYS)
-    for index, key in enumerate(folder.keys):
-        np.testing.assert_array_equal(folder.labels(index), expected("context", maps[key]))
-
-
-def test_context_from_converted_masks(tmp_path):
-    maps = mini.context_png(tmp_path)
-    folder = OPENERS["context"](tmp_path, FIELD)
-    assert (folder.form, folder.keys) == ("png", mini.CONTEXT_KEYS)
-    for index, key in enumerate(folder.keys):
-        np.testing.assert_array_equal(folder.labels(index), maps[key])
+def test_context_in_other_forms(tmp_path):
+    for form in ("json", "png"):
+        maps = getattr(mini, f"context_{form}")(tmp_path / form)
+        folder = OPENERS["context"](tmp_path / form, FIELD)
+        assert (folder.form, folder.keys) == (form, mini.CONTEXT_KEYS)
+        for index, key in enumerate(folder.keys):
+            labels = maps[key] if form == "png" else expected("context", maps[key])
+            np.testing.assert_array_equal(folder.labels(index), labels)
 
 
 def test_context_numbers_come_from_the_official_list(tmp_path):
@@ -146,12 +133,10 @@ def test_a_missing_file_is_named(name, lost, tmp_path):
     [
         ("voc", "SegmentationClass"),
         ("context", "SegmentationClassContext or trainval_merged.json or trainval"),
-        ("coco_object", "val2017 or images/val2017"),
-        ("coco_stuff", "stuffthingmaps/val2017"),
-        ("ade20k", "annotations/validation"),
-        ("cityscapes", "gtFine/val"),
+        ("coco_object", "val2017 or images/val2017"), ("coco_stuff", "stuffthingmaps/val2017"),
+        ("ade20k", "annotations/validation"), ("cityscapes", "gtFine/val"),
     ],
-)
+)  # fmt: skip
 def test_a_folder_of_something_else(name, said, tmp_path):
     with pytest.raises(UserError, match=said):
         OPENERS[name](tmp_path, FIELD)
@@ -161,22 +146,20 @@ def test_a_folder_of_something_else(name, said, tmp_path):
         OPENERS[name]("", FIELD)
 
 
-def test_many_missing_files_are_counted(tmp_path):
-    mini.voc(tmp_path)
-    base = tmp_path / "VOCdevkit" / "VOC2012"
-    mini.write_text(base / "ImageSets/Segmentation/val.txt", *(f"x{i}" for i in range(10)))
-    with pytest.raises(UserError, match="20 files are missing.*and 15 more"):
-        OPENERS["voc"](tmp_path, FIELD)
-
-
-def test_empty_folders_and_lists(tmp_path):
+def test_lists_of_images(tmp_path):
     for place in ("images/validation", "annotations/validation"):
         (tmp_path / place).mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds no files \*\.png"):
         OPENERS["ade20k"](tmp_path, FIELD)
     mini.voc(tmp_path)
-    split = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
-    split.write_text("\n \n")
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    listed = base / "ImageSets/Segmentation/val.txt"
+    mini.write_text(listed, "2007_000042", "2007_000033")
+    assert OPENERS["voc"](base, FIELD).keys == ("2007_000042", "2007_000033")
+    mini.write_text(listed, *(f"x{i}" for i in range(10)))
+    with pytest.raises(UserError, match="20 files are missing.*and 15 more"):
+        OPENERS["voc"](tmp_path, FIELD)
+    listed.write_text("\n \n")
     with pytest.raises(UserError, match="lists no images"):
         OPENERS["voc"](tmp_path, FIELD)
 
@@ -192,6 +175,14 @@ def test_damaged_labels(tmp_path):
     Image.new("RGB", (9, 6)).save(path)
     with pytest.raises(UserError, match="RGB pixels"):
         folder.labels(0)
+    make("coco_object", tmp_path)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    whole = path.read_text()
+    for damage, message in ((whole[:100], "not the official annotation"),
+                            (whole.replace("toothbrush", "x"), "other categories")):  # fmt: skip
+        path.write_text(damage)
+        with pytest.raises(UserError, match=message):
+            OPENERS["coco_object"](tmp_path, FIELD)
 
 
 @pytest.mark.parametrize("name", ["voc", "ade20k", "coco_stuff", "cityscapes"])
@@ -212,15 +203,3 @@ def test_labels_of_another_kind_are_told_at_once(name, tmp_path):
     folder = OPENERS[name](tmp_path, FIELD)
     with pytest.raises(UserError, match=f"labels of {key} .* have the value 230"):
         folder.labels(0)
-
-
-def test_damaged_json(tmp_path):
-    make("coco_object", tmp_path)
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    whole = path.read_text()
-    path.write_text(whole[:100])
-    with pytest.raises(UserError, match="instance file"):
-        OPENERS["coco_object"](tmp_path, FIELD)
-    path.write_text(whole.replace("toothbrush", "brush"))
-    with pytest.raises(UserError, match="other categories"):
-        OPENERS["coco_object"](tmp_path, FIELD)

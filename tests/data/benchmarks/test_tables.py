@@ -25,6 +25,9 @@ def test_counts_and_uniqueness(name):
     assert all(word == word.strip() and word for word in table.words)
     assert all(len(color) == 3 and 0 <= min(color) <= max(color) <= 255 for color in table.colors)
     assert table.title and table.source and table.rule
+    palette, first = table.palette(), 3 * table.background
+    assert len(palette) == 768 and palette[-3:] == [255] * 3
+    assert palette[: first + 3] == [0] * first + list(table.colors[0])
 
 
 # Facts of the official files, looked up one by one.
@@ -33,18 +36,13 @@ def test_counts_and_uniqueness(name):
     [
         ("voc", 0, "aeroplane", "aeroplane", 1, (128, 0, 0)),
         ("voc", 10, "diningtable", "table", 11, (192, 128, 0)),
-        ("voc", 15, "pottedplant", "plant", 16, (0, 64, 0)),
         ("voc", 19, "tvmonitor", "monitor", 20, (0, 64, 128)),
         ("context", 0, "aeroplane", "airplane", 2, (128, 0, 0)),
         ("context", 36, "person", "person", 284, (128, 0, 192)),
-        ("context", 58, "wood", "wood", 458, None),
-        ("coco_object", 0, "person", "person", 1, None),
         ("coco_object", 11, "stop sign", "stop sign", 13, None),
         ("coco_object", 79, "toothbrush", "toothbrush", 90, None),
-        ("coco_stuff", 0, "person", "person", 0, None),
         ("coco_stuff", 80, "banner", "banner", 91, None),
         ("coco_stuff", 170, "wood", "wood", 181, None),
-        ("ade20k", 0, "wall", "wall", 1, (120, 120, 120)),
         ("ade20k", 149, "flag", "flag", 150, (92, 0, 255)),
         ("cityscapes", 0, "road", "road", 7, (128, 64, 128)),
         ("cityscapes", 18, "bicycle", "bicycle", 33, (119, 11, 32)),
@@ -77,12 +75,3 @@ def test_values_that_no_official_file_has(name, value):
     with pytest.raises(WrongLabels, match=f"value {value}, and there are 0 to"):
         class_table(name).relabel(np.array([[0, 1, value]]))
     class_table(name).relabel(np.array([[0, class_table(name).largest]]))
-
-
-def test_palettes_have_black_background_and_white_ignore():
-    for name in OPENERS:
-        table, palette = class_table(name), class_table(name).palette()
-        assert len(palette) == 768 and palette[-3:] == [255] * 3
-        first = 3 * table.background
-        assert tuple(palette[first : first + 3]) == table.colors[0]
-    assert class_table("voc").palette()[:3] == [0, 0, 0]

@@ -1,16 +1,15 @@
 """A preparation from start to end, and its continuation after it was killed.
 
-The work folder OUT/.work holds the plan and the output of every finished shard. A run with the same
-plan skips what is finished. These outputs and everything made of them are functions of the plan and
-the input, so the result is the same bytes however often the run was killed.
+The work folder OUT/.work holds the plan and the output of every finished shard, which a run with
+the same plan skips. All are functions of the plan and the input, so the result is the same bytes
+however often the run was killed.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,44 +17,15 @@ from typing import Any
 import numpy as np
 
 import ovseg_jax
+from ovseg_jax.data import records as stored
 from ovseg_jax.data.entities import EntitySet, with_names
-from ovseg_jax.data.prepare.inputs import (
-    AnyPath,
-    InputShard,
-    PairSource,
-    class_names,
-    local_copy,
-    remove_folder,
-    source_fingerprint,
-    whole_file,
-    write_whole,
-)
-from ovseg_jax.data.prepare.report import Statistics, make_report, page, report_counts, summary
+from ovseg_jax.data.prepare import pairs as files
+from ovseg_jax.data.prepare import shard as work_files
+from ovseg_jax.data.prepare.pairs import AnyPath, PairSource, whole_file, write_whole
 from ovseg_jax.data.prepare.rules import Rules
-from ovseg_jax.data.prepare.shard import (
-    WORK_LAYOUT,
-    ShardOutput,
-    Tally,
-    count_nouns,
-    drop_repeated,
-    find_repeated,
-    judge_all,
-    process_shard,
-    read_nouns,
-    write_nouns,
-)
-from ovseg_jax.data.records import (
-    CLASS_NAMES,
-    ENTITY_INDEX_NAMES,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    TEXTS,
-    FileInfo,
-    Manifest,
-    describe_file,
-    key_digest,
-    manifest_text,
-)
+from ovseg_jax.data.prepare.shard import ShardOutput, Tally
+from ovseg_jax.data.prepare.summary import MOST_WORDS, make_report, page, report_counts, summary
+from ovseg_jax.data.records import FileInfo, describe_file, manifest_text
 from ovseg_jax.data.scenes import scene_entity_table
 from ovseg_jax.data.words import NounCounts, choose_entities, noun_finder
 from ovseg_jax.errors import UserError
@@ -72,13 +42,10 @@ _SAMPLE_PAIRS, _SAMPLE_SHARDS = 2000, 8
 
 @dataclass(frozen=True)
 class EntityChoice:
-    """The entities of a preparation.
+    """The entities of a preparation, and in words where they come from.
 
-    Attributes:
-      table: the entities (`EntitySet.table`); None where they are still to be built.
-      source: where they come from, and how nouns were found where they were.
-      top: how many to build.
-      counts: mentions of each noun, where nouns were counted.
+    Where `table` (`EntitySet.table`) is None, `top` entities are still to be built from the
+    captions; then `counts` has the mentions of each noun.
     """
 
     table: dict[str, list[str]] | None
@@ -88,11 +55,7 @@ class EntityChoice:
 
 
 def parse_choice(text: str) -> EntityChoice:
-    """'published', 'scenes', 'auto:N', or a file that `EntitySet.from_json` reads.
-
-    Raises:
-      UserError: none of these.
-    """
+    """'published', 'scenes', 'auto:N', or a file that `EntitySet.from_json` reads."""
     if text == "published":
         return EntityChoice(EntitySet.published().table, "the published list")
     if text == "scenes":
@@ -104,25 +67,16 @@ def parse_choice(text: str) -> EntityChoice:
         source = f"the {number} most frequent nouns of the captions, by {noun_finder().name}"
         return EntityChoice(None, source, int(number))
     if not text.endswith(".json") and not Path(text).is_file():
-        raise UserError(
-            f"--entities={text} is none of: published, scenes, auto:100, or a .json file of names "
-            "and their forms"
-        )
+        raise UserError(f"--entities={text} is none of: published, scenes, auto:100, a .json file")
     return EntityChoice(EntitySet.from_json(text).table, f"the file {Path(text).name}")
 
 
 def build_entities(
     choice: EntityChoice, nouns: NounCounts | None, class_names: Sequence[str]
 ) -> EntityChoice:
-    """A choice with its table, to which class names are added that are no form of an entity in it.
+    """A choice with its table, with class names added that are no form of an entity in it.
 
-    Args:
-      choice: what --entities says.
-      nouns: of the captions; needed where `choice` has no table.
-      class_names: of the source.
-
-    Raises:
-      UserError: no noun was found.
+    `nouns` of the captions are needed where `choice` has no table.
     """
     source = choice.source + (" and the names of the classes" if class_names else "")
     counts = None if nouns is None else choose_entities(nouns, choice.top)
@@ -156,24 +110,37 @@ def prepare(
     plan = {
         "tool": f"ovseg_jax {ovseg_jax.__version__}",
         "source": source.name,
-        "input": source_fingerprint(source, shards),
+        "input": files.source_fingerprint(source, shards),
         "entities": choice.source,
         "listed": choice.table,
-        "rules": dataclasses.asdict(rules),
-        "work_layout": WORK_LAYOUT,
+        "rules": asdict(rules),
+        "work_layout": work_files.WORK_LAYOUT,
     }
+    names = getattr(source, "class_names", [])
     with _work_folder(out, plan) as work:
         nouns = None
         if choice.table is None:
-            files = [work / f"nouns-{n:05d}.json" for n in range(len(shards))]
-            jobs = [(source, *job, rules) for job in zip(shards, files, strict=True)]
-            for done, _ in enumerate(run_jobs(write_nouns, jobs), 1):
+            counts = [work / f"nouns-{n:05d}.json" for n in range(len(shards))]
+            jobs = [(source, *job, rules) for job in zip(shards, counts, strict=True)]
+            for done, _ in enumerate(run_jobs(work_files.write_nouns, jobs), 1):
                 say(f"counted the nouns of {done} of {len(shards)} shards")
-            nouns = read_nouns(files)
-        choice = build_entities(choice, nouns, class_names(source))
-        outputs = _process_shards(source, shards, choice, rules, work, run_jobs, say)
-        report = _finish(out, work, outputs, choice, plan, class_names(source), run_jobs)
-    remove_folder(work)
+            nouns = work_files.read_nouns(counts)
+        choice = build_entities(choice, nouns, names)
+        missing = [n for n in range(len(shards)) if not ShardOutput(work, n).is_done()]
+        if len(missing) < len(shards):
+            say(f"{len(shards) - len(missing)} of {len(shards)} shards were finished before")
+        jobs = [(source, shards[n], n, work, choice.table, rules) for n in missing]
+        for done, _ in enumerate(run_jobs(work_files.process_shard, jobs), 1):
+            tally, _ = ShardOutput(work, missing[done - 1]).read_done()
+            say(f"shard {done} of {len(missing)}: {tally.read} pairs")
+        repeated = dict(enumerate(work_files.find_repeated(work, len(shards))))
+        jobs = [(work, n, positions) for n, positions in repeated.items() if positions]
+        for _ in run_jobs(work_files.drop_repeated, jobs):
+            pass
+        outputs = [ShardOutput(work, n, unique=bool(where)) for n, where in repeated.items()]
+        captions = stored.CLASS_NAMES if names else stored.TEXTS
+        report = _finish(out, work, outputs, choice, plan, captions, run_jobs)
+    files.remove_folder(work)
     return report
 
 
@@ -181,8 +148,8 @@ def prepare(
 def _work_folder(out: AnyPath, plan: dict[str, Any]) -> Iterator[AnyPath]:
     """OUT/.work, locked against a second run, with this plan and no other."""
     work = out / WORK_NAME
-    if (out / MANIFEST_NAME).exists():
-        remove_folder(work)  # of a run that was killed at its very end
+    if (out / stored.MANIFEST_NAME).exists():
+        files.remove_folder(work)  # of a run that was killed at its very end
         raise UserError(f"{out} already holds records; choose another folder, or empty it")
     if out.is_dir() and any(out.iterdir()) and not work.is_dir():
         raise UserError(f"{out} is not empty; choose another folder, or empty it")
@@ -190,56 +157,23 @@ def _work_folder(out: AnyPath, plan: dict[str, Any]) -> Iterator[AnyPath]:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); choose another folder") from error
-    with _lock(work, out):
+    with contextlib.ExitStack() as stack:
+        if isinstance(work, Path):  # buckets have no locks: two runs write the same bytes twice
+            lock = stack.enter_context((work / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another run is preparing {out}; wait, or end it") from error
         path = work / "plan.json"
-        if path.exists():
-            begun = json.loads(path.read_text("utf-8"))
-            changed = [name for name in plan if begun.get(name) != plan[name]]
-            if changed:
-                raise UserError(
-                    f"{out} was begun with other arguments, or its input has changed "
-                    f"({', '.join(changed)}); run the same command again, or delete {out}"
-                )
+        begun = json.loads(path.read_text("utf-8")) if path.exists() else plan
+        changed = [name for name in plan if begun.get(name) != plan[name]]
+        if changed:
+            raise UserError(
+                f"{out} was begun with other arguments, or its input has changed "
+                f"({', '.join(changed)}); run the same command again, or delete {out}"
+            )
         write_whole(path, json.dumps(plan) + "\n")
         yield work
-
-
-@contextlib.contextmanager
-def _lock(work: AnyPath, out: AnyPath) -> Iterator[None]:
-    """Refuses a second run. Buckets have no locks: two runs there write the same bytes twice."""
-    if not isinstance(work, Path):
-        yield
-        return
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another run is preparing {out}; wait for it, or end it") from error
-        yield
-
-
-def _process_shards(
-    source: PairSource,
-    shards: list[InputShard],
-    choice: EntityChoice,
-    rules: Rules,
-    work: AnyPath,
-    run_jobs: Jobs,
-    say: Callable[[str], None],
-) -> list[ShardOutput]:
-    """The outputs of all shards, without repeated keys; makes those that do not exist."""
-    missing = [n for n in range(len(shards)) if not ShardOutput(work, n).is_done()]
-    if len(missing) < len(shards):
-        say(f"{len(shards) - len(missing)} of {len(shards)} shards were finished before")
-    jobs = [(source, shards[n], n, work, choice.table, rules) for n in missing]
-    for done, _ in enumerate(run_jobs(process_shard, jobs), 1):
-        tally, _ = ShardOutput(work, missing[done - 1]).read_done()
-        say(f"shard {done} of {len(missing)}: {tally.read} pairs")
-    repeated = find_repeated(work, len(shards))
-    jobs = [(work, n, positions) for n, positions in enumerate(repeated) if positions]
-    for _ in run_jobs(drop_repeated, jobs):
-        pass
-    return [ShardOutput(work, n, unique=bool(positions)) for n, positions in enumerate(repeated)]
 
 
 def _finish(
@@ -248,58 +182,59 @@ def _finish(
     outputs: list[ShardOutput],
     choice: EntityChoice,
     plan: dict[str, Any],
-    names: Sequence[str],
+    captions: str,
     run_jobs: Jobs,
 ) -> dict[str, Any]:
     """From finished shards to the finished folder; the manifest comes last."""
-    tally, statistics = Tally(), Statistics(len(choice.table))
-    full, infos = [], []
+    tally, full, infos, size = Tally(), [], [], len(choice.table)
+    together, lengths = np.zeros((size, size), np.int64), np.zeros(MOST_WORDS + 1, np.int64)
     mentions = [(np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of entities: records, entities
     for shard in outputs:
-        sides, words, records, entities = shard.read_facts("sides", "words", "records", "entities")
-        statistics.add(sides, words, records, entities)
-        mentions.append((tally.kept + records, entities.astype(np.int32)))
+        words, records, entities = shard.read_facts("words", "records", "entities")
         counts, info = shard.read_done()
+        named = np.zeros((info.count, size), np.float32)
+        named[records, entities] = 1
+        # Exact: a shard has far fewer than 2^24 records.
+        together += np.rint(named.T @ named).astype(np.int64)
+        lengths += np.bincount(np.minimum(words, MOST_WORDS), minlength=len(lengths))
+        mentions.append((tally.kept + records, entities.astype(np.int32)))
         tally.add(counts)
         if info.count:
             full.append(shard)
             infos.append(info)
     targets = [f"records-{n:05d}-of-{len(full):05d}.array_record" for n in range(len(full))]
-    jobs = [
-        (shard.path("array_record"), out / name) for shard, name in zip(full, targets, strict=True)
-    ]
+    moves = [(s.path("array_record"), out / name) for s, name in zip(full, targets, strict=True)]
     if isinstance(out, Path):
-        for job in jobs:
-            move_file(*job)
+        for move in moves:
+            move_file(*move)
     else:  # a move is a copy in a bucket
-        for _ in run_jobs(move_file, jobs):
+        for _ in run_jobs(move_file, moves):
             pass
     index, keys_sha256 = _write_index(out, work, full, tally.kept)
     records, entities = map(np.concatenate, zip(*mentions, strict=True))
-    files = _write_entity_index(out, work, records, entities, len(choice.table))
+    entity_index = _write_entity_index(out, work, records, entities, size)
     with whole_file(out / ENTITIES_NAME, work) as file:
         EntitySet(choice.table).to_json(file, source=choice.source, counts=choice.counts)
-    manifest = Manifest(
+    manifest = stored.Manifest(
         count=tally.kept,
-        shards=tuple(
-            dataclasses.replace(info, file=name) for info, name in zip(infos, targets, strict=True)
-        ),
+        shards=tuple(replace(info, file=name) for info, name in zip(infos, targets, strict=True)),
         index=index,
         entities=choice.table,
         source=plan["source"],
         source_fingerprint=plan["input"],
         keys_sha256=keys_sha256,
         tool=plan["tool"],
-        files=files,
-        captions=CLASS_NAMES if names else TEXTS,
+        files=entity_index,
+        captions=captions,
     )
-    report = make_report(manifest, choice.source, tally, statistics, plan["rules"], len(outputs))
+    counted = (tally, together, lengths)
+    report = make_report(manifest, choice.source, *counted, plan["rules"], len(outputs))
     write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)
     write_whole(out / REPORT_NAMES[1], page(report), work)
     if not manifest.count:
         raise UserError(f"no pair is left; {out / REPORT_NAMES[1]} says why\n{summary(report)}")
     # Last: a folder without a manifest is unfinished.
-    write_whole(out / MANIFEST_NAME, manifest_text(manifest), work)
+    write_whole(out / stored.MANIFEST_NAME, manifest_text(manifest), work)
     return report
 
 
@@ -313,30 +248,29 @@ def _write_index(
     out: AnyPath, work: AnyPath, outputs: list[ShardOutput], records: int
 ) -> tuple[FileInfo, str]:
     """Writes the index of keys and captions; returns its description and the keys' digest."""
-    path = out / INDEX_NAME
 
-    def keys(stream) -> Iterator[str]:
+    def keys(stream: Any) -> Iterator[str]:
         for shard in outputs:
-            with local_copy(shard.path("jsonl")) as file, file.open(encoding="ascii") as lines:
+            with files.local_copy(shard.path("jsonl")) as file, file.open("rb") as lines:
                 for line in lines:
                     stream.write(line)
                     yield json.loads(line)[0]
 
-    with whole_file(path, work) as file:
-        with file.open("w", encoding="ascii") as stream:
-            digest = key_digest(keys(stream))
-        return describe_file(file, records, path.name), digest
+    with whole_file(out / stored.INDEX_NAME, work) as file:
+        with file.open("wb") as stream:
+            digest = stored.key_digest(keys(stream))
+        return describe_file(file, records, stored.INDEX_NAME), digest
 
 
 def _write_entity_index(
     out: AnyPath, work: AnyPath, records: np.ndarray, entities: np.ndarray, count: int
-) -> tuple[FileInfo, FileInfo]:
+) -> tuple[FileInfo, ...]:
     """Writes the arrays of a `PairIndex`; each mention has a record, ascending, and an entity."""
     # Stable: records stay ascending within an entity.
     order = np.argsort(entities, kind="stable")
     starts = np.searchsorted(entities[order], np.arange(count + 1)).astype(np.int64)
     infos = []
-    for name, array in zip(ENTITY_INDEX_NAMES, (starts, records[order]), strict=True):
+    for name, array in zip(stored.ENTITY_INDEX_NAMES, (starts, records[order]), strict=True):
         with whole_file(out / name, work) as file:
             np.save(file, array)
             infos.append(describe_file(file, len(array), name))
@@ -346,15 +280,9 @@ def _write_entity_index(
 def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str, Any]:
     """Applies every rule to the first pairs of shards spread over the input; writes nothing.
 
-    Entities that are to be built from the captions are built from those of the sample. Duplicates
-    are not looked for.
-
-    Returns:
-      `report.report_counts`, with `entities` (name -> records that name it), `bytes` of the images
-      that are kept, `shards_read` and `input_shards`.
-
-    Raises:
-      UserError: the sample has no pair, or no noun where entities are to be built.
+    Entities that are to be built are built from the sample. Duplicates are not looked for. Returns
+    `summary.report_counts`, with `entities` (name -> records that name it), `bytes` of the images
+    that are kept, `shards_read` and `input_shards`.
     """
     shards = source.shards()
     sample = shards[:: max(1, -(-len(shards) // _SAMPLE_SHARDS))]
@@ -362,22 +290,18 @@ def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str,
     nouns = None
     if choice.table is None:
         pairs = (p for s in sample for p in islice(source.read(s, images=False), most))
-        nouns = count_nouns(pairs, rules)
-    entities = EntitySet(build_entities(choice, nouns, class_names(source)).table)
+        nouns = work_files.count_nouns(pairs, rules)
+    names = getattr(source, "class_names", [])
+    entities = EntitySet(build_entities(choice, nouns, names).table)
     named = dict.fromkeys(entities.names, 0)
     tally, size = Tally(), 0
     for shard in sample:
         pairs = islice(source.read(shard), most)
-        for verdict in judge_all(pairs, shard.name, rules, entities, tally):
-            size += len(verdict.record.image)
-            for entity in verdict.record.entities:
+        for record in work_files.judge_all(pairs, shard.name, rules, entities, tally):
+            size += len(record.image)
+            for entity in record.entities:
                 named[entities.names[entity]] += 1
     if not tally.read:
         raise UserError("the sample of the input has no pair; check --source")
-    return {
-        **report_counts(tally),
-        "entities": named,
-        "bytes": size,
-        "shards_read": len(sample),
-        "input_shards": len(shards),
-    }
+    counts = {"bytes": size, "shards_read": len(sample), "input_shards": len(shards)}
+    return {**report_counts(tally), "entities": named, **counts}

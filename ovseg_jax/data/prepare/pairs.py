@@ -1,7 +1,6 @@
-"""What preparation reads and where: paths, the shards of an input, and the pairs in them.
+"""What preparation reads: shards of an input, the pairs in them, files on disk or in buckets.
 
-A path of this machine is a `pathlib.Path`, a path in a bucket (gs://bucket/cc12m, s3://bucket/cc12m)
-an `epath.Path`.
+A path on this machine is a `pathlib.Path`; one in a bucket (gs://, s3://) is an `epath.Path`.
 """
 
 import contextlib
@@ -20,19 +19,15 @@ from etils import epath
 from ovseg_jax.errors import UserError
 
 AnyPath = Path | epath.Path
-# Prefix -> the package that reads such paths.
-BUCKETS = {"gs://": "gcsfs", "s3://": "s3fs"}
+BUCKETS = {"gs://": "gcsfs", "s3://": "s3fs"}  # prefix -> the package that reads such paths
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """A section of the input that is read by one call.
+    """A section of the input that one call reads, with a name for the report.
 
-    Attributes:
-      name: of the shard, as the report shows it.
-      start: where it begins: a byte of the file, or the index of a record.
-      stop: where it ends. Both change when the input does.
-      first: number of its first row, where rows are numbered.
+    `start` and `stop` are bytes of the file or indices of records, and change when the input does;
+    `first` is the number of its first row, where rows are numbered.
     """
 
     name: str
@@ -43,13 +38,10 @@ class InputShard:
 
 @dataclass(frozen=True)
 class RawPair:
-    """An image with its captions, as the source has it.
+    """An image with its captions (or their bytes) as the source has them.
 
-    Attributes:
-      key: its name.
-      captions: the texts, or their bytes where nothing has decoded them.
-      image: the encoded image; None if there is none, or none was asked for.
-      cause: the drop reason if the source itself has no usable pair here; '' otherwise.
+    `image` is None if there is none, or none was asked for; `cause` is the drop reason where the
+    source itself has no usable pair.
     """
 
     key: str
@@ -60,16 +52,17 @@ class RawPair:
 
 @dataclass(frozen=True)
 class Damage:
-    """Something wrong with a shard as a whole, in words for the report."""
+    """What is wrong with a shard as a whole, in words for the report."""
 
     what: str
 
 
 @runtime_checkable
 class PairSource(Protocol):
-    """A data set to prepare. It is pickled and read in other processes.
+    """A data set to prepare; it is pickled and read in other processes.
 
-    A source may also have `class_names() -> list[str]`: then its captions are names of classes.
+    If its captions are names of classes, a source also has an attribute `class_names`, a list of
+    all of them.
     """
 
     name: str
@@ -79,18 +72,8 @@ class PairSource(Protocol):
         ...
 
     def read(self, shard: InputShard, *, images: bool = True) -> Iterator[RawPair | Damage]:
-        """The pairs of a shard in order.
-
-        Args:
-          shard: one of `shards()`.
-          images: False leaves the images out, where that makes reading faster.
-        """
+        """The pairs of a shard in order; `images=False` may leave the images out, to be faster."""
         ...
-
-
-def class_names(source: PairSource) -> list[str]:
-    """The names of the classes that a source has for captions; none where it has sentences."""
-    return source.class_names() if hasattr(source, "class_names") else []
 
 
 def source_fingerprint(source: PairSource, shards: list[InputShard]) -> str:
@@ -103,11 +86,7 @@ def source_fingerprint(source: PairSource, shards: list[InputShard]) -> str:
 
 
 def parse_path(text: str | AnyPath) -> AnyPath:
-    """The path that a text names.
-
-    Raises:
-      UserError: a bucket that cannot be reached, or that no installed package reads.
-    """
+    """The path that a text names; a UserError for a bucket that cannot be reached or read."""
     scheme, mark, _ = str(text).partition("://")
     if not mark:
         return Path(text)
@@ -118,11 +97,8 @@ def parse_path(text: str | AnyPath) -> AnyPath:
     try:
         path.exists()
     except ImportError as error:
-        raise UserError(
-            f"{text} needs {package}; install it with: pip install {package}"
-        ) from error
-    except Exception as error:
-        # Each kind of bucket has its own errors for no access, no network, no such bucket.
+        raise UserError(f"{text} needs {package}: pip install {package}") from error
+    except Exception as error:  # each kind of bucket has its own errors
         raise UserError(f"{text} cannot be reached: {error}; check path and access") from error
     return path
 
@@ -131,7 +107,7 @@ def parse_path(text: str | AnyPath) -> AnyPath:
 def network_errors(path: AnyPath, *expected: type[Exception]) -> Iterator[None]:
     """Turns errors in a bucket, other than `expected`, into a UserError.
 
-    A damaged file is a fact of the input. A network that fails is not, and must not drop a shard.
+    A damaged file is a fact of the input; a network that fails is not, and must not drop a shard.
     """
     try:
         yield
@@ -140,10 +116,8 @@ def network_errors(path: AnyPath, *expected: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if isinstance(path, Path):
             raise
-        raise UserError(
-            f"{path} cannot be read ({error}); run the same command again, and it goes on where "
-            "it was"
-        ) from error
+        again = "run the same command again, and it goes on where it was"
+        raise UserError(f"{path} cannot be read ({error}); {again}") from error
 
 
 def is_file(path: AnyPath) -> bool:
@@ -156,6 +130,11 @@ def file_size(path: AnyPath) -> int:
     return epath.Path(path).stat().length
 
 
+def _copy(path: AnyPath, target: AnyPath) -> None:
+    with path.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer)
+
+
 @contextlib.contextmanager
 def local_copy(path: AnyPath) -> Iterator[Path]:
     """The path itself on this machine; otherwise a copy, removed when the block ends."""
@@ -164,8 +143,7 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        with path.open("rb") as source, copy.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        _copy(path, copy)
         yield copy
 
 
@@ -173,19 +151,15 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
 def whole_file(path: AnyPath, scratch: AnyPath | None = None) -> Iterator[Path]:
     """A local file to write, which becomes `path`, whole, when the block ends without an error.
 
-    A killed run leaves the unfinished file in `scratch`, a folder on the same disk; by default the
-    folder of `path`.
+    A killed run leaves the unfinished file in `scratch` on the same disk, by default beside `path`.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / path.name
             yield copy
-            # An object in a bucket appears when all of it has arrived.
-            with copy.open("rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            _copy(copy, path)  # an object in a bucket appears when all of it has arrived
         return
-    # Several machines may share the folder and have processes of equal number. The name keeps its
-    # ending: NumPy would append a missing one.
+    # Unique, because several machines may share the folder. NumPy would append a missing ending.
     temporary = Path(scratch or path.parent) / f".{uuid.uuid4().hex}.{path.name}"
     try:
         yield temporary
