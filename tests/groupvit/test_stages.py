@@ -15,7 +15,7 @@ import pytest
 
 from ovseg_jax.models.vit import VisualEncoder
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.segmentation import readout
 from ovseg_jax.weights.groupvit import image_links
 from ovseg_jax.weights.links import read_links, write_links
 
@@ -158,9 +158,9 @@ def test_the_map_at_the_size_of_the_image(cases):
         if name in recorded:
             found += 1
             size = recorded[name].shape[1:3]
-            grid = windows.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
+            grid = readout.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
             cells = tokens.affinity.reshape(1, *grid, -1)
-            matrices = (windows.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
+            matrices = (readout.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
             assert relative(readout.spread(cells, *matrices), recorded[name]) < 1e-5
     assert found
 
