@@ -107,9 +107,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "threshold": 0.08,
             # The classes of scenes, among which the threshold was chosen.
             "competing_words": 48,
-            # Eq. 1 with "features" reached 11 to 12 mIoU on the tune split where this reached 33 to
-            # 38: without the mask phase, no loss trains I G directly.
-            "affinity": "binding",
         },
         "calibrate": True,
         "tune_count": 300,

@@ -9,14 +9,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import ovseg_jax
@@ -26,7 +25,7 @@ from ovseg_jax.files import check_writable, listed, replace_file
 from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.segmentation.api import Segmentation
 from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
-from ovseg_jax.segmentation.pictures import overlay, palette_image
+from ovseg_jax.segmentation.pictures import overlay, palette_image, png
 from ovseg_jax.segmentation.vocabulary import Vocabulary, read_words, split_at_commas, word_list
 
 # Formats of results: how their files end, and what they are.
@@ -37,7 +36,6 @@ FORMATS = {
     "npz": ("npz", "labels, groups, scores, classes, for NumPy"),
     "rle": ("rle.json", "run lengths of each class, as COCO's results have them"),
 }
-_PALETTE = 255  # classes that fit into a palette image
 # By this we know our own files.
 _MARK = "written by ovseg_jax.predict"
 
@@ -57,22 +55,14 @@ the others are still done; the exit code is then 1.
 FLAGS = (
     flags.Flag("model", default="photos", help="model directory, or the name of a shipped model"),
     flags.Flag(
-        "images",
-        required=True,
-        help="files, folders, globs, videos, or - to read a list from stdin; comma-separated",
+        "images", required=True, help="files, folders, globs, videos, or - for stdin's list"
     ),
     flags.Flag("classes", help="class names, comma-separated; synonyms as cat|kitten"),
     flags.Flag("vocabulary", help="a list of classes: voc, coco, ade20k, ..., or a text file"),
-    flags.Flag(
-        "background",
-        help="a threshold from 0 to 1, 'none' for no background, or words that stand for it; "
-        "by default the model's threshold",
-    ),
+    flags.Flag("background", help="a threshold from 0 to 1, 'none', or words that stand for it"),
     flags.Flag("out", default="predictions", help="folder for the results"),
     flags.Flag("overwrite", bool, default=False, help="replace results of an earlier call"),
-    flags.Flag(
-        "formats", flags.comma_list, default=["png", "overlay", "json"], help="what to write"
-    ),
+    flags.Flag("formats", flags.comma_list, default=["png", "overlay", "json"], help="see above"),
     flags.Flag("words", int, default=0, help="total of competing words; 0: as in calibration"),
     flags.Flag("batch_size", int, default=0, help="windows encoded at once; 0 to choose"),
     flags.Flag("every", int, default=1, help="take every N-th frame of videos"),
@@ -92,7 +82,12 @@ def main(argv: list[str]) -> int:
     background = _background(args.background)
     words = background["background"]
     vocabulary = Vocabulary.of(classes, words if isinstance(words, list) else ())
-    check_formats(args.formats, len(vocabulary.classes))
+    wrong = [name for name in args.formats if name not in FORMATS]
+    if wrong or not args.formats:
+        raise UserError(f"--formats: {wrong or 'empty'}; there are: {', '.join(FORMATS)}")
+    if len(vocabulary.classes) > 255 and {"png", "overlay"} & set(args.formats):
+        hint = "a palette image has room for 255: use --formats=npz,rle,json"
+        raise UserError(f"{len(vocabulary.classes)} classes do not fit; {hint}")
     for name, least in (("words", 0), ("batch_size", 0), ("every", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
@@ -105,28 +100,22 @@ def main(argv: list[str]) -> int:
         _say(f"passed over, as no image: {listed(passed_over)}", sys.stderr)
     out = Path(args.out).expanduser()
     check_writable(out)
-    present = set(os.listdir(out))
     for name, kind in itertools.product(result_names(sources).values(), args.formats):
-        if (file := f"{name}.{FORMATS[kind][0]}") in present:
-            _check_free(out / file, args.overwrite)
+        _check_free(out / f"{name}.{FORMATS[kind][0]}", args.overwrite)
     enable_compilation_cache()
     settings = {"pamr_steps": args.pamr} if args.pamr else {}
     model = ovseg_jax.load(os.path.expanduser(args.model), **settings)
-    return _segment(model, sources, classes, background, args, out)
+    options = background | {"words": args.words, "batch_size": args.batch_size}
+    return _segment(model, sources, classes, options, args, out)
 
 
 def _segment(
-    model: Any,
-    sources: list[str],
-    classes: Sequence[str],
-    background: dict[str, Any],
-    args: SimpleNamespace,
-    out: Path,
+    model: Any, sources: list[str], classes: Any, options: dict, args: SimpleNamespace, out: Path
 ) -> int:
     """Segments every image that can be read; 1 if any failed."""
     failed, done, empty = 0, 0, 0
     order = itertools.count()  # `segment_each` counts only the images that it gets
-    waiting: dict[int, tuple[Picture, np.ndarray]] = {}
+    waiting: dict[int, Picture] = {}
     written: dict[str, str] = {}
     bar = tqdm(total=len(sources), unit=" images", disable=None)
 
@@ -138,30 +127,26 @@ def _segment(
 
     def readable() -> Iterator[np.ndarray]:
         for picture in pictures(sources, args.every):
+            if isinstance(picture.image, UserError):
+                fail(str(picture.image))
+                continue
             if other := written.get(picture.name):
                 fail(f"{picture.source} would overwrite the result of {other}: rename one")
                 continue
-            try:
-                image = picture.read()
-            except UserError as error:
-                fail(str(error))
-                continue
             written[picture.name] = picture.source
-            waiting[next(order)] = (picture, image)
-            yield image
+            waiting[next(order)] = picture
+            yield picture.image
 
     with bar:
-        for index, result in model.segment_each(
-            readable(), classes, **background, words=args.words, batch_size=args.batch_size
-        ):
-            picture, image = waiting.pop(index)
+        for index, result in model.segment_each(readable(), classes, **options):
+            picture = waiting.pop(index)
             try:
-                files = write_results(out, picture.name, image, result, args)
+                first = write_results(out, picture, result, args)
             except UserError as error:
                 fail(f"{picture.source}: {error}")
                 continue
             done, empty = done + 1, empty + (not result.labels.any())
-            _say(f"{picture.source}: {summary(result)} -> {files[0]}", sys.stdout)
+            _say(f"{picture.source}: {summary(result)} -> {first}", sys.stdout)
             bar.total = max(bar.total, done + failed)  # a video is one source of many images
             bar.update()
     if empty:
@@ -176,10 +161,8 @@ def _segment(
 
 
 def _say(text: str, file: Any) -> None:
-    """Writes a line above the progress bar, at once even into a pipe.
-
-    What a terminal cannot show, such as bytes of a name that are no text, is escaped.
-    """
+    """Writes a line above the progress bar, at once even into a pipe; what a terminal cannot show,
+    such as bytes of a name that are no text, is escaped."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     encoding = getattr(file, "encoding", None) or "utf-8"
     tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
@@ -199,9 +182,8 @@ def _background(text: str | None) -> dict[str, Any]:
         if not words:
             raise UserError("--background is a threshold, 'none', or words") from None
         if numbers := [word for word in words if re.fullmatch(r"[\d.+-]+\s*%?", word)]:
-            raise UserError(
-                f"--background={text}: {numbers[0]!r} is no word; a threshold is written as 0.5"
-            ) from None
+            hint = f"{numbers[0]!r} is no word; a threshold is written as 0.5"
+            raise UserError(f"--background={text}: {hint}") from None
         return {"background": words}
     if not 0 <= threshold <= 1:
         raise UserError(f"--background={text}: a threshold is a probability, from 0 to 1")
@@ -211,67 +193,40 @@ def _background(text: str | None) -> dict[str, Any]:
 # ---- results
 
 
-def check_formats(formats: list[str], classes: int) -> None:
-    """Raises UserError for a format that does not exist, or cannot hold so many classes."""
-    for name in formats:
-        if name not in FORMATS:
-            raise UserError(f"unknown format {name!r}; there are: {', '.join(FORMATS)}")
-    if not formats:
-        raise UserError(f"--formats is empty; there are: {', '.join(FORMATS)}")
-    if classes > _PALETTE and {"png", "overlay"} & set(formats):
-        raise UserError(
-            f"{classes} classes do not fit into a palette image, which has {_PALETTE} beside the "
-            "background: use --formats=npz,rle,json"
-        )
-
-
 def _check_free(path: Path, overwrite: bool) -> None:
     """Raises UserError where a file would be lost that may not be."""
+    if not os.path.lexists(path):
+        return
     content = path.read_bytes() if path.is_file() else b""
-    ours = _MARK.encode() in content or content.strip() == b"[]"
-    if not ours:
+    if _MARK.encode() not in content and content.strip() != b"[]":
         raise UserError(f"{path} is there and is no result of predict: choose another --out")
     if not overwrite:
         raise UserError(f"{path} is there already: choose another --out, or add --overwrite")
 
 
-def write_results(
-    out: Path, name: str, image: np.ndarray, result: Segmentation, args: SimpleNamespace
-) -> list[Path]:
-    """Writes each of `args.formats`; returns the files, the overlay first if there is one.
-
-    Raises:
-      UserError: a file cannot be written, or another one would be lost.
-    """
-    kinds = sorted(args.formats, key=lambda kind: kind != "overlay")
-    files = [out / f"{name}.{FORMATS[kind][0]}" for kind in kinds]
-    for path in files:
-        if os.path.lexists(path):
-            _check_free(path, args.overwrite)
-    for kind, path in zip(kinds, files, strict=True):
-        replace_file(path, _content(kind, name, image, result))
-    return files
+def write_results(out: Path, picture: Picture, result: Segmentation, args: SimpleNamespace) -> Path:
+    """Writes each of `args.formats`; returns the overlay, or where there is none the first file."""
+    files = {kind: out / f"{picture.name}.{FORMATS[kind][0]}" for kind in args.formats}
+    for path in files.values():
+        _check_free(path, args.overwrite)
+    for kind, path in files.items():
+        replace_file(path, _content(kind, picture, result))
+    return files.get("overlay", files[args.formats[0]])
 
 
-def _content(kind: str, name: str, image: np.ndarray, result: Segmentation) -> bytes | str:
-    stream = io.BytesIO()
-    if kind in ("png", "overlay"):
-        if kind == "png":
-            picture = palette_image(result.labels, len(result.classes))
-        else:
-            picture = overlay(image, result.labels, list(result.classes), names=True)
-        text = PngInfo()
-        text.add_text("Software", _MARK)
-        picture.save(stream, "PNG", pnginfo=text)
-    elif kind == "npz":
+def _content(kind: str, picture: Picture, result: Segmentation) -> bytes | str:
+    if kind == "png":
+        return png(palette_image(result.labels, len(result.classes)), Software=_MARK)
+    if kind == "overlay":
+        return png(overlay(picture.image, result.labels, result.classes), Software=_MARK)
+    if kind == "npz":
+        stream = io.BytesIO()
         arrays = {"labels": result.labels, "groups": result.groups, "scores": result.scores}
         np.savez_compressed(stream, **arrays, classes=np.array(result.classes))
         # Behind the end of an archive there may be a comment.
         return stream.getvalue()[:-2] + len(_MARK).to_bytes(2, "little") + _MARK.encode()
-    else:
-        record = _runs(name, result) if kind == "rle" else _numbers(name, result)
-        return json.dumps(record, indent=2) + "\n"
-    return stream.getvalue()
+    record = (_runs if kind == "rle" else _numbers)(picture.name, result)
+    return json.dumps(record, indent=2) + "\n"
 
 
 def summary(result: Segmentation, most: int = 5) -> str:
@@ -304,7 +259,6 @@ def _numbers(name: str, result: Segmentation) -> dict[str, Any]:
 
 def _runs(name: str, result: Segmentation) -> list[dict[str, Any]]:
     """An entry for each class that was found, in the form of COCO's segmentation results."""
-    present = [i + 1 for i in np.flatnonzero(result.areas).tolist()]
     return [
         {
             "image_id": name,
@@ -314,14 +268,12 @@ def _runs(name: str, result: Segmentation) -> list[dict[str, Any]]:
             "segmentation": segmentation,
             "about": _MARK,
         }
-        for label, segmentation in run_lengths(result.labels, present).items()
+        for label, segmentation in run_lengths(result.labels).items()
     ]
 
 
-def run_lengths(
-    labels: Integer[np.ndarray, "H W"], wanted: Sequence[int]
-) -> dict[int, dict[str, Any]]:
-    """COCO's uncompressed run lengths of the mask of each wanted label.
+def run_lengths(labels: Integer[np.ndarray, "H W"]) -> dict[int, dict[str, Any]]:
+    """COCO's uncompressed run lengths of the mask of each label that is there, but for 0.
 
     Runs go column by column and begin with zeros.
     """
@@ -329,11 +281,11 @@ def run_lengths(
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     values, ends = flat[starts], np.append(starts[1:], flat.size)
     by_label = {}
-    for label in wanted:
+    for label in np.unique(values[values > 0]).tolist():
         ones = values == label
         # Where zeros end and ones end, in turn; what is left is zeros.
         turns = np.stack([starts[ones], ends[ones]], axis=1).reshape(-1)
-        turns = turns if turns.size and turns[-1] == flat.size else np.append(turns, flat.size)
+        turns = turns if turns[-1] == flat.size else np.append(turns, flat.size)
         counts = np.diff(turns, prepend=0).tolist()
         by_label[label] = {"size": list(labels.shape), "counts": counts}
     return by_label

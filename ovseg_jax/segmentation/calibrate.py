@@ -2,16 +2,10 @@
 
 `calibrated` chooses all of them for a model that was just trained, `swept` only the threshold, for
 any protocol.
-
-For one pair of scales, the labels at every threshold follow from the best class of each pixel and
-its probability. So `calibrate` counts pixels once by (probability bin, best class, truth), and sums
-over bins are the confusion matrices of all thresholds.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,16 +13,17 @@ from jaxtyping import Integer
 from ml_collections import ConfigDict
 
 from ovseg_jax.data.benchmarks import class_table
+from ovseg_jax.data.benchmarks.class_tables import IGNORE
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.benchmarks import Benchmark, benchmark_of, words_of
-from ovseg_jax.segmentation.evaluate import evaluate, scored_benchmark
-from ovseg_jax.segmentation.labels import (
-    WordToClass,
-    best_words,
-    label_maps,
-    runs_of_equal_shape,
+from ovseg_jax.segmentation.evaluate import (
+    Gather,
+    count_pixels,
+    evaluate,
+    mean_iou,
+    scored_benchmark,
 )
-from ovseg_jax.segmentation.metric import IGNORE, ConfusionMatrix, Gather
+from ovseg_jax.segmentation.labels import WordToClass, best_words, label_maps, runs_of_equal_shape
 from ovseg_jax.segmentation.official_folders import FOLDERS
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import ImageScores, Segmenter, with_scale
@@ -47,65 +42,45 @@ SWEPT_THRESHOLDS = (
 )
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The best settings, and the mIoU (0..1) of all that were tried.
-
-    Attributes:
-      scale, image_scale, threshold: the best values of these fields of a protocol.
-      miou: theirs, on the split used.
-      curves: mIoU [pair of scales, threshold].
-    """
-
-    scale: float
-    image_scale: float
-    threshold: float
-    miou: float
-    curves: Float[np.ndarray, "pairs thresholds"]
-
-
 def calibrate(
-    scored: Iterable[tuple[ImageScores, Integer[np.ndarray, "H W"]]],
+    scored: Iterable[ImageScores],
     protocol: Protocol,
     scales: Sequence[float] = SCALES,
     image_scales: Sequence[float] = IMAGE_SCALES,
     thresholds: Sequence[float] = THRESHOLDS,
     batch_size: int = 16,
     word_to_class: WordToClass = None,
-) -> Calibration:
-    """The scales and the threshold with the highest mIoU, background included.
+) -> tuple[Protocol, Float[np.ndarray, "pairs thresholds"]]:
+    """The protocol with the scales and the threshold of the highest mIoU, background included, and
+    the mIoU (0..1) of all that were tried.
+
+    For one pair of scales, the labels at every threshold follow from the best class of each pixel
+    and its probability. So pixels are counted once by (probability bin, best class, truth), and
+    sums over bins are the confusion matrices of all thresholds.
 
     Args:
-      scored: for each image its scores and its true labels (0 background, 1 + class, 255 ignored).
-        Consecutive images of equal shape are processed together.
-      protocol: all but the fields that are chosen.
+      scored: scores with true labels (0 background, 1 + class, 255 ignored).
       thresholds: in rising order.
-      word_to_class: the class of each word that was scored, -1 for background; by default every
-        word is a class.
-
-    Raises:
-      UserError: no image, no pixel that is not ignored, or true labels beyond the classes.
+      batch_size, word_to_class: as `group` and `word_to_class` of `label_maps`.
     """
     edges = np.asarray(thresholds, np.float32)
     pairs = list(itertools.product(map(float, scales), map(float, image_scales)))
     counts = None
-    for same in runs_of_equal_shape(scored, batch_size, lambda pair: pair[0]):
-        scores = [scored_image for scored_image, _ in same]
+    for same in runs_of_equal_shape(scored, batch_size):
         if counts is None:
-            words = scores[0].group_cosines.shape[-1]
+            words = same[0].group_cosines.shape[-1]
             classes = np.arange(words) if word_to_class is None else np.asarray(word_to_class)
             labels = int(classes.max()) + 2
             counts = np.zeros((len(pairs), len(edges) + 1, labels, labels), np.int64)
-        truth = np.stack([truth for _, truth in same])
+        truth = np.stack([scored_image.truth for scored_image in same])
         valid = truth != IGNORE
         truth = truth[valid].astype(np.int64)
         if truth.size and truth.max() >= labels:
             raise UserError(f"true label {truth.max()}, but there are {labels - 1} classes")
         for i, (scale, image_scale) in enumerate(pairs):
             tried = protocol.replace(scale=scale, image_scale=image_scale)
-            highest, best = _pixels(scores, tried, batch_size)
-            # A pixel in bin j has its class at the thresholds 0..j-1, those not above its
-            # probability.
+            highest, best = _pixels(same, tried, batch_size)
+            # A pixel in bin j has its class at the thresholds 0..j-1.
             bins = np.searchsorted(edges, highest[valid], side="right")
             joint = (bins * labels + classes[best[valid]] + 1) * labels + truth
             counts[i] += np.bincount(joint, minlength=counts[i].size).reshape(counts[i].shape)
@@ -115,16 +90,14 @@ def calibrate(
     if np.isnan(curves).all():
         raise UserError("calibration saw no pixel that is not ignored")
     i, j = np.unravel_index(np.nanargmax(curves), curves.shape)
-    return Calibration(*pairs[i], float(thresholds[j]), float(curves[i, j]), curves)
+    scale, image_scale = pairs[i]
+    best = {"scale": scale, "image_scale": image_scale, "threshold": float(thresholds[j])}
+    return protocol.replace(**best), curves
 
 
-def _pixels(
-    same: Sequence[ImageScores], protocol: Protocol, group: int
-) -> tuple[Float[np.ndarray, "B H W"], Integer[np.ndarray, "B H W"]]:
-    """Highest probability and its word at each pixel.
-
-    Where the protocol caps thresholds, the probability of the best pixels of an image is infinite.
-    """
+def _pixels(same, protocol, group) -> tuple[np.ndarray, np.ndarray]:
+    """Highest probability (infinite where a capped threshold is reached) and its word at each pixel
+    [B, H, W]."""
     highest, best = best_words(same, protocol, group)
     if protocol.cap_threshold:
         of_image = highest.max((1, 2), keepdims=True)
@@ -143,7 +116,7 @@ def _miou_of_thresholds(by_bin: Integer[np.ndarray, "bins labels labels"]) -> li
     for reached in by_bin[::-1].cumsum(0)[::-1][1:]:
         predicted = reached.copy()
         predicted[0] += total - reached.sum(0)
-        scores.append(ConfusionMatrix(predicted.T).miou())
+        scores.append(mean_iou(predicted.T))
     return scores
 
 
@@ -157,20 +130,14 @@ def calibrated(
     """
     plain = protocol.averaged == "probabilities" and not (protocol.pamr_steps or protocol.min_area)
     if protocol.grouping == "one_group" or not plain:
-        result = evaluate(segmenter, tune, protocol, batch_size=batch_size)
-        return protocol, result["miou"]
+        return protocol, evaluate(segmenter, tune, protocol, batch_size=batch_size)["miou"]
     # Without a threshold no everyday words would compete, as they will once there is one.
     protocol = protocol.replace(threshold=protocol.threshold or 0.0)
     word_to_class = words_of(tune, protocol)[0].word_to_class
-    pairs = scored_benchmark(segmenter, tune, protocol, batch_size=batch_size)
-    best = calibrate(pairs, protocol, word_to_class=word_to_class)
-    chosen = protocol.replace(
-        scale=best.scale,
-        image_scale=best.image_scale,
-        threshold=best.threshold,
-        competing_words=len(word_to_class),
-    )
-    return chosen, 100.0 * best.miou
+    pairs = scored_benchmark(segmenter, tune, protocol, batch_size)
+    best, curves = calibrate(pairs, protocol, word_to_class=word_to_class)
+    miou = 100.0 * float(np.nanmax(curves))
+    return best.replace(competing_words=len(word_to_class)), miou
 
 
 def swept(
@@ -182,99 +149,76 @@ def swept(
     gather: Gather,
     batch_size: int,
 ) -> tuple[Protocol, dict[str, Any]]:
-    """The protocol with the best threshold by mIoU, and facts about the sweep for the result.
+    """The protocol (of a benchmark) with the best threshold by mIoU, and facts for the result.
 
-    The protocol's own threshold stays where none of `SWEPT_THRESHOLDS` is better. The images are
-    encoded once and labeled with every threshold, so any protocol can be swept.
-
-    Args:
-      train: images that are not reported.
-      protocol: for this benchmark.
-      part, gather, batch_size: see `evaluate.evaluate`.
-
-    Raises:
-      UserError: every pixel of the images is ignored.
+    The protocol's own threshold stays where none of `SWEPT_THRESHOLDS` is better. The images (none
+    that is reported) are encoded once and labeled with every threshold, so any protocol can be
+    swept. For the options see `evaluate.evaluate`.
     """
     vocabulary, _ = words_of(train, protocol)
     ready = with_scale(protocol, segmenter)
     labels, present = len(vocabulary.classes) + 1, protocol.threshold
     thresholds = sorted({*SWEPT_THRESHOLDS, *([] if present is None else [present])})
-    counts = [ConfusionMatrix.empty(labels) for _ in thresholds]
-    scored = scored_benchmark(segmenter, train, ready, batch_size=batch_size, part=part)
-    for scored_image, truth in scored:
-        for matrix, threshold in zip(counts, thresholds, strict=True):
+    counts = np.zeros((len(thresholds), labels, labels), np.int64)
+    numbers = range(part[0], len(train), part[1])
+    scored = scored_benchmark(segmenter, train, ready, batch_size, numbers)
+    for scored_image in scored:
+        for confusion, threshold in zip(counts, thresholds, strict=True):
             at = ready.replace(threshold=threshold)
             ((_, predicted),) = label_maps([scored_image], at, vocabulary.word_to_class)
-            matrix.update(predicted, truth)
-    packed = np.concatenate([matrix.counts.ravel() for matrix in counts])
-    summed = gather(packed).sum(0).reshape(len(thresholds), labels, labels)
-    scores = [ConfusionMatrix(matrix).miou() for matrix in summed]
+            confusion += count_pixels(predicted, scored_image.truth, labels)
+    summed = gather(counts.ravel()).sum(0).reshape(counts.shape)
+    scores = [mean_iou(confusion) for confusion in summed]
     if np.isnan(scores).all():
-        raise UserError(
-            f"benchmark {train.name}: no pixel of the {len(train)} training images counts, so no "
-            "threshold can be chosen on them: take more with --sweep"
-        )
+        where = f"benchmark {train.name}: no pixel of the {len(train)} training images"
+        raise UserError(f"{where} counts: take more with --sweep")
     best = thresholds[int(np.nanargmax(scores))]
     if present is not None and scores[thresholds.index(present)] == np.nanmax(scores):
         best = present
     facts = {
-        "threshold_sweep": {
-            "images": len(train),
-            "data": train.describe(),
-            "thresholds": thresholds,
-            "miou": [round(100 * score, 4) for score in scores],
-        }
+        "images": len(train),
+        "data": train.describe(),
+        "thresholds": thresholds,
+        "miou": [round(100 * score, 4) for score in scores],
     }
-    return protocol.replace(threshold=best), facts
+    return protocol.replace(threshold=best), {"threshold_sweep": facts}
 
 
 # ---- images to choose on
 
 
 def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
-    """`config.tune_count` images to calibrate on, none of which is reported.
-
-    None where the config does not ask to calibrate, or the benchmark has no such images.
-
-    Raises:
-      UserError: files are missing, or the images would be reported.
-    """
-    if not config.calibrate:
+    """`config.tune_count` images to calibrate on, none of which is reported; None where the config
+    does not ask to calibrate, or the benchmark has no such images."""
+    folder = FOLDERS.get(name)
+    # Without a background there is no threshold to choose.
+    dropped = folder is None or folder.drop_background or folder.only_unseen
+    suits = name == "scenes" or (not dropped and class_table(folder.base).background)
+    if not config.calibrate or not suits:
         return None
-    if name != "scenes":
-        folder = FOLDERS.get(name)
-        if folder is None or folder.drop_background or not class_table(folder.base).background:
-            return None
     if config.tune_count < 1:
         raise UserError(f"config.eval.tune_count is {config.tune_count}; it must be at least 1")
     return train_split(name, config, config.tune_count)
 
 
 def train_split(name: str, config: ConfigDict, count: int) -> Benchmark:
-    """`count` images to choose a threshold on, none of which is reported.
-
-    Raises:
-      UserError: the benchmark has no such images.
-    """
+    """`count` images to choose a threshold on; UserError where they would be reported."""
     reported = benchmark_of(name, config)
     if name == "scenes":
         if reported.split == "tune":
             raise UserError(
-                "benchmark scenes: its tune split is to be reported, so no scale or threshold can "
-                "be chosen on it: set config.eval.scenes.split to another one"
+                "benchmark scenes: its tune split is to be reported, so no threshold can be chosen "
+                "on it: set config.eval.scenes.split to another one"
             )
         return benchmark_of(name, config, split="tune", count=count)
     if name not in FOLDERS:
-        raise UserError(
-            f"benchmark {name} has no training split to choose a threshold on; set "
-            "--config.eval.protocol.threshold, or leave out --sweep"
-        )
+        raise UserError(f"benchmark {name} has no training split for --sweep: leave it out")
     tune = benchmark_of(name, config, split="train", count=0)
     if shared := set(tune.keys) & set(reported.keys):
         raise UserError(
             f"benchmark {name}: {len(shared)} images are in the lists of both its training and its "
-            f"validation split, {min(shared)} among them: no threshold can be chosen on images "
-            "that are reported"
+            f"validation split, such as {min(shared)}, and would be reported"
         )
     # Evenly over the split, whose order follows years or scenes.
-    return dataclasses.replace(tune, every=max(1, len(tune) // count), count=count)
+    every = max(1, len(tune) // count)
+    return benchmark_of(name, config, split="train", every=every, count=count)

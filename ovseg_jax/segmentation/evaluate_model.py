@@ -1,30 +1,26 @@
-"""Benchmarks from end to end: result files and pictures, of a run or of a model directory.
-
-``main --mode=eval --model=DIR`` calls `evaluate_model`.
-"""
+"""Benchmarks from end to end: result files and pictures, of a run or of a model directory."""
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ovseg_jax import flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import check_writable
 from ovseg_jax.segmentation.benchmarks import (
-    BENCHMARKS,
     FOLDER_FIELDS,
     ScenesBenchmark,
     benchmark_of,
     check_name,
 )
 from ovseg_jax.segmentation.calibrate import swept, train_split
-from ovseg_jax.segmentation.evaluate import evaluate, write_result
-from ovseg_jax.segmentation.metric import gather_counts, this_part
+from ovseg_jax.segmentation.evaluate import evaluate, gather_counts, write_result
 from ovseg_jax.segmentation.page import extreme_images, write_page, write_sheet
 from ovseg_jax.segmentation.protocol import Protocol, named_protocol, saved_protocol
 from ovseg_jax.segmentation.retrieval import (
@@ -37,6 +33,8 @@ from ovseg_jax.segmentation.scores import Segmenter
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.weights.model_dir import load_model
 
+Progress = Callable[[str, int, int], None]  # called with (benchmark, images done, images in all)
+
 
 def run_benchmarks(
     segmenter: Segmenter,
@@ -48,12 +46,15 @@ def run_benchmarks(
     *,
     sweep: int = 0,
     pictures: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
 
     Each of several processes takes its share of the images. All get the whole result, and the first
-    writes it.
+    writes it. What could not be written is in the result's field `not_written`.
+
+    Before any is run, an unknown benchmark, missing files or a place that cannot be written are a
+    UserError.
 
     Args:
       config: fields of the benchmarks under their names, and `batch_size`.
@@ -62,14 +63,6 @@ def run_benchmarks(
         training split; 0 to take the protocol's.
       pictures: how many of the best, median and worst images of each benchmark are drawn, in
         ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
-      progress: called with (benchmark, images done, images of this process).
-
-    Returns:
-      The results by name. What could not be written is in their field `not_written`.
-
-    Raises:
-      UserError: an unknown benchmark, missing files, or a place that cannot be written, before any
-        is run.
     """
     # A name given twice is one benchmark.
     benchmarks = {name: benchmark_of(name, config) for name in names}
@@ -79,36 +72,32 @@ def run_benchmarks(
         if sweep and benchmark.has_background
     }
     if sweep and not tuned:
-        raise UserError(
-            "--sweep chooses thresholds of the background, and none of the benchmarks "
-            f"({', '.join(benchmarks)}) has one: leave it out"
-        )
-    if this_part()[0] == 0:
+        named = ", ".join(benchmarks)
+        raise UserError(f"--sweep: none of the benchmarks ({named}) has a background: leave it out")
+    part = jax.process_index(), jax.process_count()
+    if part[0] == 0:
         check_writable(results)
-    parts = {"part": this_part(), "gather": gather_counts, "batch_size": config.batch_size}
+    options = {"part": part, "gather": gather_counts, "batch_size": config.batch_size}
     results_by_name = {}
     for name, benchmark in benchmarks.items():
         chosen, extra = protocol, {}
         if name in tuned:
-            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **parts)
+            chosen, extra = swept(segmenter, tuned[name], protocol.for_benchmark(name), **options)
         count = functools.partial(progress, name) if progress else None
         if count:
             count(0, len(benchmark))  # the rate is counted from here
-        result = evaluate(segmenter, benchmark, chosen, progress=count, **parts)
+        result = evaluate(segmenter, benchmark, chosen, progress=count, **options)
         results_by_name[name] = result = {**result, **extra, **provenance}
-        if parts["part"][0] > 0:
+        if part[0] > 0:
             continue
         try:
             write_result(results / f"{name}.json", result)
-            images = []
             if pictures:
-                images = extreme_images(
-                    segmenter, benchmark, chosen, result["image_miou"], pictures, config.batch_size
-                )
-            if images:
-                groups = result["group_usage"]["groups"]
-                write_sheet(images, benchmark, results / f"{name}.png", groups)
-                write_page(results / f"{name}.html", result, benchmark, images, groups)
+                which = result["image_miou"], pictures, config.batch_size
+                if images := extreme_images(segmenter, benchmark, chosen, *which):
+                    groups = result["group_usage"]["groups"]
+                    write_sheet(images, benchmark, results / f"{name}.png", groups)
+                    write_page(results / f"{name}.html", result, benchmark, images, groups)
         except UserError as error:
             # Hours of work: the caller prints the result, then says this.
             result["not_written"] = str(error)
@@ -125,22 +114,19 @@ def evaluate_model(
     overrides: Sequence[tuple[str, str]] = (),
     sweep: int = 0,
     pictures: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The results of benchmarks by name, also written to ``RESULTS/NAME.json``.
 
+    What does not apply, an unknown name or missing files are a UserError before anything is
+    computed. Of the benchmarks of `retrieval` every process evaluates all.
+
     Args:
-      model: model directory.
-      names: of benchmarks, including those of `retrieval` (every process evaluates all of those).
       data_dir: folder with the official folders (or one of them) of those that have no `dir`.
       protocol_name: a named protocol, in place of the model's own.
       overrides: (key, text) pairs as `flags.parse` gives them. Keys are eval.protocol.FIELD,
         eval.batch_size, and eval.NAME.FIELD of the benchmarks asked for.
       sweep, pictures, progress: see `run_benchmarks`.
-
-    Raises:
-      UserError: an override that does not apply, an unknown name, or missing files, before
-        anything is computed.
     """
     data_dir = os.path.expanduser(data_dir)
     masked = tuple(name for name in names if name not in WHOLE_IMAGES)
@@ -149,27 +135,21 @@ def evaluate_model(
     unmasked = whole_image_sets(names, data_dir)
     if not masked:
         if overrides or protocol_name or sweep or pictures:
-            raise UserError(
-                "--config.*, --protocol, --sweep and --pictures are about label maps, and "
-                f"{' and '.join(WHOLE_IMAGES)} have none"
-            )
+            which = "--config.*, --protocol, --sweep and --pictures are about label maps"
+            raise UserError(f"{which}, and {' and '.join(WHOLE_IMAGES)} have none")
         if not unmasked:
             raise UserError("no benchmark named: --benchmark=NAME[,NAME...]")
         return whole_image_results(model, unmasked, results)
     saved = load_model(model)
     protocol = named_protocol(protocol_name) if protocol_name else saved_protocol(saved.info)
-    fields = {
-        **FOLDER_FIELDS,
-        "scenes": dataclasses.asdict(ScenesBenchmark()),
-        **saved.info["benchmarks"],
-    }
-    benchmark_fields = {name: dict(fields[name]) for name in masked}
-    settings = protocol.as_dict()
-    config = ConfigDict({"eval": {"batch_size": 0, "protocol": settings, **benchmark_fields}})
+    scenes = {"scenes": dataclasses.asdict(ScenesBenchmark())}
+    fields = FOLDER_FIELDS | scenes | saved.info["benchmarks"]
+    fields = {name: dict(fields[name]) for name in masked}
+    config = ConfigDict({"eval": {"batch_size": 0, "protocol": protocol.as_dict(), **fields}})
     for key, text in overrides:
-        _check_applies(key, protocol, benchmark_fields)
+        _check_applies(key, protocol, fields)
         flags.apply_override(config, key, text)
-    for name in benchmark_fields:
+    for name in fields:
         if name in FOLDER_FIELDS and not config.eval[name].dir:
             config.eval[name].dir = data_dir
     if config.eval.batch_size < 0:
@@ -177,49 +157,21 @@ def evaluate_model(
     protocol = Protocol.from_config(config.eval.protocol.to_dict())
     segmenter = ModelSegmenter.of_saved(saved, protocol)
     config.eval.batch_size = segmenter.whole_batch(config.eval.batch_size)
-    provenance = model_facts(model, saved.info)
-    masked_results = run_benchmarks(
-        segmenter,
-        masked,
-        config.eval,
-        protocol,
-        results,
-        provenance,
-        sweep=sweep,
-        pictures=pictures,
-        progress=progress,
-    )
-    return {**masked_results, **whole_image_results(model, unmasked, results)}
+    options = {"sweep": sweep, "pictures": pictures, "progress": progress}
+    facts = model_facts(model, saved.info)
+    of_masks = run_benchmarks(segmenter, masked, config.eval, protocol, results, facts, **options)
+    return {**of_masks, **whole_image_results(model, unmasked, results)}
 
 
-def _check_applies(key: str, protocol: Protocol, benchmark_fields: Mapping[str, Any]) -> None:
-    """Raises UserError for a key that nothing reads, or that a benchmark has a value of its own
-    for."""
-    part = key.removeprefix("eval.").split(".")[0]
-    if not key.startswith("eval.") or part not in ("protocol", "batch_size", *benchmark_fields):
-        if part in BENCHMARKS:
-            raise UserError(
-                f"--config.{key} does not apply: benchmark {part} is not evaluated; add it to "
-                "--benchmark"
-            )
-        known = (
-            "eval.protocol.FIELD",
-            "eval.batch_size",
-            *(f"eval.{name}.FIELD" for name in benchmark_fields),
-        )
-        raise UserError(
-            f"--config.{key} does not apply to a model directory, whose model is what it is; there "
-            f"are: {', '.join(known)}"
-        )
+def _check_applies(key: str, protocol: Protocol, names: Iterable[str]) -> None:
+    """Refuses a field of the protocol that a benchmark has a value of its own for."""
     field = key.removeprefix("eval.protocol.")
-    for name in benchmark_fields:
+    for name in names:
         instead = ""
         if field == "threshold" and name in protocol.thresholds:
             instead = f"thresholds.{name}"
         elif field in protocol.per_benchmark.get(name, {}):
             instead = f"per_benchmark.{name}.{field}"
         if instead:
-            raise UserError(
-                f"--config.{key} does not apply to benchmark {name}, which has a value of its own: "
-                f"set --config.eval.protocol.{instead}"
-            )
+            why = f"does not apply to benchmark {name}, which has a value of its own"
+            raise UserError(f"--config.{key} {why}: set --config.eval.protocol.{instead}")

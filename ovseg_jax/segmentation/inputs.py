@@ -3,9 +3,9 @@
 import collections
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -28,36 +28,20 @@ _OF_FRAMES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 
 
 def read_image(image: AnyImage) -> np.ndarray:
-    """An image as uint8 [H, W, 3]: upright, transparent parts white.
-
-    Raises:
-      UserError: a file that cannot be read, or an array of another form.
-    """
-    if isinstance(image, str | os.PathLike):
-        try:
-            data, name = Path(image).read_bytes(), image
-        except (OSError, ValueError) as error:
-            raise UserError(f"{image} cannot be read: {_reason(error)}") from None
-    elif isinstance(image, bytes):
-        data, name = image, "the data"
-    elif isinstance(image, Image.Image):
-        try:
-            return np.asarray(upright(image))
-        except Exception as error:  # Pillow raises nearly anything on damaged data
-            raise UserError(f"the PIL image cannot be decoded: {error}") from None
-    else:
-        return _rgb_array(image)
+    """An image as uint8 [H, W, 3]: upright, transparent parts white. UserError for a file that
+    cannot be read, or an array of another form."""
     try:
-        return np.asarray(decode(data))
-    except UnreadableImage as error:
-        raise UserError(f"{name} is no image that can be read: {error}") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _rgb_array(image: np.ndarray | jax.Array) -> np.ndarray:
+        if isinstance(image, bytes):
+            return np.asarray(decode(image))
+        if isinstance(image, str | os.PathLike):
+            return np.asarray(decode(Path(image).read_bytes()))
+        if isinstance(image, Image.Image):
+            return np.asarray(upright(image))
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        names = {bytes: "the data", Image.Image: "the PIL image"}
+        name = next((name for kind, name in names.items() if isinstance(image, kind)), image)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read as an image: {reason}") from None
     if not hasattr(image, "__array__"):
         kind = type(image).__name__
         raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
@@ -85,45 +69,24 @@ def files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Pa
     return wanted, [path for path in files if path not in set(wanted)]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image that has not been read yet.
-
-    Attributes:
-      source: where it is from, for messages.
-      name: of its results, without suffix.
-      read: gives it as uint8 [H, W, 3], or raises UserError.
-    """
-
-    source: str
-    name: str
-    read: Callable[[], np.ndarray]
-
-
 def find_pictures(given: Sequence[str], stdin: Iterable[str]) -> tuple[list[str], list[str]]:
     """The files that the arguments name, in their order, and the files of folders that are none.
 
-    Args:
-      given: files, folders (their images and videos, not those of folders below), globs ("**"
-        goes down), and "-" for the lines of `stdin`.
-
-    Raises:
-      UserError: nothing is named, a file does not exist, or a folder or a glob has no image.
+    Arguments are files, folders (without the folders below), globs ("**" goes down), and "-" for
+    the lines of `stdin`. What names no image is a UserError.
     """
     entries: list[str] = []
     for argument in given:
         entries += (line.rstrip("\r\n") for line in stdin) if argument == "-" else [argument]
     files: list[str] = []
     passed_over: list[str] = []
-    for entry in filter(None, entries):
-        entry = os.path.expanduser(entry)
+    for entry in map(os.path.expanduser, filter(None, entries)):
         if os.path.isdir(entry):
             images, others = files_in(Path(entry), IMAGES + VIDEOS)
             if not images:
-                raise UserError(
-                    f"folder {entry} holds no image (of {', '.join(IMAGES)}) or video"
-                    + (f", but {listed([path.name for path in others])}" if others else "")
-                )
+                beside = f", but {listed([path.name for path in others])}" if others else ""
+                kinds = ", ".join(IMAGES)
+                raise UserError(f"folder {entry} holds no image (of {kinds}) or video{beside}")
             files += map(str, images)
             passed_over += map(str, others)
         else:
@@ -140,11 +103,8 @@ def _named_files(entry: str) -> list[str]:
         return [entry]
     if not any(sign in entry for sign in "*?["):
         raise UserError(f"{entry} does not exist")
-    matches = sorted(
-        path
-        for path in glob.glob(entry, recursive=True)
-        if os.path.isfile(path) and not any(map(is_foreign, Path(path).parts))
-    )
+    paths = filter(os.path.isfile, glob.glob(entry, recursive=True))
+    matches = sorted(path for path in paths if not any(map(is_foreign, Path(path).parts)))
     if not matches:
         raise UserError(f"no file matches {entry}")
     return matches
@@ -155,9 +115,6 @@ def result_names(sources: Sequence[str]) -> dict[str, str]:
     with the folder's name before it; where that is no help, the whole path.
 
     ``a/x.jpg, b/x.jpg, b/y.jpg, b/y.png`` give ``a_x, b_x, b_y_jpg, b_y_png``.
-
-    Raises:
-      UserError: that does not tell two of them apart.
     """
     names: dict[str, str] = {}
     for parts in (1, 2, 0):
@@ -165,10 +122,7 @@ def result_names(sources: Sequence[str]) -> dict[str, str]:
         counts = collections.Counter((*left.values(), *names.values()))
         names |= {source: name for source, name in left.items() if counts[name] == 1}
     if left := [source for source in sources if source not in names]:
-        raise UserError(
-            f"the results of {listed(left)} would have the names of others: rename them, or use "
-            "two calls with another --out"
-        )
+        raise UserError(f"results of {listed(left)} would have the names of others: rename them")
     return {source: names[source] for source in sources}
 
 
@@ -176,26 +130,37 @@ def _joined_name(source: str, parts: int) -> str:
     """The last parts of a path without suffix, or with 0 all of them and the suffix."""
     path = Path(source)
     folders = [name for name in path.parent.parts if name not in (path.anchor, ".", "..")]
-    if not parts:
-        return "_".join([*folders, path.stem or "image", *filter(None, [path.suffix[1:]])])
-    return "_".join([*folders, path.stem or "image"][-parts:])
+    names = [*folders, path.stem or "image"]
+    return "_".join(names[-parts:] if parts else [*names, *filter(None, [path.suffix[1:]])])
 
 
-# ---- frames
+# ---- pictures and frames
+
+
+class Picture(NamedTuple):
+    """An image, or why it cannot be read."""
+
+    source: str  # where it is from, for messages
+    name: str  # of its results, without suffix
+    image: np.ndarray | UserError
 
 
 def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
-    """Each image; of videos, animations and files of several pages each `every`-th frame.
-
-    A source that cannot be read gives a picture whose `read` raises.
-    """
+    """Each image; of videos, animations and files of several pages each `every`-th frame."""
     for source, name in result_names(sources).items():
-        if Path(source).suffix.lower() in VIDEOS:
-            yield from _frames(source, name, every, _video)
-        elif _is_animation(source):
-            yield from _frames(source, name, every, _animation)
-        else:
-            yield Picture(source, name, lambda source=source: read_image(source))
+        try:
+            if Path(source).suffix.lower() in VIDEOS:
+                frames = _video(source)
+            elif _is_animation(source):
+                frames = _animation(source)
+            else:
+                yield Picture(source, name, read_image(source))
+                continue
+            for number, frame in enumerate(frames):
+                if number % every == 0:
+                    yield Picture(f"{source}, frame {number}", f"{name}_{number:06d}", frame)
+        except UserError as error:
+            yield Picture(source, name, error)
 
 
 def _is_animation(source: str) -> bool:
@@ -204,24 +169,6 @@ def _is_animation(source: str) -> bool:
             return image.format in _OF_FRAMES and getattr(image, "n_frames", 1) > 1
     except Exception:
         return False  # `read_image` will say what is wrong
-
-
-def _frames(
-    source: str, name: str, every: int, decode: Callable[[str], Iterator[np.ndarray]]
-) -> Iterator[Picture]:
-    number = -1
-    try:
-        for number, frame in enumerate(decode(source)):
-            if number % every == 0:
-                where = f"{source}, frame {number}"
-                yield Picture(where, f"{name}_{number:06d}", lambda frame=frame: frame)
-    except UserError as error:
-        problem = error  # `error` itself is gone after this block
-
-        def fail() -> np.ndarray:
-            raise problem
-
-        yield Picture(source, f"{name}_{number + 1:06d}", fail)
 
 
 def _animation(source: str) -> Iterator[np.ndarray]:

@@ -3,10 +3,9 @@
 A protocol may refine score maps by the image's own colors (`pamr`).
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.shapes import Array, Float, UInt8
@@ -22,7 +21,6 @@ from ovseg_jax.shapes import Array, Float, UInt8
 # Class probabilities that exist at once, in floats; larger images are labeled in bands of rows.
 BAND_FLOATS = 32 << 20
 WordToClass = tuple[int, ...] | None
-T = TypeVar("T")
 
 
 def label_maps(
@@ -33,44 +31,32 @@ def label_maps(
 ) -> Iterator[tuple[ImageScores, Integer[np.ndarray, "H W"]]]:
     """Each image's scores with its labels at its original size.
 
-    Labels are 0 for background and 1 + class, or the class itself where `protocol.threshold` is
-    None.
+    Labels are 0 for background and 1 + class, or the class itself where the threshold is None.
 
     Args:
       word_to_class: the class of each word that was scored, -1 for background; by default every
         word is a class.
       group: consecutive images of equal size that are labeled in one call.
-
-    Raises:
-      UserError: words for the background, and no threshold.
     """
     for same in runs_of_equal_shape(scores, 1 if protocol.pamr_steps else group):
         yield from zip(same, _labels_of(same, protocol, word_to_class, group), strict=True)
 
 
-def runs_of_equal_shape(
-    items: Iterable[T],
-    most: int,
-    scores_of: Callable[[T], ImageScores] = lambda scored_image: scored_image,
-) -> Iterator[list[T]]:
-    """Consecutive items whose scores have equal shapes, at most `most` in a list."""
-    for _, run in itertools.groupby(items, lambda item: scores_of(item).shapes):
+def runs_of_equal_shape(scores: Iterable[ImageScores], most: int) -> Iterator[list[ImageScores]]:
+    """Consecutive scores of equal shapes, at most `most` in a list."""
+    for _, run in itertools.groupby(scores, lambda scored_image: scored_image.shapes):
         while same := list(itertools.islice(run, most)):
             yield same
 
 
-def _labels_of(
-    same: Sequence[ImageScores], protocol: Protocol, word_to_class: WordToClass, group: int
-) -> Integer[np.ndarray, "B H W"]:
+def _labels_of(same, protocol, word_to_class, group) -> Integer[np.ndarray, "B H W"]:
     words = same[0].group_cosines.shape[-1]
     threshold = protocol.threshold_for(words)
     classes = np.arange(words) if word_to_class is None else np.asarray(word_to_class)
     if threshold is None and classes.min() < 0:
         raise UserError("words for the background need a background that they can be painted as")
     if protocol.grouping == "one_group":
-        return np.stack(
-            [_one_group_labels(scored_image, protocol, threshold, classes) for scored_image in same]
-        )
+        return np.stack([_one_group_labels(x, protocol, threshold, classes) for x in same])
     highest, best = best_words(same, protocol, group)
     if protocol.min_area:
         # The rule counts the pixels of the best class, whatever the threshold.
@@ -84,9 +70,7 @@ def _labels_of(
     return labels
 
 
-def _large_words(
-    best: Integer[np.ndarray, "H W"], classes: Integer[np.ndarray, " words"], min_area: float
-) -> Float[np.ndarray, " words"]:
+def _large_words(best: np.ndarray, classes: np.ndarray, min_area: float) -> np.ndarray:
     """1 for each word of a class that wins enough pixels, and of the background."""
     won = classes[best]
     areas = np.bincount(won[won >= 0], minlength=classes.max() + 1)
@@ -100,32 +84,22 @@ def best_words(
     group: int,
     kept: Float[np.ndarray, "B words"] | None = None,
 ) -> tuple[Float[np.ndarray, "B H W"], Integer[np.ndarray, "B H W"]]:
-    """The highest probability at each pixel, and the word that has it.
-
-    With the order 'argmax_first' positions are cells instead of pixels.
+    """The highest probability at each pixel (each cell, with 'argmax_first'), and its word.
 
     Args:
       same: images of equal shapes, a single one where the protocol refines.
-      group: where there are several images, they are padded to this many, so that the program is
-        compiled once.
+      group: several images are padded to this many, so that the program is compiled once.
       kept: 1 for words that may win, 0 for others; by default all may.
     """
-    count = len(same)
-    late = protocol.averaged == "cosines"
+    count, late = len(same), protocol.averaged == "cosines"
+    maps = _cell_maps(same, protocol, group, late)
+    rows, columns = same[0].weights()
     if protocol.pamr_steps:
-        maps = _refined(same[0], protocol)[None]
-        sides = zip(same[0].size, maps.shape[1:3], strict=True)
-        rows, columns = (windows.bilinear_weights(pixels, cells) for pixels, cells in sides)
-    else:
-        maps = np.stack([scored_image.cells for scored_image in same])
-        margins = np.stack([scored_image.image_margins() for scored_image in same])
-        foreground = np.stack([scored_image.foreground_or_zero() for scored_image in same])
-        maps, margins, foreground = (_padded(x, group) for x in (maps, margins, foreground))
-        if not late:
-            maps = _cell_probabilities(
-                maps, margins, foreground, protocol.scale, protocol.image_scale
-            )
-        rows, columns = same[0].weights()
+        # At the size of the resized image, refined by its colors.
+        maps = _spread(maps, *same[0].weights(same[0].resized))[0]
+        maps = pamr(maps, same[0].image, steps=protocol.pamr_steps)[None]
+        sides = zip(same[0].size, same[0].resized, strict=True)
+        rows, columns = (readout.bilinear_weights(pixels, cells) for pixels, cells in sides)
     kept = None if kept is None else _padded(kept, group)
     if protocol.order == "argmax_first":
         highest, best = (np.asarray(x) for x in _best(maps, None, None, kept, protocol.scale, late))
@@ -139,15 +113,13 @@ def best_words(
     return highest, best
 
 
-def _padded(x: Any, group: int) -> Any:
+def _padded(x: np.ndarray, group: int) -> np.ndarray:
     """The array with zeros for the images that are missing, where there are several."""
     missing = group - len(x) if len(x) > 1 else 0
     return np.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
 
 
-def _bands(
-    rows: Float[np.ndarray, "H h"], floats_of_a_row: int
-) -> Iterator[tuple[slice, Float[np.ndarray, "band h"]]]:
+def _bands(rows: np.ndarray, floats_of_a_row: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Bands of rows of equal height, the last padded with zeros, and which rows they are."""
     height = len(rows)
     band = -(-height // -(-height * floats_of_a_row // BAND_FLOATS))
@@ -156,7 +128,7 @@ def _bands(
         yield slice(start, start + len(part)), np.pad(part, ((0, band - len(part)), (0, 0)))
 
 
-@jax.jit(static_argnames=("late",))
+@jax.jit(static_argnames="late")
 def _best(maps, rows, columns, kept, scale, late):
     """`late`: the maps are cosines, and the softmax over classes comes last."""
     p = jnp.asarray(maps) if rows is None else readout.spread(maps, rows, columns)
@@ -165,18 +137,21 @@ def _best(maps, rows, columns, kept, scale, late):
     return jnp.max(p, axis=-1), jnp.argmax(p, axis=-1).astype(jnp.int32)
 
 
+def _cell_maps(same: Sequence[ImageScores], protocol: Protocol, group: int, late: bool) -> Any:
+    """Probabilities of the words in each cell of some images, or their cosines."""
+    arrays = zip(*((x.cells, *x.evidence()) for x in same), strict=True)
+    cells, *evidence = (_padded(np.stack(array), group) for array in arrays)
+    scales = protocol.scale, protocol.image_scale
+    return cells if late else _cell_probabilities(cells, *evidence, *scales)
+
+
 @jax.jit
 def _cell_probabilities(cells, margins, foreground, scale, image_scale):
     p = readout.probabilities(cells, scale)
     return readout.downweight_by_image_score(p, margins, image_scale, foreground)
 
 
-def _spread_votes(
-    labels: Integer[np.ndarray, "B h w"],
-    rows: Float[np.ndarray, "H h"],
-    columns: Float[np.ndarray, "W w"],
-    group: int,
-) -> Integer[np.ndarray, "B H W"]:
+def _spread_votes(labels, rows, columns, group) -> Integer[np.ndarray, "B H W"]:
     """The label that most of the cells over a pixel have; each window has one cell there."""
     count, kinds = len(labels), int(labels.max(initial=0)) + 1
     # A power of two, so that few programs are compiled.
@@ -188,60 +163,34 @@ def _spread_votes(
     return winners
 
 
-@jax.jit(static_argnames=("kinds",))
+@jax.jit(static_argnames="kinds")
 def _most_votes(labels, rows, columns, kinds):
     votes = jax.nn.one_hot(labels, kinds, dtype=jnp.float32)
     return jnp.argmax(readout.spread(votes, rows, columns), axis=-1).astype(jnp.int32)
 
 
-def _refined(scored_image: ImageScores, protocol: Protocol) -> Float[Any, "h w W"]:
-    """Scores at the size of the resized image, refined by its colors."""
-    maps = scored_image.cells
-    if protocol.averaged == "probabilities":
-        evidence = scored_image.image_margins(), scored_image.foreground_or_zero()
-        maps = _cell_probabilities(maps, *evidence, protocol.scale, protocol.image_scale)
-    maps = _spread(maps[None], *scored_image.weights(scored_image.resized))[0]
-    return pamr(maps, scored_image.image, steps=protocol.pamr_steps)
-
-
 _spread = jax.jit(readout.spread)
 
 
-def class_probabilities(
-    scored_image: ImageScores, protocol: Protocol
-) -> Float[np.ndarray, "... C"]:
-    """Probabilities of the classes: of each patch, or (grouping 'one_group') of each group of each
+def class_probabilities(scored_image: ImageScores, protocol: Protocol) -> np.ndarray:
+    """Probabilities [..., C] of the classes: of each patch, or ('one_group') of each group of each
     window."""
     if protocol.grouping == "one_group":
         cosines = scored_image.group_cosines, scored_image.image_cosines
-        p = _group_probabilities(*cosines, protocol.scale, protocol.image_classes)
-    else:
-        # With the batch axis of `best_words`, so that both use the same compiled program.
-        arrays = (
-            scored_image.cells,
-            scored_image.image_margins(),
-            scored_image.foreground_or_zero(),
-        )
-        arrays = (array[None] for array in arrays)
-        p = _cell_probabilities(*arrays, protocol.scale, protocol.image_scale)[0]
-    return np.asarray(p)
+        return np.asarray(_group_probabilities(*cosines, protocol.scale, protocol.image_classes))
+    return np.asarray(_cell_maps([scored_image], protocol, 1, late=False)[0])
 
 
-_group_probabilities = jax.jit(readout.group_probabilities, static_argnames="image_classes")
+_group_probabilities = jax.jit(readout.group_probabilities, static_argnames="kept")
 
 
-def _one_group_labels(
-    scored_image: ImageScores,
-    protocol: Protocol,
-    threshold: float | None,
-    classes: Integer[np.ndarray, " words"],
-) -> Integer[np.ndarray, "H W"]:
+def _one_group_labels(scored_image, protocol, threshold, classes) -> np.ndarray:
     side, stride = protocol.window, protocol.stride
     return readout.label_image(
-        scored_image.by_window(),
+        scored_image.windows_of(scored_image.cells),
         class_probabilities(scored_image, protocol),
         window=tuple(min(side, length) for length in scored_image.resized),
-        corners=tuple(windows.window_grid(*scored_image.resized, side, stride)),
+        corners=tuple(readout.window_grid(*scored_image.resized, side, stride)),
         resized=scored_image.resized,
         size=scored_image.size,
         threshold=threshold,
@@ -255,8 +204,7 @@ def _one_group_labels(
 
 _AROUND = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 DILATIONS = (1, 2, 4, 8, 12, 24)  # pixels, those of TCL
-# Floats of the maps that are refined at one time: each class by itself, so that many need no more
-# memory than few. A multiple of 16 classes suits vector units.
+# Floats of the maps that are refined at one time; a multiple of 16 classes suits vector units.
 FLOATS, VECTOR = 16 << 20, 16
 
 
@@ -265,12 +213,11 @@ def pamr(
     image: UInt8[Array | np.ndarray, "H W 3"],
     *,
     steps: int,
-    dilations: tuple[int, ...] = DILATIONS,
 ) -> Float[Array, "H W C"]:
     """PAMR of Araslanov and Roth, *Single-Stage Semantic Segmentation from Image Labels*, CVPR
     2020, Sec. 3.3: the score of a pixel becomes a mean over its neighbors, `steps` times.
 
-    A pixel's neighbors are the eight around it at each of the distances `dilations`, the border
+    A pixel's neighbors are the eight around it at each of the distances `DILATIONS`, the border
     repeated outside. Their weights are
 
         softmax over neighbors of  -mean over channels of |x_i - x_n| / (0.1 sigma_i + 1e-8)
@@ -278,57 +225,47 @@ def pamr(
     where sigma_i is the (unbiased) standard deviation of each channel over the pixel and its
     neighbors, the pixel once for each distance.
 
-    Args:
-      maps: scores of any kind. image: of the same size.
     """
-    maps, weights = jnp.asarray(maps), _weights(image, dilations=dilations)
+    maps, weights = jnp.asarray(maps), _weights(image)
     h, w, count = maps.shape
     most = min(count, max(1, FLOATS // (h * w * VECTOR)) * VECTOR)
     parts = []
     for first in range(0, count, most):
         # The last classes once more where they don't fill it up: nothing is compiled again.
         start = min(first, count - most)
-        part = _smoothed(maps[..., start : start + most], weights, steps=steps, dilations=dilations)
+        part = _smoothed(maps[..., start : start + most], weights, steps=steps)
         parts.append(part[..., first - start :])
     return jnp.concatenate(parts, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("dilations",))
-def _weights(
-    image: UInt8[Array | np.ndarray, "H W 3"], *, dilations: tuple[int, ...]
-) -> Float[Array, "neighbors H W"]:
+@jax.jit
+def _weights(image: UInt8[Array | np.ndarray, "H W 3"]) -> Float[Array, "neighbors H W"]:
     # Differences are divided by their own spread, so the range of the colors does not matter.
-    colors, many = jnp.asarray(image).astype(jnp.float32) / 255.0, len(dilations)
-    mean = (sum(_shifted(colors, dilations)) + many * colors) / (9.0 * many)
-    squares = sum(jnp.square(x - mean) for x in _shifted(colors, dilations))
+    colors, many = jnp.asarray(image).astype(jnp.float32) / 255.0, len(DILATIONS)
+    mean = (sum(_shifted(colors)) + many * colors) / (9.0 * many)
+    squares = sum(jnp.square(x - mean) for x in _shifted(colors))
     squares = squares + many * jnp.square(colors - mean)
     deviation = jnp.sqrt(squares / (9.0 * many - 1.0))
     unit = 0.1 * deviation + 1e-8
-    near = [-jnp.mean(jnp.abs(x - colors) / unit, axis=-1) for x in _shifted(colors, dilations)]
+    near = [-jnp.mean(jnp.abs(x - colors) / unit, axis=-1) for x in _shifted(colors)]
     return jax.nn.softmax(jnp.stack(near), axis=0)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "dilations"))
-def _smoothed(
-    maps: Float[Array, "H W C"],
-    weights: Float[Array, "neighbors H W"],
-    *,
-    steps: int,
-    dilations: tuple[int, ...],
-) -> Float[Array, "H W C"]:
+@jax.jit(static_argnames="steps")
+def _smoothed(maps, weights, steps):
     def smooth(step: Array, current: Array) -> Array:
         total = jnp.zeros_like(current)
-        for number, shifted in enumerate(_shifted(current, dilations)):
+        for number, shifted in enumerate(_shifted(current)):
             total = total + weights[number][..., None] * shifted
         return total
 
     return jax.lax.fori_loop(0, steps, smooth, maps)
 
 
-def _shifted(x: Array, dilations: tuple[int, ...]) -> Iterator[Array]:
+def _shifted(x: Array) -> Iterator[Array]:
     """The values of each neighbor, as maps of the same size."""
     h, w = x.shape[:2]
-    for far in dilations:
+    for far in DILATIONS:
         padded = jnp.pad(x, ((far, far), (far, far), (0, 0)), mode="edge")
         for down, right in _AROUND:
             top, left = far * (1 + down), far * (1 + right)

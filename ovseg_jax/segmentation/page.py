@@ -1,11 +1,11 @@
 """Images of a benchmark to look at: the best, median and worst as a sheet and as a page.
 
 The page is a single HTML file in which a person sorts images by IoU and hovers over classes. It
-needs no network and no other file: it contains the pictures, and the label maps as bytes, from
-which a short script gets the class below the pointer.
+contains the pictures, and the label maps as bytes, which a short script reads.
 """
 
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -19,43 +19,32 @@ import numpy as np
 from jaxtyping import Integer
 from PIL import Image
 
+from ovseg_jax.data.benchmarks.class_tables import IGNORE
 from ovseg_jax.files import replace_file
 from ovseg_jax.segmentation.benchmarks import Benchmark, words_of
-from ovseg_jax.segmentation.evaluate import protocol_of
+from ovseg_jax.segmentation.evaluate import protocol_of, scored_benchmark
 from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.metric import IGNORE
-from ovseg_jax.segmentation.pictures import (
-    BACKGROUND,
-    colors,
-    contact_sheet,
-    paint,
-    scene_panel,
-)
+from ovseg_jax.segmentation.pictures import contact_sheet, named_colors, paint, png, scene_panel
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.report import protocol_lines
-from ovseg_jax.segmentation.scores import ImageScores, Segmenter, score_images
+from ovseg_jax.segmentation.scores import Segmenter
 from ovseg_jax.shapes import UInt8
+
+WIDTH = 224  # pixels: pictures and label maps of the page are reduced to about this side
 
 
 @dataclass(frozen=True)
-class ExtremeImage:
-    """An image with all that there is to see.
-
-    Attributes:
-      index: in the benchmark.
-      kind: 'best', 'median' or 'worst'.
-      miou: of this image, percent.
-      prediction, truth: labels.
-      groups: of each pixel.
-    """
+class LabeledImage:
+    """An image of a benchmark with all that there is to see; `kind` is best, median or worst by the
+    image's `miou`, in percent."""
 
     index: int
-    kind: str
-    miou: float
     image: UInt8[np.ndarray, "H W 3"]
     prediction: Integer[np.ndarray, "H W"]
     truth: UInt8[np.ndarray, "H W"]
     groups: Integer[np.ndarray, "H W"]
+    kind: str = ""
+    miou: float = 0.0
 
 
 def extremes(image_miou: Sequence[float | None], count: int) -> list[tuple[int, str]]:
@@ -63,15 +52,14 @@ def extremes(image_miou: Sequence[float | None], count: int) -> list[tuple[int, 
     known = [i for i, miou in enumerate(image_miou) if miou is not None]
     order = sorted(known, key=lambda i: -image_miou[i])
     middle = max(0, (len(order) - count) // 2)
-    spans = (
-        ("best", order[:count]),
-        ("worst", order[max(count, len(order) - count) :]),
-        ("median", order[middle : middle + count]),
-    )
+    spans = {
+        "best": order[:count],
+        "worst": order[max(count, len(order) - count) :],
+        "median": order[middle : middle + count],
+    }
     kinds: dict[int, str] = {}
-    for kind, indices in spans:
-        for index in indices:
-            kinds.setdefault(index, kind)
+    for kind, indices in spans.items():
+        kinds = dict.fromkeys(indices, kind) | kinds
     rank = {"best": 0, "median": 1, "worst": 2}
     return sorted(kinds.items(), key=lambda pair: (rank[pair[1]], -image_miou[pair[0]]))
 
@@ -83,18 +71,12 @@ def extreme_images(
     image_miou: Sequence[float | None],
     count: int,
     batch_size: int,
-) -> list[ExtremeImage]:
+) -> list[LabeledImage]:
     """The extreme images, by the mIoU of each that an evaluation under `protocol` gave."""
-    which = extremes(image_miou, count)
-    data = [benchmark[index] for index, _ in which]
-    labeled = _labeled(segmenter, benchmark, protocol, [image for image, _ in data], batch_size)
+    kinds = dict(extremes(image_miou, count))
+    images = _labeled(segmenter, benchmark, protocol, list(kinds), batch_size)
     return [
-        ExtremeImage(
-            index, kind, float(image_miou[index]), image, prediction, truth, scores.group_map()
-        )
-        for (index, kind), (image, truth), (scores, prediction) in zip(
-            which, data, labeled, strict=True
-        )
+        dataclasses.replace(x, kind=kinds[x.index], miou=float(image_miou[x.index])) for x in images
     ]
 
 
@@ -102,31 +84,29 @@ def _labeled(
     segmenter: Segmenter,
     benchmark: Benchmark,
     protocol: Protocol,
-    images: Sequence[np.ndarray],
+    numbers: Sequence[int],
     batch_size: int,
-) -> list[tuple[ImageScores, Integer[np.ndarray, "H W"]]]:
-    """Scores and labels of the images, in their order, as an evaluation of the benchmark gives."""
+) -> list[LabeledImage]:
+    """Images as an evaluation of the benchmark labels them."""
     protocol = protocol_of(benchmark, protocol, segmenter)
-    vocabulary, _ = words_of(benchmark, protocol)
-    scored = score_images(segmenter, vocabulary, images, protocol, batch_size)
-    labeled = label_maps(scored, protocol, vocabulary.word_to_class, group=batch_size)
-    return sorted(labeled, key=lambda pair: pair[0].index)
+    word_to_class = words_of(benchmark, protocol)[0].word_to_class
+    scored = scored_benchmark(segmenter, benchmark, protocol, batch_size, numbers)
+    pairs = label_maps(scored, protocol, word_to_class, group=batch_size)
+    shown = {x.index: (labels, x.truth, x.group_map()) for x, labels in pairs}
+    return [LabeledImage(number, benchmark[number][0], *shown[number]) for number in numbers]
 
 
 def write_sheet(
-    images: Sequence[ExtremeImage], benchmark: Benchmark, path: Path, groups: int
+    images: Sequence[LabeledImage], benchmark: Benchmark, path: Path, groups: int, columns: int = 1
 ) -> None:
-    """A contact sheet with the groups, the prediction and the truth of each image.
-
-    Args:
-      groups: how many the model has, so that a group has one color in every picture.
-    """
+    """A contact sheet with groups, prediction and truth of each image; the model has `groups`."""
     rows = []
-    for extreme in images:
-        title = f"{extreme.kind}: image {extreme.index}, mIoU {extreme.miou:.1f} %"
-        shown = extreme.image, extreme.groups, extreme.prediction, extreme.truth
-        rows.append(_panel(*shown, benchmark, groups, title))
-    _save(contact_sheet(rows), path)
+    for x in images:
+        title = f"{x.kind}: image {x.index}, mIoU {x.miou:.1f} %" if x.kind else ""
+        shown = x.image, x.groups % groups, x.prediction, x.truth, benchmark.class_names
+        options = {"background": benchmark.has_background, "group_count": groups}
+        rows.append(scene_panel(*shown, title=title, **options))
+    replace_file(path, png(contact_sheet(rows, columns)))
 
 
 def write_pictures(
@@ -138,72 +118,31 @@ def write_pictures(
     count: int,
     group_count: int,
 ) -> Path:
-    """A sheet of the first images of a benchmark: image, groups, prediction and truth.
-
-    Args:
-      protocol: as for `evaluate.evaluate`.
-      count: how many images.
-
-    Returns:
-      Its path, ``DIRECTORY/NAME.png``.
-    """
-    data = [benchmark[index] for index in range(min(count, len(benchmark)))]
-    labeled = _labeled(segmenter, benchmark, protocol, [image for image, _ in data], len(data))
-    rows = [
-        _panel(image, scores.group_map(), labels, truth, benchmark, group_count)
-        for (image, truth), (scores, labels) in zip(data, labeled, strict=True)
-    ]
+    """A sheet of the first images of a benchmark, ``DIRECTORY/NAME.png``; returns its path."""
+    numbers = range(min(count, len(benchmark)))
+    images = _labeled(segmenter, benchmark, protocol, numbers, len(numbers))
     sheet = directory / f"{benchmark.name}.png"
-    _save(contact_sheet(rows, columns=2 if len(rows) > 3 else 1), sheet)
+    write_sheet(images, benchmark, sheet, group_count, columns=2 if len(images) > 3 else 1)
     return sheet
 
 
-def _panel(
-    image: UInt8[np.ndarray, "H W 3"],
-    groups: Integer[np.ndarray, "H W"],
-    prediction: Integer[np.ndarray, "H W"],
-    truth: Integer[np.ndarray, "H W"],
-    benchmark: Benchmark,
-    group_count: int,
-    title: str = "",
-) -> Image.Image:
-    options = {"background": benchmark.has_background, "group_count": group_count, "title": title}
-    groups = groups % group_count
-    return scene_panel(image, groups, prediction, truth, benchmark.class_names, **options)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    replace_file(path, stream.getvalue())
-
-
 # ---- the page
-
-WIDTH = 224  # pixels: pictures and label maps are reduced to about this side
 
 
 def write_page(
     path: Path,
     result: Mapping[str, Any],
     benchmark: Benchmark,
-    images: Sequence[ExtremeImage],
+    images: Sequence[LabeledImage],
     groups: int,
 ) -> None:
-    """Writes the page.
-
-    Args:
-      result: what `evaluate.evaluate` gave.
-      images: those to show.
-      groups: how many the model has.
-    """
-    names = ["background"] * benchmark.has_background + list(benchmark.class_names)
-    table = [BACKGROUND] * benchmark.has_background + list(colors(len(benchmark.class_names)))
+    """Writes the page of some images of a benchmark with the result that `evaluate` gave."""
+    legend = named_colors(benchmark.class_names, benchmark.has_background)
     data = {
-        "names": names,
-        "colors": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in table],
-        "iou": [result["iou"][name] for name in names],
-        "images": [_entry(extreme, groups) for extreme in images],
+        "names": [name for name, _ in legend],
+        "colors": [f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in legend],
+        "iou": [result["iou"][name] for name, _ in legend],
+        "images": [_entry(image, groups) for image in images],
         "ignored": IGNORE,
     }
     measures = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
@@ -222,29 +161,28 @@ def write_page(
     replace_file(path, page)
 
 
-def _entry(extreme: ExtremeImage, groups: int) -> dict[str, Any]:
+def _entry(extreme: LabeledImage, groups: int) -> dict[str, Any]:
     step = -(-max(extreme.image.shape[:2]) // WIDTH)
-    small = tuple(
-        x[::step, ::step] for x in (extreme.prediction, extreme.truth, extreme.groups % groups)
-    )
-    height, width = small[0].shape
+    maps = (extreme.prediction, extreme.truth, extreme.groups % groups)
+    prediction, truth, group = (x[::step, ::step] for x in maps)
+    height, width = prediction.shape
+    small = Image.fromarray(extreme.image).resize((width, height), Image.Resampling.BILINEAR)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG")
+    of_groups = png(Image.fromarray(paint(group, groups, background=False)))
     return {
         "index": extreme.index,
         "kind": extreme.kind,
         "miou": round(extreme.miou, 2),
         "width": width,
         "height": height,
-        "image": _embedded(extreme.image, (width, height), "JPEG"),
-        "groups": _embedded(paint(small[2], groups, background=False), None, "PNG"),
+        "image": f"data:image/jpeg;base64,{_base64(stream.getvalue())}",
+        "groups": f"data:image/png;base64,{_base64(of_groups)}",
         # Painted by the script, which reads the classes from them.
-        "prediction": base64.b64encode(small[0].astype(np.uint8).tobytes()).decode(),
-        "truth": base64.b64encode(small[1].astype(np.uint8).tobytes()).decode(),
+        "prediction": _base64(prediction.astype(np.uint8).tobytes()),
+        "truth": _base64(truth.astype(np.uint8).tobytes()),
     }
 
 
-def _embedded(pixels: np.ndarray, size: tuple[int, int] | None, kind: str) -> str:
-    image, stream = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
-    if size is not None:
-        image = image.resize(tuple(max(1, side) for side in size), Image.Resampling.BILINEAR)
-    image.save(stream, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -4,9 +4,14 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ovseg_jax.files import listed
-from ovseg_jax.segmentation.protocol import published_rows
+from ovseg_jax.segmentation.protocol import data_file
 
 Rows = list[tuple[str, ...]]
+# Of the stored protocol: what is not among the settings, or said in other words.
+_NO_SETTINGS = (
+    *("name", "templates", "thresholds", "per_benchmark", "words", "notes", "class_names_file"),
+    *("background", "classes", "class_names_hash", "as_named"),
+)
 
 
 def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
@@ -23,9 +28,8 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
 
 def whole_image_rows(result: Mapping[str, Any]) -> Rows:
     """One row per measure of a benchmark of whole images, below a head."""
-    measures = [
-        key for key in result if key.startswith(("top", "mean_class", "image_to", "text_to"))
-    ]
+    kinds = ("top", "mean_class", "image_to", "text_to")
+    measures = [key for key in result if key.startswith(kinds)]
     return [(result["benchmark"], "%"), *((key, number(result[key])) for key in measures)]
 
 
@@ -47,22 +51,17 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
-    data, protocol = result["data"], result["protocol"]
-    expected = data.get("images_expected")
+    data, protocol, expected = result["data"], result["protocol"], _expected(result)
+    not_compared = "so it is not compared with published scores"
     if expected and result["images"] != expected:
-        yield (
-            f"{result['images']} images, but the whole set has {expected}: this is not its score"
-        )
+        yield f"{result['images']} images, but the whole set has {expected}: this is not its score"
     if data.get("differs"):
-        yield f"{data['differs']}, so it is not compared with published scores"
+        yield f"{data['differs']}, {not_compared}"
     if data.get("images_without_mask"):
         yield f"{data['images_without_mask']} images have no mask and were left out"
     yield from _passed_over(data)
     if protocol["notes"] and not protocol["as_named"]:
-        yield (
-            f"settings differ from those of protocol {protocol['name']}, so it is not compared "
-            "with published scores"
-        )
+        yield f"settings differ from those of protocol {protocol['name']}, {not_compared}"
     if sweep := result.get("threshold_sweep"):
         yield f"threshold {protocol['threshold']} by {sweep['images']} training images"
     if zss := result.get("zss"):
@@ -81,16 +80,13 @@ def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _expected(result: Mapping[str, Any]) -> int | None:
+    return result["data"].get("images_expected")
+
+
 def _passed_over(facts: Mapping[str, Any]) -> list[str]:
     files = facts.get("passed_over")
     return [f"{len(files)} files were passed over: {listed(files)}"] if files else []
-
-
-# What is not among the settings, or in other words.
-_LEFT = (
-    *("name", "templates", "thresholds", "per_benchmark", "words", "notes", "class_names_file"),
-    *("background", "classes", "class_names_hash", "as_named"),
-)
 
 
 def protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -101,7 +97,7 @@ def protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [f"protocol {first['name']}: {_settings(first, shared)}", _templates(first)]
     if notes := first["notes"]:
         parts = (notes[key].rstrip(". ") for key in ("title", "source", "differs"))
-        lines.append(f"{'. '.join(part for part in parts if part)}.")
+        lines.append(f"{'. '.join(filter(None, parts))}.")
     for name, protocol in protocols.items():
         differing = _settings(protocol, [key for key in protocol if key not in shared])
         file = protocol["class_names_file"]
@@ -119,11 +115,14 @@ def _templates(protocol: Mapping[str, Any]) -> str:
 
 
 def _settings(protocol: Mapping[str, Any], keys: Collection[str]) -> str:
-    return ", ".join(
-        f"{key} {'none' if value is None else value}"
-        for key, value in protocol.items()
-        if key in keys and key not in _LEFT
-    )
+    shown = {key: protocol[key] for key in protocol if key in keys and key not in _NO_SETTINGS}
+    return ", ".join(f"{key} {'none' if x is None else x}" for key, x in shown.items())
+
+
+def published_rows(protocol: str, benchmark: str) -> list[dict[str, Any]]:
+    """Published models with a mIoU on the benchmark under the protocol, each with its source."""
+    rows = data_file("published_results.json")["rows"]
+    return [row for row in rows if protocol in row["protocols"] and benchmark in row["miou"]]
 
 
 def comparison_rows(result: Mapping[str, Any]) -> Rows:
@@ -132,12 +131,11 @@ def comparison_rows(result: Mapping[str, Any]) -> Rows:
     Nothing is compared where a setting of the protocol was changed, images are missing, or the
     labels are not those that published scores were computed from.
     """
-    protocol, data = result["protocol"], result["data"]
-    whole = data.get("images_expected") == result["images"] and not data.get("differs")
-    rows = published_rows(protocol["name"], result["benchmark"])
+    name, protocol = result["benchmark"], result["protocol"]
+    whole = _expected(result) == result["images"] and not result["data"].get("differs")
+    rows = published_rows(protocol["name"], name)
     if not rows or not protocol["as_named"] or not whole or result["miou"] is None:
         return []
-    name = result["benchmark"]
     scored = [(row["miou"][name], row["method"], row["backbone"], row["data"]) for row in rows]
     scored.append((result["miou"], "this model", "", ""))
     scored.sort(key=lambda row: row[0])

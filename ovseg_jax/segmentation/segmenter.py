@@ -1,5 +1,6 @@
 """A model with parameters as a segmenter: images in, group maps and embeddings out."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,69 +17,38 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import listed
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.readout import EXACT, unit
+from ovseg_jax.segmentation.readout import unit
 from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.shapes import Array, Float, UInt8
 from ovseg_jax.weights.model_dir import SavedModel
 
-# Prompts encoded at once.
-TEXT_BATCH = 64
+TEXT_BATCH = 64  # prompts encoded at once
+REMEMBERED = 16  # lists of words whose embeddings are kept
 
 
 def encode_images(
-    model: OVSegmentor,
-    variables: Mapping[str, Any],
-    images: Array,
-    affinity: str,
-    with_keys: bool = False,
+    model: OVSegmentor, variables: Mapping[str, Any], images: Array, with_keys: bool = False
 ) -> tuple[Array, ...]:
-    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted.
+    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted, and `with_keys`
+    the binding's keys of the patches [B, L, D], unit norm, float16.
 
-    Args:
-      images: uint8 [B, H, W, 3], or [B, L, D0] trunk features.
-      affinity: see `Protocol`.
-      with_keys: also give the binding's keys of the patches [B, L, D], unit norm, float16.
-
-    Raises:
-      UserError: affinity "features" of a model without final patch tokens; keys of a model with
-        several bindings.
+    Images are uint8 [B, H, W, 3], or [B, L, D0] trunk features.
     """
     tokens = model.apply(variables, images, method="visual_tokens")
-    if affinity == "features":
-        if tokens.patches is None:
-            raise UserError(
-                "protocol: affinity 'features' needs patch tokens, but this model's second "
-                "stage has only groups; use affinity 'binding'"
-            )
-        patches, groups = (x.astype(jnp.float32) for x in (tokens.patches, tokens.groups))
-        logits = jnp.einsum("bld,bkd->blk", patches, groups, precision=EXACT)
-        soft = jax.nn.softmax(logits * patches.shape[-1] ** -0.5, axis=-1)
-    else:
-        soft = tokens.affinity
     groups = model.apply(variables, tokens.groups, method="project_image")
-    encoded = soft, groups, model.apply(variables, tokens, method="embed_whole")
+    encoded = tokens.affinity, groups, model.apply(variables, tokens, method="embed_whole")
     if not with_keys:
         return encoded
     if tokens.key is None:
-        raise UserError(
-            "protocol: border_scale compares patches by the keys of one binding, but this model "
-            "has several; set border_scale = 0"
-        )
+        raise UserError("protocol: border_scale must be 0 for a model with several bindings")
     return *encoded, unit(tokens.key).astype(jnp.float16)
 
 
 def embed_prompts(
     model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
 ) -> tuple[Array, ...]:
-    """Embeddings [B, E] of prompts, to be averaged over templates; to be jitted.
-
-    Args:
-      ids: int32 [B, M].
-      average: see `Protocol`.
-
-    Returns:
-      The embeddings to compare groups with; with an image head also those for whole images.
-    """
+    """Embeddings [B, E] of prompts (int32 [B, M]) to compare groups with, and with an image head
+    also those for whole images; to be averaged over templates, to be jitted."""
     text = model.apply(variables, ids, method="text_tokens")
     method = "project_text" if average == "unit" else "embed_text"
     embedded = model.apply(variables, text.pooled, method=method)
@@ -88,14 +58,10 @@ def embed_prompts(
 
 
 class ModelSegmenter:
-    """Implements `segmentation.scores.Segmenter` for one set of parameters.
+    """Implements `segmentation.scores.Segmenter` for a model and its parameters, placed anywhere.
 
-    Args:
-      model, params: the module and its parameters, placed anywhere.
-      tokenizer, text_length: of its text encoder.
-      protocol: its `affinity`, `average` and `border_scale` decide what is computed.
-      batch_stats: running statistics of the model's batch norms, where it has any.
-      mesh: where given, batches are split over it.
+    The protocol's `average` and `border_scale` decide what is computed. Where a mesh is given,
+    batches are split over it.
     """
 
     def __init__(
@@ -113,20 +79,15 @@ class ModelSegmenter:
         self._window = protocol.window
         self.variables = {"params": params, "batch_stats": batch_stats or {}}
         self._tokenizer, self._length, self._mesh = tokenizer, text_length, mesh
-        self._logged: tuple[str, ...] = ()
+        self._texts = functools.lru_cache(REMEMBERED)(self._averaged)
         everywhere = sharding.replicated(mesh) if mesh is not None else None
         leaves = jax.tree.leaves(self.variables)
         if mesh is not None and not any(isinstance(leaf, jax.Array) for leaf in leaves):
             # Once: arrays of the host would travel to the devices in every call.
             self.variables = jax.device_put(self.variables, everywhere)
 
-        def encode(variables: Any, images: Array) -> tuple[Array, ...]:
-            keys = protocol.border_scale > 0
-            return encode_images(model, variables, images, protocol.affinity, keys)
-
-        def embed(variables: Any, ids: Array) -> tuple[Array, ...]:
-            return embed_prompts(model, variables, ids, protocol.average)
-
+        encode = functools.partial(encode_images, model, with_keys=protocol.border_scale > 0)
+        embed = functools.partial(embed_prompts, model, average=protocol.average)
         self._model = model
         self._encode = jax.jit(encode, out_shardings=everywhere)
         self._embed = jax.jit(embed, out_shardings=everywhere)
@@ -153,24 +114,28 @@ class ModelSegmenter:
     def encode(
         self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]
     ) -> tuple[Array, ...]:
-        """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]); groups and embedding are
-        unit norm. With the protocol's `border_scale` also keys [B, L, D] of the patches. Cached
-        trunk features [B, L, D0] may stand in for the images."""
-        return self._encode(self.variables, self._place(images))
+        """`encode_images` of a batch; with the protocol's `border_scale` also keys."""
+        if self._mesh is not None and len(images) % sharding.batch_shards(self._mesh) == 0:
+            # Every process holds the whole batch here and gives its own devices their rows.
+            images = jax.device_put(images, sharding.batch_sharding(self._mesh))
+        return self._encode(self.variables, images)
 
     def text(
         self, names: Sequence[str], templates: Sequence[str]
     ) -> tuple[Float[np.ndarray, "C E"], Float[np.ndarray, "C E"]]:
-        """Class embeddings to compare groups with, and whole images: unit norm.
+        """Class embeddings to compare groups with, and whole images: unit norm, averaged over the
+        templates. Without an image head both are the same."""
+        return self._texts(tuple(names), tuple(templates))
 
-        Each is the mean over templates of the prompts' embeddings. Without an image head both are
-        the same.
-        """
+    def _averaged(self, names: tuple[str, ...], templates: tuple[str, ...]) -> tuple:
         names = [unmasked(name) for name in names]
         prompts = [template.replace("{}", name) for name in names for template in templates]
         ids, cut = self._tokenizer.encode_with_cuts(prompts, self._length)
         self._log_indistinct(names, cut.reshape(len(names), -1).any(1))
-        ids = self._without_padding(ids)
+        # The columns that the longest prompt needs, a multiple of 4 so that few shapes compile. At
+        # least one column of padding stays, because CLIP's tokenizer pads with the end token.
+        longest = int((ids != self._model.pad_id).any(axis=0).nonzero()[0].max(initial=0)) + 1
+        ids = ids[:, : 4 * (longest // 4 + 1)]
         rows = []
         for start in range(0, len(ids), TEXT_BATCH):
             part = ids[start : start + TEXT_BATCH]
@@ -189,41 +154,23 @@ class ModelSegmenter:
 
     def _log_indistinct(self, names: Sequence[str], cut: Bool[np.ndarray, " C"]) -> None:
         """Logs the names that the text encoder does not know, reads alike, or reads in part."""
-        if self._logged == tuple(names):
-            return
-        self._logged = tuple(names)
         tokenizer = self._tokenizer
         ids = tokenizer.encode(names, self._length)
-        family = tokenizer.family
         unknown = np.zeros(len(names), bool)
-        if family.unknown != family.end:
+        if tokenizer.family.unknown != tokenizer.family.end:
             unknown = (ids == tokenizer.unknown_id).any(1)
         alike: dict[bytes, list[str]] = {}
         for name, row in zip(names, ids, strict=True):
             alike.setdefault(row.tobytes(), []).append(name)
         equal = [" = ".join(same) for same in alike.values() if len(same) > 1]
-        for what, found in (
+        for what, which in (
             ("are unknown to the text encoder, so it guesses", np.array(names)[unknown].tolist()),
             ("are the same to the text encoder, so only the first is ever found", equal),
             (f"are cut after {self._length} tokens", np.array(names)[cut].tolist()),
         ):
-            if len(found):
-                logging.getLogger(__name__).warning("names that %s: %s", what, listed(found))
-
-    def _without_padding(self, ids: np.ndarray) -> np.ndarray:
-        """The columns that the longest prompt needs, a multiple of 4 so that few shapes compile.
-
-        At least one column of padding stays, because CLIP's tokenizer pads with the end token.
-        """
-        longest = int((ids != self._model.pad_id).any(axis=0).nonzero()[0].max(initial=0)) + 1
-        return ids[:, : 4 * (longest // 4 + 1)]
+            if which:
+                logging.getLogger(__name__).warning("names that %s: %s", what, listed(which))
 
     def scale(self) -> float:
         """The inverse temperature that the model learned, for a protocol whose scale is None."""
         return float(self._model.apply(self.variables, method="logit_scale"))
-
-    def _place(self, images: np.ndarray) -> Any:
-        if self._mesh is None or len(images) % sharding.batch_shards(self._mesh):
-            return images
-        # Every process holds the whole batch here and gives its own devices their rows.
-        return jax.device_put(images, sharding.batch_sharding(self._mesh))

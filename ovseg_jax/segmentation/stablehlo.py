@@ -1,30 +1,26 @@
 """A model as StableHLO: two programs that run where this package is not installed.
 
-``image.stablehlo``  images to groups, assignment and image embedding
-``text.stablehlo``   token ids to class embeddings
-``weights.npz``      the programs' first argument
-``signature.json``   arguments and results
-``README.md``        how to call them
-
-They are compiled where they are called, for cpu, cuda or tpu, with any batch size.
+``image.stablehlo`` and ``text.stablehlo``, their weights, signature and README. They are compiled
+where they are called, for cpu, cuda or tpu, with any batch size.
 """
 
 import contextlib
 import io
 import json
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import replace_file
 from ovseg_jax.models.layers import every_platform
 from ovseg_jax.models.ovsegmentor import STATISTICS
-from ovseg_jax.optim.groups import flatten, nest
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import embed_prompts, encode_images
 from ovseg_jax.shapes import Array
@@ -33,43 +29,11 @@ from ovseg_jax.weights.model_dir import SavedModel
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # The parts of the model that each program needs; every method of the model reads the temperatures.
+_TEMPERATURES = ("log_scale", "whole_log_scale")
 PARTS = {
-    "image": (
-        *("image_encoder/", "image_projector/", f"{STATISTICS}/image_projector/", "whole_head/"),
-        *("log_scale", "whole_log_scale"),
-    ),
-    "text": (
-        *("text_encoder/", "text_projector/", f"{STATISTICS}/text_projector/"),
-        *("whole_text_head/", "log_scale", "whole_log_scale"),
-    ),
+    "image": ("image_encoder/", "image_projector/", "whole_head/", *_TEMPERATURES),
+    "text": ("text_encoder/", "text_projector/", "whole_text_head/", *_TEMPERATURES),
 }
-
-_README = """# A segmentation model as StableHLO
-
-Needs jax, numpy and flatbuffers, nothing else.
-
-    import json
-    import jax, jax.export
-    import numpy as np
-
-    signature = json.load(open("signature.json"))
-    weights = dict(np.load("weights.npz"))
-
-    def program(name):
-        exported = jax.export.deserialize(open(signature[name]["program"], "rb").read())
-        own = {{key: weights[key] for key in signature[name]["weights"]}}
-        return jax.jit(lambda x: exported.call(own, x))
-
-    # Images are uint8 [batch, {size}, {size}, 3], token ids int32 [prompts, {length}].
-    assignment, groups, embedding{keys} = program("image")(images)
-    classes{image_classes} = program("text")(ids)
-
-A patch's cosine with a class is the sum over groups of assignment times the cosine of group and
-class. The embedding of the image is compared with the image_classes where there are any, else with
-the classes. Class embeddings of several prompts are averaged, then divided by their norm. The keys
-of the patches, where there are any, are what the protocol's border_scale compares. Token ids come
-from the tokenizer of the model directory, padded to {length} with {pad}.
-"""
 
 
 def check_can_be_written() -> None:
@@ -77,28 +41,17 @@ def check_can_be_written() -> None:
     try:
         import flatbuffers  # noqa: F401
     except ImportError:
-        raise UserError(
-            "writing StableHLO needs the package flatbuffers: pip install 'ovseg_jax[export]'"
-        ) from None
+        text = "writing StableHLO needs the package flatbuffers: pip install 'ovseg_jax[export]'"
+        raise UserError(text) from None
 
 
 def write_programs(
     saved: SavedModel, protocol: Protocol, directory: Path, image_size: int
 ) -> dict[str, Any]:
-    """Writes the files of the module's docstring.
-
-    Args:
-      protocol: says which assignment and which class embedding.
-      image_size: height and width of the images, pixels.
-
-    Returns:
-      The signature.
-
-    Raises:
-      UserError: flatbuffers is missing, or the directory cannot be written.
-    """
+    """Writes the programs for square images of `image_size` pixels, with the class embedding (and
+    keys) of the protocol; returns the signature. UserError where they cannot be written."""
     check_can_be_written()
-    arrays = flatten({**saved.params, STATISTICS: saved.batch_stats})
+    arrays = flatten_dict({**saved.params, STATISTICS: saved.batch_stats}, sep="/")
     patch = saved.model.image_encoder.patch
     if image_size < patch:
         raise UserError(f"--image_size={image_size} is less than one patch of {patch} pixels")
@@ -106,7 +59,7 @@ def write_programs(
     keys, image_head = protocol.border_scale > 0, saved.model.image_head > 0
 
     def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, ...]:
-        return encode_images(saved.model, _variables(weights), images, protocol.affinity, keys)
+        return encode_images(saved.model, _variables(weights), images, keys)
 
     def text(weights: Mapping[str, Array], ids: Array) -> Array | tuple[Array, ...]:
         embedded = embed_prompts(saved.model, _variables(weights), ids, protocol.average)
@@ -123,15 +76,19 @@ def write_programs(
     files: dict[str, bytes | str] = {}
     needed: dict[str, np.ndarray] = {}
     for name, (function, argument, shape, dtype, results) in programs.items():
-        own = {key: x for key, x in arrays.items() if key.startswith(PARTS[name])}
-        exported = _exported(function, own, shape, dtype)
+        used = {
+            key: x
+            for key, x in arrays.items()
+            if key.removeprefix(f"{STATISTICS}/").startswith(PARTS[name])
+        }
+        exported = _exported(function, used, shape, dtype)
         files[f"{name}.stablehlo"] = bytes(exported.serialize())
-        needed |= own
+        needed |= used
         signature[name] = {
             "program": f"{name}.stablehlo",
             "arguments": ["weights", argument],
             "input": {"shape": ["batch", *shape], "dtype": np.dtype(dtype).name},
-            "weights": sorted(own),
+            "weights": sorted(used),
             "results": [
                 {"name": label, "shape": [str(size) for size in out.shape], "dtype": out.dtype.name}
                 for label, out in zip(results, exported.out_avals, strict=True)
@@ -142,13 +99,10 @@ def write_programs(
     np.savez(stream, **dict(sorted(needed.items())))
     files["weights.npz"] = stream.getvalue()
     files["signature.json"] = json.dumps(signature, indent=2) + "\n"
-    files["README.md"] = _README.format(
-        size=image_size,
-        length=length,
-        pad=pad,
-        keys=", keys" * keys,
-        image_classes=", image_classes" * image_head,
-    )
+    more = {"keys": ", keys" * keys, "image_classes": ", image_classes" * image_head}
+    template = resources.files("ovseg_jax.segmentation") / "stablehlo_readme.txt"
+    text = template.read_text(encoding="utf-8")
+    files["README.md"] = text.format(size=image_size, length=length, pad=pad, **more)
     try:
         for file, content in files.items():
             replace_file(directory / file, content)
@@ -162,7 +116,7 @@ def write_programs(
 
 
 def _variables(weights: Mapping[str, Array]) -> dict[str, Any]:
-    tree = nest(dict(weights))
+    tree = unflatten_dict(dict(weights), sep="/")
     return {STATISTICS: tree.pop(STATISTICS, {}), "params": tree}
 
 
@@ -170,8 +124,7 @@ def _exported(
     function: Any, weights: Mapping[str, np.ndarray], shape: tuple[int, ...], dtype: Any
 ) -> jax.export.Exported:
     sizes = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
+    arguments = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in weights.items()}
     with every_platform():
-        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(
-            {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in weights.items()},
-            jax.ShapeDtypeStruct(sizes, dtype),
-        )
+        exporter = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+        return exporter(arguments, jax.ShapeDtypeStruct(sizes, dtype))

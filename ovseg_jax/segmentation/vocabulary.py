@@ -2,24 +2,17 @@
 
 A class may have several words, ``cat|kitten|tabby``: its probability at a pixel is that of its best
 word. Words may also stand for the background, which then gets the pixels they win.
-
-The softmax of one class is 1 everywhere, and the best probability of two is never below one half.
-Without competitors a short list of words would paint the whole image. `competition` therefore fills
-short lists up with everyday nouns that stand for the background.
 """
 
-import functools
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.segmentation.protocol import Protocol
+from ovseg_jax.segmentation.protocol import Protocol, data_file
 
 BACKGROUND = -1
 BETWEEN = "|"
@@ -27,31 +20,13 @@ BETWEEN = "|"
 LISTS = ("coco", "voc", "context", "coco_object", "coco_stuff", "ade20k", "cityscapes")
 
 
-@functools.cache
-def _word_file() -> dict[str, Any]:
-    """``competitors.json``.
-
-    "competitors" maps a noun to other words for it, to its kinds and parts, and to wider words. A
-    class that is any of these would lose its own pixels to the noun, so the noun is then left out.
-    The first nouns are those used most; frequent surroundings and frequent objects alternate.
-
-    "surroundings" are nouns for what surrounds the subject of a photograph.
-    """
-    path = resources.files("ovseg_jax.segmentation") / "competitors.json"
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def competitors() -> dict[str, list[str]]:
-    """Everyday nouns in order of preference, each with its related words; see `_word_file`."""
-    return _word_file()["competitors"]
+# Everyday nouns in order of preference, each with the words for it, for its kinds and parts, and
+# wider words; and nouns for what is around a subject.
+_NOUNS = "competitors.json"
 
 
 def ordered(items: Any, what: str) -> list[Any]:
-    """A sequence as a list: list, tuple, array, or whatever else has a length and an order.
-
-    Raises:
-      UserError: sets and generators, whose order or length nobody knows, and what is no sequence.
-    """
+    """A sequence as a list; UserError for sets, generators and the like, which have no order."""
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or hasattr(items, "keys"):
         kind = type(items).__name__
         raise UserError(f"{what} is a list, whose order numbers the labels; not a {kind}")
@@ -76,11 +51,8 @@ class Vocabulary:
     def of(cls, entries: Iterable[str], background: Iterable[str] = ()) -> "Vocabulary":
         """From one entry per class, synonyms between bars, and words for the background.
 
-        Args:
-          entries, background: any sequences that have an order.
-
         Raises:
-          UserError: no class, an empty word, or a word that is listed twice.
+          UserError: no class, an empty word, a word that is listed twice, or lists without order.
         """
         if isinstance(entries, str):
             raise UserError(f"classes is a list of names: [{entries!r}], not one text")
@@ -103,49 +75,45 @@ class Vocabulary:
 
     @property
     def things(self) -> tuple[bool, ...]:
-        """For each word, whether it names a thing rather than surroundings.
-
-        The last noun decides: a "dirt road" is surroundings, a "rock band" is not.
-        """
-        surroundings = _word_file()["surroundings"]
+        """For each word, whether its last noun names a thing rather than surroundings."""
+        surroundings = data_file(_NOUNS)["surroundings"]
         return tuple(word.lower().split()[-1] not in surroundings for word in self.words)
+
+    def _words_of(self, index: int) -> tuple[str, ...]:
+        pairs = zip(self.words, self.word_to_class, strict=True)
+        return tuple(word for word, of_class in pairs if of_class == index)
 
     @property
     def background_words(self) -> tuple[str, ...]:
         """The words that stand for the background."""
-        pairs = zip(self.words, self.word_to_class, strict=True)
-        return tuple(word for word, index in pairs if index == BACKGROUND)
+        return self._words_of(BACKGROUND)
 
     def lines(self) -> tuple[str, ...]:
         """A text for each class with its synonyms, then the background's words."""
-        by_class: dict[int, list[str]] = {}
-        for word, index in zip(self.words, self.word_to_class, strict=True):
-            by_class.setdefault(index, []).append(word)
-        lines = [BETWEEN.join(by_class[i]) for i in range(len(self.classes))]
-        if BACKGROUND in by_class:
-            lines.append(f"background: {BETWEEN.join(by_class[BACKGROUND])}")
+        lines = [BETWEEN.join(self._words_of(i)) for i in range(len(self.classes))]
+        if words := self.background_words:
+            lines.append(f"background: {BETWEEN.join(words)}")
         return tuple(lines)
 
 
 def competition(vocabulary: Vocabulary, protocol: Protocol) -> Vocabulary:
     """The words that compete for a pixel under a protocol.
 
-    With fewer words than its `competing_words`, everyday nouns are added for the background. A noun
-    is left out when it, or a word related to it, is a class or a word of one ('plant' of 'potted
-    plant'), in singular or regular plural, so there may be fewer words than that in the end. A
-    vocabulary with words for the background, or a protocol without background, gets none.
+    The best probability of one class is 1 everywhere, and of two never below one half, so few words
+    would paint the whole image. With fewer than `competing_words`, everyday nouns are added for the
+    background, but none that is a class, or related to a word of a class (in singular or regular
+    plural) and would take its pixels. A vocabulary with words for the background, or a protocol
+    without background, gets none.
     """
     if protocol.threshold is None or vocabulary.background_words:
         return vocabulary
     names = {name.lower() for name in vocabulary.words}
     taken = _forms(names.union(*(name.split() for name in names)))
-    free = [n for n, related in competitors().items() if not taken & _forms({n, *related})]
+    nouns = data_file(_NOUNS)["competitors"].items()
+    free = [noun for noun, others in nouns if not taken & _forms({noun, *others})]
     more = tuple(free[: max(0, protocol.competing_words - len(names))])
-    return Vocabulary(
-        vocabulary.classes,
-        vocabulary.words + more,
-        vocabulary.word_to_class + (BACKGROUND,) * len(more),
-    )
+    classes = vocabulary.word_to_class + (BACKGROUND,) * len(more)
+    return Vocabulary(vocabulary.classes, vocabulary.words + more, classes)
 
 
 def _forms(words: set[str]) -> set[str]:
@@ -166,11 +134,7 @@ def read_words(
 
     There is one entry a line, or a single line with commas between them; a comma that belongs to a
     name is written ``\,``. Blank lines and comments (#) are passed over, and so are numbers before
-    the names (``0: cat``) that count up.
-
-    Args:
-      where: what the list is, for messages.
-      numbered_from: the first number, where there are any.
+    the names (``0: cat``) that count up from one of `numbered_from`.
 
     Returns:
       The classes in order, and whether the list named the background before them.
@@ -179,30 +143,25 @@ def read_words(
       UserError: there is no entry, an entry is empty, or reading on would move a label's number.
     """
     lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    rows = [split_at_commas(line) for line in lines]
+    rows = [split_at_commas(line) for line in lines if line and not line.startswith("#")]
     if len(rows) == 1:
         entries = rows[0][:-1] if rows[0][-1] == "" else rows[0]
-    elif wrong := [line for line, row in zip(lines, rows, strict=True) if len(row) > 1]:
+    elif wrong := [row for row in rows if len(row) > 1]:
         raise UserError(
-            f"{where}: the line {wrong[0]!r} has a comma and is not the only line. Write one class "
-            "a line, synonyms between bars (cat|kitten), and a comma in a name as \\,"
+            f"{where}: the line {', '.join(wrong[0])!r} has a comma and is not the only line. A "
+            "class is a line, synonyms stand between bars (cat|kitten), a comma in a name is \\,"
         )
     else:
         entries = [row[0] for row in rows]
     if "" in entries:
         raise UserError(f"{where}: there is an empty name between commas")
     entries = _without_numbers(entries, where, numbered_from)
-    if entries and entries[0] == _IGNORED:
-        entries = entries[1:]
+    entries = entries[entries[:1] == [_IGNORED] :]
     background = bool(entries) and entries[0].lower() in BACKGROUND_NAMES
     entries = entries[background:]
     for entry in entries:
         if entry.lower() in (*BACKGROUND_NAMES, _IGNORED):
-            raise UserError(
-                f"{where}: only the first entry may be {entry!r}, which is no class: without it, "
-                "later labels would change their numbers"
-            )
+            raise UserError(f"{where}: only the first entry may be {entry!r}, which is no class")
     if not entries:
         raise UserError(f"{where} lists no classes: name at least one")
     return tuple(entries), background
@@ -225,39 +184,27 @@ def _without_numbers(entries: list[str], where: str, first: tuple[int, ...]) -> 
     if numbers[0] not in first or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise UserError(
             f"{where}: the numbers {', '.join(map(str, numbers[:5]))}... do not count up from "
-            f"{' or '.join(map(str, first))} as labels do: sort the entries, fill the gaps, and "
-            "name 'background' first where 0 is no class"
+            f"{' or '.join(map(str, first))} as labels do: sort the entries and fill the gaps"
         )
     return [match[2] for match in numbered]
 
 
 def word_list(name: str) -> tuple[str, ...]:
     """The classes of an evaluation set (one of `LISTS`; 'coco' is the 80 objects), or of a text
-    file, see `read_words`.
-
-    Raises:
-      UserError: there is no such list, or the file is empty or no text.
-    """
+    file, see `read_words`."""
     if name in LISTS:
         table = "coco_object" if name == "coco" else name
-        path = resources.files("ovseg_jax.data") / "benchmarks" / "tables" / f"{table}.json"
-        classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        classes = data_file(f"tables/{table}.json", "ovseg_jax.data.benchmarks")["classes"]
         return tuple(entry["word"] for entry in classes)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(
-            f"--vocabulary={name}: no such file, and no such list{nearest(name, LISTS)}; lists: "
-            f"{', '.join(LISTS)}"
-        )
+        hint = f"no such list{nearest(name, LISTS)}; lists: {', '.join(LISTS)}"
+        raise UserError(f"--vocabulary={name}: no such file, and {hint}")
     return read_words(read_text(path), f"--vocabulary={name}")[0]
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-      UserError: it cannot be read, or is not in UTF-8.
-    """
+    """The text of a file; UserError where it cannot be read, or is not in UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

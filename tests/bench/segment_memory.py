@@ -15,13 +15,13 @@ import time
 import jax
 import numpy as np
 
-from ovseg_jax.data.benchmarks import class_table
 from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import init_params
 
@@ -42,16 +42,17 @@ def main(megapixels: float, classes: int) -> None:
     coarse = rng.integers(0, 256, (64, 64, 3), np.uint8)
     rows, columns = np.arange(height) * 64 // height, np.arange(width) * 64 // width
     image = coarse[rows][:, columns]
-    names = list(class_table("ade20k").words) * (-(-classes // 150))
+    words = Vocabulary.of([f"class {i}" for i in range(classes)])
     text = rng.normal(size=(classes, config.model.joint_width)).astype(np.float32)
     for order in ("argmax_first", "upsample_first"):
         protocol = Protocol.from_config({**config.eval.protocol, "order": order})
         segmenter = ModelSegmenter(model, params, None, text_length=8, protocol=protocol)
-        encode, before, start = segmenter.encode, peak(), time.perf_counter()
-        scored = image_scores(encode, text, [image], protocol, 4)
+        segmenter.text = lambda names, templates: (text, text)
+        before, start = peak(), time.perf_counter()
+        scored = image_scores(segmenter, words, [image], protocol, 4)
         ((_, labels),) = label_maps(scored, protocol, group=1)
         seconds = time.perf_counter() - start
-        overlay(image, labels, names[:classes], names=True)
+        overlay(image, labels, words.classes)
         print(
             f"{order}: {width} x {height} pixels, {classes} classes: peak {peak():.2f} GB, of it "
             f"{before:.2f} GB before; {seconds:.1f} s"

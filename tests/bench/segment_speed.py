@@ -12,6 +12,7 @@ what is done by default), and how many pixels have another label. Not run by pyt
 
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.segmentation.scores import default_batch, image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
@@ -50,6 +52,7 @@ def main(images: int, turns: int) -> None:
     )
     rng = np.random.default_rng(0)
     text = rng.normal(size=(CLASSES, config.model.joint_width)).astype(np.float32)
+    words = Vocabulary.of([f"class {i}" for i in range(CLASSES)])
     data = [picture(seed) for seed in range(images)]
 
     def twice(pixels: np.ndarray) -> tuple:
@@ -64,7 +67,8 @@ def main(images: int, turns: int) -> None:
 
     def labels(way: str) -> list[np.ndarray]:
         encode, batch = ways[way]
-        scored = image_scores(encode, text, data, protocol, batch)
+        way = SimpleNamespace(encode=encode, text=lambda names, templates: (text, text))
+        scored = image_scores(way, words, data, protocol, batch)
         found = {one.index: result for one, result in label_maps(scored, protocol)}
         return [found[index] for index in range(images)]
 

@@ -14,7 +14,7 @@ from released.arrays import relative
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
-from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.segmentation import readout
 from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config, style_of, to_groupvit
 
 
@@ -80,9 +80,9 @@ def test_an_image_of_another_shape(arrays, apply):
     pixels = jnp.asarray(arrays["wide_pixels"].transpose(0, 2, 3, 1))
     visual = apply("visual_tokens", pixels)
     assert relative(visual.groups, arrays["wide_groups"]) < 1e-5
-    grid = windows.grid_shape(*pixels.shape[1:3], visual.affinity.shape[1])
+    grid = readout.grid_shape(*pixels.shape[1:3], visual.affinity.shape[1])
     cells = np.asarray(visual.affinity).reshape(1, *grid, -1)
-    rows, columns = (windows.bilinear_weights(n, m) for n, m in zip((32, 48), grid, strict=True))
+    rows, columns = (readout.bilinear_weights(n, m) for n, m in zip((32, 48), grid, strict=True))
     pixel_map = readout.spread(cells, rows, columns)
     assert relative(pixel_map[0].transpose(2, 0, 1), arrays["wide_map"][0]) < 1e-5
 
@@ -115,7 +115,7 @@ def test_segmentation_logits(arrays, apply, visual):
     # There: the cosine of a group with a text, times the scale twice, spread over its soft map.
     groups = apply("project_image", visual.groups)
     scores = readout.class_scores(visual.affinity, groups, arrays["text_embeds"], (4, 4))
-    rows = columns = windows.bilinear_weights(32, 4)
+    rows = columns = readout.bilinear_weights(32, 4)
     logits = readout.spread(scores, rows, columns) * apply("logit_scale") ** 2
     assert relative(logits.transpose(0, 3, 1, 2), arrays["segmentation_logits"]) < 1e-5
 

@@ -15,6 +15,7 @@ from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.segmentation.scores import image_scores, with_scale
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config
 from ovseg_jax.weights.model_dir import load_model, save_model
 
@@ -64,12 +65,14 @@ def test_it_segments(saved):
     segmenter = ModelSegmenter.of_saved(model, protocol)
     protocol = with_scale(protocol, segmenter)
     np.testing.assert_allclose(protocol.scale, np.exp(1.3), rtol=1e-5)
-    text = segmenter.text(["dog", "cat", "sky"], ("a photo of a {}", "{}"))
+    words, templates = Vocabulary.of(["dog", "cat", "sky"]), ("a photo of a {}", "{}")
+    text = segmenter.text(words.words, templates)
     np.testing.assert_allclose(np.linalg.norm(text[0], axis=1), 1, rtol=1e-5)
     ids = model.tokenizer.encode(["a photo of a dog", "dog"], 12)
     assert ids[0].tolist()[:7] == [97, 0, 1, 2, 0, 3, 98] and (ids[1][2:] == 98).all()
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    scored = image_scores(segmenter.encode, text, [image], protocol, 2)
+    protocol = protocol.replace(templates=templates)
+    scored = image_scores(segmenter, words, [image], protocol, 2)
     ((scores, labels),) = label_maps(scored, protocol)
     assert labels.shape == (40, 60) and scores.cells.shape[-1] == 3
     assert set(np.unique(labels)) <= {0, 1, 2, 3} and (labels > 0).any()
@@ -95,12 +98,9 @@ def test_prompts_are_averaged_before_or_after_their_norm(saved):
         np.testing.assert_allclose(segmenter.text(names, templates)[0], embeddings, atol=1e-5)
 
 
-def test_no_affinity_of_final_tokens_where_there_are_none(saved):
+def test_there_are_no_keys_of_several_bindings(saved):
     model, protocol = saved
-    for changes, said in (
-        ({"affinity": "features"}, "use affinity 'binding'"),
-        ({"border_scale": 1.0, "grouping": "soft_patches", "image_classes": 0}, "border_scale = 0"),
-    ):
-        segmenter = ModelSegmenter.of_saved(model, protocol.replace(**changes))
-        with pytest.raises(UserError, match=said):
-            segmenter.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    changes = {"border_scale": 1.0, "grouping": "soft_patches", "image_classes": 0}
+    segmenter = ModelSegmenter.of_saved(model, protocol.replace(**changes))
+    with pytest.raises(UserError, match="border_scale must be 0"):
+        segmenter.encode(np.zeros((1, 32, 32, 3), np.uint8))

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from released.arrays import relative, sets_with
 
 from ovseg_jax.models.vit import VisualEncoder
-from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.segmentation import readout
 from ovseg_jax.weights.links import Sizes, read_links, write_links
 from ovseg_jax.weights.released import image_config, image_links, image_names
 
@@ -117,9 +117,9 @@ def test_the_map_at_the_size_of_the_image(cases):
         if name in recorded:
             found += 1
             size = recorded[name].shape[1:3]
-            grid = windows.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
+            grid = readout.grid_shape(*size, tokens.affinity.shape[1], "rounded_patch")
             cells = tokens.affinity.reshape(1, *grid, -1)
-            matrices = (windows.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
+            matrices = (readout.bilinear_weights(n, m) for n, m in zip(size, grid, strict=True))
             assert relative(readout.spread(cells, *matrices), recorded[name]) < 1e-5
     assert found
 

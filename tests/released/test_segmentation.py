@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ovseg_jax.segmentation import readout, windows
+from ovseg_jax.segmentation import readout
 from released.arrays import ReleasedSet, relative, sets_with
 
 PARTS = ("seg.npz", "weights.npz", "inputs.npz", "eval_rest.npz", "meta.json")
@@ -56,7 +56,7 @@ class Segmentation:
         tokens = self.apply("visual_tokens", images)
         groups = self.apply("project_image", tokens.groups)
         whole = self.apply("project_image", jnp.mean(tokens.groups, axis=1))
-        grid = windows.grid_shape(*images.shape[1:3], tokens.affinity.shape[1], "rounded_patch")
+        grid = readout.grid_shape(*images.shape[1:3], tokens.affinity.shape[1], "rounded_patch")
         soft = np.asarray(tokens.affinity).reshape(len(images), *grid, -1)
         text = self.text()
         cosines = readout.cosines(groups, text), readout.cosines(whole[:, None], text)[:, 0]
@@ -101,7 +101,7 @@ def test_sliding_windows(released):
     (side, across), (stride, _) = slide["crop"], slide["stride"]
     assert side == across
     image = released.case.image("slide_image")[0]
-    corners = tuple(windows.window_grid(*image.shape[:2], side, stride))
+    corners = tuple(readout.window_grid(*image.shape[:2], side, stride))
     assert len(corners) > 1
     parts = jnp.stack([image[top : top + side, left : left + side] for top, left in corners])
     soft, p = released.encode(parts)

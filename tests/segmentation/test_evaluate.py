@@ -1,38 +1,42 @@
-"""From images to results: windows, batches, labels, measures, with segmenters that are exact."""
+"""From images to results: confusion matrices, benchmarks, segmenters that are exact, processes."""
 
-import itertools
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ovseg_jax.data.tokenizer import BERT, Tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
 from ovseg_jax.segmentation import evaluate as evaluation
-from ovseg_jax.segmentation import labels as labels_module
-from ovseg_jax.segmentation import windows
-from ovseg_jax.segmentation.benchmarks import ScenesBenchmark, make_benchmark
-from ovseg_jax.segmentation.labels import label_maps
-from ovseg_jax.segmentation.metric import ConfusionMatrix
-from ovseg_jax.segmentation.protocol import Protocol, named_protocol, names_hash
-from ovseg_jax.segmentation.scores import image_scores
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.train.config import load_config
+from ovseg_jax.segmentation.benchmarks import make_benchmark
+from ovseg_jax.segmentation.evaluate import (
+    Counts,
+    count_pixels,
+    evaluate,
+    iou_of,
+    mean_iou,
+    measures,
+)
+from ovseg_jax.segmentation.protocol import Protocol, names_hash
 
+ROOT = Path(__file__).parents[2]
 PATCH, C = 4, 3
 PROTOCOL = Protocol(short_side=24, long_limit=64, window=24, stride=12, scale=30.0, threshold=0.617)
+SIZES = ((24, 24), (24, 40), (50, 24), (90, 130), (24, 24), (12, 200), (7, 5), (24, 40))
 
 
 class ByColor:
     """A segmenter whose group of a patch is its strongest channel, and whose classes are these."""
 
-    def __init__(self, batch_size, keys=False):
-        self.batch_size, self.keys, self.calls = batch_size, keys, []
+    def __init__(self, batch_size):
+        self.batch_size, self.calls = batch_size, []
 
     def encode(self, images):
         assert images.dtype == np.uint8 and len(images) == self.batch_size
@@ -45,8 +49,7 @@ class ByColor:
         strength = np.concatenate([color, np.full((b, h * w, 1), 60.0)], -1)
         affinity = np.eye(4, dtype=np.float32)[strength.argmax(-1)]
         groups = np.concatenate([np.eye(3), np.zeros((1, 3))]).astype(np.float32)
-        encoded = affinity, np.tile(groups, (b, 1, 1)), color.mean(1).astype(np.float32)
-        return (*encoded, color.astype(np.float32)) if self.keys else encoded
+        return affinity, np.tile(groups, (b, 1, 1)), color.mean(1).astype(np.float32)
 
     def text(self, names, templates):
         assert templates == PROTOCOL.templates
@@ -81,257 +84,206 @@ class Blocks:
 
 def run(benchmark, protocol=PROTOCOL, batch_size=4, **options):
     segmenter = ByColor(batch_size)
-    result = evaluation.evaluate(segmenter, benchmark, protocol, batch_size=batch_size, **options)
-    return result, segmenter
+    return evaluate(segmenter, benchmark, protocol, batch_size=batch_size, **options), segmenter
 
 
-def test_a_perfect_segmenter_scores_100():
+# ---- confusion matrices
+
+
+def maps(seed, classes, shape=(3, 7, 5)):
+    """Prediction and truth; the truth has ignored pixels, and classes may be absent."""
+    rng = np.random.default_rng(seed)
+    prediction = rng.integers(0, rng.integers(1, classes + 1), shape).astype(np.uint8)
+    truth = rng.integers(0, rng.integers(1, classes + 1), shape).astype(np.uint8)
+    truth[rng.random(shape) < 0.2] = 255
+    return prediction, truth
+
+
+def published_measures(pairs, classes, ignore=255):
+    """The measures of mmsegmentation, by its published formula: for each image histograms of
+    intersection, prediction and truth; summed; then IoU, Acc, mIoU, mAcc and aAcc."""
+    totals = np.zeros((3, classes))
+    for prediction, truth in pairs:
+        valid = truth != ignore
+        p, t = prediction[valid], truth[valid]
+        for row, values in enumerate((p[p == t], p, t)):
+            totals[row] += np.histogram(values, bins=classes, range=(0, classes - 1))[0]
+    intersect, area_p, area_t = totals
+    with np.errstate(invalid="ignore"):
+        iou, accuracy = intersect / (area_p + area_t - intersect), intersect / area_t
+    return {
+        "miou": np.nanmean(iou),
+        "mean_accuracy": np.nanmean(accuracy),
+        "pixel_accuracy": intersect.sum() / area_t.sum(),
+        "frequency_weighted_iou": np.nansum(iou * area_t) / area_t.sum(),
+    }, iou
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), st.sampled_from([2, 21, 60, 150]))
+def test_published_formula(seeds, classes):
+    """With ignored pixels, classes that are absent, and classes that are never predicted."""
+    pairs = [maps(seed, classes) for seed in seeds]
+    confusion = sum(count_pixels(*pair, classes) for pair in pairs)
+    expected, iou = published_measures(pairs, classes)
+    np.testing.assert_allclose(iou_of(confusion), iou, rtol=0, atol=1e-12)
+    found = measures(confusion)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert abs(found[name] - value) < 1e-12
+
+
+def test_a_worked_example():
+    # Class 3 is neither drawn nor predicted: left out. Class 2 is predicted only: counts as zero.
+    prediction = np.array([[0, 1, 1], [2, 0, 1]], np.int64)
+    truth = np.array([[0, 1, 0], [0, 255, 1]], np.uint8)
+    confusion = count_pixels(prediction, truth, 4)
+    np.testing.assert_allclose(iou_of(confusion), [1 / 3, 2 / 3, 0, np.nan])
+    assert mean_iou(confusion) == pytest.approx(1 / 3)
+    assert mean_iou(confusion, [0, 1]) == pytest.approx(0.5)
+    assert np.isnan(mean_iou(confusion, [3])) and np.isnan(mean_iou(confusion, []))
+    assert confusion.dtype == np.int64
+    assert np.isnan(list(measures(np.zeros((2, 2), np.int64)).values())).all()
+
+
+def test_refuses_what_cannot_be_counted():
+    zeros, strange = np.zeros((2, 2), np.uint8), np.array([[0, 3], [0, 0]], np.uint8)
+    for prediction, truth, said in (
+        (zeros, np.zeros((2, 3), np.uint8), "shape"),
+        (zeros, strange, "truth has labels 0..3"),
+        (-strange.astype(int), zeros, "prediction has labels -3..0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            count_pixels(prediction, truth, 3)
+    # A strange prediction where the truth is ignored does not matter.
+    assert not count_pixels(strange, zeros + np.uint8(255), 3).any()
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_perfect_segmenter_scores_100(background):
     # Votes by patch, since blocks are whole patches; seven images leave a padded last batch.
-    result, segmenter = run(Blocks(((24, 24),) * 7), PROTOCOL.replace(order="argmax_first"))
+    benchmark = Blocks(((24, 24),) * 7, background)
+    result, segmenter = run(benchmark, PROTOCOL.replace(order="argmax_first"))
     assert segmenter.calls == [(4, 24, 24, 3)] * 2
     assert result["miou"] == result["pixel_accuracy"] == result["miou_unseen"] == 100.0
-    assert result["iou"] == dict.fromkeys(("background", "red", "green", "blue"), 100.0)
+    names = (*["background"] * background, "red", "green", "blue")
+    assert result["iou"] == dict.fromkeys(names, 100.0)
     assert result["images"] == 7 and result["images_per_second"] > 0
-
-
-def test_without_background():
-    benchmark = Blocks(((24, 24),) * 3, has_background=False)
-    result, _ = run(benchmark, PROTOCOL.replace(order="argmax_first"))
-    assert result["miou"] == 100.0 and "background" not in result["iou"]
-    assert result["protocol"]["threshold"] is None and "all_background_miou" not in result
-    with pytest.raises(UserError, match="threshold"):
-        run(Blocks(((24, 24),)), PROTOCOL.replace(threshold=None))
-
-
-def plain_labels(image, protocol):
-    """The same by the book: windows, upsampled one by one, averaged, resized, thresholded."""
-    size = image.shape[:2]
-    resized = windows.resized_shape(*size, protocol.short_side, protocol.long_limit)
-    image = windows.resize_image(image, *resized)
-    total, cover = np.zeros((*resized, C)), np.zeros((*resized, 1))
-    corners = windows.window_grid(*resized, protocol.window, protocol.stride)
-    parts = [image[y : y + protocol.window, x : x + protocol.window] for y, x in corners]
-    encoded = [ByColor(1, keys=True).encode(part[None]) for part in parts]
-    whole = [embedding[0] for _, _, embedding, _ in encoded]
-    whole = np.mean([embedding / np.linalg.norm(embedding) for embedding in whole], axis=0)
-    image_cosine = whole / np.linalg.norm(whole)
-    likeness = plain_likeness(corners, [keys[0] for *_, keys in encoded], parts[0].shape)
-    for (top, left), part, (affinity, groups, *_) in zip(corners, parts, encoded, strict=True):
-        h, w = part.shape[0] // PATCH, part.shape[1] // PATCH
-        cosine = (affinity[0] @ groups[0]).reshape(h, w, C)
-        p = np.exp(protocol.scale * cosine)
-        p /= p.sum(-1, keepdims=True)
-        p *= np.exp(protocol.image_scale * (image_cosine - image_cosine.max()))
-        if protocol.border_scale:
-            p *= np.exp(-protocol.border_scale * likeness[top, left])[..., None]
-        place = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
-        total[place] += upsample(p, part.shape[:2])
-        cover[place] += 1
-    p = upsample(total / cover, size)
-    best, margin = p.argmax(-1), np.abs(p.max(-1) - protocol.threshold)
-    return np.where(p.max(-1) < protocol.threshold, 0, best + 1), margin
-
-
-def plain_likeness(corners, keys, shape):
-    """How much each cell resembles the border of the image, 0 to 1, by window corner."""
-    h, w = shape[0] // PATCH, shape[1] // PATCH
-    tops, lefts = ([*dict.fromkeys(c[axis] for c in corners)] for axis in (0, 1))
-    # At the image's border lie the outer cells of the outer windows.
-    cells, border = {}, []
-    for (top, left), key in zip(corners, keys, strict=True):
-        key = (key / np.linalg.norm(key, axis=-1, keepdims=True)).reshape(h, w, -1)
-        cells[top, left] = key
-        for i, j in itertools.product(range(h), range(w)):
-            rows = (top == tops[0] and i == 0) or (top == tops[-1] and i == h - 1)
-            columns = (left == lefts[0] and j == 0) or (left == lefts[-1] and j == w - 1)
-            if rows or columns:
-                border.append(key[i, j])
-    mean = np.mean(border, axis=0)
-    mean /= np.linalg.norm(mean)
-    return {corner: np.maximum(key @ mean, 0) for corner, key in cells.items()}
-
-
-def upsample(maps, size):
-    rows, columns = (windows.bilinear_weights(n, m) for n, m in zip(size, maps.shape, strict=False))
-    return np.einsum("Hh,hwc,Ww->HWc", rows, maps, columns)
-
-
-SIZES = ((24, 24), (24, 40), (50, 24), (90, 130), (24, 24), (12, 200), (7, 5), (24, 40))
-
-
-@pytest.mark.parametrize(
-    "band_floats, image_scale, border_scale",
-    [(labels_module.BAND_FLOATS, 0, 0), (2000, 2.0, 0), (2000, 2.0, 1.5)],
-)
-def test_any_sizes_in_shared_batches_and_in_bands(
-    monkeypatch, band_floats, image_scale, border_scale
-):
-    protocol = PROTOCOL.replace(image_scale=float(image_scale), border_scale=float(border_scale))
-    monkeypatch.setattr(labels_module, "BAND_FLOATS", band_floats)
-    benchmark, segmenter = Blocks(SIZES), ByColor(4, keys=border_scale > 0)
-    text = segmenter.text(benchmark.class_names, PROTOCOL.templates)
-    images = [benchmark[i][0] for i in range(len(SIZES))]
-    scores = image_scores(segmenter.encode, text, images, protocol, 4)
-    found = {one.index: labels for one, labels in label_maps(scores, protocol, group=3)}
-    assert sorted(found) == list(range(len(SIZES)))
-    for index, image in enumerate(images):
-        labels, margin = plain_labels(image, protocol)
-        assert found[index].shape == image.shape[:2]
-        clear = margin > 1e-5
-        np.testing.assert_array_equal(found[index][clear], labels[clear])
-        assert clear.mean() > 0.99
-
-
-@pytest.mark.parametrize("order", ["argmax_first", "upsample_first"])
-@pytest.mark.parametrize("band_floats", [labels_module.BAND_FLOATS, 2000])
-def test_a_capped_threshold_leaves_the_best_pixels(monkeypatch, order, band_floats):
-    monkeypatch.setattr(labels_module, "BAND_FLOATS", band_floats)
-    capped = PROTOCOL.replace(order=order, scale=1.0, threshold=0.9, cap_threshold=True)
-    images = [Blocks(((24, 40), (130, 90)))[i][0] for i in range(2)]
-    segmenter = ByColor(1)
-    text = segmenter.text(["a", "b", "c"], PROTOCOL.templates)
-    for image in images:
-        (scores,) = image_scores(segmenter.encode, text, [image], capped, 1)
-        ((_, plain),) = label_maps([scores], capped.replace(cap_threshold=False))
-        ((_, labels),) = label_maps([scores], capped)
-        ((_, best),) = label_maps([scores], capped.replace(threshold=0.0))
-        assert not plain.any() and labels.any()
-        np.testing.assert_array_equal(labels[labels > 0], best[labels > 0])
-        # A threshold that some pixel reaches is left alone.
-        low = capped.replace(threshold=0.4)
-        pairs = [label_maps([scores], low.replace(cap_threshold=cap)) for cap in (True, False)]
-        ((_, with_cap),), ((_, without),) = pairs
-        np.testing.assert_array_equal(with_cap, without)
-
-
-def test_an_untrained_vitb_finds_something_under_the_paper_protocol():
-    config = load_config(Path(__file__).parents[2] / "configs" / "vitb.py")
-    config.model.image.update(width=16, heads=2, first_layers=1, second_layers=1, grid=(4, 4))
-    config.model.text.update(vocab_size=300, width=16, depth=1, heads=2, mlp_width=16)
-    config.model.decoder.update(width=16, heads=2)
-    config.model.update(joint_width=8, image_init="", text_init="")
-    config.eval.protocol.update(short_side=64, window=64, stride=32)
-    protocol = Protocol.from_config(config.eval.protocol.to_dict())
-    named = named_protocol("paper")
-    assert (named.scale, named.cap_threshold) == (protocol.scale, True) == (None, True)
-    model = build_model(config.model)
-    image, ids = np.zeros((1, 64, 64, 3), np.uint8), np.ones((1, 4), np.int32)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), image, ids))["params"]
-
-    class Words(Tokenizer):
-        def __init__(self):
-            pass
-
-        family, unknown_id = BERT, 0
-
-        def encode_with_cuts(self, texts, length):
-            ids = 1 + np.arange(len(texts) * length).reshape(-1, length).astype(np.int32) % 299
-            return ids, np.zeros(len(texts), bool)
-
-    segmenter = ModelSegmenter(model, params, Words(), text_length=4, protocol=protocol)
-    benchmark = Blocks(((64, 96), (80, 64)))
-    result = evaluation.evaluate(segmenter, benchmark, protocol, batch_size=2)
-    predicted = np.array(result["confusion"]).sum(0)
-    assert predicted[1:].sum() > 0
-    assert result["protocol"]["scale"] == pytest.approx(1 / 0.07)
-
-
-class SplitByWindow(ByColor):
-    """Every patch is undecided; the embedding of a window is that of its brightest channel."""
-
-    def encode(self, images):
-        affinity, groups, _ = super().encode(images)
-        brightest = np.eye(C, dtype=np.float32)[images.mean((1, 2)).argmax(-1)]
-        return np.full_like(affinity, 1 / affinity.shape[-1]), groups, brightest
-
-
-def test_evidence_about_the_image_leaves_no_seam_between_windows():
-    # Two windows that do not overlap look like two classes, and no patch prefers any class: what
-    # the image as a whole looks like must decide alike on both sides of the border.
-    protocol = PROTOCOL.replace(
-        long_limit=96, stride=PROTOCOL.window, image_scale=5.0, threshold=0.0
-    )
-    side = protocol.window
-    image = np.zeros((side, 3 * side, 3), np.uint8)
-    image[:, :side, 0] = image[:, side:, 1] = 200
-    segmenter = SplitByWindow(1)
-    text = segmenter.text(["a", "b", "c"], PROTOCOL.templates)
-    scores = image_scores(segmenter.encode, text, [image], protocol, 1)
-    ((one, labels),) = label_maps(scores, protocol)
-    assert one.tiles == (1, 3)
-    np.testing.assert_array_equal(labels, 2)
-
-
-def test_the_result_does_not_depend_on_the_batch_size():
-    benchmark = Blocks(SIZES)
-    results = [run(benchmark, batch_size=size)[0] for size in (1, 3, 16)]
-    for result in results[1:]:
-        assert result["iou"] == results[0]["iou"]
-    assert 40 < results[0]["miou"] < 100
-
-
-def test_scores_of_one_image():
-    segmenter, text = ByColor(2), (np.eye(3, dtype=np.float32),) * 2
-    image, truth = Blocks(((24, 40),))[0]
-    (scores,) = image_scores(segmenter.encode, text, [image], PROTOCOL, 2)
-    assert (scores.tiles, scores.cells.shape) == ((1, 3), (6, 18, 3))  # starts 0, 12, 16
-    np.testing.assert_allclose(np.linalg.norm(scores.embeddings, axis=1), 1, rtol=1e-6)
-    assert scores.embeddings.shape == (3, 3)
-    group_of_label = np.array([3, 0, 1, 2])
-    (whole,) = image_scores(ByColor(1).encode, text, [image[:, :24]], PROTOCOL, 1)
-    np.testing.assert_array_equal(whole.group_map(), group_of_label[truth[:, :24]])
+    assert (result["protocol"]["threshold"] is None) == (not background)
+    truth = np.stack([benchmark[i][1] for i in range(7)])
+    if background:
+        expected = 100 * (truth == 0).mean() / len(np.unique(truth))
+        assert result["all_background_miou"] == pytest.approx(expected, abs=1e-3)
+        with pytest.raises(UserError, match="threshold"):
+            run(benchmark, PROTOCOL.replace(threshold=None))
 
 
 def test_progress_and_file(tmp_path):
-    steps = []
-    benchmark = Blocks(((24, 24),) * 6)
-    result, _ = run(benchmark, progress=lambda done, total: steps.append((done, total)))
+    steps, benchmark = [], Blocks(((24, 24),) * 6)
+    protocol = PROTOCOL.replace(thresholds={"blocks": 0.3, "other": 0.7})
+    result, _ = run(benchmark, protocol, progress=lambda *counts: steps.append(counts))
     assert steps == [(4, 6), (6, 6)]
     path = tmp_path / "results" / "blocks.json"
     evaluation.write_result(path, result)
     assert json.loads(path.read_text()) == result
     assert [p.name for p in path.parent.iterdir()] == ["blocks.json"]
-    protocol = result["protocol"]
-    assert protocol["class_names_hash"] == names_hash(("red", "green", "blue"))
-    assert protocol["scale"] == 30.0 and protocol["classes"] == 3 and protocol["background"]
+    stored = result["protocol"]
+    assert stored["class_names_hash"] == names_hash(("red", "green", "blue"))
+    assert stored["scale"] == 30.0 and stored["classes"] == 3 and stored["background"]
+    assert stored["threshold"] == 0.3 and stored["thresholds"] == {}
+    nothing = evaluation.summary(np.zeros((4, 4), np.int64), benchmark)
+    assert nothing["miou"] is None and nothing["iou"]["red"] is None
 
 
-def test_summary_of_what_is_not_there_is_none():
-    benchmark = Blocks(((24, 24),))
-    result = evaluation.summary(ConfusionMatrix.empty(4), benchmark)
-    assert result["miou"] is None and result["iou"]["red"] is None
-
-
-def test_all_background_baseline():
-    benchmark = Blocks(((24, 24),) * 4)
-    truth = np.stack([benchmark[i][1] for i in range(4)])
-    result, _ = run(benchmark)
-    present = len(np.unique(truth))
-    expected = 100 * (truth == 0).mean() / present
-    assert result["all_background_miou"] == pytest.approx(expected, abs=1e-3)
-
-
-# ---- benchmarks
-
-
-def test_scenes_benchmark():
+def test_scenes():
     benchmark = make_benchmark("scenes", {"split": "tune", "count": 2, "seed": 3, "size": 42})
-    assert isinstance(benchmark, ScenesBenchmark) and len(benchmark) == 2
     image, labels = benchmark[1]
     assert image.shape == (42, 42, 3) and labels.shape == (42, 42)
-    assert image.dtype == labels.dtype == np.uint8
     assert 0 < labels.max() <= len(benchmark.class_names)
     assert 0 < len(benchmark.unseen) < len(benchmark.class_names)
-    assert len(list(benchmark)) == 2
-    assert benchmark.describe()["seed"] == 3
+    assert len(list(benchmark)) == 2 and benchmark.describe()["seed"] == 3
+    for name, fields, said in (
+        ("scene", {}, "did you mean 'scenes'.*there are: scenes"),
+        ("scenes", {"sise": 3}, "sise"),
+        ("scenes", {"split": "val"}, "split 'val'"),
+        ("scenes", {"count": 0}, "count"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_benchmark(name, fields)
 
 
-def test_unknown_benchmarks_and_fields():
-    with pytest.raises(UserError, match="did you mean 'scenes'.*there are: scenes"):
-        make_benchmark("scene")
-    with pytest.raises(UserError, match="sise"):
-        make_benchmark("scenes", {"sise": 3})
-    with pytest.raises(UserError, match="split 'val'"):
-        make_benchmark("scenes", {"split": "val"})
-    with pytest.raises(UserError, match="count"):
-        make_benchmark("scenes", {"count": 0})
+# ---- several processes
+
+# A process of a job: it evaluates its part, and prints the whole result.
+PROCESS = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+from ovseg_jax.segmentation.evaluate import evaluate, gather_counts
+from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
+part = jax.process_index(), jax.process_count()
+options = {"part": part, "gather": gather_counts, "batch_size": 4}
+print("RESULT" + json.dumps(evaluate(ByColor(4), Blocks(SIZES), PROTOCOL, **options)))
+"""
+
+
+def without_times(result):
+    skipped = ("seconds", "images_per_second")
+    return {key: value for key, value in result.items() if key not in skipped}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return evaluate(ByColor(4), Blocks(SIZES), PROTOCOL, batch_size=4)
+
+
+@pytest.mark.parametrize("processes", [1, 3, 11])
+def test_parts_add_up(alone, processes):
+    """With more processes than images, some have nothing to do."""
+    sent, results = [], []
+
+    def keep(counts):
+        sent.append(counts)
+        return counts[None]
+
+    for gather in (keep, lambda counts: np.stack(sent)):
+        for number in range(processes):
+            part = {"part": (number, processes), "gather": gather}
+            results.append(run(Blocks(SIZES), batch_size=3, **part)[0])
+    for result in results[processes:]:
+        assert without_times(result) == without_times(alone)
+    assert alone["images"] == len(SIZES) and None not in alone["image_miou"]
+    assert 40 < alone["miou"] < 100 and alone["group_usage"]["groups"] == 4
+
+
+def test_counts_beyond_32_bits():
+    counts = Counts(2, 1)
+    counts.confusion[:] = [[2**40, 3], [5, 2**33]]
+    counts.join(lambda packed: np.stack([packed, packed]))
+    np.testing.assert_array_equal(counts.confusion, [[2**41, 6], [10, 2**34]])
+
+
+@pytest.mark.slow
+def test_two_processes(alone):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    commands = ([sys.executable, "-c", PROCESS, address, "2", str(i)] for i in range(2))
+    jobs = [subprocess.Popen(command, env=environment, **options) for command in commands]
+    answers = [job.communicate(timeout=300) for job in jobs]
+    for job, (out, error) in zip(jobs, answers, strict=True):
+        assert job.returncode == 0, error
+        (line,) = (line for line in out.splitlines() if line.startswith("RESULT"))
+        result = json.loads(line.removeprefix("RESULT"))
+        assert without_times(result) == json.loads(json.dumps(without_times(alone)))

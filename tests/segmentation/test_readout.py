@@ -1,134 +1,164 @@
-"""Eq. 1 and the background rule against plain NumPy, and what distractors are for."""
+"""Windows, Eq. 1, the background and the released rule against plain NumPy and fixtures."""
 
 import functools
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.label_maps import label_map
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation import readout
-from ovseg_jax.segmentation.benchmarks import ScenesBenchmark
+from ovseg_jax.segmentation.evaluate import count_pixels, iou_of, mean_iou
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import CHOICES, Protocol
 from ovseg_jax.segmentation.scores import ImageScores
 from ovseg_jax.segmentation.vocabulary import Vocabulary, competition
-from ovseg_jax.train.config import load_config
 
+HERE = Path(__file__).parent
+RELEASED = HERE.parent / "released"
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
 ORDERS = CHOICES["order"]
 
-
-def a_case(seed=0):
-    rng = np.random.default_rng(seed)
-    logits = 3 * rng.normal(size=(B, GRID[0] * GRID[1], K))
-    affinity = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    arrays = affinity, 5 * rng.normal(size=(B, K, E)), rng.normal(size=(C, E))
-    return tuple(array.astype(np.float32) for array in arrays)
+# ---- windows
 
 
-def numpy_scores(affinity, groups, text):
-    groups = groups / np.linalg.norm(groups, axis=-1, keepdims=True)
-    text = text / np.linalg.norm(text, axis=-1, keepdims=True)
-    return (affinity @ groups @ text.T).reshape(B, *GRID, C)
+@pytest.mark.parametrize(
+    "h, w, expected",
+    [
+        (448, 448, (448, 448)),
+        (375, 500, (448, 597)),  # 597.33
+        (500, 333, (673, 448)),  # 672.67
+        (300, 3000, (205, 2048)),  # the long side decides: 204.8
+        (1, 5000, (16, 2048)),  # never narrower than a patch
+    ],
+)
+def test_resized_shape(h, w, expected):
+    assert readout.resized_shape(h, w, 448, 2048) == expected
 
 
-def numpy_softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+def test_what_cannot_be_cut_is_refused():
+    with pytest.raises(UserError, match="0 x 5"):
+        readout.resized_shape(0, 5, 448, 2048)
+    with pytest.raises(UserError, match="7 patches"):
+        readout.grid_shape(10, 10, 7)
 
 
-def numpy_upsample(maps, size):
-    """Half-pixel bilinear, one pixel at a time."""
-    h, w = maps.shape[1:3]
-    out = np.zeros((len(maps), *size, maps.shape[-1]))
-    for i in range(size[0]):
-        for j in range(size[1]):
-            y = min(max((i + 0.5) * h / size[0] - 0.5, 0), h - 1)
-            x = min(max((j + 0.5) * w / size[1] - 0.5, 0), w - 1)
-            a, b = int(y), int(x)
-            c, d = min(a + 1, h - 1), min(b + 1, w - 1)
-            fy, fx = y - a, x - b
-            top = (1 - fx) * maps[:, a, b] + fx * maps[:, a, d]
-            bottom = (1 - fx) * maps[:, c, b] + fx * maps[:, c, d]
-            out[:, i, j] = (1 - fy) * top + fy * bottom
-    return out
+def test_window_grid():
+    assert readout.window_grid(448, 597, 448, 224) == [(0, 0), (0, 149)]
+    assert readout.window_grid(448, 673, 448, 224) == [(0, 0), (0, 224), (0, 225)]
+    assert readout.window_grid(205, 900, 448, 224) == [(0, 0), (0, 224), (0, 448), (0, 452)]
+
+
+@given(st.integers(1, 700), st.integers(1, 300), st.integers(1, 300))
+def test_windows_cover_an_axis(length, window, stride):
+    stride = min(stride, window)
+    starts = readout.window_starts(length, window, stride)
+    covered = np.zeros(length, int)
+    for start in starts:
+        assert 0 <= start and start + min(window, length) <= length
+        covered[start : start + window] += 1
+    assert covered.min() >= 1 and starts == sorted(set(starts))
+    # mmsegmentation's count of windows.
+    assert len(starts) == max(length - window + stride - 1, 0) // stride + 1
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 32))
+def test_grid_shape_finds_the_grid(h, w, patch):
+    grid = (h // patch, w // patch)
+    if min(grid):
+        assert readout.grid_shape(h, w, grid[0] * grid[1]) == grid
+
+
+def test_a_window_of_odd_size_under_the_released_rule():
+    for h, w, patch in ((32, 35, 16), (16, 23, 8)):
+        # The rounded patch is larger than the true one, and both grids hold four patches.
+        length = (h // patch) * (w // patch)
+        assert readout.grid_shape(h, w, length) == (2, 2)
+        assert readout.grid_shape(h, w, length, "rounded_patch") == (1, 4)
+        assert readout.grid_shape(w, h, length, "rounded_patch") == (4, 1)
+    for h, w in ((448, 448), (205, 448), (64, 96)):
+        grid = h // 16, w // 16
+        assert readout.grid_shape(h, w, grid[0] * grid[1], "rounded_patch") == grid
+    # 335 // 17 = 19 rows do not divide 400 patches: no grid at all, so the exact one.
+    assert readout.grid_shape(335, 335, 400, "rounded_patch") == (20, 20)
+
+
+def interpolate(values, pixels):
+    """Half-pixel linear interpolation with repeated borders, one output at a time."""
+    cells, out = len(values), []
+    for i in range(pixels):
+        x = min(max((i + 0.5) * cells / pixels - 0.5, 0), cells - 1)
+        low = int(x)
+        high = min(low + 1, cells - 1)
+        out.append(values[low] * (1 - (x - low)) + values[high] * (x - low))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("pixels, cells", [(10, 10), (140, 10), (7, 3), (3, 7), (5, 1), (1, 5)])
+def test_bilinear_weights(pixels, cells):
+    values = np.random.default_rng(0).random(cells).astype(np.float32)
+    weights = readout.bilinear_weights(pixels, cells)
+    np.testing.assert_allclose(weights @ values, interpolate(values, pixels), atol=1e-6)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("original, resized", [(60, 60), (97, 60), (31, 60), (20, 20)])
+def test_cell_weights_are_upsample_average_resize(original, resized):
+    window, stride, cells = 24, 12, 3
+    starts = readout.window_starts(resized, window, stride)
+    length = min(window, resized)
+    values = np.random.default_rng(1).random((len(starts), cells)).astype(np.float32)
+    total, cover = np.zeros(resized), np.zeros(resized)
+    for start, part in zip(starts, values, strict=True):
+        total[start : start + length] += interpolate(part, length)
+        cover[start : start + length] += 1
+    expected = interpolate(total / cover, original)
+    weights = readout.cell_weights(original, resized, window, stride, cells)
+    np.testing.assert_allclose(weights @ values.ravel(), expected, atol=1e-5)
+
+
+def test_four_pixels_to_the_bit_of_opencv():
+    arrays = np.load(HERE / "opencv_resize.npz")
+    for name in {key.partition("/")[0] for key in arrays.files}:
+        image, resized = arrays[f"{name}/image"], arrays[f"{name}/resized"]
+        found = readout.resize_image(image, *resized.shape[:2], "four_pixels")
+        np.testing.assert_array_equal(found, resized)
+        assert (readout.resize_image(image, *resized.shape[:2]) != resized).any()
+
+
+# ---- Eq. 1
 
 
 def test_class_scores():
-    affinity, groups, text = a_case()
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(B, GRID[0] * GRID[1], K))
+    affinity = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    arrays = affinity, 5 * rng.normal(size=(B, K, E)), rng.normal(size=(C, E))
+    affinity, groups, text = (array.astype(np.float32) for array in arrays)
     scores = jax.jit(functools.partial(readout.class_scores, grid=GRID))(affinity, groups, text)
-    np.testing.assert_allclose(scores, numpy_scores(affinity, groups, text), atol=1e-6)
-    assert np.abs(scores).max() <= 1 + 1e-6
+    units = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (groups, text))
+    expected = np.einsum("blk,bke,ce->blc", affinity, *units).reshape(B, *GRID, C)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
     # Lengths of groups and of text do not matter, and half precision comes out as f32.
     halves = readout.class_scores(jnp.bfloat16(affinity), jnp.bfloat16(2 * groups), 3 * text, GRID)
     assert halves.dtype == jnp.float32
     np.testing.assert_allclose(halves, scores, atol=2e-2)
+    np.testing.assert_array_equal(readout.class_scores(affinity, 0 * groups, text, GRID), 0)
 
 
-def test_a_zero_group_gives_zero_not_nan():
-    affinity, groups, text = a_case()
-    scores = readout.class_scores(affinity, 0 * groups, text, GRID)
-    np.testing.assert_array_equal(scores, 0)
-
-
-@pytest.mark.parametrize("size", [(12, 24), (7, 11), (3, 6), (2, 3)])
-def test_upsample_first(size):
-    scores = numpy_scores(*a_case())
-    p = readout.probabilities(scores, 10.0)
-    expected = numpy_upsample(numpy_softmax(10 * scores), size)
-    best, confidence = expected.argmax(-1), expected.max(-1)
-    threshold = float(np.median(confidence)) + 1e-5
-    labels = label_map(p, threshold, size)
-    np.testing.assert_array_equal(labels, np.where(confidence < threshold, 0, best + 1))
-    np.testing.assert_array_equal(label_map(p, None, size), best)
-    np.testing.assert_array_equal(label_map(p, 0.0, size), best + 1)
-    np.testing.assert_array_equal(label_map(p, 1.1, size), 0)
-
-
-def test_argmax_first_repeats_the_labels_of_the_patches():
-    p = readout.probabilities(numpy_scores(*a_case(1)), 10.0)
-    threshold = float(np.median(p.max(-1))) + 1e-5
-    cells = np.where(p.max(-1) < threshold, 0, p.argmax(-1) + 1)
-    labels = label_map(p, threshold, (6, 18), "argmax_first")
-    np.testing.assert_array_equal(labels, cells.repeat(2, 1).repeat(3, 2))
-    plain = label_map(p, None, (6, 18), "argmax_first")
-    np.testing.assert_array_equal(plain, np.asarray(p.argmax(-1)).repeat(2, 1).repeat(3, 2))
-
-
-def test_the_orders_differ_between_patches():
-    # Halfway between two patches of classes 0 and 1, a third class that is second in both can win.
-    p = np.array([[[[0.5, 0.1, 0.4], [0.1, 0.5, 0.4]]]], np.float32)
-    first, second = (label_map(p, None, (1, 8), order)[0, 0] for order in ORDERS)
-    np.testing.assert_array_equal(second, [0] * 4 + [1] * 4)
-    assert first[0] == 0 and first[-1] == 1 and 2 in first
-
-
-# ---- distractors
-
-
-def test_one_class_does_not_paint_what_a_distractor_matches_better():
-    # The left patch looks like the class, the right one more like a distractor.
-    text = np.eye(3, dtype=np.float32)
-    groups = np.array([[[1, 0.2, 0], [0.6, 0.8, 0]]], np.float32)
-    affinity = np.eye(2, dtype=np.float32)[None]
-    both = readout.class_scores(affinity, groups, text, (1, 2))
-    labels = label_map(readout.probabilities(both, 10.0), 0.0, (1, 2), word_to_class=(0, -1, -1))
-    np.testing.assert_array_equal(labels, [[[1, 0]]])
-    # Without distractors its probability is 1 everywhere, whatever the threshold.
-    alone = readout.class_scores(affinity, groups, text[:1], (1, 2))
-    labels = label_map(readout.probabilities(alone, 10.0), 0.99, (1, 2))
-    np.testing.assert_array_equal(labels, [[[1, 1]]])
+# ---- the background
 
 
 @pytest.mark.parametrize("words", [2, 7, 48, 1000])
 def test_the_threshold_follows_longer_lists(words):
     # As the definition has it: the others' exponentials weighted as if there were N - 1 of them.
     protocol = Protocol(threshold=0.3, competing_words=48)
-    logits = np.random.default_rng(words).normal(size=(2000, words)) * 3
-    exponents = np.exp(logits)
+    exponents = np.exp(np.random.default_rng(words).normal(size=(2000, words)) * 3)
     best, rest = exponents.max(-1), exponents.sum(-1) - exponents.max(-1)
     weight = 47 / (words - 1) if words > 48 else 1.0
     found = best / (best + rest) >= protocol.threshold_for(words)
@@ -137,22 +167,26 @@ def test_the_threshold_follows_longer_lists(words):
     assert protocol.replace(threshold=None).threshold_for(words) is None
 
 
-def _labels(cells, image_cosines, protocol, word_to_class=None):
-    """Labels of an image of a single window whose patches are its pixels."""
-    h, w, words = cells.shape
-    one = ImageScores(
+def one_window(cells, size, image_cosines):
+    """The scores of an image of a single window."""
+    return ImageScores(
         index=0,
         cells=cells,
-        groups=np.zeros((h, w), np.int32),
+        groups=np.zeros(cells.shape[:2], np.int32),
         embeddings=np.asarray([[1.0, 0.0]], np.float32),
-        group_cosines=np.zeros((1, 3, words), np.float32),
-        image_cosines=image_cosines[None],
-        size=(h, w),
-        resized=(h, w),
+        group_cosines=np.zeros((1, 3, cells.shape[2]), np.float32),
+        image_cosines=np.asarray([image_cosines], np.float32),
+        size=size,
+        resized=size,
         tiles=(1, 1),
-        window=h,
-        stride=h,
+        window=max(size),
+        stride=max(size),
+        foreground=np.zeros((1, 1, 1), np.float32),
     )
+
+
+def labels_of(cells, image, protocol, word_to_class=None):
+    one = one_window(cells, cells.shape[:2], image)
     ((_, labels),) = label_maps([one], protocol, word_to_class)
     return labels
 
@@ -166,64 +200,112 @@ def test_as_much_is_found_in_lists_of_any_length(order, image_scale):
     cells[8:16, :, 0] += 0.5
     image = rng.normal(scale=0.05, size=1000).astype(np.float32)
     image[0] += 0.2
-    protocol = Protocol(
-        scale=10.0, threshold=0.3, competing_words=48, image_scale=image_scale, order=order
-    )
+    fields = {"scale": 10.0, "threshold": 0.3, "competing_words": 48}
+    protocol = Protocol(**fields, image_scale=image_scale, order=order)
     shares = []
     for classes in (1, 7, 48, 1000):
         names = ["zebra", *(f"class {i}" for i in range(1, classes))]
         words = competition(Vocabulary.of(names), protocol)
         count = len(words.words)
         assert count == max(classes, 48)
-        labels = _labels(cells[..., :count], image[:count], protocol, words.word_to_class)
+        labels = labels_of(cells[..., :count], image[:count], protocol, words.word_to_class)
         shares.append((labels == 1).mean())
     assert max(shares) - min(shares) < 0.03 and 0.28 < shares[0] < 0.34
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("words", [3, 60, 200])
-def test_the_number_of_words_decides_what_is_background_not_which_word_wins(words, order):
-    rng = np.random.default_rng(words)
-    cells = rng.normal(scale=0.3, size=(12, 12, words)).astype(np.float32)
-    image = rng.normal(scale=0.2, size=words).astype(np.float32)
-    protocol = Protocol(scale=10.0, image_scale=2.0, threshold=0.25, order=order)
-    best = _labels(cells, image, protocol.replace(threshold=0.0))
-    areas = []
-    for competing in (0, 2, 10, 48, 500):
-        labels = _labels(cells, image, protocol.replace(competing_words=competing))
-        np.testing.assert_array_equal(labels[labels > 0], best[labels > 0])
-        areas.append((labels > 0).mean())
-    # Where the threshold was chosen among fewer words, more of a longer list is found.
-    assert areas[1] >= areas[2] >= areas[3] >= areas[4] == areas[0]
-    assert words == 3 or areas[1] > areas[0]
-
-
-def test_the_quickstart_says_how_many_words_its_threshold_was_chosen_among():
-    config = load_config(Path(__file__).parents[2] / "configs" / "quickstart.py").eval
-    scenes = ScenesBenchmark(**config.scenes.to_dict())
-    assert config.protocol.competing_words == len(scenes.class_names)
-
-
-def keys_of_a_subject(size=(8, 10), seed=0):
-    """Keys of an image with one subject amid noisy ground, and where the subject is."""
-    rng = np.random.default_rng(seed)
-    subject = np.zeros(size, bool)
+def test_what_resembles_the_border_is_surroundings():
+    subject = np.zeros((8, 10), bool)
     subject[2:-2, 3:-2] = True
     keys = np.where(subject[..., None], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0])
-    return (keys + rng.normal(0, 0.2, keys.shape)).astype(np.float32), subject
-
-
-def test_what_resembles_the_border_is_surroundings():
-    keys, subject = keys_of_a_subject()
+    keys = (keys + np.random.default_rng(0).normal(0, 0.2, keys.shape)).astype(np.float32)
     found = np.asarray(readout.foreground_log(keys, 2.0))
-    assert found.shape == subject.shape and (found <= 0).all()
+    assert (found <= 0).all()
     np.testing.assert_array_equal(found > -1, subject)
     # The same in a mirror, of keys of any length, and in proportion to the scale.
     mirrored = np.asarray(readout.foreground_log(keys[:, ::-1] * 3, 4.0))[:, ::-1]
     np.testing.assert_allclose(mirrored, 2 * found, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (4, 4)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 4)])
 def test_an_image_without_contrast_is_surroundings_all_over(size):
     keys = np.ones((*size, 3), np.float32)
     np.testing.assert_allclose(readout.foreground_log(keys, 3.0), -3.0, atol=1e-5)
+
+
+# ---- the released code's windows
+
+
+def relative(ours, theirs):
+    theirs = np.asarray(theirs, np.float64)
+    return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+
+
+RELEASED_WINDOWS = [
+    (name, key.partition("/")[0])
+    for name in ("dev", "dev2")
+    for key in np.load(RELEASED / f"{name}_seg.npz").files
+    if key.endswith("/soft_assign")
+]
+
+
+@pytest.fixture(scope="module", params=RELEASED_WINDOWS, ids="_".join)
+def released(request):
+    """One window as the released model saw it, in the form that our functions take."""
+    name, image = request.param
+    arrays, rest = (np.load(RELEASED / f"{name}_{part}.npz") for part in ("seg", "eval_rest"))
+    parts = (key.partition("/") for key in arrays.files)
+    stage = {key: arrays[f"{of}/{key}"] for of, _, key in parts if of == image}
+    text = rest["zs/text_embedding"]
+    soft, size = stage["soft_assign"][0].transpose(0, 2, 1), stage["argmax_margin"].shape
+    soft = soft.reshape(1, *readout.grid_shape(*size, soft.shape[1], "rounded_patch"), -1)
+    groups = readout.cosines(stage["image_feat"], text)
+    whole = readout.cosines(stage["image_x"][:, None], text)[:, 0]
+    scale = float(rest["out/logit_scale_exp_clamped"])
+    threshold = json.loads((RELEASED / f"{name}_meta.json").read_text())["bg_thresh_used"]
+    return stage, soft, size, (groups, whole, scale), threshold
+
+
+def test_values_of_the_released_rule(released):
+    stage, soft, size, cosines, _ = released
+    if "attn_map_upsampled" in stage:  # the largest one is not kept
+        sides = zip(size, soft.shape[1:3], strict=True)
+        matrices = [readout.bilinear_weights(n, m) for n, m in sides]
+        assert relative(readout.spread(soft, *matrices)[0], stage["attn_map_upsampled"]) < 1e-5
+    first, both = (readout.group_probabilities(*cosines, kept)[0] for kept in (0, 5))
+    assert relative(first, stage["group_affinity_unmasked_softmax"]) < 1e-5
+    assert relative(both, stage["group_affinity_final"]) < 1e-5
+    assert relative(both / first, stage["group_affinity_top5_softmax"]) < 1e-5
+
+
+@pytest.mark.parametrize("background", ["nobg", "bg", "bg_clipped"])
+def test_label_maps_of_the_released_rule(released, background):
+    # Equal wherever the two best groups of a pixel differ by 1e-5; at most 0.1 % of it does not.
+    stage, soft, size, cosines, used = released
+    threshold = {"nobg": None, "bg": used, "bg_clipped": 2.0}[background]
+    p = readout.group_probabilities(*cosines, 5)
+    geometry = {"window": size, "corners": ((0, 0),), "resized": size, "size": size}
+    options = {"threshold": threshold, "cap": True, "band_floats": 1 << 16}
+    labels = readout.label_image(soft, p, classes=np.arange(p.shape[-1]), **geometry, **options)
+    clear = stage["argmax_margin"] > 1e-5
+    assert clear.mean() >= 0.999
+    np.testing.assert_array_equal(labels[clear], stage[f"{background}/seg_pred_whole"][clear])
+    table = p if threshold is None else readout.with_background(p, threshold, True)
+    logits = np.asarray(table)[0][np.asarray(readout.pixel_groups(soft, size))[0]]
+    logits = logits.transpose(2, 0, 1)[:, clear]
+    assert relative(logits, stage[f"{background}/pred_logits"][:, clear]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bg21", "ade_reduce_zero"])
+def test_released_miou(name):
+    arrays = np.load(RELEASED / "miou.npz")
+    confusion, labels = 0, int(arrays[f"{name}/num_classes"])
+    for index in range(4):
+        truth, predicted = (arrays[f"{name}/{kind}{index}"] for kind in ("gt", "pred"))
+        truth = truth.astype(np.int64)
+        if arrays[f"{name}/reduce_zero_label"]:  # 0 is ignored, the others move down by one
+            truth = np.where((truth == 0) | (truth == 255), 255, truth - 1)
+        confusion += count_pixels(predicted, truth, labels)
+    # The reference divides in float32.
+    np.testing.assert_allclose(iou_of(confusion), arrays[f"{name}/iou"], rtol=1e-6)
+    rounded = float(arrays[f"{name}/miou_rounded_percent"])
+    assert round(100 * mean_iou(confusion), 2) == pytest.approx(rounded, abs=1e-4)

@@ -11,12 +11,7 @@ import ovseg_jax
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.evaluate_model import evaluate_model
 from ovseg_jax.segmentation.report import whole_image_lines, whole_image_rows
-from ovseg_jax.segmentation.retrieval import (
-    classification,
-    ranks_of,
-    retrieval,
-    whole_image_sets,
-)
+from ovseg_jax.segmentation.retrieval import classification, retrieval, whole_image_sets
 
 
 def unit(seed, n, e=6):
@@ -30,7 +25,7 @@ def test_classification_by_hand():
     order = np.argsort(-(images @ classes.T), axis=1)
     top1 = order[:, 0] == truth
     top5 = [label in row[:5] for label, row in zip(truth, order, strict=True)]
-    found = classification(images, classes, truth)
+    found = classification(images, classes, truth, "abcdefghi")
     assert found["top1"] == pytest.approx(100 * top1.mean())
     assert found["top5"] == pytest.approx(100 * np.mean(top5))
     means = [top1[truth == label].mean() for label in range(7)]
@@ -54,20 +49,9 @@ def test_retrieval_by_hand():
 
 def test_equal_embeddings_find_nothing():
     same = np.ones((20, 4), np.float32) / 2
-    assert (ranks_of(same @ same.T, np.arange(20)) == 19).all()
     found = retrieval(same, same, range(20))
     assert found["image_to_text_recall_at_10"] == found["text_to_image_recall_at_10"] == 0
-    assert classification(same, same, np.arange(20))["top5"] == 0
-
-
-def test_bad_input():
-    images = unit(0, 3)
-    for wrong in (np.array([0, 1, 3]), np.array([-1, 0, 1]), np.zeros(0, np.int64)):
-        with pytest.raises(UserError, match="labels from 0 to 2"):
-            classification(images[: len(wrong)], unit(1, 3), wrong)
-    for owner in ([0, 1, 1], [0, 1], [0, 1, 5]):
-        with pytest.raises(UserError, match="at least one text"):
-            retrieval(images, unit(1, 3), owner)
+    assert classification(same, same, np.arange(20), ["x"] * 20)["top5"] == 0
 
 
 # ---- from folders
@@ -94,14 +78,13 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
     model = ovseg_jax.load(directory)
     files = [tmp_path / name for name in ("a_dog/d.png", "cat/a.png", "cat/b.png", "sky/c.png")]
     images = model.embed_image(files)
-    expected = classification(
-        images, model.embed_text(["a dog", "cat", "sky"]), np.array([0, 1, 1, 2])
-    )
+    names = ["a dog", "cat", "sky"]
+    expected = classification(images, model.embed_text(names), np.array([0, 1, 1, 2]), names)
     first = found["classification"]
     assert expected.items() <= first.items() and first["model"] == str(directory)
     weights = (directory / "model.safetensors").read_bytes()
     assert first["model_sha256"] == hashlib.sha256(weights).hexdigest()[:12]
-    assert first["class_top1"].keys() == {"a dog", "cat", "sky"}
+    assert first["class_top1"].keys() == set(names)
     assert first["protocol"]["templates"] == ["a photo of a {}."] and first["images_per_second"] > 0
     assert found["retrieval"]["protocol"]["templates"] == ["{}"]
     assert first["passed_over"] == ["captions.tsv", "cat/notes.txt", "empty"]
@@ -135,9 +118,7 @@ def test_folders_that_are_no_sets(tmp_path):
         with pytest.raises(UserError, match=said):
             open_one("retrieval")
     write(tmp_path / "a.png", 0)
-    with pytest.raises(UserError, match="about label maps"):
-        options = {"data_dir": str(tmp_path), "protocol_name": "paper"}
-        evaluate_model("none", ("retrieval",), tmp_path / "out", **options)
-    with pytest.raises(UserError, match="--pictures are about label maps"):
-        options = {"data_dir": str(tmp_path), "pictures": 1}
-        evaluate_model("none", ("retrieval",), tmp_path / "out", **options)
+    for option in ({"protocol_name": "paper"}, {"pictures": 1}):
+        with pytest.raises(UserError, match="--pictures are about label maps"):
+            options = {"data_dir": str(tmp_path), **option}
+            evaluate_model("none", ("retrieval",), tmp_path / "out", **options)
