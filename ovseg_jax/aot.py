@@ -93,10 +93,9 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     config = load_config(args.config, args.overrides)
     machine = machine_of(args.topology)
-    devices = devices_of(machine)
     if args.search:
-        return search(config, machine, devices)
-    steps = [measured(config, machine, devices, index) for index in range(len(config.phases))]
+        return search(config, machine)
+    steps = [measured(config, machine, index) for index in range(len(config.phases))]
     print(step_table(config, machine, steps))
     for step in steps:
         print(f"\n{collectives_table(step)}")
@@ -108,19 +107,19 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """`count` equal chips, each with bytes of memory and a peak of FLOP/s."""
+    """Equal chips, each with bytes of memory and a peak of FLOP/s. Nothing can run on them."""
 
     name: str
-    count: int
+    devices: list[Any]
     memory: int
     peak: float
 
 
 def machine_of(name: str) -> Machine:
-    """The machine that `name` describes.
+    """The machine CHIP:GRID, as the TPU compiler describes it.
 
     Raises:
-      UserError: the name does not have the form CHIP:GRID, or the chip is not known.
+      UserError: the chip is not known, or the compiler is missing or in use, or knows no such grid.
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if match is None:
@@ -128,26 +127,12 @@ def machine_of(name: str) -> Machine:
     if match[1] not in CHIPS:
         near = flags.nearest(match[1], list(CHIPS))
         raise UserError(f"--topology={name}: chip {match[1]!r} is none of {', '.join(CHIPS)}{near}")
-    kind, memory = CHIPS[match[1]]
-    return Machine(name, math.prod(map(int, match[2].split("x"))), memory, peak_flops(kind))
-
-
-def devices_of(machine: Machine) -> list[Any]:
-    """The TPU devices of a machine, as its compiler describes them; nothing can run on them.
-
-    Raises:
-      UserError: the compiler is missing or in use, or knows no such machine.
-    """
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-        raise UserError(
-            "the TPU compiler is not installed: pip install 'ovseg_jax[aot]' (libtpu, 700 MB)"
-        )
+        raise UserError("the TPU compiler is not here: pip install 'ovseg_jax[aot]' (700 MB)")
     # The two cores of a v4 chip work as one in training; JAX counts them as two by default.
-    options = {"chip_config_name": "megacore"} if machine.name.startswith("v4:") else {}
+    options = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=machine.name, **options
-        ).devices
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         if "lockfile" in str(error) or "already in use" in str(error):
@@ -155,13 +140,12 @@ def devices_of(machine: Machine) -> list[Any]:
                 "libtpu thinks that another process uses it. If none does, an ended one left its "
                 f"lock: remove /tmp/libtpu_lockfile ({line})"
             ) from None
-        raise UserError(f"--topology={machine.name}: the TPU compiler says: {line}") from None
-    if len(devices) != machine.count:
-        raise UserError(
-            f"--topology={machine.name}: {machine.count} chips are {len(devices)} devices to the "
-            "compiler; is the grid one that is sold?"
-        )
-    return list(devices)
+        raise UserError(f"--topology={name}: the TPU compiler says: {line}") from None
+    devices, count = list(topology.devices), math.prod(map(int, match[2].split("x")))
+    if len(devices) != count:
+        raise UserError(f"--topology={name}: {count} chips are {len(devices)} to the compiler")
+    kind, memory = CHIPS[match[1]]
+    return Machine(name, devices, memory, peak_flops(kind))
 
 
 # ---- one step
@@ -185,40 +169,28 @@ class Collective:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known about a step. Bytes are those of one chip.
-
-    Attributes:
-      phase: its name. batch_size: global. parameters: of the model.
-      flops: of the matrix products of a step on all chips, with what rematerialization repeats.
-      model_flops: without these repetitions.
-      fits: whether the compiler found room for it.
-      arguments: bytes of state and batch. temporaries: of everything made in a step.
-      total: both, and the program and what it returns in memory of its own.
-      collectives: of one device. Like the two before, unknown where the step does not fit.
-    """
+    """What is known about a step. Bytes are those of one chip; None where a step does not fit."""
 
     phase: str
-    batch_size: int
+    batch_size: int  # global
     parameters: int
-    flops: int
-    model_flops: int
+    flops: int  # of matrix products, on all chips, with what rematerialization repeats
+    model_flops: int  # without it
     fits: bool
-    arguments: int
-    temporaries: int | None = None
-    total: int | None = None
-    collectives: tuple[Collective, ...] = ()
+    arguments: int | None = None  # bytes of state and batch
+    temporaries: int | None = None  # bytes of everything made in a step
+    total: int | None = None  # bytes of both, of the program, and of what it returns
+    collectives: tuple[Collective, ...] = ()  # of one device
 
 
-def measured(
-    config: ConfigDict, machine: Machine, devices: list[Any], phase_index: int
-) -> Measured:
+def measured(config: ConfigDict, machine: Machine, phase_index: int) -> Measured:
     """Traces and compiles the train step of a phase for the devices of a machine.
 
     Raises:
       UserError: the config is wrong, or the batch does not divide over the mesh.
     """
     # Operations are counted in a program on a mesh without devices.
-    program = program_of(config, sharding.abstract_mesh(**config.mesh, count=machine.count))
+    program = program_of(config, sharding.abstract_mesh(**config.mesh, count=len(machine.devices)))
     phase = program.phases[phase_index]
     length = config.data.text_length or min(TEXT_LENGTH, config.model.text.max_positions)
     checks.check_text_length(config, length)
@@ -227,18 +199,12 @@ def measured(
     with platforms.traced_for("tpu"):
         flops = matmul_flops(program.step(phase), state, batch)
         without_repetition = model_flops(program, phase, batch)
-        program = program_of(config, sharding.make_mesh(**config.mesh, devices=devices))
+        program = program_of(config, sharding.make_mesh(**config.mesh, devices=machine.devices))
         state = program.abstract_state(phase)
         lowered = program.compiled_step(phase).lower(state, batch)
-    split = sharding.batch_sharding(program.mesh)
-    placed = [(leaf, leaf.sharding) for leaf in jax.tree.leaves(state)]
-    placed += [(leaf, split) for leaf in batch.values()]
-    arguments = sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in placed
-    )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     counts = (phase.batch_size, parameters, flops, without_repetition)
-    return Measured(phase.name, *counts, **compiled(lowered, arguments))
+    return Measured(phase.name, *counts, **compiled(lowered))
 
 
 def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
@@ -286,36 +252,29 @@ def batch_shapes(
     }
 
 
-def compiled(lowered: Any, arguments: int) -> dict[str, Any]:
-    """The fields of `Measured` that the compiler tells of a `jax.stages.Lowered` step.
-
-    Args:
-      arguments: bytes on one chip, for a step that does not fit.
-    """
+def compiled(lowered: Any) -> dict[str, Any]:
+    """The fields of `Measured` that the compiler tells of a `jax.stages.Lowered` step."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # Two of the compiler's passes may run out of memory. The second one's "temporaries" are
-        # all of the program's memory.
+        # Two of the compiler's passes may run out of memory, each with its message.
         pattern = r"(?:Used |required for HLO temporaries \()([\d.]+)([KMG])"
         used = re.search(pattern, str(error))
-        if used is None:
-            return {"fits": False, "arguments": arguments}
-        total = int(float(used[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[2]])
-        return dict(fits=False, arguments=arguments, temporaries=total - arguments, total=total)
+        scale = {"K": 2**10, "M": 2**20, "G": GIB}
+        return {"fits": False, "total": int(float(used[1]) * scale[used[2]]) if used else None}
     stats = program.memory_analysis()
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     total += stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return {
-        "arguments": stats.argument_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "total": total,
-        "fits": True,
-        "collectives": tuple(collectives_of(program.as_text())),
-    }
+    return dict(
+        fits=True,
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        total=total,
+        collectives=tuple(collectives_of(program.as_text())),
+    )
 
 
 def collectives_of(text: str) -> list[Collective]:
@@ -348,12 +307,12 @@ def collectives_of(text: str) -> list[Collective]:
 
 def step_table(config: ConfigDict, machine: Machine, steps: Sequence[Measured]) -> str:
     """What the train steps need, one column for each phase."""
-    sizes = sharding.abstract_mesh(**config.mesh, count=machine.count).shape.values()
-    peak = machine.count * machine.peak
+    sizes = sharding.abstract_mesh(**config.mesh, count=len(machine.devices)).shape.values()
+    peak = len(machine.devices) * machine.peak
     columns = [
         {
             machine.name: step.phase,
-            "chips": str(machine.count),
+            "chips": str(len(machine.devices)),
             "global batch": str(step.batch_size),
             "mesh, data x fsdp x tensor": " x ".join(map(str, sizes)),
             "parameters": f"{step.parameters / 1e6:.1f} M",
@@ -391,12 +350,12 @@ def _gib(count: int | None) -> str:
 # ---- search
 
 
-def search(config: ConfigDict, machine: Machine, devices: list[Any]) -> int:
+def search(config: ConfigDict, machine: Machine) -> int:
     """Prints the largest batch that fits on each mesh; returns 1 where none does on any.
 
     The config's batch size is doubled while it fits, or else halved until it does.
     """
-    start, count = max(phase["batch_size"] for phase in config.phases), machine.count
+    start, count = max(phase["batch_size"] for phase in config.phases), len(machine.devices)
     meshes = [(count, 1, 1), (count // 4, 4, 1), (1, count, 1), (count // 4, 2, 2)]
     rows = [("mesh", "largest batch", "pairs a chip")]
     for mesh in dict.fromkeys(mesh for mesh in meshes if math.prod(mesh) == count):
@@ -404,23 +363,23 @@ def search(config: ConfigDict, machine: Machine, devices: list[Any]) -> int:
         name = " x ".join(map(str, mesh))
         step = mesh[0] * mesh[1] * config.accumulation.micro_batches
         first = best = -(-start // step) * step
-        while best and not _fits(config, machine, devices, best):
+        while best and not _fits(config, machine, best):
             best = best // 2 // step * step
-        while best >= first and _fits(config, machine, devices, 2 * best):
+        while best >= first and _fits(config, machine, 2 * best):
             best *= 2
         rows.append((name, str(best or "none"), f"{best / count:g}" if best else "-"))
     print(f"\n{table(rows)}")
     return 0 if any(row[1] != "none" for row in rows[1:]) else 1
 
 
-def _fits(config: ConfigDict, machine: Machine, devices: list[Any], batch_size: int) -> bool:
+def _fits(config: ConfigDict, machine: Machine, batch_size: int) -> bool:
     """Whether all phases fit with a batch size; says so for each."""
     mesh = " x ".join(map(str, config.mesh.values()))
     for phase in config.phases:
         phase["batch_size"] = batch_size
     # The last phase has the most losses: where it does not fit, no other is compiled.
     for index in reversed(range(len(config.phases))):
-        step = measured(config, machine, devices, index)
+        step = measured(config, machine, index)
         result = "fits" if step.fits else "does not fit"
         used = f"{_gib(step.total)} a chip of {_gib(machine.memory)}"
         print(f"mesh {mesh}, batch {batch_size}: {step.phase!r} {result}, {used}", flush=True)

@@ -39,11 +39,6 @@ class Flag:
     required: bool = False
     choices: tuple[str, ...] = ()
 
-    @property
-    def kind(self) -> str:
-        """What its value is called."""
-        return getattr(self.type, "__name__", "value")
-
 
 def comma_list(text: str) -> list[str]:
     """'a, b,c' -> ['a', 'b', 'c']; a flag type. Empty entries are dropped."""
@@ -62,12 +57,10 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 def read_config(spec: str | Path) -> ConfigDict:
     """What `get_config(variant)` of the file 'path/to/file.py' or 'path/to/file.py:variant' gives.
 
-    A config file that builds on another one reads it with this function too. What the file leaves
-    out is filled in by `train.config.load_config`.
+    What the file leaves out is filled in by `train.config.load_config`.
 
     Raises:
-      UserError: no such file, a file that cannot be imported, no `get_config`, or an unknown
-        variant (a ValueError or UserError from `get_config`).
+      UserError: no such file, one that cannot be imported, no `get_config`, or no such variant.
     """
     name, is_python, variant = str(spec).partition(".py:")
     path = Path(name + ".py" if is_python else name)
@@ -139,10 +132,9 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
     """Set `key` ('phases[1].steps') of `config`, in place, to what `text` says.
 
     The value is read as a Python literal, else as a string, and must fit the type of the present
-    value: an int may fill a float, a list a tuple; true and false are the booleans. The fields in
-    `OPTIONAL` take a number or None; elsewhere anything fits where the present value is None.
-    Records in a tuple, such as phases, need not have all of their fields: one that is absent is
-    set, and whoever reads them refuses what is no field.
+    value: an int may fill a float, a list a tuple. The fields in `OPTIONAL` take a number or None;
+    elsewhere anything fits where the present value is None. A field that a record in a tuple, such
+    as a phase, does not have is set, and whoever reads the record refuses what is no field.
 
     Raises:
       UserError: an unknown key (with the nearest right one), or a value of another type.
@@ -238,8 +230,7 @@ def parse(argv: Sequence[str], spec: Sequence[Flag], about: str = "") -> SimpleN
     (key, text) pairs for `apply_override`. The name in the result has _ for -.
 
     Raises:
-      UserError: an unknown flag (with the nearest right one), a value missing or of the wrong
-        type, required flags that are missing, an argument that is no flag.
+      UserError: an unknown flag, a value that is missing or of another type, a missing flag.
     """
     known = {flag.name: flag for flag in spec}
     given, overrides, rest = {}, [], list(argv)
@@ -283,7 +274,9 @@ def _flag_value(flag: Flag, text: str) -> Any:
     try:
         value = flag.type(text)
     except ValueError as error:
-        raise UserError(f"flag --{flag.name}: {text!r} is not a valid {flag.kind}") from error
+        raise UserError(
+            f"flag --{flag.name}: {text!r} is not a valid {flag.type.__name__}"
+        ) from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"flag --{flag.name}: {text!r} is not a finite number")
     return value
@@ -294,7 +287,7 @@ def usage(spec: Sequence[Flag], about: str = "") -> str:
     lines = [about.strip(), ""] if about.strip() else []
     lines.append("Flags:")
     for flag in spec:
-        kind = "|".join(flag.choices) or flag.kind.upper()
+        kind = "|".join(flag.choices) or flag.type.__name__.upper()
         note = "required" if flag.required else f"default {flag.default!r}"
         lines.append(f"  --{flag.name}={kind}\n      {flag.help} ({note})")
         if flag.name == "config":

@@ -112,10 +112,7 @@ def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh
     """The partition of a parameter from its logical axis names.
 
     An axis that the mesh axis does not divide stays whole, and a mesh axis is used once per array.
-
-    Raises:
-      KeyError: a name that `LOGICAL_RULES` does not have.
-      ValueError: names that do not fit the shape.
+    Names that `LOGICAL_RULES` does not have, or that do not fit the shape, are errors.
     """
     parts: list[str | None] = []
     for name, size in zip(names, shape, strict=True):

@@ -11,19 +11,24 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ovseg_jax import aot, platforms, sharding
-from ovseg_jax.aot import GIB, Collective, Measured, batch_shapes, collectives_of, machine_of
-from ovseg_jax.data.captions import Masking
+from ovseg_jax.aot import (
+    GIB,
+    Collective,
+    Machine,
+    Measured,
+    batch_shapes,
+    collectives_of,
+    machine_of,
+)
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.layers import contract
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.config import load_config
-from ovseg_jax.train.metrics import matmul_flops, model_flops
-from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.metrics import matmul_flops, model_flops, peak_flops
 from ovseg_jax.train.run import make_run
 
 ROOT = Path(__file__).parents[1]
@@ -107,15 +112,6 @@ def test_a_batch_has_the_shapes_that_the_loader_gives(variant, tmp_path):
         }
 
 
-def test_a_batch_with_nouns_or_masked_tokens():
-    config = load_config(ROOT / "configs" / "groupvit.py")
-    (phase,) = make_phases(config, 10_000)
-    batch = batch_shapes(config, phase, 16, 20)
-    assert batch["noun_ids"].shape == (16, 3, 20) and batch["noun_present"].dtype == np.bool_
-    config.loss.masking = Masking.MLM_GROUPS.value
-    assert batch_shapes(config, phase, 16, 20)["masked_targets"].shape == (16, 20)
-
-
 def test_a_program_for_another_platform_rounds_as_that_one_does():
     def program(spec, a, b):
         return str(jax.make_jaxpr(lambda a, b: contract(spec, a, b, jnp.bfloat16) + 0.0)(a, b))
@@ -136,9 +132,8 @@ def test_a_program_for_another_platform_rounds_as_that_one_does():
     ("name", "message"),
     [("v5e:0x4", "not of the form CHIP:GRID"), ("v5ee:4x4", "did you mean 'v5e'")],
 )
-def test_machines(name, message):
-    assert machine_of("v5e:16x16").count == 256 and machine_of("v4:2x2x4").count == 16
-    assert all(machine_of(f"{chip}:1").peak for chip in aot.CHIPS)
+def test_machines_that_are_none(name, message):
+    assert all(peak_flops(kind) for kind, _ in aot.CHIPS.values())
     with pytest.raises(UserError, match=message):
         machine_of(name)
 
@@ -159,7 +154,7 @@ def test_what_the_compiler_refuses(monkeypatch, says, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: says or None)
     monkeypatch.setattr(aot.topologies, "get_topology_desc", refuse)
     with pytest.raises(UserError, match=message) as caught:
-        aot.devices_of(machine_of("v5e:3x5"))
+        machine_of("v5e:3x5")
     assert "\n" not in str(caught.value)
 
 
@@ -176,16 +171,13 @@ def test_a_step_that_does_not_fit(says, total):
         def compile(self):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of {says}")
 
-    found = aot.compiled(Lowered(), 2 * GIB)
-    wanted = {"fits": False, "arguments": 2 * GIB}
-    if total is not None:
-        wanted |= {"total": int(total * GIB), "temporaries": int((total - 2) * GIB)}
-    assert found == wanted
+    wanted = {"fits": False, "total": total and int(total * GIB)}
+    assert aot.compiled(Lowered()) == wanted
 
 
 def test_a_step_that_fits_says_what_it_takes():
     program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**18,), jnp.float32))
-    found = Measured("x", 1, 1, 1, 1, **aot.compiled(program, 0))
+    found = Measured("x", 1, 1, 1, 1, **aot.compiled(program))
     assert found.fits and found.total >= 2**21 > found.arguments == 2**20
     assert found.collectives == ()
 
@@ -199,7 +191,8 @@ def test_the_tables():
     flops = 4 * 197 * 10**12
     found = Measured("align", 2048, 1, flops, 1, True, 1, 1, 5 * GIB, (large, small))
     config = load_config(ROOT / "configs" / "vitb.py")
-    text = aot.step_table(config, machine_of("v5e:4x4"), [found])
+    machine = Machine("v5e:4x4", [None] * 16, 16 * GIB, 197e12)
+    text = aot.step_table(config, machine, [found])
     cells = {line[:28].strip(): line[28:].strip() for line in text.splitlines()}
     assert cells["mesh, data x fsdp x tensor"] == "16 x 1 x 1"
     assert cells["total"] == "5.00 GiB" and cells["of"] == "16.00 GiB"
@@ -216,14 +209,15 @@ def test_search_doubles_and_halves_on_every_mesh(monkeypatch, capsys, room, best
     """Chips that hold so many pairs in each of two phases, and none on a mesh with 'tensor'."""
     asked = []
 
-    def measured(config, machine, devices, index):
+    def measured(config, machine, index):
         batch_size = config.phases[index]["batch_size"]
         a_chip = batch_size // (config.mesh.data * config.mesh.fsdp)
         fits = config.mesh.tensor == 1 and a_chip <= room[index]
         asked.append((config.mesh.data, batch_size, index, fits))
         return Measured("ab"[index], batch_size, 1, 1, 1, fits, 1, total=a_chip * 2**20)
 
-    monkeypatch.setattr(aot, "devices_of", lambda machine: [])
+    machine = Machine("v5e:2x2", [None] * 4, 16 * GIB, 197e12)
+    monkeypatch.setattr(aot, "machine_of", lambda name: machine)
     monkeypatch.setattr(aot, "measured", measured)
     size = [f"--config.phases[{index}].batch_size=98" for index in range(2)]
     command = [f"--config={ROOT}/configs/vitb.py", "--topology=v5e:2x2", "--search", *size]

@@ -1,6 +1,5 @@
 """Every config builds its model, its optimizer and one train step a phase, at full size, traced."""
 
-import re
 from pathlib import Path
 
 import jax
@@ -96,25 +95,11 @@ def test_a_config_names_what_differs():
         assert filled == named_protocol(protocol)
 
 
-def test_what_no_config_names_can_be_set_and_is_checked():
-    path = CONFIGS / "vitb.py"
-    keys = ("model.image.drop_path", "loss.mask_cost", "data.transform.rand_augment.operations")
-    overrides = [*zip(keys, ("0.1", "euclidean", "2"), strict=True), ("eval.voc.dir", "data")]
-    config = load_config(path, overrides)
-    assert config.model.image.drop_path == 0.1 and config.loss.mask_cost == "euclidean"
-    assert config.data.transform.rand_augment.operations == 2 and config.eval.voc.dir == "data"
-    for key, text, said in (
-        ("model.image.drop_pth", "0.1", "did you mean 'model.image.drop_path'"),
-        ("loss.mask_size", "big", "is not an int"),
-        ("model.image.layer_scale", "None", "^$"),
-        ("eval.vok.dir", "data", "did you mean 'eval.voc"),
-    ):
-        try:
-            load_config(path, [(key, text)])
-        except UserError as error:
-            assert re.search(said, str(error)) and "\n" not in str(error)
-        else:
-            assert said == "^$"
+def test_what_no_config_names_can_be_set():
+    config = load_config(CONFIGS / "vitb.py", [("loss.mask_cost", "euclidean")])
+    assert config.loss.mask_cost == "euclidean"
+    with pytest.raises(UserError, match="did you mean 'model.image.drop_path'"):
+        load_config(CONFIGS / "vitb.py", [("model.image.drop_pth", "0.1")])
 
 
 @pytest.mark.parametrize(

@@ -228,5 +228,5 @@ def test_compare_trains_on_cached_features_and_prints_a_table(tmp_path):
     before = result.stat().st_mtime_ns
     assert table.strip() in call("compare", *arguments).stdout
     assert result.stat().st_mtime_ns == before
-    failed = call("compare", f"--config={TINY}", "--variants=no", f"--out={tmp_path}", code=2)
+    failed = call("compare", f"--config={TINY}", "--config.sead=1", f"--out={tmp_path}", code=2)
     assert failed.stderr.startswith("error: ")

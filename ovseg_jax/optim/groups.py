@@ -20,12 +20,9 @@ nest = partial(unflatten_dict, sep="/")
 def assign(paths: Sequence[str], rules: Sequence[tuple[str, Any]], field: str) -> dict[str, Any]:
     """Value of the first (pattern, value) whose pattern is found in each path (`re.search`).
 
-    Args:
-      field: name of the config field that the rules come from, for messages.
-
     Raises:
       UserError: a pattern does not compile or matches no parameter that an earlier pattern left,
-        or a path is matched by none.
+        or a path is matched by none. `field` is the config field that the rules come from.
     """
     try:
         compiled = [re.compile(pattern) for pattern, _ in rules]

@@ -68,13 +68,6 @@ def unmerge(x: Any, count: int) -> list[Any]:
 # ---- images
 
 
-def images_of(batch: Batch, second: bool) -> tuple[Array, ...]:
-    """The batch's images, or cached features in their place: one, or both of a pair."""
-    stem = "image_features" if "image_features" in batch else "image"
-    names = (stem, stem.replace("image", "image2")) if second else (stem,)
-    return tuple(batch[name] for name in names)
-
-
 def grid_of(model: OVSegmentor, image: Array, patches: int) -> tuple[int, int]:
     """(rows, columns) of an image's patches; cached features must be those of a square.
 

@@ -58,7 +58,6 @@ class Checkpoints:
     """Saves and restores `TrainState`s with a small record of the run's position.
 
     Args:
-      directory: ``WORKDIR/checkpoints``.
       read_only: of a run that may be under way. Otherwise the folders are made, and what a killed
         process left half written is removed.
 

@@ -62,7 +62,7 @@ def check_losses(config: ConfigDict) -> None:
 
 
 def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> None:
-    """Refuses phases that a mesh, the matching, caches or accumulation cannot serve."""
+    """Refuses phases that mesh, matching, caches, evaluations or accumulation cannot serve."""
     shards, count = batch_shards(mesh), config.accumulation.micro_batches
     image, loss, cached = config.model.image, config.loss, config.data.cache_images
     if count < 1:
@@ -84,6 +84,12 @@ def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> 
             )
         if phase.batch_size % (count * shards):
             raise UserError(f"{where}into {count} micro-batches on {shards} batch shards")
+        every = config.eval.every
+        if phase.start_from == "best" and not 0 < every <= phase.first:
+            raise UserError(
+                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
+                f"before its first step ({phase.first}): set config.eval.every, now {every}"
+            )
         if cached and phase.transform != phases[0].transform:
             raise UserError("config.data.cache_images needs the same transform in all phases")
     if cached and phases[0].erase:
@@ -182,18 +188,3 @@ def check_loop(config: ConfigDict) -> None:
         given = config.eval.weights
         raise UserError(f"config.eval.weights is {given!r}; it must be online or teacher")
     Protocol.from_config(config.eval.protocol)
-
-
-def check_best_starts(phases: Sequence[Phase], every: int) -> None:
-    """Refuses a phase that starts from the best state before the first evaluation.
-
-    Args:
-      every: steps from one evaluation to the next; 0 for none.
-    """
-    for phase in phases:
-        if phase.start_from == "best" and not 0 < every <= phase.first:
-            raise UserError(
-                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
-                f"before its first step ({phase.first}; config.eval.every = {every}): set "
-                "config.eval.every"
-            )

@@ -113,14 +113,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 def load_config(spec: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-    """The complete config that a config file describes, with fields set from the command line.
-
-    Args:
-      spec: see `flags.read_config`.
-      overrides: (key, text) pairs for `flags.apply_override`.
+    """The complete config of a file (`flags.read_config`), with overrides (`flags.apply_override`).
 
     Raises:
-      UserError: the file cannot be read, or names a field that does not exist; or an override does.
+      UserError: the file cannot be read, or it or an override names a field that does not exist.
     """
     given = read_config(spec)
     try:
@@ -136,11 +132,8 @@ def complete(config: Mapping[str, Any] | ConfigDict, saved: bool = False) -> Con
     """A config with the default for every field that it leaves out.
 
     Args:
-      config: what a config file gives, or what a run saved.
-      saved: drop fields that do not exist, as an earlier version may have had them.
-
-    Raises:
-      UserError: a field that does not exist.
+      saved: by a run: fields that do not exist are dropped, as an earlier version may have had
+        them, and refused otherwise.
     """
     given, defaults = {key: config[key] for key in config}, DEFAULTS
     protocol = (given.get("eval") or {}).get("protocol") or {}
@@ -157,11 +150,7 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def changed_fields(before: Any, now: Any, path: str = "config") -> list[str]:
-    """One line for each field of two plain values that differs: ``config.a.b: 1 -> 2``, sorted.
-
-    Args:
-      path: the name of the values.
-    """
+    """One line for each field of two plain values that differs: ``config.a.b: 1 -> 2``, sorted."""
     if before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):

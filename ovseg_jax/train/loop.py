@@ -20,15 +20,15 @@ from ml_collections import ConfigDict
 import ovseg_jax
 from ovseg_jax import processes, sharding
 from ovseg_jax.errors import RestartError, UserError
-from ovseg_jax.progress import Progress
+from ovseg_jax.progress import Progress, duration
 from ovseg_jax.segmentation.benchmarks import Benchmark
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.checkpoint import Checkpoints
-from ovseg_jax.train.checks import check_best_starts, check_loop
+from ovseg_jax.train.checks import check_loop
 from ovseg_jax.train.config import plain
-from ovseg_jax.train.metrics import Meter, MetricsWriter, Profiler, model_flops, train_line
+from ovseg_jax.train.metrics import Meter, MetricsWriter, Profiler, model_flops
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.resume import enter, position_of, start
 from ovseg_jax.train.run import Run, make_run
@@ -61,7 +61,6 @@ def train(
         images_to_choose_on(config.eval)
     with locked(workdir), contextlib.ExitStack() as stack:
         run = make_run(config, progress)
-        check_best_starts(run.phases, config.eval.every)
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
         stack.enter_context(processes.leaving_at_once())
         params = run.initial_params()
@@ -129,6 +128,7 @@ class _Training:
         compiled, loader = run.compiled_step(phase), run.loader(phase, step)
         meter = Meter(phase.batch_size)
         read = cut = 0  # examples of this process, and those of them whose texts lost words
+        metrics: Any = None
         running: Any = None  # metrics of a step that was not waited for
         compiling = True
         self.watchdog.expect(f"the batch of step {step + 1}")
@@ -136,7 +136,7 @@ class _Training:
             # No device needs these marks. Cached texts were counted when they were cached.
             read += len(batch["weight"])
             cut += int(batch.pop("truncated", np.zeros(1)).sum())
-            self.profiler.before(step)
+            self.profiler.before(step, metrics)
             if compiling:
                 self.watchdog.rest()
             else:
@@ -157,7 +157,6 @@ class _Training:
                 # run ahead, and what it measures would be no step times.
                 meter.finish(running)
                 running = metrics
-            self.profiler.after(step, metrics)
             stopping = self.stop.reached(step)
             ending = step == phase.last or stopping
             logging, evaluating = ending or step % config.log_every == 0, self._evaluation_due(step)
@@ -238,8 +237,12 @@ class _Training:
         self.checkpoints.check()
         values |= measured
         self.writer.write(step, {f"train/{key}": value for key, value in values.items()})
-        line = train_line(phase.name, step, phase.last, values, phase.batch_size)
-        self.run.progress.update(line, final=step == phase.last)
+        terms = [name for name in ("loss", "contrastive", "entity", "mask") if name in values]
+        line = [f"{phase.name} {step}/{phase.last}", *(f"{x} {values[x]:.3f}" for x in terms)]
+        if rate := values.get("images_per_second"):
+            left = duration((phase.last - step) * phase.batch_size / rate)
+            line += [f"{rate:.0f} images/s", f"{left} left"]
+        self.run.progress.update("  ".join(line), final=step == phase.last)
 
 
 def images_to_choose_on(config: ConfigDict) -> Benchmark:

@@ -88,7 +88,9 @@ def per_example_outputs(
     kinds = (*kinds, *(["shared"] if with_mask else []), *nouns)
     texts = apply.encode_texts(model, params, batch, kinds, text_dropout, rngs, mesh)
 
-    images = apply.images_of(batch, with_mask)
+    stem = "image_features" if "image_features" in batch else "image"
+    names = (stem, stem.replace("image", "image2"))[: 1 + with_mask]
+    images = tuple(batch[name] for name in names)
     seen = mask_terms.online_images(config) if with_mask else (FIRST,)
     merged = merge(*(images[i] for i in seen))
     given = merge(*(noise["online"][i] for i in seen)) if noise is not None else None
@@ -169,11 +171,15 @@ def joint_loss(
     negatives = negatives_mask(weight, equal, within=within)
     values, hits = info_nce(outputs.image, outputs.text, scale, negatives)
     caption_loss = weighted_mean(values, weight)
+    # Entropy of the groups' share of all patches, over log K: 1 if all are used alike.
+    shares = jnp.sum(outputs.group_shares * weight[:, None], axis=0)
+    shares = shares / jnp.maximum(jnp.sum(shares), 1e-6)
+    entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, 1e-9)))
     metrics = {
         "contrastive": caption_loss,
         "image_to_text": weighted_mean(hits.astype(jnp.float32), weight),
         "temperature": 1.0 / scale,
-        "group_usage": usage_entropy(outputs.group_shares, weight),
+        "group_usage": entropy / jnp.log(float(shares.shape[0])),
     }
     if equal is not None:
         metrics["equal_captions"] = contrastive.false_negative_rate(weight, equal, within)
@@ -218,14 +224,6 @@ def joint_loss(
         metrics["whole_to_text"] = weighted_mean(hits.astype(jnp.float32), weight)
         loss = loss + metrics["whole_contrastive"]
     return loss, {"loss": loss, **metrics}
-
-
-def usage_entropy(shares: Float[Array, "B K"], weight: Float[Array, "B"]) -> Float[Array, ""]:
-    """Entropy of the groups' share of all patches, over log K: 1 if all are used alike."""
-    total = jnp.sum(shares * weight[:, None], axis=0)
-    total = total / jnp.maximum(jnp.sum(total), 1e-6)
-    entropy = -jnp.sum(total * jnp.log(jnp.maximum(total, 1e-9)))
-    return entropy / jnp.log(float(shares.shape[-1]))
 
 
 def masking_of(config: ConfigDict) -> Masking | None:

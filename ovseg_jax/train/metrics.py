@@ -20,7 +20,6 @@ from tensorboardX.proto.event_pb2 import Event
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import replace_file
 from ovseg_jax.models.build import build_model
-from ovseg_jax.progress import duration
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.step import Program
 
@@ -179,15 +178,12 @@ class Profiler:
         self._directory, self._say = directory, say
         self._running = False
 
-    def before(self, step: int) -> None:
-        """Called with the number of steps taken."""
+    def before(self, step: int, results: Any) -> None:
+        """Called with the number of steps taken, and what the last one computes."""
         if self._steps and self._steps[0] <= step < self._steps[1] and not self._running:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
-
-    def after(self, step: int, results: Any) -> None:
-        """Called with the number of steps taken and what the last one computes."""
-        if self._running and step >= self._steps[1]:
+        elif self._running and step >= self._steps[1]:
             jax.block_until_ready(results)
             self.close()
 
@@ -209,9 +205,6 @@ class MetricsWriter:
       workdir: of the run. None writes nothing (processes other than the first).
       step: where a run begins or resumes: what an earlier process wrote about later steps, and
         evaluations of this one, goes. None keeps everything.
-
-    Raises:
-      UserError: the files cannot be read or made.
     """
 
     def __init__(self, workdir: Path | None, step: int | None = None):
@@ -276,17 +269,3 @@ def _trim(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue  # a line that was being written when the run was killed
     replace_file(path, "".join(line + "\n" for line in kept))
-
-
-def train_line(
-    name: str, step: int, last: int, metrics: Mapping[str, float], batch_size: int
-) -> str:
-    """The progress line of training: phase, step, losses, images a second, time left."""
-    parts = [f"{name} {step}/{last}", f"loss {metrics['loss']:.3f}"]
-    parts += [
-        f"{key} {metrics[key]:.3f}" for key in ("contrastive", "entity", "mask") if key in metrics
-    ]
-    if rate := metrics.get("images_per_second"):
-        left = (last - step) * batch_size / rate
-        parts += [f"{rate:.0f} images/s", f"{duration(left)} left"]
-    return "  ".join(parts)

@@ -165,10 +165,7 @@ class SavedRun:
 
 
 def read_run(workdir: Path, step: str) -> SavedRun:
-    """Reads a checkpoint.
-
-    Args:
-      step: "latest", "best", or a number.
+    """Reads a checkpoint: of the step "latest", "best", or a number.
 
     Raises:
       UserError: the directory is no run, or has no such checkpoint; says which there are.
@@ -182,7 +179,16 @@ def read_run(workdir: Path, step: str) -> SavedRun:
     except (ValueError, TypeError, AttributeError, AssertionError, UserError) as error:
         raise UserError(f"{path} is damaged or no config of a run: {error!r}") from None
     with closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
-        number, best = _choose(checkpoints, step, workdir), checkpoints.best()
+        steps, best = checkpoints.steps(), checkpoints.best()
+        numbers = {str(number): number for number in steps} | {"latest": max(steps, default=None)}
+        number = best["step"] if best and step == "best" else numbers.get(step)
+        if number is None:
+            have = ", ".join(map(str, steps)) or "none"
+            have += f"; best: {best['step']}" if best else "; no best (config.eval.every is 0)"
+            raise UserError(
+                f"--step is latest, best or a number that {workdir} has a checkpoint of, not "
+                f"{step!r}; it has: {have}"
+            )
         position = checkpoints.position(number)
         if best is not None and best["step"] == number:
             position |= best
@@ -211,21 +217,3 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-def _choose(checkpoints: Checkpoints, step: str, workdir: Path) -> int:
-    """The number of the step that is meant by "latest", "best" or a number."""
-    steps, best = checkpoints.steps(), checkpoints.best()
-    numbers = {str(number): number for number in steps}
-    if steps:
-        numbers["latest"] = steps[-1]
-    if best:
-        numbers["best"] = best["step"]
-    if step in numbers:
-        return numbers[step]
-    have = ", ".join(map(str, steps)) or "none"
-    have += f"; best: {best['step']}" if best else "; no best (config.eval.every is 0)"
-    raise UserError(
-        f"--step is latest, best or a number that {workdir} has a checkpoint of, not {step!r}; it "
-        f"has: {have}"
-    )

@@ -11,7 +11,7 @@ from flax import struct
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
+from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
@@ -82,18 +82,13 @@ def next_phase_state(
         frozen before start there in either case.
     """
     fresh = new_state(state.params, tx, frozen, state.batch_stats)
-    opt_state, average = fresh.opt_state, find_teacher(fresh.opt_state)
-    if optimizer == "continue":
-        opt_state = _carry_over(state.opt_state, opt_state)
-    if teacher == "keep":
-        average = _carry_over(find_teacher(state.opt_state), average)
-    opt_state = replace_teacher(opt_state, average)
+    known = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(state.opt_state)}
+
+    def carried(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        of_teacher = ".params" in name  # the field of `EmaTeacherState`
+        kept = teacher == "keep" if of_teacher else optimizer == "continue"
+        return known.get(name, leaf) if kept else leaf
+
+    opt_state = jax.tree_util.tree_map_with_path(carried, fresh.opt_state)
     return fresh.replace(step=state.step, skipped=state.skipped, opt_state=opt_state)
-
-
-def _carry_over(old: Any, new: Any) -> Any:
-    """`new` with every leaf that `old` has at the same path taken from there."""
-    known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(old)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: known.get(jax.tree_util.keystr(path), leaf), new
-    )

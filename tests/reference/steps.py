@@ -89,18 +89,10 @@ def make_terms(model, config, mask_weight=0.0):
     Args:
       config: a ``config.loss``.
     """
+    options = {"mask_weight": mask_weight, "text_dropout": False, "rngs": step_rngs(0, 0)}
 
     def terms(params, teacher, batch):
-        loss, (metrics, _) = loss_terms(
-            model,
-            params,
-            teacher,
-            batch,
-            config,
-            mask_weight=mask_weight,
-            text_dropout=False,
-            rngs=step_rngs(0, 0),
-        )
+        loss, (metrics, _) = loss_terms(model, params, teacher, batch, config, **options)
         return loss, metrics
 
     return terms

@@ -45,6 +45,7 @@ def test_rates_step_times_and_waiting(monkeypatch):
     clock = Clock(monkeypatch)
     meter = Meter(batch_size=16)
     assert meter.lap() == {}
+    meter.peak, meter.flops = 2e12, 4e12
     meter.restart()
     for _ in meter.timed(clock.batches([1.0, 0.0, 0.0, 3.0])):
         clock.now += 1.0
@@ -55,18 +56,10 @@ def test_rates_step_times_and_waiting(monkeypatch):
     assert found["waiting_for_data"] == pytest.approx(0.5)
     assert found["step_seconds_p50"] == pytest.approx(1.5)  # of 2, 1, 1, 4
     assert found["step_seconds_p99"] == pytest.approx(4.0, rel=0.02)
-    # CPUs have no peak to compare with and tell no memory.
-    assert not {"flops_utilization", "memory_bytes"} & found.keys()
+    # Of the peak of all eight devices. CPUs tell no memory.
+    assert found["flops_utilization"] == pytest.approx(4 * 4e12 / 8 / (8 * 2e12))
+    assert "memory_bytes" not in found
     assert meter.lap() == {}
-
-
-def test_utilization_is_the_share_of_the_peak_of_all_devices(monkeypatch):
-    clock = Clock(monkeypatch)
-    meter = Meter(batch_size=8)
-    meter.peak, meter.flops = 2e12, 4e12
-    clock.now += 0.5
-    meter.finish(0.0)
-    assert meter.lap()["flops_utilization"] == pytest.approx(4e12 / 0.5 / (8 * 2e12))
 
 
 @pytest.mark.parametrize(

@@ -30,32 +30,14 @@ CALLS = {"text_projector": 8, "image_projector": 4, "completion_projector": 1}
 @pytest.fixture(scope="module")
 def released_tiny(shared_tiny_config):
     config = shared_tiny_config.copy_and_resolve_references().unlock()
-    config.model.image.update(
-        binding="grouping_block",
-        second_stage="groups",
-        group_tokens=6,
-        num_groups=4,
-        first_layers=1,
-        second_layers=0,
-    )
-    config.model.decoder.update(width=24, order="cross_first", mask_padding=False)
-    config.model.update(
-        projector_layers=2,
-        projector_norm="batch",
-        projector_activation="relu",
-        projector_bias=True,
-        text_pool="cls",
-    )
-    config.loss.update(
-        mask_maps="binding",
-        mask_directions="one",
-        mask_cost="euclidean",
-        mask_threshold=0.6,
-        mask_size=32,
-        mask_divisor=16.0,
-        teacher_noise=True,
-        frozen_text_dropout=True,
-    )
+    image, model, loss = config.model.image, config.model, config.loss
+    image.update(binding="grouping_block", second_stage="groups", group_tokens=6, num_groups=4)
+    image.update(first_layers=1, second_layers=0)
+    model.decoder.update(width=24, order="cross_first", mask_padding=False)
+    model.update(projector_layers=2, projector_norm="batch", projector_activation="relu")
+    model.update(projector_bias=True, text_pool="cls")
+    loss.update(mask_maps="binding", mask_directions="one", mask_cost="euclidean", mask_size=32)
+    loss.update(mask_threshold=0.6, mask_divisor=16.0, teacher_noise=True, frozen_text_dropout=True)
     config.optimizer.rate_rules = ((f"({'|'.join(BEFORE_A_NORM)})$", 0.0), (".*", 1.0))
     return config
 
