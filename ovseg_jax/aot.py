@@ -38,12 +38,7 @@ Needs the extra `aot` (libtpu), for v4, v5e, v5p and v6e. A compilation takes so
 FLAGS = (
     flags.Flag("config", help="config file, FILE.py or FILE.py:variant", required=True),
     flags.Flag("topology", help="CHIP:GRID, for example v5e:16x16", required=True),
-    flags.Flag(
-        "search",
-        bool,
-        default=False,
-        help="try meshes, and on each double or halve the batch: which fit?",
-    ),
+    flags.Flag("search", bool, default=False, help="which meshes and batch sizes fit?"),
 )
 
 GIB = 2**30
@@ -280,8 +275,8 @@ def compiled(lowered: Any) -> dict[str, Any]:
 def collectives_of(text: str) -> list[Collective]:
     """All collectives of a program (`jax.stages.Compiled.as_text`), those of a loop's body once.
 
-    The TPU compiler repeats a collective that runs beside computations in the text of each of
-    them, as links of a chain: it is listed once.
+    The TPU compiler repeats a collective in the text of each computation that it runs beside, as
+    links of a chain: it is listed once.
     """
     collectives, chains = [], set()
     for line in text.splitlines():

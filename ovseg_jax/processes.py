@@ -24,11 +24,7 @@ from ovseg_jax.flags import Flag
 AUTO = "auto"
 
 FLAGS = (
-    Flag(
-        "processes",
-        default=AUTO,
-        help="number of processes of this job; auto asks Slurm, Open MPI or the TPU pod",
-    ),
+    Flag("processes", default=AUTO, help="how many; auto asks Slurm, Open MPI or the TPU pod"),
     Flag("process_id", int, help="number of this process, from 0; with --processes=N"),
     Flag("coordinator", help="HOST:PORT on process 0's machine; with --processes=N"),
 )

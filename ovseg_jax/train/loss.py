@@ -161,11 +161,7 @@ def joint_loss(
     *,
     mask_weight: float,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Eq. 13 from the outputs of all examples: the total loss, and the metrics (scalars).
-
-    Args:
-      scale: inverse temperature. For the others see `per_example_outputs`.
-    """
+    """Eq. 13 from the outputs of all examples, and metrics; `scale` is 1 / temperature."""
     masking, weight, within = masking_of(config), batch["weight"], within_set(batch, config)
     equal = batch["caption_set"] if config.mask_equal_captions else None
     negatives = negatives_mask(weight, equal, within=within)

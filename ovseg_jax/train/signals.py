@@ -23,11 +23,7 @@ FOR_THE_OTHERS, LAST = 10.0, 3.0
 
 
 class Interrupted(processes.OrderlyEnd):
-    """The run was asked to stop; its state is on disk.
-
-    Attributes:
-      exit_code: 130 after Ctrl-C, `errors.RESTART` after SIGTERM.
-    """
+    """The run was asked to stop, by Ctrl-C or SIGTERM as `exit_code` says; its state is on disk."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -78,15 +74,12 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends a process in which nothing happens any more.
+    """Ends a process that waits longer than so many seconds (0: for ever) for any one thing.
 
     It says what the process waited for, prints the stack of every thread and exits with
     `errors.RESTART`, without Python's clean-up: that would wait for the thread that hangs. In a job
-    a process that hangs holds up all the others, whose watchdogs print their stacks too before any
-    of them leaves; if what they waited for comes in that time, they go on.
-
-    Args:
-      seconds: to wait for any one thing; 0 waits for ever.
+    all processes wait for the one that hangs, and print their stacks before any of them leaves; if
+    what they waited for comes in that time, they go on.
     """
 
     def __init__(self, seconds: float):
@@ -146,11 +139,10 @@ def print_stacks_on_signal() -> None:
     Signals that end it print them too: SIGABRT by the runtime, when another process is lost, and
     crashes. To be called by the main thread.
     """
-    # `faulthandler.register` reads the frames of other threads while they run, and the process
-    # crashes in it now and then; a thread that calls `dump_traceback` holds Python's lock, so that
-    # the others stand still. A handler in Python would not do: it runs only in the main thread, and
-    # not while that waits outside of Python. So a thread waits for the byte that the interpreter
-    # writes for each signal. (An event loop may take that byte; then the handler prints.)
+    # `faulthandler.register` reads the frames of other threads while they run, and crashes now and
+    # then; a thread that calls `dump_traceback` holds Python's lock. A handler in Python runs only
+    # in the main thread, and not while that waits outside of Python. So a thread waits for the byte
+    # that the interpreter writes for each signal. (An event loop may take it: the handler prints.)
     faulthandler.enable(file=sys.__stderr__, all_threads=True)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
