@@ -4,7 +4,6 @@ import hashlib
 import logging
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -84,14 +83,28 @@ def main(argv: list[str]) -> int:
     progress = Progress(quiet=not processes.is_first())
     with processes.leaving_at_once():
         if args.model:
-            return _evaluate_model(args, progress)
+            where = Path(args.workdir or "runs/eval") / "results"
+            results = evaluate_model(
+                args.model,
+                ("scenes",) if args.benchmark is None else tuple(args.benchmark),
+                where,
+                data_dir=args.data_dir or "",
+                protocol_name=args.protocol or "",
+                overrides=tuple(args.overrides),
+                sweep=args.sweep,
+                pictures=args.pictures,
+                progress=progress.count,
+            )
+            return _print_results(results, where)
         if not args.config:
             raise UserError("no config: give --config=FILE.py")
         config = load_config(args.config, args.overrides)
         workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
         names = tuple(args.benchmark or config.eval.benchmarks)
         if args.mode == "eval":
-            return _evaluate_run(config, workdir, names, progress)
+            run = make_run(config, progress)
+            _, _, results = _evaluate_state(run, restored(run, workdir), names, workdir)
+            return _print_results(results, workdir / "results")
         return _train(config, workdir, names, args.profile, progress)
 
 
@@ -234,35 +247,9 @@ def _summary(run: Run, protocol: Protocol, results: dict[str, dict[str, Any]]) -
     return f"\n{table(rows)}\n\n{name}: {', '.join(facts) or first['data'].get('title', '')}"
 
 
-def _evaluate_run(
-    config: ConfigDict, workdir: Path, names: tuple[str, ...], progress: Progress
-) -> int:
-    run = make_run(config, progress)
-    _, _, results = _evaluate_state(run, restored(run, workdir), names, workdir)
-    _print_results(results, workdir / "results")
-    return 0
-
-
-def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
-    results = Path(args.workdir or "runs/eval") / "results"
-    found = evaluate_model(
-        args.model,
-        ("scenes",) if args.benchmark is None else tuple(args.benchmark),
-        results,
-        data_dir=args.data_dir or "",
-        protocol_name=args.protocol or "",
-        overrides=tuple(args.overrides),
-        sweep=args.sweep,
-        pictures=args.pictures,
-        progress=progress.count,
-    )
-    _print_results(found, results)
-    return 0
-
-
-def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
+def _print_results(results: dict[str, dict[str, Any]], where: Path) -> int:
     if not processes.is_first():
-        return
+        return 0
     pixels = {name: result for name, result in results.items() if "miou" in result}
     whole = [result for result in results.values() if "miou" not in result]
     if pixels:
@@ -280,6 +267,7 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
     for result in results.values():
         if "not_written" in result:
             raise UserError(result["not_written"])
+    return 0
 
 
 if __name__ == "__main__":
