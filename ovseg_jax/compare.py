@@ -5,11 +5,13 @@
 """
 
 import json
+import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 from ovseg_jax import flags
-from ovseg_jax import main as main_program
 from ovseg_jax.errors import UserError
 from ovseg_jax.progress import table
 
@@ -29,45 +31,42 @@ FLAGS = (
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point; returns the exit code, that of a run where a run does not end with 0."""
     args = flags.parse(argv, FLAGS, ABOUT)
     if not all(seed.isdigit() for seed in args.seeds):
         raise UserError(f"--seeds={','.join(args.seeds)}: seeds are whole numbers, e.g. 0,1,2")
     out = Path(args.out)
-    overrides = [f"--config.{key}={text}" for key, text in args.overrides]
-    scores: dict[str, list[float]] = {}
+    common = [f"--benchmark={args.benchmark}"]
+    common += [f"--config.{key}={text}" for key, text in args.overrides]
+    rows = [("variant", "mean", "lowest", "highest", *(f"seed {seed}" for seed in args.seeds))]
     for variant in args.variants:
+        config, name = f"{args.config}:{variant}" if variant else args.config, variant or "default"
+        values = []
         for seed in args.seeds:
-            workdir = out / f"{variant or 'default'}-seed{seed}"
+            workdir = out / f"{name}-seed{seed}"
             result = workdir / "results" / f"{args.benchmark}.json"
-            if not result.exists():
-                code = main_program.main(
-                    [
-                        f"--config={args.config}:{variant}"
-                        if variant
-                        else f"--config={args.config}",
-                        f"--workdir={workdir}",
-                        f"--benchmark={args.benchmark}",
-                        f"--config.seed={seed}",
-                        *overrides,
-                    ]
-                )
-                if code:
-                    return code
-            found = json.loads(result.read_text(encoding="utf-8"))["miou"]
-            scores.setdefault(variant or "default", []).append(found)
-    text = _table(scores, args.benchmark, args.seeds)
+            given = [f"--config={config}", f"--workdir={workdir}", f"--config.seed={seed}"]
+            if not result.exists() and (code := _train([*given, *common])):
+                return code
+            values.append(json.loads(result.read_text(encoding="utf-8"))["miou"])
+        summary = (statistics.fmean(values), min(values), max(values))
+        rows.append((name, *(f"{value:.1f}" for value in (*summary, *values))))
+    text = f"mIoU on {args.benchmark}, %\n\n{table(rows)}"
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}")
     return 0
 
 
-def _table(scores: dict[str, list[float]], benchmark: str, seeds: list[str]) -> str:
-    rows = [("variant", "mean", "lowest", "highest", *(f"seed {seed}" for seed in seeds))]
-    for name, values in scores.items():
-        summary = (statistics.fmean(values), min(values), max(values))
-        rows.append((name, *(f"{value:.1f}" for value in (*summary, *values))))
-    return f"mIoU on {benchmark}, %\n\n{table(rows)}"
+def _train(arguments: list[str]) -> int:
+    """A whole run, in a process of its own, which gives its memory back; returns its exit code."""
+    run = subprocess.Popen([sys.executable, "-m", "ovseg_jax.main", *arguments])
+    signal.signal(signal.SIGTERM, lambda *_: run.terminate())
+    while True:
+        try:
+            code = run.wait()
+            return code if code >= 0 else 128 - code
+        except KeyboardInterrupt:
+            pass  # the run gets Ctrl-C too, and saves first
 
 
 if __name__ == "__main__":

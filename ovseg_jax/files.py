@@ -20,14 +20,13 @@ def replace_file(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def check_writable(folder: Path) -> None:
@@ -36,9 +35,9 @@ def check_writable(folder: Path) -> None:
     Raises:
       UserError: it cannot be made, is no folder, cannot be written, or its disk is full.
     """
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
         try:
             probe.write_bytes(bytes(_PROBE))
         finally:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,8 @@ from ovseg_jax.errors import UserError
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*")
 _STEP = re.compile(r"([A-Za-z_]\w*)|\[(\d+)\]")
+# Fields, by the last name of their keys, that are a number or None.
+OPTIONAL = ("scale", "threshold", "layer_scale", "start")
 
 
 @dataclass(frozen=True)
@@ -45,43 +47,38 @@ def comma_list(text: str) -> list[str]:
 
 def nearest(word: str, choices: Sequence[str]) -> str:
     """The end of an error message: which of `choices` the reader may have meant."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 # ---- config files
 
-# Fields, by the last name of their keys, that are a number or None.
-OPTIONAL = ("scale", "threshold", "layer_scale", "start")
-
 
 def read_config(spec: str | Path) -> ConfigDict:
-    """What the config file 'path/to/file.py' or 'path/to/file.py:variant' says.
+    """What `get_config(variant)` of the file 'path/to/file.py' or 'path/to/file.py:variant' gives.
 
-    The file is imported by its path and `get_config(variant)` is called ('' without a variant). A
-    config file that builds on another one reads it with this function too. What the file leaves
-    out is filled in by `train.config.load_config`.
+    What the file leaves out is filled in by `train.config.load_config`.
 
     Raises:
-      UserError: no such file, a file that cannot be imported, no `get_config`, or an unknown
-        variant (a ValueError or UserError from `get_config`).
+      UserError: no such file, one that cannot be imported, no `get_config`, or no such variant.
     """
-    path, _, variant = str(spec).partition(".py:")
-    path = Path(path + ".py") if variant or str(spec).endswith(".py:") else Path(path)
+    name, is_python, variant = str(spec).partition(".py:")
+    path = Path(name + ".py" if is_python else name)
+    where = f"config file {str(path)!r}"
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"config file {str(path)!r} does not exist{nearest(str(path), beside)}")
+        raise UserError(f"{where} does not exist{nearest(str(path), beside)}")
     module_spec = importlib.util.spec_from_file_location(f"ovseg_config_{path.stem}", path)
     if module_spec is None:
-        raise UserError(f"config file {str(path)!r} is not a Python file: its name must end in .py")
+        raise UserError(f"{where} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except (SyntaxError, ImportError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {str(path)!r} cannot be imported: {error}") from error
+        raise UserError(f"{where} cannot be imported: {error}") from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"config file {str(path)!r} has no function get_config(variant)")
+        raise UserError(f"{where} has no function get_config(variant)")
     try:
         config = get_config(variant)
     except (UserError, ValueError) as error:
@@ -90,51 +87,69 @@ def read_config(spec: str | Path) -> ConfigDict:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"config {str(spec)!r}: {cause}") from error
     if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise UserError(f"config {str(spec)!r}: get_config returned {kind}, not a ConfigDict")
+        raise UserError(f"config {str(spec)!r}: get_config returned no ConfigDict")
     return config
+
+
+def filled(
+    given: Mapping[str, Any] | ConfigDict,
+    defaults: Mapping[str, Any],
+    where: str,
+    drop: bool = False,
+) -> dict[str, Any]:
+    """The defaults, with what is given in their place, group by group; `where` is their key.
+
+    Raises:
+      UserError: a field that no default has, unless `drop` leaves such out.
+    """
+    full = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            if drop:
+                continue
+            raise UserError(f"{where}.{key} is no field{nearest(key, list(defaults))}")
+        if defaults[key] and isinstance(defaults[key], Mapping):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise UserError(f"{where}.{key} is {value!r}, but has fields of its own")
+            value = filled(value, defaults[key], f"{where}.{key}", drop)
+        full[key] = value
+    return full
 
 
 def paths(config: Any, prefix: str = "") -> Iterator[str]:
     """Every key that can be set, as it is written on the command line: 'phases[1].steps'."""
+    fields: dict[str, Any] = {}
     if isinstance(config, ConfigDict | dict):
-        for key in config:
-            dotted = f"{prefix}.{key}" if prefix else str(key)
-            yield dotted
-            yield from paths(config[key], dotted)
+        fields = {f"{prefix}.{key}" if prefix else str(key): config[key] for key in config}
     elif isinstance(config, list | tuple):
-        for i, item in enumerate(config):
-            yield f"{prefix}[{i}]"
-            yield from paths(item, f"{prefix}[{i}]")
+        fields = {f"{prefix}[{i}]": item for i, item in enumerate(config)}
+    for path, value in fields.items():
+        yield path
+        yield from paths(value, path)
 
 
 def apply_override(config: ConfigDict, key: str, text: str) -> None:
     """Set `key` ('phases[1].steps') of `config`, in place, to what `text` says.
 
     The value is read as a Python literal, else as a string, and must fit the type of the present
-    value: an int may fill a float, a list a tuple; true and false are the booleans. The fields in
-    `OPTIONAL` take a number or None; elsewhere anything fits where the present value is None.
-    Records in a tuple, such as phases, need not have all of their fields: one that is absent is
-    set, and whoever reads them refuses what is no field.
+    value: an int may fill a float, a list a tuple. The fields in `OPTIONAL` take a number or None;
+    elsewhere anything fits where the present value is None. A field that a record in a tuple, such
+    as a phase, does not have is set, and whoever reads the record refuses what is no field.
 
     Raises:
       UserError: an unknown key (with the nearest right one), or a value of another type.
     """
-    _replace(config, _steps(key), text, config, key)
-
-
-def _steps(key: str) -> list[str | int]:
-    """'phases[1].steps' -> ['phases', 1, 'steps']."""
     if not _KEY.fullmatch(key):
         raise UserError(f"config key {key!r} is not of the form a.b[0].c")
-    return [name or int(index) for name, index in _STEP.findall(key)]
+    steps = [name or int(index) for name, index in _STEP.findall(key)]
+    _replace(config, steps, text, config, key)
 
 
 def _replace(node: Any, steps: list[str | int], text: str, config: ConfigDict, key: str) -> Any:
     """`node` with the value at `steps` replaced; tuples are rebuilt, the rest changed in place."""
     if not steps:
-        return convert(text, node, key)
-    step, rest = steps[0], steps[1:]
+        return _convert(text, node, key)
+    step, *rest = steps
     if isinstance(step, str):
         known = isinstance(node, ConfigDict | dict) and step in node
     else:
@@ -147,22 +162,17 @@ def _replace(node: Any, steps: list[str | int], text: str, config: ConfigDict, k
     value = _replace(node[step], rest, text, config, key)
     if isinstance(node, tuple):
         return (*node[:step], value, *node[step + 1 :])
-    try:
-        node[step] = value
-    except TypeError as error:  # a typed placeholder of ml_collections
-        raise UserError(f"config key {key!r}: {text!r} has the wrong type ({error})") from error
+    node[step] = value
     return node
 
 
-def convert(text: str, present: Any, key: str) -> Any:
+def _convert(text: str, present: Any, key: str) -> Any:
     """`text` as a value of the type of `present`; see `apply_override`. `key` is for the error."""
-    if isinstance(present, bool):
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise UserError(f"config key {key!r} is true or false, not {text!r}")
     if isinstance(present, ConfigDict | dict):
         raise UserError(f"config key {key!r} is a group of settings: set one of {sorted(present)}")
     value = _literal(text)
+    if isinstance(present, bool) and not isinstance(value, bool):
+        raise UserError(f"config key {key!r} is true or false, not {text!r}")
     # Not where it is a range, as the scale of crops is.
     if isinstance(present, int | float | None) and key.rpartition(".")[2] in OPTIONAL:
         if value is None:
@@ -192,11 +202,11 @@ def _fit(value: Any, present: Any) -> Any:
     """`value` as the type of `present`; TypeError says in words what was expected."""
     if present is None:
         return value
+    kind = type(present).__name__
     if isinstance(present, list | tuple):
         if not isinstance(value, list | tuple):
-            raise TypeError(f"a {type(present).__name__} such as {present!r}")
-        kinds = {type(item) for item in present}
-        if len(kinds) == 1:  # items alike, so new ones must be like them
+            raise TypeError(f"a {kind} such as {present!r}")
+        if len({type(item) for item in present}) == 1:  # alike, so new ones must be like them
             value = [_fit(item, present[0]) for item in value]
         return type(present)(value)
     if isinstance(present, float) and type(value) in (int, float):
@@ -205,8 +215,9 @@ def _fit(value: Any, present: Any) -> Any:
         return float(value)
     if type(value) is type(present):
         return value
-    article = "an" if type(present).__name__[0] in "aeiou" else "a"
-    raise TypeError(f"{article} {type(present).__name__} (the present value is {present!r})")
+    raise TypeError(
+        f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} (the present value is {present!r})"
+    )
 
 
 # ---- flags
@@ -215,17 +226,14 @@ def _fit(value: Any, present: Any) -> Any:
 def parse(argv: Sequence[str], spec: Sequence[Flag], about: str = "") -> SimpleNamespace:
     """Read `--flag=value` and `--flag value`; a flag given twice keeps its last value.
 
-    Where `spec` has a flag named config, `--config.a.b=value` is collected, in order, in the
-    attribute `overrides`, as (key, text) pairs for `apply_override`. `--help` prints `about` and
-    the flags and exits with code 0. The name in the result has _ for -.
+    Where `spec` has a flag named config, `--config.a.b=value` is collected in `overrides`, as
+    (key, text) pairs for `apply_override`. The name in the result has _ for -.
 
     Raises:
-      UserError: an unknown flag (with the nearest right one), a value missing or of the wrong
-        type, required flags that are missing, an argument that is no flag.
+      UserError: an unknown flag, a value that is missing or of another type, a missing flag.
     """
     known = {flag.name: flag for flag in spec}
-    values = {flag.name: flag.default for flag in spec}
-    overrides, given, rest = [], set(), list(argv)
+    given, overrides, rest = {}, [], list(argv)
     while rest:
         argument = rest.pop(0)
         if argument in ("--help", "-h"):
@@ -238,38 +246,37 @@ def parse(argv: Sequence[str], spec: Sequence[Flag], about: str = "") -> SimpleN
         if not is_override and name not in known:
             names = [f"--{flag}" for flag in (*known, "help")]
             raise UserError(f"unknown flag --{name}{nearest('--' + name, names)}")
-        if not equals:
-            if not is_override and known[name].type is bool:
-                text = "true"
-            elif not rest or rest[0].startswith("--"):
+        if not equals and not is_override and known[name].type is bool:
+            text = "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
                 raise UserError(f"flag --{name} needs a value: --{name}=VALUE")
-            else:
-                text = rest.pop(0)
+            text = rest.pop(0)
         if is_override:
             overrides.append((name.removeprefix("config."), text))
         else:
-            values[name] = _flag_value(known[name], text)
-            given.add(name)
+            given[name] = _flag_value(known[name], text)
     missing = [f"--{flag.name}" for flag in spec if flag.required and flag.name not in given]
     if missing:
         raise UserError(f"missing {', '.join(missing)} (--help lists every flag)")
-    named = {name.replace("-", "_"): value for name, value in values.items()}
-    return SimpleNamespace(**named, overrides=overrides)
+    values = {name.replace("-", "_"): given.get(name, flag.default) for name, flag in known.items()}
+    return SimpleNamespace(**values, overrides=overrides)
 
 
 def _flag_value(flag: Flag, text: str) -> Any:
     if flag.choices and text not in flag.choices:
-        known = ", ".join(flag.choices)
-        raise UserError(f"flag --{flag.name} is one of {known}; not {text!r}")
+        raise UserError(f"flag --{flag.name} is one of {', '.join(flag.choices)}; not {text!r}")
     if flag.type is bool:
-        if text.lower() not in ("true", "false"):
+        value = _literal(text)
+        if not isinstance(value, bool):
             raise UserError(f"flag --{flag.name} is true or false, not {text!r}")
-        return text.lower() == "true"
+        return value
     try:
         value = flag.type(text)
     except ValueError as error:
-        kind = getattr(flag.type, "__name__", "value")
-        raise UserError(f"flag --{flag.name}: {text!r} is not a valid {kind}") from error
+        raise UserError(
+            f"flag --{flag.name}: {text!r} is not a valid {flag.type.__name__}"
+        ) from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"flag --{flag.name}: {text!r} is not a finite number")
     return value
@@ -280,7 +287,7 @@ def usage(spec: Sequence[Flag], about: str = "") -> str:
     lines = [about.strip(), ""] if about.strip() else []
     lines.append("Flags:")
     for flag in spec:
-        kind = "|".join(flag.choices) or getattr(flag.type, "__name__", "value").upper()
+        kind = "|".join(flag.choices) or flag.type.__name__.upper()
         note = "required" if flag.required else f"default {flag.default!r}"
         lines.append(f"  --{flag.name}={kind}\n      {flag.help} ({note})")
         if flag.name == "config":

@@ -1,10 +1,9 @@
 """Train and evaluate: ``python -m ovseg_jax.main --config=configs/quickstart.py``."""
 
-import json
+import hashlib
 import logging
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,28 +14,20 @@ from ovseg_jax import flags, processes
 from ovseg_jax.errors import UserError
 from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.progress import Progress, duration, table
+from ovseg_jax.segmentation import report
 from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchmark_of
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
 from ovseg_jax.segmentation.page import write_pictures
 from ovseg_jax.segmentation.protocol import NAMES, Protocol
-from ovseg_jax.segmentation.report import (
-    comparison_rows,
-    number,
-    protocol_lines,
-    remarks,
-    result_rows,
-    whole_image_lines,
-    whole_image_rows,
-)
 from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.train.config import load_config
+from ovseg_jax.train.config import load_config, plain
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range
-from ovseg_jax.train.resume import changed_fields, plain, restored
-from ovseg_jax.train.run import Run, config_hash, make_run
+from ovseg_jax.train.resume import restored
+from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, print_stacks_on_signal
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.weights.initialize import architecture
@@ -92,26 +83,46 @@ def main(argv: list[str]) -> int:
     progress = Progress(quiet=not processes.is_first())
     with processes.leaving_at_once():
         if args.model:
-            return _evaluate_model(args, progress)
+            where = Path(args.workdir or "runs/eval") / "results"
+            results = evaluate_model(
+                args.model,
+                ("scenes",) if args.benchmark is None else tuple(args.benchmark),
+                where,
+                data_dir=args.data_dir or "",
+                protocol_name=args.protocol or "",
+                overrides=tuple(args.overrides),
+                sweep=args.sweep,
+                pictures=args.pictures,
+                progress=progress.count,
+            )
+            return _print_results(results, where)
         if not args.config:
             raise UserError("no config: give --config=FILE.py")
         config = load_config(args.config, args.overrides)
         workdir = Path(args.workdir or f"runs/{Path(args.config.partition(':')[0]).stem}")
+        names = tuple(args.benchmark or config.eval.benchmarks)
         if args.mode == "eval":
-            return _evaluate_run(config, workdir, args, progress)
-        return _train(config, workdir, args, progress)
+            run = make_run(config, progress)
+            _, _, results = _evaluate_state(run, restored(run, workdir), names, workdir)
+            return _print_results(results, workdir / "results")
+        return _train(config, workdir, names, args.profile, progress)
 
 
-def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress) -> int:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    names: tuple[str, ...],
+    profile: tuple[int, int] | None,
+    progress: Progress,
+) -> int:
     start = time.monotonic()
-    names = tuple(args.benchmark or config.eval.benchmarks)
     # Missing files are told before the training, not after it.
     for name in names:
         benchmark_of(name, config.eval)
     if names:
         tune_split(names[0], config.eval)
     try:
-        run, state = train(config, workdir, progress, args.profile)
+        run, state = train(config, workdir, progress, profile)
     except Interrupted as stop:
         progress.say(str(stop))
         return stop.exit_code
@@ -123,33 +134,29 @@ def _train(config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: P
         _write_model(run, state, protocol, results, workdir)
     except UserError as error:
         unwritten.append(str(error))
-    if not names:
-        if unwritten:
-            raise UserError(unwritten[0])
-        progress.say(f"model: {workdir / 'model'}; no benchmark was asked for")
-        return 0
     # With the untrained model, which all processes make together.
-    summary = _summary(run, names, protocol, results, config)
-    if processes.is_first():
-        print(summary, flush=True)  # before anything that a full disk may stop
-        if unwritten:
-            raise UserError(unwritten[0])
-        sheet: Path | str = "none (config.eval.pictures = 0)"
-        if config.eval.pictures:
-            sheet = write_pictures(
-                segmenter,
-                benchmark_of(names[0], config.eval),
-                protocol,
-                workdir / "pictures",
-                count=config.eval.pictures,
-                group_count=config.model.image.num_groups,
-            )
-        print(
-            f"\nmodel     {workdir / 'model'}\npictures  {sheet}\n"
-            f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
-            f"time      {duration(time.monotonic() - start)} in all, {duration(trained)} of it "
-            "training with caches and compilation"
+    summary = _summary(run, protocol, results) if names else "no benchmark was asked for"
+    if not processes.is_first():
+        return 0
+    print(summary, flush=True)  # before anything that a full disk may stop
+    if unwritten:
+        raise UserError(unwritten[0])
+    pictures: Path | str = "none (config.eval.pictures = 0)"
+    if names and config.eval.pictures:
+        pictures = write_pictures(
+            segmenter,
+            benchmark_of(names[0], config.eval),
+            protocol,
+            workdir / "pictures",
+            count=config.eval.pictures,
+            group_count=config.model.image.num_groups,
         )
+    print(
+        f"\nmodel     {workdir / 'model'}\npictures  {pictures}\n"
+        f"results   {workdir / 'results'}\nmetrics   {workdir / 'metrics.jsonl'}\n"
+        f"time      {duration(time.monotonic() - start)} in all, {duration(trained)} of it "
+        "training with caches and compilation"
+    )
     return 0
 
 
@@ -157,18 +164,18 @@ def _evaluate_state(
     run: Run, state: TrainState, names: tuple[str, ...], workdir: Path
 ) -> tuple[ModelSegmenter, Protocol, dict[str, dict[str, Any]]]:
     """Calibrates on a tune split where there is one, evaluates, writes the result files."""
-    config = run.config.eval
+    config, step = run.config.eval, int(state.step)
     protocol = Protocol.from_config(config.protocol)
     segmenter = run.segmenter(evaluation_params(run, state), protocol, state.batch_stats)
-    tune = tune_split(names[0], config) if names else None
-    tuned = {}
-    if tune is not None:
-        protocol, miou = calibrated(segmenter, tune, protocol, config.batch_size)
-        tuned = {"tune_miou": miou}
     if not names:
         return segmenter, protocol, {}
-    step = int(state.step)
-    provenance = {"step": step, "seed": run.config.seed, "config": config_hash(run.config), **tuned}
+    whole = run.config.to_json_best_effort(sort_keys=True)
+    config_hash = hashlib.sha256(whole.encode()).hexdigest()[:12]
+    provenance = {"step": step, "seed": run.config.seed, "config": config_hash}
+    tune = tune_split(names[0], config)
+    if tune is not None:
+        protocol, miou = calibrated(segmenter, tune, protocol, config.batch_size)
+        provenance["tune_miou"] = miou
     results = run_benchmarks(segmenter, names, config, protocol, workdir / "results", provenance)
     writer = MetricsWriter(workdir if processes.is_first() else None)
     for name, result in results.items():
@@ -180,8 +187,8 @@ def _evaluate_state(
 def _write_model(
     run: Run, state: TrainState, protocol: Protocol, results: dict, workdir: Path
 ) -> None:
-    params = jax.tree.map(processes.whole, evaluation_params(run, state))
-    batch_stats = jax.tree.map(processes.whole, state.batch_stats)
+    trained = (evaluation_params(run, state), state.batch_stats)
+    params, batch_stats = jax.tree.map(processes.whole, trained)
     if not processes.is_first():
         return
     config = run.config
@@ -202,7 +209,7 @@ def _write_model(
         protocol=protocol.as_dict(),
         text_length=run.prompt_length(),
         benchmarks={
-            name: json.loads(config.eval[name].to_json_best_effort())
+            name: plain(config.eval[name])
             for name in results
             # A folder of this machine says nothing elsewhere.
             if name in config.eval and name not in FOLDER_FIELDS
@@ -212,111 +219,55 @@ def _write_model(
     )
 
 
-def _summary(
-    run: Run, names: tuple[str, ...], protocol: Protocol, results: dict, config: ConfigDict
-) -> str:
+def _summary(run: Run, protocol: Protocol, results: dict[str, dict[str, Any]]) -> str:
     """The table at the end of a run: this model, an untrained one, all background."""
-    untrained = {}
-    if config.eval.untrained:
+    config, untrained = run.config.eval, {}
+    if config.untrained:
         segmenter = run.segmenter(run.initial_params(announce=False), protocol)
-        for name in names:
-            tune = tune_split(name, config.eval)
-            fitted = protocol
+        for name in results:
+            tune, fitted = tune_split(name, config), protocol
             if tune is not None:
-                fitted, _ = calibrated(segmenter, tune, protocol, config.eval.batch_size)
-            benchmark = benchmark_of(name, config.eval)
+                fitted, _ = calibrated(segmenter, tune, protocol, config.batch_size)
             untrained[name] = evaluate(
-                segmenter, benchmark, fitted, batch_size=config.eval.batch_size
+                segmenter, benchmark_of(name, config), fitted, batch_size=config.batch_size
             )
-    rows = [("mIoU, %", *names)]
-    rows.append(("this model", *(number(results[name]["miou"]) for name in names)))
-    for key, label in (("miou_seen", "  named classes"), ("miou_unseen", "  never named")):
-        if any(results[name].get(key) is not None for name in names):
-            rows.append((label, *(number(results[name].get(key)) for name in names)))
-    if untrained:
-        rows.append(("untrained", *(number(untrained[name]["miou"]) for name in names)))
-    rows.append(("all background", *(number(results[n].get("all_background_miou")) for n in names)))
-    data = results[names[0]]["data"]
-    facts = ", ".join(
-        f"{key} {value:.3g}" for key, value in data.items() if isinstance(value, float)
-    )
-    return f"\n{table(rows)}\n\n{names[0]}: {facts or data.get('title', '')}"
+    rows = [("mIoU, %", *results)]
+    for label, key, of in (
+        ("this model", "miou", results),
+        ("  named classes", "miou_seen", results),
+        ("  never named", "miou_unseen", results),
+        ("untrained", "miou", untrained),
+        ("all background", "all_background_miou", results),
+    ):
+        values = [of[name].get(key) for name in of]
+        if label == "all background" or any(value is not None for value in values):
+            rows.append((label, *map(report.number, values)))
+    name, first = next(iter(results.items()))
+    facts = [f"{key} {x:.3g}" for key, x in first["data"].items() if isinstance(x, float)]
+    return f"\n{table(rows)}\n\n{name}: {', '.join(facts) or first['data'].get('title', '')}"
 
 
-def _evaluate_run(
-    config: ConfigDict, workdir: Path, args: SimpleNamespace, progress: Progress
-) -> int:
-    if not (workdir / "checkpoints" / "latest").is_dir():
-        raise UserError(
-            f"--workdir={workdir} holds no checkpoint: train first, or give --model=DIR"
-        )
-    _refuse_other_training(config, workdir)
-    run = make_run(config, progress)
-    state = restored(run, workdir)
-    names = tuple(args.benchmark or config.eval.benchmarks)
-    _, _, results = _evaluate_state(run, state, names, workdir)
-    _print_results(results, workdir / "results")
-    return 0
-
-
-def _refuse_other_training(config: ConfigDict, workdir: Path) -> None:
-    """An evaluation of a run takes only its config.eval from the command line."""
-    try:
-        trained = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    changes = [
-        line
-        for line in changed_fields(trained, plain(config))
-        # Fields that only one version of this program has.
-        if not line.startswith("config.eval")
-        and ": absent -> " not in line
-        and (line.startswith("config.phases") or not line.endswith(" -> absent"))
-    ]
-    if changes:
-        raise UserError(
-            f"an evaluation changes config.eval alone, but the run in {workdir} was trained with "
-            "other settings (trained -> given now):\n  " + "\n  ".join(changes[:20])
-        )
-
-
-def _evaluate_model(args: SimpleNamespace, progress: Progress) -> int:
-    workdir = Path(args.workdir or "runs/eval")
-    results = evaluate_model(
-        args.model,
-        ("scenes",) if args.benchmark is None else tuple(args.benchmark),
-        workdir / "results",
-        data_dir=args.data_dir or "",
-        protocol_name=args.protocol or "",
-        overrides=tuple(args.overrides),
-        sweep=args.sweep,
-        pictures=args.pictures,
-        progress=progress.count,
-    )
-    _print_results(results, workdir / "results")
-    return 0
-
-
-def _print_results(results: dict[str, dict[str, Any]], where: Path) -> None:
+def _print_results(results: dict[str, dict[str, Any]], where: Path) -> int:
     if not processes.is_first():
-        return
-    whole = {name: result for name, result in results.items() if "miou" not in result}
-    results = {name: result for name, result in results.items() if name not in whole}
-    if results:
-        print("\n".join(protocol_lines(results)))
-        print(f"\n{table(result_rows(results))}\n")
-    for result in whole.values():
-        print("\n".join(whole_image_lines(result)))
-        print(f"\n{table(whole_image_rows(result))}\n")
-    for line in remarks(results):
+        return 0
+    pixels = {name: result for name, result in results.items() if "miou" in result}
+    whole = [result for result in results.values() if "miou" not in result]
+    if pixels:
+        print("\n".join(report.protocol_lines(pixels)))
+        print(f"\n{table(report.result_rows(pixels))}\n")
+    for result in whole:
+        print("\n".join(report.whole_image_lines(result)))
+        print(f"\n{table(report.whole_image_rows(result))}\n")
+    for line in report.remarks(pixels):
         print(line)
-    for result in results.values():
-        if rows := comparison_rows(result):
+    for result in pixels.values():
+        if rows := report.comparison_rows(result):
             print(f"\n{table(rows)}")
     print(f"\nresults   {where}", flush=True)
-    for result in (*results.values(), *whole.values()):
+    for result in results.values():
         if "not_written" in result:
             raise UserError(result["not_written"])
+    return 0
 
 
 if __name__ == "__main__":

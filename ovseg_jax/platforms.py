@@ -14,10 +14,7 @@ _WORTH_KEEPING = 0.02
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs, so that a second start compiles nothing.
-
-    They lie in JAX_COMPILATION_CACHE_DIR, or in ``.cache/jax`` where it is unset.
-    """
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or else in ``.cache/jax``."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)

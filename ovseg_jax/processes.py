@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ovseg_jax.errors import RESTART, UserError
 from ovseg_jax.flags import Flag
@@ -23,11 +24,7 @@ from ovseg_jax.flags import Flag
 AUTO = "auto"
 
 FLAGS = (
-    Flag(
-        "processes",
-        default=AUTO,
-        help="number of processes of this job; auto asks Slurm, Open MPI or the TPU pod",
-    ),
+    Flag("processes", default=AUTO, help="how many; auto asks Slurm, Open MPI or the TPU pod"),
     Flag("process_id", int, help="number of this process, from 0; with --processes=N"),
     Flag("coordinator", help="HOST:PORT on process 0's machine; with --processes=N"),
 )
@@ -45,40 +42,36 @@ _TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
 def join(args: SimpleNamespace) -> None:
-    """Makes this process part of its job. Call before anything else of JAX.
-
-    Args:
-      args: values of `FLAGS`.
+    """Makes this process part of its job, by the values of `FLAGS`. Call before all else of JAX.
 
     Raises:
       UserError: flags that do not fit each other, or a job that does not come together.
     """
+    named, number = args.coordinator, args.process_id
     if args.processes == AUTO:
-        if args.coordinator is not None or args.process_id is not None:
+        if named is not None or number is not None:
             raise UserError("--coordinator and --process_id need --processes=N")
         if launcher_of(os.environ) is not None:
-            _initialize({})
+            _initialize()
         return
     if not args.processes.isdigit() or int(args.processes) < 1:
         raise UserError(f"--processes is auto or a number from 1, not {args.processes!r}")
     count = int(args.processes)
     if count == 1:
         return
-    if args.coordinator is None or args.process_id is None:
+    if named is None or number is None:
         raise UserError(f"--processes={count} needs --coordinator=HOST:PORT and --process_id=I")
-    if not 0 <= args.process_id < count:
-        raise UserError(f"--process_id={args.process_id} must lie between 0 and {count - 1}")
-    host, _, port = args.coordinator.rpartition(":")
+    if not 0 <= number < count:
+        raise UserError(f"--process_id={number} must lie between 0 and {count - 1}")
+    host, _, port = named.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"--coordinator={args.coordinator} is not of the form HOST:PORT")
+        raise UserError(f"--coordinator={named} is not of the form HOST:PORT")
+    # "deactivate": named devices, if any, are those that CUDA_VISIBLE_DEVICES leaves.
     _initialize(
-        {
-            "coordinator_address": args.coordinator,
-            "num_processes": count,
-            "process_id": args.process_id,
-            # Named devices, if any, are those that CUDA_VISIBLE_DEVICES leaves.
-            "cluster_detection_method": "deactivate",
-        }
+        coordinator_address=named,
+        num_processes=count,
+        process_id=number,
+        cluster_detection_method="deactivate",
     )
 
 
@@ -94,7 +87,7 @@ def launcher_of(environment: Mapping[str, str]) -> str | None:
     return "TPU" if here and importlib.util.find_spec("libtpu") is not None else None
 
 
-def _initialize(options: dict[str, Any]) -> None:
+def _initialize(**options: Any) -> None:
     # Takes effect on CPUs alone.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -116,8 +109,7 @@ def leaving_at_once() -> Iterator[None]:
     """In a job of several processes, an error inside ends this process without any goodbye.
 
     Python's usual way out waits for the other processes, which wait for this one's part of their
-    next step. What is lost with another process (an error of its connection) is cured by starting
-    the job again.
+    next step. A lost connection to another process is cured by starting the job again.
     """
     try:
         yield
@@ -155,22 +147,13 @@ def is_first() -> bool:
 
 def any_process(value: bool) -> bool:
     """Whether `value` holds in any process of the job. Every process asks."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def whole(leaf: jax.Array) -> Any:
-    """An array as one NumPy array in every process, also where its parts lie on several hosts.
-
-    All processes must call it.
-    """
+    """An array as one NumPy array, also where its parts lie on several hosts. All must call it."""
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
         return jax.device_get(leaf)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 

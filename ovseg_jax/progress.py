@@ -3,17 +3,19 @@
 import sys
 import time
 
+# Seconds between the lines of a job where the output is no terminal.
+EVERY = 15.0
+
 
 class Progress:
     """A line that is rewritten on a terminal, and repeated now and then in a file.
 
     Args:
       quiet: say nothing (processes other than the first).
-      every: seconds between lines where the output is no terminal.
     """
 
-    def __init__(self, quiet: bool = False, every: float = 15.0):
-        self._quiet, self._every = quiet, every
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
         self._terminal = sys.stderr.isatty()
         self._open = False
         self._last = float("-inf")
@@ -22,22 +24,20 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self._quiet:
-            self._end_line()
-            print(text, file=sys.stderr, flush=True)
+            print(f"\n{text}" if self._open else text, file=sys.stderr, flush=True)
+            self._open = False
 
     def update(self, text: str, *, final: bool = False) -> None:
         """The line that is replaced by the next one."""
         now = time.monotonic()
-        if self._quiet or (not self._terminal and not final and now - self._last < self._every):
+        if self._quiet or (not self._terminal and not final and now - self._last < EVERY):
             return
         self._last = now
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-            self._open = True
-            if final:
-                self._end_line()
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if not self._terminal:
+            self.say(text)
+            return
+        print(f"\r\x1b[K{text}", end="\n" if final else "", file=sys.stderr, flush=True)
+        self._open = not final
 
     def count(self, label: str, done: int, total: int) -> None:
         """Progress of a job with a known end: share, rate, time left."""
@@ -49,11 +49,6 @@ class Progress:
         speed = f" ({rate}, {duration(left)} left)" if rated else ""
         self.update(f"{label}: {done}/{total}{speed}", final=done == total)
 
-    def _end_line(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
-
 
 def duration(seconds: float) -> str:
     """1:05 for 65 seconds, 1:00:05 for an hour more."""
@@ -64,12 +59,9 @@ def duration(seconds: float) -> str:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """Columns aligned, the first row a head with a rule below."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in [rows[0], tuple("-" * width for width in widths), *rows[1:]]:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *right]))
+    return "\n".join(lines)

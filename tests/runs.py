@@ -29,21 +29,12 @@ def environment():
 
 
 def begin(workdir, *arguments, through=()):
-    """Starts training; its stderr goes to the file WORKDIR.log, where it can be read meanwhile.
-
-    `through` is a command that takes the one to run as its arguments.
-    """
+    """Starts training, perhaps `through` another command; its stderr goes to WORKDIR.log."""
     command = [*through, sys.executable, "-m", "ovseg_jax.main", f"--config={CONFIG}"]
     command += [f"--workdir={workdir}", *arguments]
+    quiet = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL}
     with Path(f"{workdir}.log").open("w") as log:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            text=True,
-        )
+        return subprocess.Popen(command, stderr=log, text=True, **quiet)
 
 
 def log_of(workdir):

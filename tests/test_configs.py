@@ -1,6 +1,5 @@
 """Every config builds its model, its optimizer and one train step a phase, at full size, traced."""
 
-import re
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
+from ovseg_jax.aot import batch_shapes
 from ovseg_jax.data.sources import SOURCES
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import read_config
@@ -19,13 +19,10 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
 from ovseg_jax.segmentation.protocol import Protocol, named_protocol
-from ovseg_jax.train.compile_ahead import batch_shapes
-from ovseg_jax.train.config import complete, load_config
-from ovseg_jax.train.phases import make_phases, rate_at
-from ovseg_jax.train.resume import changed_fields, plain
-from ovseg_jax.train.state import new_state
-from ovseg_jax.train.step import train_step
-from ovseg_jax.weights.initialize import init_params, init_statistics
+from ovseg_jax.train.config import changed_fields, complete, load_config, plain
+from ovseg_jax.train.phases import make_phases
+from ovseg_jax.train.step import Program
+from ovseg_jax.weights.initialize import init_params
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
@@ -56,27 +53,18 @@ def test_every_config_is_listed():
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count(name):
+def test_parameter_count_and_decay_of_word_vectors(name):
+    """Decay leaves the vectors of words that no caption uses."""
     config = load_config(f"{CONFIGS}/{name}")
     model = build_model(config.model)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == PARAMETERS[name]
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_decay_leaves_word_vectors_that_no_caption_uses(name):
-    config = load_config(f"{CONFIGS}/{name}")
-    model = build_model(config.model)
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    flat = groups.flatten(nn.unbox(shapes))
     # Under the real names two rows each, of which the second gets no gradient.
+    flat = groups.flatten(nn.unbox(shapes))
     params = groups.nest({path: jnp.ones((2, 1), jnp.float32) for path in flat})
     gradient = jax.tree.map(lambda x: x.at[1].set(0.0), params)
-    phases = [
-        phase
-        for phase in make_phases(config, records=4_300_000)
-        if "text_encoder" in groups.split(params, phase.frozen)[0]
-    ]
+    phases = make_phases(config, records=4_300_000)
+    phases = [x for x in phases if "text_encoder" in groups.split(params, x.frozen)[0]]
     assert bool(phases) == (name not in ("quickstart.py", "photos.py"))  # whose text is frozen
     for phase in phases:
         trained, held = groups.split(params, phase.frozen)
@@ -107,25 +95,11 @@ def test_a_config_names_what_differs():
         assert filled == named_protocol(protocol)
 
 
-def test_what_no_config_names_can_be_set_and_is_checked():
-    path = CONFIGS / "vitb.py"
-    keys = ("model.image.drop_path", "loss.mask_cost", "data.transform.rand_augment.operations")
-    overrides = [*zip(keys, ("0.1", "euclidean", "2"), strict=True), ("eval.voc.dir", "data")]
-    config = load_config(path, overrides)
-    assert config.model.image.drop_path == 0.1 and config.loss.mask_cost == "euclidean"
-    assert config.data.transform.rand_augment.operations == 2 and config.eval.voc.dir == "data"
-    for key, text, said in (
-        ("model.image.drop_pth", "0.1", "did you mean 'model.image.drop_path'"),
-        ("loss.mask_size", "big", "is not an int"),
-        ("model.image.layer_scale", "None", "^$"),
-        ("eval.vok.dir", "data", "did you mean 'eval.voc"),
-    ):
-        try:
-            load_config(path, [(key, text)])
-        except UserError as error:
-            assert re.search(said, str(error)) and "\n" not in str(error)
-        else:
-            assert said == "^$"
+def test_what_no_config_names_can_be_set():
+    config = load_config(CONFIGS / "vitb.py", [("loss.mask_cost", "euclidean")])
+    assert config.loss.mask_cost == "euclidean"
+    with pytest.raises(UserError, match="did you mean 'model.image.drop_path'"):
+        load_config(CONFIGS / "vitb.py", [("model.image.drop_pth", "0.1")])
 
 
 @pytest.mark.parametrize(
@@ -152,11 +126,6 @@ def test_fields_of_a_config_file_that_do_not_exist(tmp_path, fields, said):
     with pytest.raises(UserError, match=said) as error:
         load_config(path)
     assert str(error.value).count(str(path)) == 1
-
-
-def test_groups_of_fields_are_groups():
-    with pytest.raises(UserError, match="config.data is 3, but has fields of its own"):
-        complete({"data": 3, "model": load_config(CONFIGS / "vitb.py").model})
 
 
 def test_saved_configs_of_earlier_versions_are_read():
@@ -198,38 +167,19 @@ def test_every_phase_traces(name):
     for benchmark, fields in FOLDER_FIELDS.items():
         assert config.eval[benchmark].to_dict() == fields
     Protocol.from_config(config.eval.protocol)
-    mesh = sharding.make_mesh()
-    params = nn.unbox(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    phases = make_phases(config, records=4_300_000)
+    program = Program(config=config, mesh=sharding.make_mesh(), model=model, phases=phases)
     seen = set()
-    for phase in make_phases(config, records=4_300_000):
+    for phase in phases:
         kind = (phase.mask_weight > 0, phase.frozen, phase.erase is None)
         if kind in seen:
             continue
         seen.add(kind)
-        tx = make_optimizer(config.optimizer, *groups.split(params, phase.frozen))
-        state = jax.eval_shape(
-            lambda p, tx=tx, phase=phase: new_state(p, tx, phase.frozen, init_statistics(model)),
-            params,
-        )
-        new, metrics = jax.eval_shape(
-            lambda s, b, tx=tx, phase=phase: train_step(
-                s,
-                b,
-                model=model,
-                tx=tx,
-                rate=lambda step: rate_at(step, config, phase, phase.last),
-                config=config,
-                mask_weight=phase.mask_weight,
-                frozen=phase.frozen,
-                mesh=mesh,
-                erase=phase.erase,
-            ),
-            state,
-            batch_shapes(config, phase, 16, 24),
-        )
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), state
-        )
+        state = program.abstract_state(phase)
+        batch = batch_shapes(config, phase, 16, 24)
+        new, metrics = jax.eval_shape(program.step(phase), state, batch)
+        shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (new, state))
+        assert next(shapes) == next(shapes)
         assert metrics["loss"].shape == ()
         assert ("mask" in metrics) == (phase.mask_weight > 0)
         assert ("nouns" in metrics) == (config.loss.noun_weight > 0)

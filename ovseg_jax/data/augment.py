@@ -1,7 +1,7 @@
 """The transform of a training image: crop, flip, color jitter, RandAugment; from bytes to uint8.
 
 Random erasing fills in noise after normalization, so the train step applies it on the device
-(`ovseg_jax.train.erasing`). RandAugment (Cubuk et al., 2020) has the 15 operations that grow
+(`ovseg_jax.train.apply`). RandAugment (Cubuk et al., 2020) has the 15 operations that grow
 stronger with the magnitude. The published recipe is rand-m9-mstd0.5-inc1 in timm's notation.
 """
 
@@ -37,7 +37,7 @@ def complete_transform(spec: Mapping[str, Any], where: str = "transform") -> dic
     `kind` is 'none' (the whole image, no randomness) or 'crop'; `size` is in pixels. Fields of a
     crop: `scale`, `ratio` (see `decoding.crop_box`), `flip` (probability of a mirror image),
     `color_jitter` (strengths of brightness, contrast, saturation), `rand_augment` (see there),
-    `erase` (see `ovseg_jax.train.erasing`) and `reduced_decoding` (see `decoding.decode_reduced`).
+    `erase` (see `ovseg_jax.train.apply`) and `reduced_decoding` (see `decoding.decode_reduced`).
 
     Raises:
       UserError: a field is unknown, missing or out of range.

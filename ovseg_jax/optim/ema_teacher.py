@@ -1,8 +1,7 @@
 """The EMA teacher, kept in the optimizer state (Sec. 3.2, "momentum model").
 
-`ema_teacher` is a gradient transformation that leaves the updates alone and tracks the
-parameters they lead to. It must come last in the chain, after the learning rate, where
-``params + updates`` is what the model will be. (`optax.ema` averages *updates*.)
+`ema_teacher` leaves the updates alone and tracks the parameters they lead to. It must come last in
+the chain, where ``params + updates`` is what the model will be. (`optax.ema` averages *updates*.)
 """
 
 from typing import Any, NamedTuple
@@ -34,12 +33,10 @@ def ema_teacher(decay: float, prefix: str) -> optax.GradientTransformation:
     def init(params: Any) -> EmaTeacherState:
         # A copy: aliasing the parameters would donate one buffer twice.
         return EmaTeacherState(
-            nest({k: jnp.array(x, copy=True) for k, x in select(params).items()})
+            nest(jax.tree.map(lambda x: jnp.array(x, copy=True), select(params)))
         )
 
     def update(updates: Any, state: EmaTeacherState, params: Any = None) -> tuple:
-        if params is None:
-            raise ValueError("ema_teacher needs the parameters: tx.update(grads, state, params)")
         old, change, average = select(params), select(updates), flatten(state.params)
         new = {k: decay * average[k] + (1.0 - decay) * (old[k] + change[k]) for k in average}
         return updates, EmaTeacherState(nest(new))
@@ -52,20 +49,13 @@ def _is_teacher(node: Any) -> bool:
 
 
 def find_teacher(opt_state: Any) -> dict[str, Any]:
-    """The teacher's parameters inside an optimizer state.
-
-    Raises:
-      ValueError: the state holds no teacher, or more than one.
-    """
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_teacher) if _is_teacher(x)]
-    if len(found) != 1:
-        raise ValueError(f"expected one EmaTeacherState in the optimizer state, found {len(found)}")
-    return found[0].params
+    """The teacher's parameters inside an optimizer state, which must hold exactly one teacher."""
+    (teacher,) = filter(_is_teacher, jax.tree.leaves(opt_state, is_leaf=_is_teacher))
+    return teacher.params
 
 
 def replace_teacher(opt_state: Any, params: dict[str, Any]) -> Any:
     """The optimizer state with the teacher's parameters replaced."""
-    find_teacher(opt_state)
     return jax.tree.map(
         lambda x: EmaTeacherState(params) if _is_teacher(x) else x, opt_state, is_leaf=_is_teacher
     )

@@ -5,59 +5,41 @@ Paths are "/"-joined, e.g. ``image_encoder/trunk_layers/layers/mlp/fc1/kernel``.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ovseg_jax.errors import UserError
 
-Flat = dict[str, Any]
+# Nested dict to ``{"a/b/c": leaf}`` and back.
+flatten = partial(flatten_dict, sep="/")
+nest = partial(unflatten_dict, sep="/")
 
 
-def flatten(tree: Mapping[str, Any]) -> Flat:
-    """Nested dict to ``{"a/b/c": leaf}``."""
-    return flatten_dict(dict(tree), sep="/")
-
-
-def nest(flat: Flat) -> dict[str, Any]:
-    """Inverse of `flatten`."""
-    return unflatten_dict(flat, sep="/")
-
-
-def assign(paths: Sequence[str], rules: Sequence[tuple[str, Any]], field: str) -> Flat:
-    """Value of the first rule whose pattern is found in each path (`re.search`).
-
-    Args:
-      paths: parameter paths.
-      rules: (pattern, value), in order.
-      field: name of the config field the rules come from, for messages.
+def assign(paths: Sequence[str], rules: Sequence[tuple[str, Any]], field: str) -> dict[str, Any]:
+    """Value of the first (pattern, value) whose pattern is found in each path (`re.search`).
 
     Raises:
       UserError: a pattern does not compile or matches no parameter that an earlier pattern left,
-        or a path is matched by none.
+        or a path is matched by none. `field` is the config field that the rules come from.
     """
     try:
-        compiled = [(re.compile(pattern), value) for pattern, value in rules]
+        compiled = [re.compile(pattern) for pattern, _ in rules]
     except re.error as error:
         raise UserError(f"{field}: {error.pattern!r} is no regular expression: {error}") from None
-    values: Flat = {}
-    used: set[str] = set()
-    for path in paths:
-        for pattern, value in compiled:
-            if pattern.search(path):
-                values[path] = value
-                used.add(pattern.pattern)
-                break
-    missed = [path for path in paths if path not in values]
-    if missed:
+    first = {
+        path: next((i for i, p in enumerate(compiled) if p.search(path)), None) for path in paths
+    }
+    if missed := [path for path, rule in first.items() if rule is None]:
         raise UserError(f"{field}: no pattern matches {', '.join(missed)}; end with a '.*' rule")
-    idle = [pattern for pattern, _ in rules if pattern not in used and pattern != ".*"]
-    if idle:
+    used = {rules[rule][0] for rule in first.values()}
+    if idle := [pattern for pattern, _ in rules if pattern not in used and pattern != ".*"]:
         raise UserError(
             f"{field}: {', '.join(map(repr, idle))} matches no parameter that is left for it. "
             f"Parameters look like {paths[0]!r}, {paths[-1]!r}"
         )
-    return values
+    return {path: rules[rule][1] for path, rule in first.items()}
 
 
 def split(
@@ -65,23 +47,16 @@ def split(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) parts of a parameter tree; `join` puts them together again.
 
-    Args:
-      frozen: patterns; a parameter that any of them finds is frozen.
-
     Raises:
-      UserError: a pattern matches nothing.
+      UserError: one of the patterns `frozen` matches nothing.
     """
     flat = flatten(params)
-    rules = [(pattern, True) for pattern in frozen] + [(".*", False)]
-    marks = assign(list(flat), rules, "frozen")
-    kept = {path: leaf for path, leaf in flat.items() if not marks[path]}
-    held = {path: leaf for path, leaf in flat.items() if marks[path]}
-    return nest(kept), nest(held)
+    marks = assign(list(flat), [*((pattern, True) for pattern in frozen), (".*", False)], "frozen")
+    parts = ({p: leaf for p, leaf in flat.items() if marks[p] == held} for held in (False, True))
+    trainable, held = map(nest, parts)
+    return trainable, held
 
 
 def join(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Merges trees with disjoint paths into one."""
-    flat: Flat = {}
-    for part in parts:
-        flat.update(flatten(part))
-    return nest(flat)
+    return nest({path: leaf for part in parts for path, leaf in flatten(part).items()})

@@ -14,6 +14,7 @@ from ovseg_jax.optim.groups import assign, flatten, nest
 from ovseg_jax.shapes import Array, Float, Int
 
 COSINE_FROM = ("warmup_end", "first_step")
+TEACHER_PREFIX = "image_encoder/"
 
 
 def warmup_cosine(
@@ -34,9 +35,6 @@ def warmup_cosine(
         `warmup - 1` has the peak.
       cosine_from: where the cosine begins. With "first_step" the warm-up hides its beginning, and
         the rate drops a little below the peak where the warm-up ends (the released training).
-
-    Raises:
-      UserError: `cosine_from` has none of its values.
     """
     if cosine_from not in COSINE_FROM:
         raise UserError(
@@ -60,27 +58,21 @@ def learning_rate(
     """The schedule that `config` describes, at a global step.
 
     Args:
-      step: global step.
+      step: counts skipped (non-finite) steps too, unlike the optimizer's own counter.
       config: `peak`, `warmup` (steps if >= 1, else a share of the schedule), `end`, `start` and
         `cosine_from` (see `warmup_cosine`), and `delay`: step n has the rate of n - delay, the
         first `delay` steps that of 0. (1 in the released training, which sets the rate after the
         update.)
-      first: global step at which the schedule starts; total: its length in steps. Step counts, not
-        the optimizer's own counter, so that a skipped (non-finite) step cannot shift it.
+      first: global step at which the schedule starts; total: its length in steps.
     """
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total
+    names = ("peak", "end", "start", "cosine_from")
     return warmup_cosine(
         jnp.maximum(step - first - config.delay, 0),
-        peak=config.peak,
         warmup=int(warmup),
         total=total,
-        end=config.end,
-        start=config.start,
-        cosine_from=config.cosine_from,
+        **{name: config[name] for name in names},
     )
-
-
-TEACHER_PREFIX = "image_encoder/"
 
 
 def per_parameter(
@@ -88,32 +80,20 @@ def per_parameter(
 ) -> optax.GradientTransformation:
     """Stateless transformation ``u <- combine(u, p, value of the parameter)``."""
 
-    def init(params: Any) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple:
+    def update(updates: Any, params: Any) -> Any:
         weights = flatten(params)
-        changed = {k: combine(u, weights[k], values[k]) for k, u in flatten(updates).items()}
-        return nest(changed), state
+        return nest({k: combine(u, weights[k], values[k]) for k, u in flatten(updates).items()})
 
-    return optax.GradientTransformation(init, update)
+    return optax.stateless(update)
 
 
 def scale_by_rate() -> optax.GradientTransformationExtraArgs:
     """Scales by minus the learning rate given at each update (``rate=...``)."""
 
-    def init(params: Any) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update(
-        updates: Any, state: optax.EmptyState, params: Any = None, *, rate: Array, **_: Any
-    ) -> tuple:
-        del params
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Array, **_: Any) -> tuple:
         return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -129,17 +109,15 @@ def standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransf
 def make_optimizer(
     config: ConfigDict, trainable: Mapping[str, Any], held: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of the trainable parameters.
+    """The optimizer of the trainable (abstract) parameters.
 
     Order: clip by global norm, Adam, decoupled weight decay, learning rate, EMA teacher. The rate
     is an argument of ``update`` (``rate=...``), so that it follows the run's step.
 
     Args:
       config: `b1`, `b2`, `eps`, `clip_norm` (0 for none), `weight_decay`, `decay_rules` and
-        `rate_rules` (lists of (pattern, factor) on the weight decay and on the rate, first match
-        wins), `ema_decay`.
-      trainable: (abstract) trainable parameters, for their paths.
-      held: frozen ones. Rules are the whole run's: they may name what this phase freezes.
+        `rate_rules` (lists of (pattern, factor), first match wins), `ema_decay`.
+      held: frozen parameters. Rules are the whole run's: they may name what this phase freezes.
 
     Raises:
       UserError: a rule matches nothing or a parameter is not covered.

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.checkpoint_managers import LatestN
 
 from ovseg_jax import processes
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.evaluate import write_result
+from ovseg_jax.files import replace_file
 from ovseg_jax.train.state import TrainState
 
 # Two, so that there is one before a damaged one.
@@ -42,16 +42,13 @@ class Damaged(UserError):
     """A checkpoint that is there but cannot be read."""
 
 
-class _LatestAndBest:
+class _LatestAndBest(LatestN):
     """Orbax's preservation policy: the latest ones stay, and the best one however old it is."""
 
-    def __init__(self) -> None:
-        self.best: int | None = None
-        self._latest = checkpoint_managers.LatestN(KEEP_LATEST)
+    best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which checkpoints stay, in their order."""
-        latest = self._latest.should_preserve(checkpoints, context=context)
+        latest = super().should_preserve(checkpoints, context=context)
         return [
             keep or info.step == self.best for keep, info in zip(latest, checkpoints, strict=True)
         ]
@@ -61,7 +58,6 @@ class Checkpoints:
     """Saves and restores `TrainState`s with a small record of the run's position.
 
     Args:
-      directory: ``WORKDIR/checkpoints``.
       read_only: of a run that may be under way. Otherwise the folders are made, and what a killed
         process left half written is removed.
 
@@ -74,7 +70,7 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._steps_folder = self._directory / "latest"
         self._saving = 0
-        self._policy = _LatestAndBest()
+        self._policy = _LatestAndBest(KEEP_LATEST)
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         else:
@@ -103,14 +99,7 @@ class Checkpoints:
     # ---- saving
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Starts saving; returns while the files are still being written.
-
-        Args:
-          position: plain values; "phase" (the phase that the state belongs to) at least.
-
-        Raises:
-          UserError: there is no room.
-        """
+        """Starts saving, with a record of plain values; returns while files are being written."""
         step = int(state.step)
         if self._manager.latest_step() == step:
             return
@@ -127,26 +116,18 @@ class Checkpoints:
                 f"left, the checkpoint takes {needed / 1e6:.1f} MB. {self._kept()}"
             )
         self._saving = step
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-        )
-        self._reporting(lambda: self._manager.save(step, args=args))
+        args = {"state": ocp.args.StandardSave(state), "position": ocp.args.JsonSave(position)}
+        self._reporting(lambda: self._manager.save(step, args=ocp.args.Composite(**args)))
 
     def _list_files(self) -> None:
-        """Called by Orbax when all files are written and the folder has its temporary name.
-
-        Files beside the items' folders are Orbax's notes about the commit, which still change.
-        """
-        if not processes.is_first():
-            return
-        folder = self._steps_folder / f"{self._saving}{_IN_PROGRESS}"
-        sizes = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in folder.rglob("*/*")
-            if path.is_file()
-        }
-        text = json.dumps(sizes, indent=1, sort_keys=True)
-        (folder / FILE_LIST).write_text(text, encoding="utf-8")
+        """Called by Orbax when all files are written and the folder has its temporary name."""
+        # Files beside the items' folders are Orbax's notes about the commit, which still change.
+        if processes.is_first():
+            folder = self._steps_folder / f"{self._saving}{_IN_PROGRESS}"
+            paths = [path for path in folder.rglob("*/*") if path.is_file()]
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+            text = json.dumps(sizes, indent=1, sort_keys=True)
+            (folder / FILE_LIST).write_text(text, encoding="utf-8")
 
     def check(self) -> None:
         """Reports a save that failed in the background."""
@@ -187,7 +168,7 @@ class Checkpoints:
         self._best = {"step": step, "miou": miou, "metric": metric}
         self._policy.best = step
         if processes.is_first():
-            write_result(self._directory / BEST, self._best)
+            replace_file(self._directory / BEST, json.dumps(self._best, indent=2) + "\n")
 
     # ---- reading
 
@@ -196,28 +177,26 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def position(self, step: int) -> dict[str, Any]:
-        """The record saved with a checkpoint, and its "step".
-
-        Raises:
-          Damaged: it cannot be read.
-        """
+        """The record saved with a checkpoint, and its "step"; Damaged where it cannot be read."""
         args = ocp.args.Composite(position=ocp.args.JsonRestore())
         restored = self._read(step, lambda: self._manager.restore(step, args=args))
         return {**restored.position, "step": step}
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """A state, laid out as `abstract` says.
-
-        Args:
-          abstract: shapes, dtypes and shardings of the phase that the state was saved in. Another
-            tree is refused: Orbax would fill a missing leaf with None and say nothing.
+        """A state, laid out as the abstract state of its phase says.
 
         Raises:
-          Misfit: the checkpoint does not fit; lists the leaves that differ.
+          Misfit: its tree or shapes are others: Orbax would fill a missing leaf with None.
           Damaged: it cannot be read.
         """
         saved = self._read(step, lambda: self._manager.item_metadata(step).state)
-        if faults := _misfits(abstract, saved.tree if hasattr(saved, "tree") else saved):
+        needed, present = map(_shapes, (abstract, saved.tree if hasattr(saved, "tree") else saved))
+        faults = [
+            f"{name}: saved {present.get(name, 'not at all')}, needed {needed.get(name, 'no')}"
+            for name in sorted({*needed, *present})
+            if needed.get(name) != present.get(name)
+        ]
+        if faults:
             raise Misfit(
                 f"the checkpoint of step {step} in {self._directory} does not fit this config "
                 "(was it written with another one?):\n  " + "\n  ".join(faults[:20])
@@ -263,7 +242,6 @@ class Checkpoints:
 
         Args:
           abstract: from a record to what `restore` takes; may refuse the record.
-          say: called with a line about each damaged checkpoint.
 
         Raises:
           UserError: no checkpoint is whole, or the one that is does not fit.
@@ -298,24 +276,12 @@ class Checkpoints:
         return None
 
 
-def _misfits(wanted: TrainState, saved: Any) -> list[str]:
-    """One line for each leaf that only one of two states has or whose shapes differ.
-
-    Args:
-      saved: may hold dicts and lists where the state has classes: of a path only the words count.
-    """
-    needed, present = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (wanted, saved)
-    )
-    return [
-        f"{name}: saved {present.get(name, 'not at all')}, needed {needed.get(name, 'no')}"
-        for name in sorted(set(needed) | set(present))
-        if needed.get(name) != present.get(name)
-    ]
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, the same where what is saved has dicts and lists for the state's classes."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -1,12 +1,10 @@
 """What a config asks for and cannot have: every refusal before the first step, in one place.
 
 Training and ahead-of-time compilation both call `check_losses` and `check_phases`; training adds
-what depends on data, devices that are present and evaluations. All of them raise UserError, which
-says what to change.
+what depends on data and weights. All of them raise UserError, which says what to change.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,8 +14,6 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.losses.mask_consistency import subgroup_count
 from ovseg_jax.losses.matching import BACKENDS, ENUMERATE_LIMIT
 from ovseg_jax.losses.released_mask_consistency import COSTS
-from ovseg_jax.segmentation.benchmarks import Benchmark
-from ovseg_jax.segmentation.calibrate import tune_split
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.sharding import AnyMesh, batch_shards
 from ovseg_jax.train.phases import Phase
@@ -36,72 +32,39 @@ LEAST = {"log_every": 1, "checkpoint_every": 1, "max_skipped": 1, "hang_seconds"
 
 def check_losses(config: ConfigDict) -> None:
     """Refuses losses that cannot be computed, whatever the data are."""
-    loss, data, model = config.loss, config.data, config.model
+    loss, data = config.loss, config.data
     for name, allowed in LOSS_CHOICES.items():
         if loss[name] not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise UserError(f"config.loss.{name} is {loss[name]!r}; it must be one of {listed}")
     masks = loss.cross_image == "masks"
     if masks and loss.mask_maps == "final_tokens" and loss.mask_directions == "one":
-        raise UserError(
-            "config.loss.mask_directions = 'one' needs mask_maps = 'binding': the form on final "
-            "tokens (Eq. 12) is symmetric"
-        )
+        raise UserError("config.loss.mask_directions = 'one' needs mask_maps = 'binding'")
     if loss.noun_weight and not data.nouns:
-        raise UserError(
-            "config.loss.noun_weight > 0 needs nouns: set config.data.nouns, for example to 3"
-        )
+        raise UserError("config.loss.noun_weight > 0 needs nouns: set config.data.nouns, e.g. to 3")
     if data.nouns and data.cache_texts:
-        raise UserError(
-            "config.data.nouns draws other sentences each time, which config.data.cache_texts "
-            "does not hold: set one of them to 0 or False"
-        )
+        raise UserError("config.data.nouns are not cached: set config.data.cache_texts = False")
     masking = Masking(loss.masking)
-    where = f"config.loss.masking = {masking.value!r}"
+    usual, where = masking is Masking.ALL_ENTITIES, f"config.loss.masking = {masking.value!r}"
     if loss.entity_weight <= 0:
-        if masking is not Masking.ALL_ENTITIES:
+        if not usual:
             raise UserError(f"{where} has no effect with config.loss.entity_weight = 0")
         return
-    if masking.needs_decoder and model.decoder is None:
+    if masking.needs_decoder and config.model.decoder is None:
         raise UserError(
             "config.loss.entity_weight > 0 needs an entity decoder, but config.model.decoder is "
             "None: set config.loss.entity_weight = 0"
         )
-    if data.cache_texts and masking is not Masking.ALL_ENTITIES:
-        raise UserError(
-            f"{where} does not fit config.data.cache_texts, which holds captions with all their "
-            "entities masked: set cache_texts = False"
-        )
+    if data.cache_texts and not usual:
+        raise UserError(f"{where} is not cached: set config.data.cache_texts = False")
     if masking is Masking.MULTI_LABEL and (not data.nouns or loss.noun_weight):
-        raise UserError(
-            f"{where} needs nouns (set config.data.nouns, for example to 3), and takes the place "
-            "of config.loss.noun_weight (set it to 0)"
-        )
-
-
-def check_token_classes(config: ConfigDict, mask_id: int, entities: int) -> None:
-    """Refuses masked language modeling that does not fit the tokenizer and the entities.
-
-    Args:
-      mask_id: of the tokenizer, -1 where it has no mask token. entities: how many the data have.
-    """
-    masking, model = Masking(config.loss.masking), config.model
-    if config.loss.entity_weight <= 0 or not masking.classifies:
-        return
-    where = f"config.loss.masking = {masking.value!r}"
-    source = "decoder" if masking is Masking.MLM_GROUPS else "text"
-    if (model.token_classes, model.token_classes_from) != (entities, source):
-        raise UserError(
-            f"{where} classifies {entities} entities: set config.model.token_classes = "
-            f"{entities} and config.model.token_classes_from = {source!r}"
-        )
-    if mask_id < 0:
-        raise UserError(f"{where} needs a tokenizer with a mask token")
+        raise UserError(f"{where} needs config.data.nouns, e.g. 3, and config.loss.noun_weight = 0")
 
 
 def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> None:
-    """Refuses phases that a mesh, the matching, caches or accumulation cannot serve."""
+    """Refuses phases that mesh, matching, caches, evaluations or accumulation cannot serve."""
     shards, count = batch_shards(mesh), config.accumulation.micro_batches
+    image, loss, cached = config.model.image, config.loss, config.data.cache_images
     if count < 1:
         raise UserError("config.accumulation.micro_batches must be at least 1")
     if count > 1 and config.model.projector_norm == "batch":
@@ -121,21 +84,21 @@ def check_phases(config: ConfigDict, phases: Sequence[Phase], mesh: AnyMesh) -> 
             )
         if phase.batch_size % (count * shards):
             raise UserError(f"{where}into {count} micro-batches on {shards} batch shards")
-    if any(phase.mask_weight > 0 for phase in phases):
-        _check_matching(config)
-    if not config.data.cache_images:
-        return
-    if any(phase.transform != phases[0].transform for phase in phases):
-        raise UserError("config.data.cache_images needs the same transform in all phases")
-    if phases[0].erase:
+        every = config.eval.every
+        if phase.start_from == "best" and not 0 < every <= phase.first:
+            raise UserError(
+                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
+                f"before its first step ({phase.first}): set config.eval.every, now {every}"
+            )
+        if cached and phase.transform != phases[0].transform:
+            raise UserError("config.data.cache_images needs the same transform in all phases")
+    if cached and phases[0].erase:
         raise UserError(
             "config.data.cache_images holds features, of which nothing can be erased: set it to "
             "False, or config.data.transform.erase.probability to 0.0"
         )
-
-
-def _check_matching(config: ConfigDict) -> None:
-    image, loss = config.model.image, config.loss
+    if all(phase.mask_weight <= 0 for phase in phases):
+        return
     groups = image.later_stages[-1][1] if image.later_stages else image.num_groups
     masks = loss.cross_image == "masks"
     # On the maps of the binding all groups are matched.
@@ -163,56 +126,55 @@ def check_text_length(config: ConfigDict, length: int) -> None:
 
 
 def check_files(config: ConfigDict, missing: Sequence[str]) -> None:
-    """Refuses a config whose data, weights or tokenizer are not here, all in one message.
-
-    Args:
-      missing: what is missing of the data.
-    """
+    """Refuses a config whose data (`missing`), weights or tokenizer are not here, all at once."""
     missing = list(missing)
     for name in ("image_init", "text_init"):
         try:
             if config.model[name]:
                 find_weights(config.model[name], f"config.model.{name}")
         except UserError as error:
-            missing.append(
-                f"{error}; an empty string (--config.model.{name}=) starts from random weights"
-            )
+            start = f"an empty string (--config.model.{name}=) starts from random weights"
+            missing.append(f"{error}; {start}")
     try:
         find_tokenizer(config.data.tokenizer)
     except UserError as error:
         missing.append(f"config.data.tokenizer: {error}")
     if missing:
         raise UserError(
-            "this config needs what is not here:\n  - "
-            + "\n  - ".join(missing)
+            "\n  - ".join(["this config needs what is not here:", *missing])
             + "\nWithout data and weights, try the variant that needs neither: "
             "--config=configs/vitb.py:smoke, or --config=configs/quickstart.py"
         )
 
 
-def check_model(config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Refuses a model that does not fit its tokenizer, its caches or its start."""
-    model, name = config.model, config.data.tokenizer
+def check_model(config: ConfigDict, tokenizer: Tokenizer, entities: int) -> None:
+    """Refuses a model that does not fit its tokenizer, caches, start, or number of entities."""
+    model, name = config.model, f"the tokenizer {config.data.tokenizer!r}"
+    size, pad = tokenizer.vocab_size, tokenizer.pad_id
     if model.neck_init not in ("", "standardize"):
-        raise UserError(
-            f"config.model.neck_init is {model.neck_init!r}; it must be standardize or empty"
-        )
-    if tokenizer.vocab_size > model.text.vocab_size:
-        raise UserError(
-            f"the tokenizer {name!r} has {tokenizer.vocab_size} tokens, "
-            f"config.model.text.vocab_size is {model.text.vocab_size}"
-        )
-    if tokenizer.pad_id != model.pad_id:
-        raise UserError(
-            f"the tokenizer {name!r} pads with token {tokenizer.pad_id}, "
-            f"config.model.pad_id is {model.pad_id}"
-        )
+        raise UserError(f"config.model.neck_init is {model.neck_init!r}; give 'standardize' or ''")
+    if size > model.text.vocab_size:
+        most = model.text.vocab_size
+        raise UserError(f"{name} has {size} tokens, config.model.text.vocab_size is {most}")
+    if pad != model.pad_id:
+        raise UserError(f"{name} pads with token {pad}, config.model.pad_id is {model.pad_id}")
     if config.data.cache_texts and model.projector_norm == "batch":
         raise UserError(
             "config.data.cache_texts keeps sentence vectors alone, but a batch norm "
             "(config.model.projector_norm = 'batch') also sees all tokens in training: set "
             "config.data.cache_texts = False"
         )
+    masking = Masking(config.loss.masking)
+    if config.loss.entity_weight > 0 and masking.classifies:
+        where = f"config.loss.masking = {masking.value!r}"
+        source = "decoder" if masking is Masking.MLM_GROUPS else "text"
+        if (model.token_classes, model.token_classes_from) != (entities, source):
+            raise UserError(
+                f"{where} classifies {entities} entities: set config.model.token_classes = "
+                f"{entities} and config.model.token_classes_from = {source!r}"
+            )
+        if tokenizer.mask_id < 0:
+            raise UserError(f"{where} needs a tokenizer with a mask token")
 
 
 def check_loop(config: ConfigDict) -> None:
@@ -220,55 +182,9 @@ def check_loop(config: ConfigDict) -> None:
     for name, value in LEAST.items():
         if config[name] < value:
             raise UserError(f"config.{name} is {config[name]}; it must be at least {value}")
-    spec: Any = config.eval
-    if spec.weights not in ("online", "teacher"):
-        raise UserError(f"config.eval.weights is {spec.weights!r}; it must be online or teacher")
-    Protocol.from_config(spec.protocol)
-    if spec.every < 0:
-        raise UserError(
-            f"config.eval.every is {spec.every}; it must be a number of steps, or 0 for no "
-            "evaluation before the end"
-        )
-    if spec.every:
-        images_to_choose_on(spec)
-
-
-def images_to_choose_on(config: ConfigDict) -> Benchmark:
-    """The tune split that evaluations in the course of training measure on.
-
-    Args:
-      config: the run's ``config.eval``.
-    """
-    if not config.benchmarks:
-        raise UserError(
-            "config.eval.every needs a benchmark to evaluate on, but config.eval.benchmarks is "
-            "empty: name one, or set config.eval.every = 0"
-        )
-    if not config.calibrate:
-        raise UserError(
-            "config.eval.every needs images that are not reported: set config.eval.calibrate = "
-            "True, or config.eval.every = 0"
-        )
-    name = config.benchmarks[0]
-    tune = tune_split(name, config)
-    if tune is None:
-        raise UserError(
-            f"config.eval.every needs images that are not reported, and benchmark {name} has none: "
-            "put another one first in config.eval.benchmarks, or set config.eval.every = 0"
-        )
-    return tune
-
-
-def check_best_starts(phases: Sequence[Phase], every: int) -> None:
-    """Refuses a phase that starts from the best state where no evaluation comes before it.
-
-    Args:
-      every: steps from one evaluation to the next; 0 for none.
-    """
-    for phase in phases:
-        if phase.start_from == "best" and not 0 < every <= phase.first:
-            raise UserError(
-                f"config.phases[{phase.index}].start_from is 'best', but no evaluation comes "
-                f"before its first step ({phase.first}; config.eval.every = {every}): set "
-                "config.eval.every"
-            )
+    if config.eval.every < 0:
+        raise UserError(f"config.eval.every is {config.eval.every}; it must be at least 0")
+    if config.eval.weights not in ("online", "teacher"):
+        given = config.eval.weights
+        raise UserError(f"config.eval.weights is {given!r}; it must be online or teacher")
+    Protocol.from_config(config.eval.protocol)

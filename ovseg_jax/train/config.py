@@ -6,6 +6,8 @@ fields of the protocol of its name, or `Protocol`'s where there is none of this 
 """
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data import augment
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import apply_override, nearest, read_config
+from ovseg_jax.flags import apply_override, filled, read_config
 from ovseg_jax.models.build import complete_model
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS, ScenesBenchmark
 from ovseg_jax.segmentation.protocol import NAMES, Protocol, named_protocol
 
+_ABSENT = object()
 # Everything but ``config.model``.
 DEFAULTS: dict[str, Any] = {
     "seed": 0,  # of the parameters, the order of the data and all randomness
@@ -110,14 +113,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 def load_config(spec: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-    """The complete config that a config file describes, with fields set from the command line.
-
-    Args:
-      spec: see `flags.read_config`.
-      overrides: (key, text) pairs for `flags.apply_override`.
+    """The complete config of a file (`flags.read_config`), with overrides (`flags.apply_override`).
 
     Raises:
-      UserError: the file cannot be read, or names a field that does not exist; or an override does.
+      UserError: the file cannot be read, or it or an override names a field that does not exist.
     """
     given = read_config(spec)
     try:
@@ -133,11 +132,8 @@ def complete(config: Mapping[str, Any] | ConfigDict, saved: bool = False) -> Con
     """A config with the default for every field that it leaves out.
 
     Args:
-      config: what a config file gives, or what a run saved.
-      saved: drop fields that do not exist, as an earlier version may have had them.
-
-    Raises:
-      UserError: a field that does not exist.
+      saved: by a run: fields that do not exist are dropped, as an earlier version may have had
+        them, and refused otherwise.
     """
     given, defaults = {key: config[key] for key in config}, DEFAULTS
     protocol = (given.get("eval") or {}).get("protocol") or {}
@@ -145,21 +141,25 @@ def complete(config: Mapping[str, Any] | ConfigDict, saved: bool = False) -> Con
         named = dataclasses.asdict(named_protocol(protocol["name"]))
         defaults = {**DEFAULTS, "eval": {**DEFAULTS["eval"], "protocol": named}}
     model = complete_model(given.pop("model", {}))
-    return ConfigDict({**_filled(given, defaults, "config", saved), "model": model})
+    return ConfigDict({**filled(given, defaults, "config", saved), "model": model})
 
 
-def _filled(
-    given: Mapping[str, Any] | ConfigDict, defaults: Mapping[str, Any], where: str, saved: bool
-) -> dict[str, Any]:
-    full = dict(defaults)
-    for key, value in given.items():
-        if key not in defaults:
-            if saved:
-                continue
-            raise UserError(f"{where}.{key} is no field{nearest(key, list(defaults))}")
-        if defaults[key] and isinstance(defaults[key], Mapping):
-            if not isinstance(value, Mapping | ConfigDict):
-                raise UserError(f"{where}.{key} is {value!r}, but has fields of its own")
-            value = _filled(value, defaults[key], f"{where}.{key}", saved)
-        full[key] = value
-    return full
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON holds it: dicts, lists, strings, numbers."""
+    return json.loads(config.to_json_best_effort(sort_keys=True))
+
+
+def changed_fields(before: Any, now: Any, path: str = "config") -> list[str]:
+    """One line for each field of two plain values that differs: ``config.a.b: 1 -> 2``, sorted."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        fields = [(f".{key}", before.get(key, _ABSENT), now.get(key, _ABSENT)) for key in keys]
+    elif all(isinstance(x, list) and any(isinstance(i, dict) for i in x) for x in (before, now)):
+        pairs = itertools.zip_longest(before, now, fillvalue=_ABSENT)
+        fields = [(f"[{index}]", *pair) for index, pair in enumerate(pairs)]
+    else:
+        first, second = ("absent" if x is _ABSENT else json.dumps(x) for x in (before, now))
+        return [f"{path}: {first} -> {second}"]
+    return [line for name, *pair in fields for line in changed_fields(*pair, f"{path}{name}")]

@@ -7,7 +7,7 @@ vectors of captions, prompts and shared entities, token features of masked capti
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -19,13 +19,8 @@ import numpy as np
 from flax import linen as nn
 
 from ovseg_jax import processes
+from ovseg_jax.data import captions as texts_of
 from ovseg_jax.data.augment import complete_transform, train_image
-from ovseg_jax.data.captions import (
-    distinct_captions,
-    distinct_prompts,
-    mask_entities,
-    shared_prompt,
-)
 from ovseg_jax.data.decoding import UnreadableImage
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.feature_store import FeatureStore
@@ -40,18 +35,9 @@ from ovseg_jax.weights.initialize import TRUNK
 
 # Fields of the visual encoder that do not change the trunk's output. All others are in the key:
 # heads, epsilons and positions change features without changing a weight.
-AFTER_TRUNK = (
-    "second_layers",
-    "second_heads",
-    "second_stage",
-    "later_stages",
-    "num_groups",
-    "group_tokens",
-    "group_std",
-    "binding_form",
-    "assignment",
-    "drop_path",
-    "remat",
+AFTER_TRUNK = tuple(
+    "second_layers second_heads second_stage later_stages num_groups group_tokens group_std "
+    "binding_form assignment drop_path remat".split()
 )
 
 IMAGE_BATCH = 32
@@ -97,9 +83,7 @@ def image_store(
 
     Args:
       directory: holds one folder per key.
-      transform: see `data.augment.complete_transform`; view v of a record is drawn from
-        (seed, v, key).
-      progress: called with a label, images done, images in all.
+      transform: see `data.augment.complete_transform`; view v is drawn from (seed, v, record).
     """
     transform = complete_transform(transform)
     # Where nothing is drawn, runs of any seed and any other fields share a cache.
@@ -123,27 +107,30 @@ def image_store(
     )
     size, count = int(transform["size"]), len(source)
     tokens, width = model.image_encoder.feature_tokens(size), model.image_encoder.feature_width
-    arrays = {
-        "image": ((count, views, tokens, width), np.float16),
-        "valid": ((count,), np.uint8),
-    }
+    arrays = {"image": ((count, views, tokens, width), np.float16), "valid": ((count,), np.uint8)}
     store = FeatureStore.create(folder, key, arrays)
-    rows = [(record, view) for record in range(count) for view in range(views)]
 
     def read(row: tuple[int, int]) -> np.ndarray | None:
         return _view(source, *row, transform, seed)
 
-    for part, images in _read_ahead(rows, read, IMAGE_BATCH):
-        batch = np.zeros((IMAGE_BATCH, size, size, 3), np.uint8)
-        for slot, image in enumerate(images):
-            if image is not None:
-                batch[slot] = image
-        features = np.asarray(trunk(params, batch))
-        for slot, (record, view) in enumerate(part):
-            if images[slot] is not None:
-                store["image"][record, view] = features[slot]
-                store["valid"][record] = 1
-        progress("image features", part[-1][0] + 1, count)
+    rows = [(record, view) for record in range(count) for view in range(views)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        # The next batch is read while the device works on the last one.
+        read_ahead = [pool.submit(read, row) for row in rows[:IMAGE_BATCH]]
+        for start in range(0, len(rows), IMAGE_BATCH):
+            part, images = rows[start : start + IMAGE_BATCH], [f.result() for f in read_ahead]
+            following = rows[start + IMAGE_BATCH : start + 2 * IMAGE_BATCH]
+            read_ahead = [pool.submit(read, row) for row in following]
+            batch = np.zeros((IMAGE_BATCH, size, size, 3), np.uint8)
+            for slot, image in enumerate(images):
+                if image is not None:
+                    batch[slot] = image
+            features = np.asarray(trunk(params, batch))
+            for slot, (record, view) in enumerate(part):
+                if images[slot] is not None:
+                    store["image"][record, view] = features[slot]
+                    store["valid"][record] = 1
+            progress("image features", part[-1][0] + 1, count)
     return store.commit()
 
 
@@ -157,20 +144,6 @@ def _view(
     except UnreadableImage as error:
         _log.warning("record %s cannot be used and weighs 0: %s", record.key, error.cause)
         return None
-
-
-def _read_ahead(
-    rows: Sequence[Any], read: Callable[[Any], Any], size: int
-) -> Iterator[tuple[Sequence[Any], list[Any]]]:
-    """Batches of `read(row)`; the next one is read while the caller works on the last."""
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        waiting = [pool.submit(read, row) for row in parts[0]] if parts else []
-        for index, part in enumerate(parts):
-            ready = waiting
-            if index + 1 < len(parts):
-                waiting = [pool.submit(read, row) for row in parts[index + 1]]
-            yield part, [future.result() for future in ready]
 
 
 def text_store(
@@ -188,16 +161,12 @@ def text_store(
     """Features of every text a step can ask for, float16, from the cache or computed now.
 
     Each different text is encoded once, among others of about its length, and without the padding
-    to M that only the stored arrays have.
-
-    Args:
-      templates: prompts are stored for each of them; keep few.
-      length: M.
+    to `length` that only the stored arrays have. Prompts are stored for each template: keep few.
     """
-    captions, starts, rows = distinct_captions(source.captions())
+    captions, starts, rows = texts_of.distinct_captions(source.captions())
     captions = [unmasked(caption) for caption in captions]
-    masked = [mask_entities(caption, entity_set) for caption in captions]
-    prompts, prompt_rows = distinct_prompts(captions, entity_set, templates)
+    masked = [texts_of.mask_entities(caption, entity_set) for caption in captions]
+    prompts, prompt_rows = texts_of.distinct_prompts(captions, entity_set, templates)
     key = cache_key(
         params,
         ("text_encoder/",),
@@ -215,7 +184,7 @@ def text_store(
     if (store := FeatureStore.open(folder, key)) is not None:
         return store
     hidden = list(dict.fromkeys(masked))
-    shared = [shared_prompt(name) for name in entity_set.names]
+    shared = [texts_of.shared_prompt(name) for name in entity_set.names]
     width = model.text_encoder.width
     arrays = {
         "caption_starts": (starts.shape, np.int64),
@@ -288,9 +257,6 @@ def standardized_neck(
     channels of a pretrained trunk differ in mean and scale: otherwise the common mean decides which
     group wins every patch, and one or two groups take them all.
 
-    Args:
-      transform: of the images, as in training; seed: of its random draws.
-
     Raises:
       UserError: the model has no neck, or not one image could be read.
     """
@@ -308,15 +274,13 @@ def standardized_neck(
         raise UserError(f"none of {NECK_IMAGES} images of {source.name} can be read")
     trunk = jax.jit(lambda params, x: model.apply({"params": params}, x, method="trunk"))
     features = np.asarray(trunk(processes.local(params), np.stack(images)), np.float32)
-    patches = features
-    params = {**params, "image_encoder": dict(params["image_encoder"])}
+    patches, encoder = features, params["image_encoder"]
+    params = dict(params)
     if model.image_head:
-        patches = features[:, 1:]
-        head = params["whole_head"]
+        patches, head = features[:, 1:], params["whole_head"]
         params["whole_head"] = {**head, "fc": _standardizing(head["fc"], features[:, 0])}
-    neck = params["image_encoder"]["neck"]
-    patches = patches.reshape(-1, patches.shape[-1])
-    params["image_encoder"]["neck"] = _standardizing(neck, patches)
+    neck = _standardizing(encoder["neck"], patches.reshape(-1, patches.shape[-1]))
+    params["image_encoder"] = {**encoder, "neck": neck}
     return params
 
 
@@ -331,6 +295,5 @@ def _standardizing(
         kernel = dense["kernel"] / jnp.asarray(deviation)[:, None]
         return {"kernel": kernel, "bias": dense["bias"] - (jnp.asarray(mean)[None] @ kernel)[0]}
 
-    return jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), fold(dense), dict(dense)
-    )
+    dense = dict(dense)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), fold(dense), dense)

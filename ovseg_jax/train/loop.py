@@ -20,28 +20,20 @@ from ml_collections import ConfigDict
 import ovseg_jax
 from ovseg_jax import processes, sharding
 from ovseg_jax.errors import RestartError, UserError
-from ovseg_jax.models.build import build_model
-from ovseg_jax.progress import Progress
-from ovseg_jax.segmentation.calibrate import calibrated
+from ovseg_jax.progress import Progress, duration
+from ovseg_jax.segmentation.benchmarks import Benchmark
+from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.train.checkpoint import Checkpoints
-from ovseg_jax.train.checks import check_best_starts, check_loop, images_to_choose_on
-from ovseg_jax.train.metrics import (
-    Meter,
-    MetricsWriter,
-    Profiler,
-    matmul_flops,
-    peak_flops,
-    train_line,
-    without_repetition,
-)
+from ovseg_jax.train.checks import check_loop
+from ovseg_jax.train.config import plain
+from ovseg_jax.train.metrics import Meter, MetricsWriter, Profiler, model_flops
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.train.resume import enter, plain, position_of, start
+from ovseg_jax.train.resume import enter, position_of, start
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
 from ovseg_jax.train.state import TrainState, teacher_of
-from ovseg_jax.train.step import Program
 
 # Masks that cover more of an image than this share tell its regions apart no longer.
 MOST_TARGETS = 0.6
@@ -51,18 +43,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def train(
-    config: ConfigDict,
-    workdir: Path,
-    progress: Progress,
-    profile: tuple[int, int] | None = None,
+    config: ConfigDict, workdir: Path, progress: Progress, profile: tuple[int, int] | None = None
 ) -> tuple[Run, TrainState]:
-    """Trains from the latest checkpoint in the work directory, or from the beginning.
+    """Trains from the latest checkpoint in the work directory, or anew, to the final state.
 
     Args:
       profile: steps to trace, see `metrics.Profiler`.
-
-    Returns:
-      The run and its final state.
 
     Raises:
       UserError: bad config, missing data, a checkpoint that this config does not fit, a work
@@ -71,17 +57,27 @@ def train(
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
     check_loop(config)
+    if config.eval.every:
+        images_to_choose_on(config.eval)
     with locked(workdir), contextlib.ExitStack() as stack:
         run = make_run(config, progress)
-        check_best_starts(run.phases, config.eval.every)
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
         stack.enter_context(processes.leaving_at_once())
         params = run.initial_params()
         run.fill_caches(params)
-        state, first = start(run, checkpoints, params)
+        state, first = start(run, checkpoints, params, progress.say)
         del params  # the state holds copies; these would stay on the devices to the end
         step = int(state.step)
-        _write_run_files(config, workdir)
+        if processes.is_first():
+            versions = {
+                "ovseg_jax": ovseg_jax.__version__,
+                "python": platform.python_version(),
+                "command": sys.argv,
+                "devices": [str(device) for device in jax.devices()],
+                **{name: importlib.metadata.version(name) for name in PACKAGES},
+            }
+            write_result(workdir / "config.json", plain(config))
+            write_result(workdir / "versions.json", versions)
         if profile is not None and not step <= profile[0] < run.total:
             raise UserError(
                 f"--profile={profile[0]}:{profile[1]} begins at no step of this run, which goes "
@@ -129,10 +125,10 @@ class _Training:
             f"{phase.name}: steps {step} to {phase.last}, batch {phase.batch_size}, "
             f"lambda {phase.mask_weight:g}"
         )
-        compiled = run.compiled_step(phase)
-        loader = run.loader(phase, step)
+        compiled, loader = run.compiled_step(phase), run.loader(phase, step)
         meter = Meter(phase.batch_size)
         read = cut = 0  # examples of this process, and those of them whose texts lost words
+        metrics: Any = None
         running: Any = None  # metrics of a step that was not waited for
         compiling = True
         self.watchdog.expect(f"the batch of step {step + 1}")
@@ -140,7 +136,7 @@ class _Training:
             # No device needs these marks. Cached texts were counted when they were cached.
             read += len(batch["weight"])
             cut += int(batch.pop("truncated", np.zeros(1)).sum())
-            self.profiler.before(step)
+            self.profiler.before(step, metrics)
             if compiling:
                 self.watchdog.rest()
             else:
@@ -152,7 +148,8 @@ class _Training:
                 self.watchdog.expect(f"step {step}")
                 jax.block_until_ready(metrics)
                 self.watchdog.rest()
-                meter.flops = step_flops(run, phase, placed)
+                if meter.peak is not None:  # nothing to compare with: counting takes seconds
+                    meter.flops = model_flops(run, phase, placed)
                 meter.restart()
                 compiling = False
             else:
@@ -160,10 +157,9 @@ class _Training:
                 # run ahead, and what it measures would be no step times.
                 meter.finish(running)
                 running = metrics
-            self.profiler.after(step, metrics)
             stopping = self.stop.reached(step)
-            logging = step % config.log_every == 0 or step == phase.last or stopping
-            evaluating = self._evaluation_due(step)
+            ending = step == phase.last or stopping
+            logging, evaluating = ending or step % config.log_every == 0, self._evaluation_due(step)
             if logging or evaluating:
                 meter.finish(running)
                 running = None
@@ -178,8 +174,7 @@ class _Training:
             # After its first step a phase no longer needs the best state of before, which may be
             # replaced from then on.
             best_used = phase.start_from == "best" and step == phase.first + 1
-            at_an_end = step == phase.last or stopping
-            if at_an_end or best_used or evaluating or step % config.checkpoint_every == 0:
+            if ending or best_used or evaluating or step % config.checkpoint_every == 0:
                 self.watchdog.expect(f"the checkpoint of step {step}")
                 self.checkpoints.save(state, position_of(run, phase, step))
             if stopping:
@@ -199,10 +194,7 @@ class _Training:
         return bool(every) and step > 0 and step % every == 0
 
     def evaluate_where_due(self, state: TrainState, step: int) -> None:
-        """Measures the mIoU of a saved state on the first benchmark's tune split, if it is due.
-
-        The best state so far is kept. Where a step was evaluated before, the result is the same.
-        """
+        """Measures the mIoU of a saved state on a tune split, if due; the best one is kept."""
         if not self._evaluation_due(step):
             return
         # An error, or the end of the process, must not take the state with it.
@@ -245,10 +237,30 @@ class _Training:
         self.checkpoints.check()
         values |= measured
         self.writer.write(step, {f"train/{key}": value for key, value in values.items()})
-        self.run.progress.update(
-            train_line(phase.name, step, phase.last, values, phase.batch_size),
-            final=step == phase.last,
+        terms = [name for name in ("loss", "contrastive", "entity", "mask") if name in values]
+        line = [f"{phase.name} {step}/{phase.last}", *(f"{x} {values[x]:.3f}" for x in terms)]
+        if rate := values.get("images_per_second"):
+            left = duration((phase.last - step) * phase.batch_size / rate)
+            line += [f"{rate:.0f} images/s", f"{left} left"]
+        self.run.progress.update("  ".join(line), final=step == phase.last)
+
+
+def images_to_choose_on(config: ConfigDict) -> Benchmark:
+    """The tune split (of ``config.eval``) that evaluations in the course of training measure on."""
+    name = config.benchmarks[0] if config.benchmarks else None
+    tune = tune_split(name, config) if name and config.calibrate else None
+    if tune is not None:
+        return tune
+    if name is None:
+        missing = "a benchmark, but config.eval.benchmarks is empty: name one"
+    elif not config.calibrate:
+        missing = "images that are not reported: set config.eval.calibrate = True"
+    else:
+        missing = (
+            f"images that are not reported, and benchmark {name} has none: put another one first "
+            "in config.eval.benchmarks"
         )
+    raise UserError(f"config.eval.every needs {missing}, or set config.eval.every = 0")
 
 
 def evaluation_params(run: Run, state: TrainState) -> dict[str, Any]:
@@ -259,38 +271,19 @@ def evaluation_params(run: Run, state: TrainState) -> dict[str, Any]:
     return {**state.params, "image_encoder": teacher_of(state, phase.frozen)}
 
 
-def step_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> float | None:
-    """Of one step, without what rematerialization or accumulation repeats.
-
-    None where no peak of the devices is known to compare with: counting takes seconds.
-    """
-    if peak_flops(jax.devices()[0].device_kind) is None:
-        return None
-    config = without_repetition(program.config)
-    once = dataclasses.replace(program, config=config, model=build_model(config.model))
-    return float(matmul_flops(once.step(phase), once.abstract_state(phase), dict(batch)))
-
-
-# ---- the work directory
-
-
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Inside, no other job trains in the work directory: two would mix their steps and checkpoints.
 
     The first process holds a lock on ``WORKDIR/.in_use``, which the system releases however the
     process ends. On file systems without locks this protects from nothing.
-
-    Raises:
-      UserError: the directory cannot be written.
-      RestartError: another job holds the lock.
     """
     if not processes.is_first():
         yield
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a+", encoding="utf-8")
+        file = (workdir / LOCK).open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from None
     with file:
@@ -310,18 +303,3 @@ def locked(workdir: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
-
-
-def _write_run_files(config: ConfigDict, workdir: Path) -> None:
-    """Writes ``config.json`` and ``versions.json``, only in the first process."""
-    if not processes.is_first():
-        return
-    versions = {
-        "ovseg_jax": ovseg_jax.__version__,
-        "python": platform.python_version(),
-        "command": sys.argv,
-        "devices": [str(device) for device in jax.devices()],
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    write_result(workdir / "config.json", plain(config))
-    write_result(workdir / "versions.json", versions)

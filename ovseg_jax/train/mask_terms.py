@@ -10,13 +10,9 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
+from ovseg_jax.losses import mask_consistency as consistency
 from ovseg_jax.losses.contrastive import group_set_nce, negatives_mask
-from ovseg_jax.losses.mask_consistency import (
-    Regions,
-    consistency_loss,
-    select_groups,
-    subgroup_count,
-)
+from ovseg_jax.losses.mask_consistency import Regions
 from ovseg_jax.losses.objective import divided_sum, weighted_mean
 from ovseg_jax.losses.released_mask_consistency import group_mask_loss
 from ovseg_jax.models.ovsegmentor import OVSegmentor, unit
@@ -31,11 +27,9 @@ FIRST, SECOND = 0, 1
 
 @struct.dataclass
 class View:
-    """One image of each pair, seen by one model.
+    """One image of each pair, seen by one model: tokens, and groups in the joint space.
 
-    Attributes:
-      tokens: the output of the visual encoder.
-      embedded: the groups in the joint space, not normalized, [B, K, E].
+    The groups are not normalized.
     """
 
     tokens: VisualTokens
@@ -44,12 +38,7 @@ class View:
 
 @struct.dataclass
 class PairOutputs:
-    """What each pair contributes to the mask term. Fields of the form that is not used are None.
-
-    Attributes:
-      loss, target_fraction: of masks, [B].
-      groups, partner_groups: unit norm, for each of the n directions, [B, n, S, E].
-    """
+    """What each pair contributes: by masks, or by groups (unit norm) in n directions."""
 
     loss: Float[Array, "*parts B"] | None = None
     target_fraction: Float[Array, "*parts B"] | None = None
@@ -58,18 +47,14 @@ class PairOutputs:
 
 
 def online_images(config: ConfigDict) -> tuple[int, ...]:
-    """Which images of a pair the online model must see (the teacher: see `teacher_views`)."""
+    """Which images of a pair the online model must see."""
     return (FIRST,) if config.mask_directions == "one" else (FIRST, SECOND)
 
 
 def view(
     model: OVSegmentor, params: Params, statistics: Params, tokens: VisualTokens
 ) -> tuple[Float[Array, "B E"], View, Params]:
-    """The image embedding (of the mean group), the `View`, and the statistics after both.
-
-    Neither embedding is normalized. Where the projector has a batch norm, each of the two calls
-    has its own statistics.
-    """
+    """The image embedding (of the mean group, not normalized), the `View`, and the statistics."""
     mean = jnp.mean(tokens.groups, axis=1)
     pooled, statistics = apply(model, params, statistics, "embed_image", mean, True)
     groups, statistics = apply(model, params, statistics, "embed_image", tokens.groups, True)
@@ -91,10 +76,8 @@ def teacher_views(
     """The teacher's views of a pair, and the statistics after them. No gradient flows back.
 
     Args:
-      params: the online model's; its projector serves the teacher too.
-      teacher: the visual encoder's moving average.
-      images: both images of the pair.
-      noise: see `loss.per_example_outputs`.
+      params: the online model's; its projector serves the teacher (a visual encoder) too.
+      images: both images of the pair. noise: see `loss.per_example_outputs`.
     """
     seen = (SECOND,) if config.mask_directions == "one" else (SECOND, FIRST)
     params = jax.lax.stop_gradient({**params, "image_encoder": teacher})
@@ -121,25 +104,30 @@ def pair_outputs(
     grid: tuple[int, int],
     mesh: AnyMesh | None,
 ) -> PairOutputs:
-    """What each pair contributes to the mask term.
+    """What each pair contributes to the mask term, by the run's ``config.loss``.
+
+    `cross_image`: "masks", or "groups" (Table 6, `contrastive.group_set_nce`), for which only
+    `group_ratio` and `mask_directions` count. `mask_maps`: "final_tokens" (the paper's,
+    `mask_consistency`) or "binding" (the released model's, `released_mask_consistency`).
 
     Args:
       online, teacher: views by the number of the image in its pair.
       entity: sentences that name the shared entity in the joint space, not normalized; no gradient
         flows into them.
-      config: the run's ``config.loss``. `cross_image`: "masks", or "groups" (Table 6, see
-        `contrastive.group_set_nce`), for which only `group_ratio` and `mask_directions` count.
-        `mask_maps`: "final_tokens" (the paper's, see `mask_consistency`) or "binding" (the released
-        model's, see `released_mask_consistency`, with `detached_ratio`, `mask_size` in pixels and
-        `mask_cost`).
       grid: (rows, columns) of an image's patches.
     """
     entity = jax.lax.stop_gradient(entity)
+    # A direction goes from an image by the online model to its partner by the teacher.
+    directions = [(online[i], teacher[1 - i]) for i in online_images(config)]
     if config.cross_image == "groups":
-        return _groups_of_entity(online, teacher, entity, config)
+        groups, partners = (
+            jnp.stack([_nearest_groups(image, entity, config) for image in side], axis=1)
+            for side in zip(*directions, strict=True)
+        )
+        return PairOutputs(groups=groups, partner_groups=partners)
     options = {"threshold": config.mask_threshold, "backend": config.matching, "mesh": mesh}
     if config.mask_maps == "final_tokens":
-        per_pair, extra = consistency_loss(
+        per_pair, extra = consistency.consistency_loss(
             (_regions(online[FIRST]), _regions(online[SECOND])),
             (_regions(teacher[FIRST]), _regions(teacher[SECOND])),
             unit(entity),
@@ -147,8 +135,6 @@ def pair_outputs(
             **options,
         )
         return PairOutputs(per_pair, extra["target_fraction"])
-    # A direction goes from an image by the online model to its partner by the teacher.
-    directions = [(online[i], teacher[1 - i]) for i in online_images(config)]
     scores = [
         jnp.einsum("bke,be->bk", jax.lax.stop_gradient(image.embedded), entity)
         for image, _ in directions
@@ -170,54 +156,14 @@ def pair_outputs(
     return PairOutputs(loss, fraction)
 
 
-def mask_term(
-    outputs: PairOutputs,
-    scale: Float[Array, ""],
-    batch: Batch,
-    config: ConfigDict,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of a batch of pairs and its metrics, from what `pair_outputs` gave.
-
-    Args:
-      scale: inverse temperature of the contrastive losses, for groups.
-      config: the run's ``config.loss``. `mask_divisor`: 0 for the mean over pairs; otherwise their
-        sum is divided by it.
-    """
-    weight = batch["weight"] * batch["pair_weight"]
-    if config.cross_image == "groups":
-        groups, partners = outputs.groups, outputs.partner_groups
-        negatives = negatives_mask(weight, within=within_set(batch, config))
-        values = [
-            group_set_nce(groups[:, i], partners[:, i], scale, negatives)
-            for i in range(groups.shape[1])
-        ]
-        loss = weighted_mean(jnp.mean(jnp.stack(values), axis=0), weight)
-        return loss, {"mask": loss}
-    if config.mask_divisor:
-        loss = divided_sum(outputs.loss, weight, config.mask_divisor)
-    else:
-        loss = weighted_mean(outputs.loss, weight)
-    fraction = weighted_mean(outputs.target_fraction, weight)
-    return loss, {"mask": loss, "mask_target_fraction": fraction}
-
-
-def _groups_of_entity(
-    online: Mapping[int, View],
-    teacher: Mapping[int, View],
-    entity: Float[Array, "B E"],
-    config: ConfigDict,
-) -> PairOutputs:
-    def nearest(image: View) -> Array:
-        joint = unit(image.embedded)
-        count = subgroup_count(joint.shape[1], config.group_ratio)
-        indices = select_groups(joint, unit(entity), count)
-        return jnp.take_along_axis(joint, indices[..., None], axis=1)
-
-    directions = online_images(config)
-    return PairOutputs(
-        groups=jnp.stack([nearest(online[i]) for i in directions], axis=1),
-        partner_groups=jnp.stack([nearest(teacher[1 - i]) for i in directions], axis=1),
-    )
+def _nearest_groups(
+    image: View, entity: Float[Array, "B E"], config: ConfigDict
+) -> Float[Array, "B S E"]:
+    """The groups, unit norm, that are nearest to the entity."""
+    joint = unit(image.embedded)
+    count = consistency.subgroup_count(joint.shape[1], config.group_ratio)
+    indices = consistency.select_groups(joint, unit(entity), count)
+    return jnp.take_along_axis(joint, indices[..., None], axis=1)
 
 
 def _regions(image: View) -> Regions:
@@ -227,3 +173,27 @@ def _regions(image: View) -> Regions:
             "config.model.image.second_stage = 'groups' does not give: use mask_maps = 'binding'"
         )
     return Regions(image.tokens.patches, image.tokens.groups, unit(image.embedded))
+
+
+def mask_term(
+    outputs: PairOutputs, scale: Float[Array, ""], batch: Batch, config: ConfigDict
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of a batch of pairs and its metrics, from what `pair_outputs` gave.
+
+    A mean over pairs, or with ``config.mask_divisor`` their sum divided by it.
+    """
+    weight = batch["weight"] * batch["pair_weight"]
+    if config.cross_image == "groups":
+        negatives = negatives_mask(weight, within=within_set(batch, config))
+        values = [
+            group_set_nce(outputs.groups[:, i], outputs.partner_groups[:, i], scale, negatives)
+            for i in range(outputs.groups.shape[1])
+        ]
+        loss = weighted_mean(jnp.mean(jnp.stack(values), axis=0), weight)
+        return loss, {"mask": loss}
+    if config.mask_divisor:
+        loss = divided_sum(outputs.loss, weight, config.mask_divisor)
+    else:
+        loss = weighted_mean(outputs.loss, weight)
+    fraction = weighted_mean(outputs.target_fraction, weight)
+    return loss, {"mask": loss, "mask_target_fraction": fraction}

@@ -1,6 +1,7 @@
 """What a run measures of itself: speed, memory, FLOPs, traces, and the files that hold it."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -13,17 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.progress import duration
-from ovseg_jax.segmentation.evaluate import replace_file
+from ovseg_jax.files import replace_file
+from ovseg_jax.models.build import build_model
+from ovseg_jax.train.phases import Phase
+from ovseg_jax.train.step import Program
 
-# Dense bfloat16 matrix products, FLOP/s, by a part of the name that JAX gives the device; the first
-# match counts. (Google's documentation, "Cloud TPU system architecture"; NVIDIA's data sheets of
-# the SXM modules, without sparsity.)
+# Dense bfloat16 FLOP/s by a part of the name that JAX gives the device; the first match counts.
+# (Google, "Cloud TPU system architecture"; NVIDIA's data sheets of the SXM modules.)
 PEAKS = (
     ("PCIe", None),  # slower than the modules
     ("TPU v6", 918e12),
@@ -61,17 +62,14 @@ def memory_in_use() -> dict[str, float]:
 class Meter:
     """Rates, step times and waiting since the last lap.
 
-    Args:
-      batch_size: global.
-
     Attributes:
-      flops: of one step, for the utilization; None leaves it out.
+      peak: FLOP/s of a device, where known. flops: of one step; None leaves out the utilization.
     """
 
     def __init__(self, batch_size: int):
         self.flops: float | None = None
         self._batch = batch_size
-        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak_flops(jax.devices()[0].device_kind)
         self.restart()
 
     def restart(self) -> None:
@@ -92,7 +90,7 @@ class Meter:
             yield batch
 
     def finish(self, results: Any) -> None:
-        """Waits for what a step computes, and takes its time; nothing where `results` is None."""
+        """Waits for what a step computes (None for no step), and takes its time."""
         if results is not None:
             jax.block_until_ready(results)
             now = time.monotonic()
@@ -100,12 +98,7 @@ class Meter:
             self._last = now
 
     def lap(self) -> dict[str, float]:
-        """What was measured since the last lap; {} if that was no whole step.
-
-        `images_per_second` and the same per device, `waiting_for_data` (share of the time),
-        `step_seconds_p50` and other percentiles, `flops_utilization` (of the matrix products that
-        the model needs, over the devices' peak), `memory_bytes` and `memory_peak_bytes`.
-        """
+        """What was measured since the last lap (launch/README.md); {} if that was no whole step."""
         if not self._times:
             return {}
         spent = max(time.monotonic() - self._start, 1e-9)
@@ -117,8 +110,8 @@ class Meter:
         }
         for name in PERCENTILES:
             values[f"step_seconds_p{name}"] = float(np.percentile(self._times, name))
-        if self.flops is not None and self._peak is not None:
-            values["flops_utilization"] = rate * self.flops / (self._peak * jax.device_count())
+        if self.flops is not None and self.peak is not None:
+            values["flops_utilization"] = rate * self.flops / (self.peak * jax.device_count())
         self.restart()
         return values | memory_in_use()
 
@@ -129,44 +122,41 @@ class Meter:
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Operations of all matrix products of `function(*arguments)`, on all devices together.
 
-    A product [n, k] x [k, m] counts 2 n k m. Everything else is left out, as is usual for
-    model-FLOPs utilization. What rematerialization repeats counts again. (XLA's own count takes
-    the body of a loop once, and the layers here are loops.)
-
-    Args:
-      arguments: arrays or shapes.
+    A product [n, k] x [k, m] counts 2 n k m, again where rematerialization repeats it. (XLA's own
+    count takes the body of a loop once, and the layers here are loops.)
     """
     return _count(jax.make_jaxpr(function)(*arguments))
 
 
 def _count(jaxpr: ClosedJaxpr | Jaxpr) -> int:
-    return sum(map(_count_equation, jaxpr.eqns))
+    total = 0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        leaves = jax.tree.leaves(parameters)
+        inner = [_count(value) for value in leaves if isinstance(value, ClosedJaxpr | Jaxpr)]
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out = math.prod(equation.outvars[0].aval.shape)
+            total += 2 * out * math.prod(left[axis] for axis in contracted)
+        elif name == "cond":
+            total += max(inner)
+        elif name == "scan":
+            total += parameters["length"] * sum(inner)
+        elif name == "shard_map":  # inside, shapes are those of one device
+            total += parameters["mesh"].size * sum(inner)
+        else:
+            total += sum(inner)
+    return total
 
 
-def _count_equation(equation: Any) -> int:
-    name, parameters = equation.primitive.name, jax.tree.leaves(equation.params)
-    inner = [value for value in parameters if isinstance(value, ClosedJaxpr | Jaxpr)]
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        out = math.prod(equation.outvars[0].aval.shape)
-        return 2 * out * math.prod(left[axis] for axis in contracted)
-    if name == "cond":
-        return max(map(_count, inner))
-    times = 1
-    if name == "scan":
-        times = equation.params["length"]
-    elif name == "shard_map":
-        times = equation.params["mesh"].size  # inside, shapes are those of one device
-    return times * sum(map(_count, inner))
-
-
-def without_repetition(config: ConfigDict) -> ConfigDict:
-    """A run's config whose step does nothing twice: what a step's model FLOPs are counted in."""
-    plain = config.copy_and_resolve_references()
-    plain.model.image.remat = plain.model.text.remat = "none"
-    plain.accumulation.micro_batches = 1
-    return plain
+def model_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> int:
+    """Of one step, without what rematerialization or accumulation repeats."""
+    config = program.config.copy_and_resolve_references()
+    config.model.image.remat = config.model.text.remat = "none"
+    config.accumulation.micro_batches = 1
+    once = dataclasses.replace(program, config=config, model=build_model(config.model))
+    return matmul_flops(once.step(phase), once.abstract_state(phase), dict(batch))
 
 
 # ---- traces
@@ -181,27 +171,19 @@ def step_range(text: str) -> tuple[int, int]:
 
 
 class Profiler:
-    """Traces the steps of a range on the first process.
-
-    Args:
-      steps: (first, end), or None for none. directory: where the trace goes.
-      say: called with a line that says where the trace is.
-    """
+    """Traces the steps of a range (first, end) on the first process, into a directory."""
 
     def __init__(self, steps: tuple[int, int] | None, directory: Path, say: Callable[[str], None]):
         self._steps = steps if jax.process_index() == 0 else None
         self._directory, self._say = directory, say
         self._running = False
 
-    def before(self, step: int) -> None:
-        """Called with the number of steps taken, before the next one."""
+    def before(self, step: int, results: Any) -> None:
+        """Called with the number of steps taken, and what the last one computes."""
         if self._steps and self._steps[0] <= step < self._steps[1] and not self._running:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
-
-    def after(self, step: int, results: Any) -> None:
-        """Called with the number of steps taken and what the last one computes."""
-        if self._running and step >= self._steps[1]:
+        elif self._running and step >= self._steps[1]:
             jax.block_until_ready(results)
             self.close()
 
@@ -223,9 +205,6 @@ class MetricsWriter:
       workdir: of the run. None writes nothing (processes other than the first).
       step: where a run begins or resumes: what an earlier process wrote about later steps, and
         evaluations of this one, goes. None keeps everything.
-
-    Raises:
-      UserError: the files cannot be read or made.
     """
 
     def __init__(self, workdir: Path | None, step: int | None = None):
@@ -251,11 +230,7 @@ class MetricsWriter:
             raise UserError(f"the metrics in {workdir} cannot be written: {error}") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line: ``{"step": step, name: value, ...}``.
-
-        Raises:
-          UserError: a file cannot be written, as when the disk is full.
-        """
+        """One line: ``{"step": step, name: value, ...}``; UserError where the disk is full."""
         if self._file is None:
             return
         plain = {name: float(value) for name, value in values.items()}
@@ -294,17 +269,3 @@ def _trim(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue  # a line that was being written when the run was killed
     replace_file(path, "".join(line + "\n" for line in kept))
-
-
-def train_line(
-    name: str, step: int, last: int, metrics: Mapping[str, float], batch_size: int
-) -> str:
-    """The progress line of training: phase, step, losses, images a second, time left."""
-    parts = [f"{name} {step}/{last}", f"loss {metrics['loss']:.3f}"]
-    parts += [
-        f"{key} {metrics[key]:.3f}" for key in ("contrastive", "entity", "mask") if key in metrics
-    ]
-    if rate := metrics.get("images_per_second"):
-        left = (last - step) * batch_size / rate
-        parts += [f"{rate:.0f} images/s", f"{duration(left)} left"]
-    return "  ".join(parts)

@@ -1,6 +1,6 @@
 """Phases as data: what changes in the course of a run, from the config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.augment import complete_transform
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import nearest
+from ovseg_jax.flags import filled
 from ovseg_jax.optim.optimizer import learning_rate
 from ovseg_jax.shapes import Array
 
@@ -37,34 +37,21 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training with its own compiled step.
-
-    Attributes:
-      index, name: position among the phases, and what messages call it.
-      first, last: global steps, `last` exclusive.
-      before: number of examples in the earlier phases.
-      batch_size: global.
-      mask_weight: lambda of Eq. 13; at 0 no second image is read and no teacher runs.
-      frozen: patterns of parameters that do not train.
-      transform: of images, see `data.augment.complete_transform`.
-      schedule: the phase's learning-rate config; None follows the run's.
-      optimizer, teacher: see `state.next_phase_state`.
-      start_from: the "last" state of the phase before, or the "best" one saved.
-    """
+    """One stretch of training with its own compiled step."""
 
     index: int
-    name: str
-    first: int
-    last: int
-    before: int
-    batch_size: int
-    mask_weight: float
-    frozen: tuple[str, ...]
-    transform: dict[str, Any]
-    schedule: ConfigDict | None
-    optimizer: str
-    teacher: str
-    start_from: str
+    name: str  # in messages
+    first: int  # global step
+    last: int  # global step, exclusive
+    before: int  # number of examples in the earlier phases
+    batch_size: int  # global
+    mask_weight: float  # lambda of Eq. 13; at 0 no second image is read and no teacher runs
+    frozen: tuple[str, ...]  # patterns of parameters that do not train
+    transform: dict[str, Any]  # of images, see `data.augment.complete_transform`
+    schedule: ConfigDict | None  # the phase's learning-rate config; None follows the run's
+    optimizer: str  # see `state.next_phase_state`
+    teacher: str  # see `state.next_phase_state`
+    start_from: str  # the "last" state of the phase before, or the "best" one saved
 
     def position(self, step: int) -> int:
         """Number of examples before a step of this phase."""
@@ -81,8 +68,8 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
     """The phases of a run.
 
     Args:
-      config: the whole config. records: length of the training set, to turn epochs into steps; of
-        a mixture the records of all its data sets together, however often each comes up.
+      records: length of the training set, to turn epochs into steps; of a mixture the records of
+        all its data sets together.
 
     Raises:
       UserError: an unknown or missing field, or a value that is not allowed.
@@ -92,7 +79,7 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
     phases: list[Phase] = []
     for index, fields in enumerate(config.phases):
         where = f"config.phases[{index}]"
-        values = _filled(fields, FIELDS, where)
+        values = filled(fields, FIELDS, where)
         for key, allowed in CHOICES.items():
             if values[key] not in allowed:
                 raise UserError(
@@ -112,7 +99,7 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
         schedule = values["learning_rate"]
         if schedule is not None:
             common = config.optimizer.learning_rate.to_dict()
-            schedule = ConfigDict(_filled(schedule, common, f"{where}.learning_rate"))
+            schedule = ConfigDict(filled(schedule, common, f"{where}.learning_rate"))
         first = phases[-1].last if phases else 0
         phases.append(
             Phase(
@@ -132,36 +119,23 @@ def make_phases(config: ConfigDict, records: int) -> list[Phase]:
     return phases
 
 
-def _filled(
-    fields: Mapping[str, Any] | ConfigDict, defaults: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """The defaults with `fields` in their place; an unknown field is refused."""
-    for key in fields:
-        if key not in defaults:
-            raise UserError(f"{where}.{key} is no field{nearest(key, list(defaults))}")
-    return {**defaults, **dict(fields)}
+def weak_phases(config: ConfigDict, phases: Sequence[Phase]) -> list[str]:
+    """A line of warning for each phase that can hardly change the model.
 
-
-def rate_shares(config: ConfigDict, phases: Sequence[Phase]) -> list[float]:
-    """The share of each phase in the learning rate summed over all steps of the run."""
-    total = phases[-1].last
-    sums = []
+    That is one with a small share of the learning rate summed over the run, unless it has a
+    schedule of its own: then somebody decided so.
+    """
+    total, sums = phases[-1].last, []
     for phase in phases:
         steps = jnp.arange(phase.first, phase.last)
         rates = jax.vmap(lambda step, phase=phase: rate_at(step, config, phase, total))(steps)
         sums.append(float(jnp.sum(rates)))
-    whole = sum(sums)
-    return [value / whole if whole else 0.0 for value in sums]
-
-
-def weak_phases(config: ConfigDict, phases: Sequence[Phase]) -> list[str]:
-    """A line of warning for each phase that can hardly change the model."""
+    shares = [value / (sum(sums) or 1.0) for value in sums]
     return [
         f"warning: phase {phase.name!r} has {100 * share:.2g} % of the learning rate summed over "
         f"the run, too little to show an effect: raise config.optimizer.learning_rate.end, or give "
         f"config.phases[{phase.index}] more steps or a learning_rate of its own"
-        for phase, share in zip(phases, rate_shares(config, phases), strict=True)
-        # Where a phase has its schedule, somebody decided so.
+        for phase, share in zip(phases, shares, strict=True)
         if len(phases) > 1 and phase.schedule is None and share < LEAST_RATE_SHARE
     ]
 

@@ -1,6 +1,5 @@
 """Everything a run is made of, put together from its config once."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +24,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.progress import Progress, table
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
-from ovseg_jax.train.checks import (
-    check_files,
-    check_losses,
-    check_model,
-    check_phases,
-    check_text_length,
-    check_token_classes,
-)
+from ovseg_jax.train import checks
 from ovseg_jax.train.features import image_store, standardized_neck, text_store
 from ovseg_jax.train.phases import Phase, make_phases, weak_phases
 from ovseg_jax.train.step import Program
@@ -42,7 +34,7 @@ from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, pu
 LENGTH_SAMPLE = 20_000
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run(Program):
     """The fixed parts of a run: its program and its data. Built by `make_run`."""
 
@@ -54,17 +46,11 @@ class Run(Program):
     stores: dict[str, FeatureStore] = field(default_factory=dict)
 
     def initial_params(self, announce: bool = True) -> dict[str, Any]:
-        """Random parameters from the seed, with published weights in their place, sharded.
-
-        Args:
-          announce: say which parameters start from what.
-        """
+        """Random parameters from the seed, with published weights in their place, sharded."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
         make = jax.jit(lambda key: nn.unbox(init_params(self.model, key)), out_shardings=shardings)
         flat = groups.flatten(make(jax.random.key(self.config.seed)))
-        start = published_start(
-            self.config.model, {path: leaf.shape for path, leaf in flat.items()}
-        )
+        start = published_start(self.config.model, {path: x.shape for path, x in flat.items()})
         if announce:
             notes = [f"note: {remark}" for remark in start.remarks]
             self.progress.say("\n".join([table(start.rows), *notes]))
@@ -110,13 +96,11 @@ class Run(Program):
             # Each process fills one: they may share the folder, at different speeds.
             cache /= f"process_{jax.process_index()}"
             params = processes.local(params)
+        common = (cache, self.model, params, self.source)
         if data.cache_images:
             self._check_frozen(TRUNK, "cache_images", params)
             self.stores["images"] = image_store(
-                cache,
-                self.model,
-                params,
-                self.source,
+                *common,
                 self.phases[0].transform,
                 views=data.cached_views,
                 seed=self.config.seed,
@@ -125,10 +109,7 @@ class Run(Program):
         if data.cache_texts:
             self._check_frozen(("text_encoder/",), "cache_texts", params)
             self.stores["texts"] = text_store(
-                cache,
-                self.model,
-                params,
-                self.source,
+                *common,
                 self.entities,
                 self.tokenizer,
                 _templates(data),
@@ -150,12 +131,7 @@ class Run(Program):
     def segmenter(
         self, params: Any, protocol: Protocol, batch_stats: Mapping[str, Any] | None = None
     ) -> ModelSegmenter:
-        """The model for evaluation; where there are several processes, each has a copy.
-
-        Args:
-          params: its parameters. batch_stats: its running statistics, those at the start of
-            training where None.
-        """
+        """The model for evaluation; where there are several processes, each has a copy."""
         statistics = init_statistics(self.model) if batch_stats is None else batch_stats
         mesh = self.mesh
         if jax.process_count() > 1:
@@ -185,17 +161,15 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
     Raises:
       UserError: something that the config asks for is missing (all in one message) or wrong.
     """
-    check_files(config, missing_data(config.data))
-    check_losses(config)
+    checks.check_files(config, missing_data(config.data))
+    checks.check_losses(config)
     mesh = sharding.make_mesh(**config.mesh)
-    model = build_model(config.model)
-    tokenizer = find_tokenizer(config.data.tokenizer)
-    check_model(config, tokenizer)
+    model, tokenizer = build_model(config.model), find_tokenizer(config.data.tokenizer)
     source, entities = make_source(config.data)
-    check_token_classes(config, tokenizer.mask_id, len(entities))
+    checks.check_model(config, tokenizer, len(entities))
     length = _text_length(config, source, entities, tokenizer, progress)
     phases = make_phases(config, len(source))
-    check_phases(config, phases, mesh)
+    checks.check_phases(config, phases, mesh)
     for line in weak_phases(config, phases):
         progress.say(line)
     return Run(
@@ -203,6 +177,7 @@ def make_run(config: ConfigDict, progress: Progress) -> Run:
         mesh=mesh,
         model=model,
         phases=phases,
+        data={"records": len(source), "data": source.fingerprint(), "text_length": length},
         tokenizer=tokenizer,
         source=source,
         entities=entities,
@@ -240,10 +215,5 @@ def _text_length(
             f"note: {cut} of {len(counts)} sampled sentences are longer than {length} tokens and "
             "are cut (config.data.text_length)"
         )
-    check_text_length(config, length)
+    checks.check_text_length(config, length)
     return length
-
-
-def config_hash(config: ConfigDict) -> str:
-    """Short hash of a resolved config."""
-    return hashlib.sha256(config.to_json_best_effort(sort_keys=True).encode()).hexdigest()[:12]

@@ -21,15 +21,9 @@ from ovseg_jax.errors import RESTART
 # runtime ends the others at once, and all shall have printed theirs. Process 0 is the last.
 FOR_THE_OTHERS, LAST = 10.0, 3.0
 
-# ---- asked to stop: Ctrl-C, and the SIGTERM that machines send before they are taken away
-
 
 class Interrupted(processes.OrderlyEnd):
-    """The run was asked to stop; its state is on disk.
-
-    Attributes:
-      exit_code: 130 after Ctrl-C, `errors.RESTART` after SIGTERM.
-    """
+    """The run was asked to stop, by Ctrl-C or SIGTERM as `exit_code` says; its state is on disk."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -50,10 +44,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         wanted = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
-        try:
+        # In another thread signals stay as they are.
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in wanted}
-        except ValueError:
-            self._before = {}  # not the main thread: signals stay as they are
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -80,19 +73,13 @@ class StopSignal:
         self._number = number
 
 
-# ---- hangs
-
-
 class Watchdog:
-    """Ends a process in which nothing happens any more.
+    """Ends a process that waits longer than so many seconds (0: for ever) for any one thing.
 
     It says what the process waited for, prints the stack of every thread and exits with
     `errors.RESTART`, without Python's clean-up: that would wait for the thread that hangs. In a job
-    a process that hangs holds up all the others, whose watchdogs print their stacks too before any
-    of them leaves; if what they waited for comes in that time, they go on.
-
-    Args:
-      seconds: to wait for any one thing; 0 waits for ever.
+    all processes wait for the one that hangs, and print their stacks before any of them leaves; if
+    what they waited for comes in that time, they go on.
     """
 
     def __init__(self, seconds: float):
@@ -139,35 +126,24 @@ class Watchdog:
             os._exit(RESTART)
 
 
-# ---- stacks on request
+def _print_stacks() -> None:
+    # The process's real stderr: a replacement may be no file that a signal can write to.
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    sys.stderr.flush()
 
 
+@functools.cache
 def print_stacks_on_signal() -> None:
     """From now on ``kill -USR1 PID`` prints the stack of every thread; the process goes on.
 
     Signals that end it print them too: SIGABRT by the runtime, when another process is lost, and
     crashes. To be called by the main thread.
     """
-    # The process's real stderr: a replacement may be no file that a signal can write to.
+    # `faulthandler.register` reads the frames of other threads while they run, and crashes now and
+    # then; a thread that calls `dump_traceback` holds Python's lock. A handler in Python runs only
+    # in the main thread, and not while that waits outside of Python. So a thread waits for the byte
+    # that the interpreter writes for each signal. (An event loop may take it: the handler prints.)
     faulthandler.enable(file=sys.__stderr__, all_threads=True)
-    _listen()
-
-
-def _print_stacks() -> None:
-    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-    sys.stderr.flush()
-
-
-@functools.cache
-def _listen() -> None:
-    """Prints the stacks at each SIGUSR1, in a thread of its own.
-
-    `faulthandler.register` reads the frames of other threads while they run, and the process
-    crashes in it now and then; a thread that calls `dump_traceback` holds Python's lock, so that
-    the others stand still. A handler in Python would not do: it runs only in the main thread, and
-    not while that waits outside of Python. So a thread waits for the byte that the interpreter
-    writes for each signal. (An event loop may take that byte; then the handler prints.)
-    """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     shown = threading.Event()

@@ -6,35 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
 
 from ovseg_jax import sharding
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
+from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.weights.initialize import init_params, init_statistics
 
 
 @struct.dataclass
 class TrainState:
-    """One training run at one step.
+    """One training run at one step; or shapes or shardings in place of its arrays."""
 
-    Attributes:
-      step: steps taken, skipped ones included; also the position in the data. An int32 scalar, as
-        `skipped` is; but a state may also hold shapes or shardings in place of arrays.
-      skipped: steps skipped in a row because the loss or a gradient was not finite.
-      params: all parameters, frozen ones too, nested.
-      opt_state: moments and EMA teacher of the trainable parameters.
-      batch_stats: running statistics of the model's batch norms, nested; {} where it has none.
-    """
-
-    step: Any
-    skipped: Any
-    params: dict[str, Any]
-    opt_state: Any
-    batch_stats: Any
+    step: Any  # steps taken, int32, skipped ones included; also the position in the data
+    skipped: Any  # steps in a row, int32, whose loss or gradient was not finite
+    params: dict[str, Any]  # frozen ones too
+    opt_state: Any  # moments and EMA teacher of the trainable parameters
+    batch_stats: Any  # running statistics of batch norms; {} where the model has none
 
 
 def new_state(
@@ -49,55 +39,24 @@ def new_state(
     return TrainState(zero, zero, dict(params), tx.init(trainable), dict(batch_stats or {}))
 
 
-def state_shardings(abstract: TrainState, params: Any, mesh: AnyMesh) -> TrainState:
-    """Shardings of a state: moments and teacher lie where their parameters do.
-
-    Running statistics lie where the scale of their norm does.
-
-    Args:
-      abstract: the state's shapes. params: the parameters' shardings, nested.
-    """
-    known = groups.flatten(params)
-    statistics = {
-        f"{path.removesuffix('scale')}{name}": place
-        for path, place in known.items()
-        if path.endswith("/norm/scale")
-        for name in ("mean", "variance")
-    }
-    return sharding.shardings_like(abstract, {**known, **statistics}, mesh)
-
-
 def abstract_params(model: OVSegmentor, mesh: AnyMesh) -> dict[str, Any]:
     """Shapes, dtypes and shardings of all parameters."""
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    shardings = sharding.parameter_shardings(boxed, mesh)
-    return _with_shardings(nn.unbox(boxed), shardings)
+    return sharding.laid_out(boxed, mesh)
 
 
 def abstract_state(
-    model: OVSegmentor,
-    params: dict[str, Any],
-    tx: optax.GradientTransformation,
-    frozen: tuple[str, ...],
-    mesh: AnyMesh,
+    model: OVSegmentor, tx: optax.GradientTransformation, frozen: tuple[str, ...], mesh: AnyMesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a state.
+    """Shapes, dtypes and shardings of the state of a phase with this optimizer and frozen patterns.
 
-    Args:
-      params: see `abstract_params`.
-      tx, frozen: of the phase that the state belongs to.
+    Moments and teacher lie where their parameters do.
     """
-    state = jax.eval_shape(lambda p: new_state(p, tx, frozen, init_statistics(model)), params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return _with_shardings(state, state_shardings(state, shardings, mesh))
 
+    def boxed(key: jax.Array) -> TrainState:
+        return new_state(init_params(model, key), tx, frozen, init_statistics(model))
 
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        shardings,
-    )
+    return sharding.laid_out(jax.eval_shape(boxed, jax.random.key(0)), mesh)
 
 
 def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:
@@ -115,28 +74,21 @@ def next_phase_state(
     optimizer: str,
     teacher: str,
 ) -> TrainState:
-    """The state at the start of a phase, from that at the end of the one before.
+    """The state at the start of a phase (tx, frozen), from that at the end of the one before.
 
     Args:
-      tx, frozen: of the new phase.
       optimizer: "continue" keeps the moments of parameters that stay trainable, "fresh" none.
       teacher: "keep" goes on averaging, "reset" starts at the online model. Parameters that were
         frozen before start there in either case.
     """
     fresh = new_state(state.params, tx, frozen, state.batch_stats)
-    opt_state = fresh.opt_state
-    if optimizer == "continue":
-        opt_state = _carry_over(state.opt_state, opt_state)
-    average = find_teacher(fresh.opt_state)
-    if teacher == "keep":
-        average = _carry_over(find_teacher(state.opt_state), average)
-    opt_state = replace_teacher(opt_state, average)
+    known = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(state.opt_state)}
+
+    def carried(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        of_teacher = ".params" in name  # the field of `EmaTeacherState`
+        kept = teacher == "keep" if of_teacher else optimizer == "continue"
+        return known.get(name, leaf) if kept else leaf
+
+    opt_state = jax.tree_util.tree_map_with_path(carried, fresh.opt_state)
     return fresh.replace(step=state.step, skipped=state.skipped, opt_state=opt_state)
-
-
-def _carry_over(old: Any, new: Any) -> Any:
-    """`new` with every leaf that `old` has at the same path taken from there."""
-    known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(old)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: known.get(jax.tree_util.keystr(path), leaf), new
-    )

@@ -18,8 +18,7 @@ from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
-from ovseg_jax.train.apply import Batch, Params
-from ovseg_jax.train.erasing import erased_batch
+from ovseg_jax.train.apply import Batch, Params, erased_batch
 from ovseg_jax.train.loss import Outputs, joint_loss, per_example_outputs
 from ovseg_jax.train.phases import Phase, rate_at
 from ovseg_jax.train.state import TrainState, abstract_params, abstract_state, teacher_of
@@ -55,39 +54,33 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One step of training, and its metrics (scalars).
 
-    A non-finite loss or gradient leaves parameters, moments, teacher and running statistics as they
-    were and is counted in `state.skipped`; the step number goes on, so that the next batch is
-    another one.
+    A non-finite loss or gradient changes nothing but the step number, so that the next batch is
+    another one, and `state.skipped`, the count.
 
     Args:
       rate: learning rate as a function of the step. config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
-      erase: random erasing of the images, see `erasing.erased_batch`; None for none.
-      noise: see `per_example_outputs`; not with accumulation.
+      erase: see `apply.erased_batch`. noise: see `per_example_outputs`; not with accumulation.
     """
     trainable, held = groups.split(state.params, frozen)
     rngs = step_rngs(config.seed, state.step)
     if erase is not None:
         batch = erased_batch(batch, erase, _step_key(config.seed, ERASING, state.step))
-    teacher = teacher_of(state, frozen) if mask_weight > 0 else None
-    text_dropout = "text_encoder" in trainable or config.loss.frozen_text_dropout
+    forward = functools.partial(
+        per_example_outputs,
+        model,
+        teacher=teacher_of(state, frozen) if mask_weight > 0 else None,
+        config=config.loss,
+        mask_weight=mask_weight,
+        text_dropout="text_encoder" in trainable or config.loss.frozen_text_dropout,
+        mesh=mesh,
+        statistics=state.batch_stats,
+        noise=noise,
+    )
 
-    def outputs_of(
-        trainable: Params, batch: Batch, rngs: Mapping[str, jax.Array]
-    ) -> tuple[Outputs, Params]:
-        return per_example_outputs(
-            model,
-            groups.join(held, trainable),
-            teacher,
-            batch,
-            config.loss,
-            mask_weight=mask_weight,
-            text_dropout=text_dropout,
-            rngs=rngs,
-            mesh=mesh,
-            statistics=state.batch_stats,
-            noise=noise,
-        )
+    def outputs_of_part(trainable: Params, part: Batch, number: jax.Array) -> Outputs:
+        keys = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+        return forward(groups.join(held, trainable), batch=part, rngs=keys)[0]
 
     def loss_of_outputs(
         trainable: Params, outputs: Outputs, batch: Batch
@@ -96,13 +89,9 @@ def train_step(
         return joint_loss(scale, outputs, batch, config.loss, mask_weight=mask_weight)
 
     def loss_of_batch(trainable: Params) -> tuple[jax.Array, tuple[Metrics, Params]]:
-        outputs, statistics = outputs_of(trainable, batch, rngs)
+        outputs, statistics = forward(groups.join(held, trainable), batch=batch, rngs=rngs)
         loss, metrics = loss_of_outputs(trainable, outputs, batch)
         return loss, (metrics, statistics)
-
-    def outputs_of_part(trainable: Params, micro_batch: Batch, number: jax.Array) -> Outputs:
-        keys = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
-        return outputs_of(trainable, micro_batch, keys)[0]
 
     count = config.accumulation.micro_batches
     # The layers pin their activations to the mesh of the trace (`sharding.rows_split`).
@@ -160,7 +149,6 @@ def accumulated_gradient(
       outputs_of: (parameters, micro-batch, its number) to a tree of floats, examples first; its
         draws depend only on the number.
       joint_loss: (parameters, outputs of all examples, batch) to the loss and metrics.
-      count: of micro-batches.
     """
     parts, numbers = in_parts(dict(batch), count, mesh), jnp.arange(count)
 
@@ -184,18 +172,13 @@ def accumulated_gradient(
 def in_parts(batch: Any, count: int, mesh: AnyMesh | None) -> Any:
     """The batch with a new first axis of micro-batches: number m has the rows m, m + count, ....
 
-    Every device has the same share of these rows: nothing moves between devices, and the
-    micro-batches are the same on any number of them.
+    Every device has the same share of these rows, so that nothing moves between devices.
     """
-
-    def split(x: Array) -> Array:
-        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        if mesh is None:
-            return x
-        rows = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
-        return jax.lax.with_sharding_constraint(x, rows)
-
-    return jax.tree.map(split, batch)
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    if mesh is None:
+        return parts
+    rows = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+    return jax.lax.with_sharding_constraint(parts, rows)
 
 
 def in_one(parts: Any) -> Any:
@@ -218,14 +201,19 @@ def compile_step(
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Program:
-    """What is compiled in a run. Nothing in it needs data, weights or the devices of the mesh."""
+    """What is compiled in a run. Nothing in it needs data, weights or the devices of the mesh.
+
+    Attributes:
+      data: what decides the examples beside the config, see `resume.position_of`.
+    """
 
     config: ConfigDict
     mesh: AnyMesh
     model: OVSegmentor
     phases: list[Phase]
+    data: dict[str, Any] = field(default_factory=dict)
     _states: dict[int, TrainState] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -240,15 +228,15 @@ class Program:
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformationExtraArgs:
         """The optax chain of a phase."""
-        trainable, held = groups.split(self.abstract_params, phase.frozen)
-        return make_optimizer(self.config.optimizer, trainable, held)
+        return make_optimizer(
+            self.config.optimizer, *groups.split(self.abstract_params, phase.frozen)
+        )
 
     def abstract_state(self, phase: Phase) -> TrainState:
         """Shapes, dtypes and shardings of a phase's state; made once, as tracing takes a second."""
         if phase.index not in self._states:
-            tx = self.optimizer(phase)
             self._states[phase.index] = abstract_state(
-                self.model, self.abstract_params, tx, phase.frozen, self.mesh
+                self.model, self.optimizer(phase), phase.frozen, self.mesh
             )
         return self._states[phase.index]
 

@@ -43,7 +43,7 @@ def main():
 
 def measure(run, params, checkpoints, rounds):
     """Takes `rounds` pairs of blocks after one that is not counted."""
-    state, _ = start(run, checkpoints, params)
+    state, _ = start(run, checkpoints, params, print)
     phase = run.phases[0]
     compiled = run.compiled_step(phase)
     batches = iter(run.loader(phase, 0))

@@ -38,10 +38,6 @@ def test_rules_that_do_not_fit_are_user_errors(rules, words):
         assert word in str(error.value)
 
 
-def test_a_catch_all_may_be_left_with_nothing():
-    assert set(groups.assign(PATHS, [("a|b|s", 1), (".*", 2)], "field").values()) == {1}
-
-
 @given(st.sets(st.sampled_from(["kernel$", "^a/", "bias", "^b/c", "scale"])))
 def test_split_and_join_are_inverse(patterns):
     # A pattern is refused where earlier ones left it nothing: take those that own a leaf alone.
@@ -50,12 +46,8 @@ def test_split_and_join_are_inverse(patterns):
     assert not set(groups.flatten(trainable)) & set(groups.flatten(frozen))
     assert groups.join(frozen, trainable) == TREE
     assert len(groups.flatten(frozen)) == len(own)
-
-
-def test_freezing_what_does_not_exist_is_a_user_error():
-    with pytest.raises(UserError, match="frozen") as error:
+    with pytest.raises(UserError, match="frozen: '\\^text'"):
         groups.split(TREE, ["^text"])
-    assert "'^text'" in str(error.value)
 
 
 def test_decay_of_all_but_biases_and_norms(tiny_boxed):

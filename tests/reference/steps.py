@@ -11,7 +11,7 @@ from ovseg_jax import sharding
 from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
-from ovseg_jax.train.state import state_shardings
+from ovseg_jax.train.state import abstract_state
 from ovseg_jax.train.step import compile_step, step_rngs, train_step
 from reference.batches import adam_of, make_batch
 
@@ -61,10 +61,12 @@ def make_step(model, config, tx, mesh, mask_weight, rate=None, frozen=()):
     )
 
 
-def steps_on(mesh, boxed, start, step):
+def steps_on(start, step):
     """`Steps` of a step that `make_step` made, from a state at the start (NumPy)."""
-    shardings = state_shardings(start, sharding.parameter_shardings(boxed, mesh), mesh)
-    return Steps(mesh, shardings, start, compile_step(step, shardings, mesh))
+    of = step.keywords
+    abstract = abstract_state(of["model"], of["tx"], of["frozen"], of["mesh"])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return Steps(of["mesh"], shardings, start, compile_step(step, shardings, of["mesh"]))
 
 
 def loss_terms(model, params, teacher, batch, config, *, mask_weight, mesh=None, **options):
@@ -87,18 +89,10 @@ def make_terms(model, config, mask_weight=0.0):
     Args:
       config: a ``config.loss``.
     """
+    options = {"mask_weight": mask_weight, "text_dropout": False, "rngs": step_rngs(0, 0)}
 
     def terms(params, teacher, batch):
-        loss, (metrics, _) = loss_terms(
-            model,
-            params,
-            teacher,
-            batch,
-            config,
-            mask_weight=mask_weight,
-            text_dropout=False,
-            rngs=step_rngs(0, 0),
-        )
+        loss, (metrics, _) = loss_terms(model, params, teacher, batch, config, **options)
         return loss, metrics
 
     return terms

@@ -20,7 +20,7 @@ STEPS = 5
 
 
 @pytest.fixture(scope="session")
-def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
+def make_steps(shared_tiny_config, tiny_model, tiny_params):
     """Makes `Steps` for the tiny model; the same arguments give the same object."""
 
     @functools.cache
@@ -33,7 +33,7 @@ def make_steps(shared_tiny_config, tiny_model, tiny_boxed, tiny_params):
         spec = config.optimizer.learning_rate
         rate = functools.partial(learning_rate, config=spec, first=0, total=2 * STEPS)
         step = make_step(tiny_model, config, tx, mesh, mask_weight, rate, frozen)
-        return steps_on(mesh, tiny_boxed, start, step)
+        return steps_on(start, step)
 
     return make
 

@@ -9,83 +9,18 @@ from reference.batches import adam_of, make_batch
 from reference.steps import assert_same, make_step, steps_on, take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.losses.contrastive import info_nce, negatives_mask
 from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
 from ovseg_jax.train.state import new_state, teacher_of
-from ovseg_jax.train.step import accumulated_gradient, in_one, in_parts, step_rngs
+from ovseg_jax.train.step import in_one, in_parts, step_rngs
 
-COUNT, ROWS = 4, 24
-
-
-# ---- the arithmetic, on a toy model
-
-
-def toy_rows(params, part, number):
-    """Two linear maps with dropout, whose draws follow from the part's number."""
-    key = jax.random.fold_in(jax.random.key(7), number)
-    rows = {}
-    for index, name in enumerate(("a", "b")):
-        x = part["x"] @ params[name]
-        kept = jax.random.bernoulli(jax.random.fold_in(key, index), 0.7, x.shape)
-        x = x * kept.astype(x.dtype)
-        rows[name] = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-3)
-    return rows
-
-
-def toy_loss(params, rows, batch):
-    negatives = negatives_mask(batch["weight"])
-    values, hits = info_nce(rows["a"], rows["b"], jnp.exp(params["scale"]), negatives)
-    loss = jnp.sum(values * batch["weight"]) / jnp.sum(batch["weight"])
-    return loss, {"loss": loss, "hits": jnp.mean(hits.astype(jnp.float32))}
+COUNT = 4
 
 
 @pytest.fixture(scope="module")
-def toy():
-    rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=(6, 5)).astype(np.float32) for name in ("a", "b")}
-    params["scale"] = np.float32(1.5)
-    weight = (np.arange(ROWS) != 3).astype(np.float32)
-    batch = {"x": rng.normal(size=(ROWS, 6)).astype(np.float32), "weight": weight}
-    return jax.tree.map(jnp.asarray, (params, batch))
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-def test_cached_embeddings_give_the_gradient_of_the_whole_batch(toy, devices):
-    """With dropout: the second forward pass draws what the first did."""
-    params, batch = toy
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-
-    def directly(params):
-        parts = in_parts(batch, COUNT, None)
-        rows = [toy_rows(params, jax.tree.map(lambda x, i=i: x[i], parts), i) for i in range(COUNT)]
-        rows = in_one(jax.tree.map(lambda *parts: jnp.stack(parts), *rows))
-        return toy_loss(params, rows, batch)
-
-    (want, metrics), gradient = jax.jit(jax.value_and_grad(directly, has_aux=True))(params)
-    run = jax.jit(lambda p, b: accumulated_gradient(toy_rows, toy_loss, p, b, COUNT, mesh))
-    loss, found, accumulated = run(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
-    np.testing.assert_allclose(loss, want, rtol=1e-5)
-    assert found.keys() == metrics.keys() and found["hits"] == metrics["hits"]
-    for name, value in gradient.items():
-        limit = 1e-5 * np.abs(value).max()
-        np.testing.assert_allclose(accumulated[name], value, rtol=1e-4, atol=limit, err_msg=name)
-
-
-def test_parts_and_back():
-    batch = {"x": jnp.arange(12)}
-    parts = in_parts(batch, 3, None)
-    np.testing.assert_array_equal(parts["x"][1], [1, 4, 7, 10])
-    np.testing.assert_array_equal(in_one(parts)["x"], batch["x"])
-
-
-# ---- the train step
-
-
-@pytest.fixture(scope="module")
-def run(shared_tiny_config, tiny_boxed, tiny_params):
+def run(shared_tiny_config, tiny_params):
     """Five steps of a model in which nothing is drawn at random."""
 
     def run(micro_batches):
@@ -97,7 +32,7 @@ def run(shared_tiny_config, tiny_boxed, tiny_params):
         tx = make_optimizer(config.optimizer, tiny_params)
         start = jax.device_get(jax.jit(lambda p: new_state(p, tx, ()))(tiny_params))
         step = make_step(build_model(config.model), config, tx, mesh, 0.1)
-        return take_steps(steps_on(mesh, tiny_boxed, start, step), 5, second=True)
+        return take_steps(steps_on(start, step), 5, second=True)
 
     return run
 
@@ -150,3 +85,10 @@ def test_a_step_draws_dropout_and_groups_alike_in_both_passes(
 def test_accumulated_steps_are_those_of_one_batch(run, tiny_params):
     """The teacher too, which moves once a step, not once a micro-batch."""
     assert_same(run(1), run(4), tiny_params)
+
+
+def test_parts_and_back():
+    batch = {"x": jnp.arange(12)}
+    parts = in_parts(batch, 3, None)
+    np.testing.assert_array_equal(parts["x"][1], [1, 4, 7, 10])
+    np.testing.assert_array_equal(in_one(parts)["x"], batch["x"])

@@ -8,7 +8,7 @@ import pytest
 from reference.batches import B, make_batch
 
 from ovseg_jax import sharding
-from ovseg_jax.train.compile_ahead import COLLECTIVES, collectives_of
+from ovseg_jax.aot import COLLECTIVES, collectives_of
 
 pytestmark = pytest.mark.slow
 
@@ -28,15 +28,24 @@ def compiled(make_steps):
     return text_of
 
 
-def test_on_a_pure_data_mesh_only_embeddings_are_gathered(compiled):
-    """And what says which pairs count: one number an example."""
-    moved = [one for one in collectives_of(compiled("data")) if one.kind != "all-reduce"]
-    assert any(shape[1][-1:] == (JOINT,) for one in moved for shape in one.shapes)
-    for one in moved:
-        assert one.kind in ("all-gather", "reduce-scatter"), one
-        for _, shape in one.shapes:
+def exchanged(text):
+    """Shapes of all but reductions, and whether each has the form of embeddings.
+
+    Those have a row for each example; so has what says which pairs count, one number an example.
+    """
+    for collective in collectives_of(text):
+        if collective.kind == "all-reduce":
+            continue
+        assert collective.kind in ("all-gather", "reduce-scatter"), collective
+        for _, shape in collective.shapes:
             rows = shape[:-1] if shape[-1:] == (JOINT,) else shape
-            assert rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1)), one
+            yield shape, rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1))
+
+
+def test_on_a_pure_data_mesh_only_embeddings_are_gathered(compiled):
+    moved = list(exchanged(compiled("data")))
+    assert any(shape[-1:] == (JOINT,) for shape, _ in moved)
+    assert all(of_examples for _, of_examples in moved), moved
 
 
 def test_on_an_fsdp_mesh_parameters_are_gathered_and_no_activation(compiled, make_steps):
@@ -46,16 +55,8 @@ def test_on_an_fsdp_mesh_parameters_are_gathered_and_no_activation(compiled, mak
     shapes |= {shape[1:] for shape in shapes}  # of one layer of a stack
     words = make_batch(0)["caption_ids"].shape[1]
     shapes.add((words, params["text_encoder"]["position"].shape[1]))  # those that texts reach
-    moved = [one for one in collectives_of(compiled("fsdp")) if one.kind != "all-reduce"]
-    parameters = 0
-    for one in moved:
-        assert one.kind in ("all-gather", "reduce-scatter"), one
-        for _, shape in one.shapes:
-            rows = shape[:-1] if shape[-1:] == (JOINT,) else shape
-            own = rows in ((B,), (B // DEVICES,), (B, 1), (B // DEVICES, 1))
-            assert own or shape in shapes, one
-            parameters += not own
-    assert parameters > 20
+    gathered = [shape for shape, of_examples in exchanged(compiled("fsdp")) if not of_examples]
+    assert len(gathered) > 20 and set(gathered) <= shapes
 
 
 @pytest.mark.parametrize(("mesh", "shards"), [("data", 8), ("mixed", 4)])

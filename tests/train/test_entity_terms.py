@@ -33,23 +33,17 @@ def batch():
     }
 
 
-def model_config(tiny, masking):
-    config = tiny.copy_and_resolve_references().unlock()
-    config.loss.masking = masking.value
-    if masking.classifies:
-        source = "decoder" if masking is Masking.MLM_GROUPS else "text"
-        config.model.update(token_classes=CLASSES, token_classes_from=source)
-    return config
-
-
 @pytest.fixture(scope="module")
 def make(shared_tiny_config):
     """masking -> (model, fresh parameters, (params, batch) -> loss, metrics)."""
 
     def build(masking):
-        config = model_config(shared_tiny_config, masking)
+        config = shared_tiny_config.copy_and_resolve_references().unlock()
+        config.loss.masking = masking.value
+        if masking.classifies:
+            source = "decoder" if masking is Masking.MLM_GROUPS else "text"
+            config.model.update(token_classes=CLASSES, token_classes_from=source)
         model = build_model(config.model)
-
         params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
         terms = make_terms(model, config.loss)
         return model, params, lambda params, batch: terms(params, None, batch)

@@ -185,7 +185,6 @@ from ovseg_jax.train.signals import print_stacks_on_signal
 def work():
     while True:
         exec("def deeper(n):\\n    return n and deeper(n - 1)\\ndeeper(60)", {})
-        list(x for x in (y for y in range(50)))
 
 def come_and_go():
     while True:
@@ -210,12 +209,9 @@ stuck()
 def test_stacks_of_a_main_thread_that_waits_beside_others_that_work(tmp_path):
     """Beside such threads a process with `faulthandler.register` crashes after some hundred signals
     (in two of five tries, by Python 3.11)."""
-    workdir = tmp_path / "run"
+    workdir, command = tmp_path / "run", [sys.executable, "-c", WAITING]
     with Path(f"{workdir}.log").open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WAITING],
-            cwd=runs.ROOT, stdout=file, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        process = subprocess.Popen(command, cwd=runs.ROOT, stdout=file, stderr=subprocess.STDOUT)
 
     def wait_for(words, count):
         runs.wait_until(lambda: runs.log_of(workdir).count(words) >= count, process, workdir, 60)

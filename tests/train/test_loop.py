@@ -14,10 +14,9 @@ from ovseg_jax import sharding
 from ovseg_jax.errors import RestartError, UserError
 from ovseg_jax.progress import Progress
 from ovseg_jax.train import loop
-from ovseg_jax.train.config import load_config
+from ovseg_jax.train.config import changed_fields, load_config, plain
 from ovseg_jax.train.loop import _Training, locked, train
 from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.resume import changed_fields, plain
 
 EVERY = 2
 # By step. Phase 1 has four steps.
@@ -110,23 +109,21 @@ def test_a_profile_is_a_trace_and_metrics_have_their_phase(alone):
             assert 0 <= line["train/waiting_for_data"] <= 1
 
 
+LONGER = {"phases": ({"steps": 50, "batch_size": 8}, {"steps": 20, "batch_size": 8})}
 CHANGES = {
     "a field without consequences for shapes": (
         {"optimizer.learning_rate.peak": 0.001},
-        None,
         ["config.optimizer.learning_rate.peak: 0.0015 -> 0.001", "resuming at step 40"],
     ),
     "another width": (
         {"model.joint_width": 8},
-        None,
         ["does not fit this config", "config.model.joint_width: 16 -> 8"],
     ),
     "a step in another phase": (
-        {"phases": ({"steps": 50, "batch_size": 8}, {"steps": 20, "batch_size": 8})},
-        None,
+        LONGER,
         ["config.phases[1], which takes steps 50 to 70", "config.phases[0].steps: 20 -> 50"],
     ),
-    "a profile of no step": ({}, (3, 5), ["--profile=3:5 begins at no step"]),
+    "a profile of no step": ({}, ["--profile=3:5 begins at no step"]),
 }
 
 
@@ -135,7 +132,8 @@ CHANGES = {
 def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(
     alone, tmp_path, monkeypatch, name
 ):
-    changes, profile, expected = CHANGES[name]
+    changes, expected = CHANGES[name]
+    profile = None if changes else (3, 5)
     workdir = shutil.copytree(alone.workdir, tmp_path / "run")
     before = (workdir / "config.json").read_text()
     config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
@@ -154,25 +152,40 @@ def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(
     assert (written == before) == refused
 
 
-def test_a_loss_that_stays_nan_is_refused():
-    config, written = load_config(runs.ROOT / "tests" / "tiny.py:restarts"), []
+@pytest.fixture
+def logging():
+    """(step, metrics) -> what a run writes of them, and what it says."""
+    config, said, written = load_config(runs.ROOT / "tests" / "tiny.py:restarts"), [], []
     config.max_skipped = 3
+    progress = SimpleNamespace(say=said.append, update=lambda text, final: None)
     training = SimpleNamespace(
-        run=SimpleNamespace(progress=Progress(quiet=True), config=config),
+        warned=False,
+        run=SimpleNamespace(progress=progress, config=config),
         checkpoints=SimpleNamespace(check=lambda: None),
         writer=SimpleNamespace(write=lambda step, values: written.append(values)),
     )
     phase = make_phases(config, 100)[1]
 
-    def log(step, skipped):
-        metrics = {"loss": np.nan, "skipped": skipped}
+    def log(step, **metrics):
         arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
         _Training._log(training, phase, step, arrays, {"phase": 1.0}, 7)
+        return written[-1], said
 
-    log(24, 2.0)
-    assert written[0]["train/skipped"] == 2.0 and written[0]["train/phase"] == 1.0
+    return log
+
+
+def test_a_loss_that_stays_nan_is_refused(logging):
+    written, _ = logging(24, loss=np.nan, skipped=2.0)
+    assert written["train/skipped"] == 2.0 and written["train/phase"] == 1.0
     with pytest.raises(UserError, match="3 steps in a row, up to step 25.* 7 records could not"):
-        log(25, 3.0)
+        logging(25, loss=np.nan, skipped=3.0)
+
+
+def test_targets_that_are_positive_nearly_everywhere_are_warned_of_once(logging):
+    for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
+        written, said = logging(step, loss=1.0, skipped=0.0, mask_target_fraction=fraction)
+        assert written["train/mask_target_fraction"] == pytest.approx(fraction)
+    assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
 
 
 # ---- the work directory
@@ -206,23 +219,3 @@ def test_changes_are_listed_by_field(tiny_config):
         "phases[1].steps: 4 -> 5",
         'phases[2]: absent -> {"steps": 6}',
     ]
-
-
-def test_targets_that_are_positive_nearly_everywhere_are_warned_of_once():
-    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
-    said, written = [], []
-    progress = SimpleNamespace(say=said.append, update=lambda text, final: None)
-    training = SimpleNamespace(
-        warned=False,
-        run=SimpleNamespace(progress=progress, config=config),
-        checkpoints=SimpleNamespace(check=lambda: None),
-        writer=SimpleNamespace(write=lambda step, values: written.append(values)),
-    )
-    phase = make_phases(config, 100)[1]
-    for step, fraction in enumerate((0.59, 0.72, 0.9), start=21):
-        metrics = {"loss": 1.0, "skipped": 0.0, "mask_target_fraction": fraction}
-        arrays = {name: jax.numpy.float32(value) for name, value in metrics.items()}
-        _Training._log(training, phase, step, arrays, {}, 0)
-    assert len(said) == 1 and "step 22: 72 % of the patches are positive" in said[0]
-    fractions = [values["train/mask_target_fraction"] for values in written]
-    assert fractions == pytest.approx([0.59, 0.72, 0.9])

@@ -53,33 +53,35 @@ def raw_terms(quiet, run_terms):
     return run_terms(quiet[3])
 
 
+def bound(model, params):
+    """(method, arguments) -> what the model gives, with another visual encoder on request."""
+
+    def call(method, *args, encoder=params["image_encoder"], **options):
+        variables = {"params": {**params, "image_encoder": encoder}}
+        return model.apply(variables, *args, method=method, **options)
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def pieces(quiet, tiny_params):
     """What the towers and projectors give on the batch, each called on its own."""
     model, teacher, _, batch = quiet
 
     def run(params, teacher, batch):
-        def call(method, *args, encoder=params["image_encoder"]):
-            return model.apply(
-                {"params": {**params, "image_encoder": encoder}}, *args, method=method
-            )
-
+        call, images = bound(model, params), [batch["image"], batch["image2"]]
         texts = {kind: call("text_tokens", batch[f"{kind}_ids"]) for kind in TEXTS}
-        online = [call("visual_tokens", batch[name]) for name in ("image", "image2")]
-        target = [
-            call("visual_tokens", batch[name], encoder=teacher) for name in ("image", "image2")
-        ]
-        joint = [call("project_image", tokens.groups) for tokens in (*online, *target)]
+        online = [call("visual_tokens", image) for image in images]
+        target = [call("visual_tokens", image, encoder=teacher) for image in images]
+        masked, groups = texts["masked"], online[0].groups
         return {
             "texts": texts,
             "visual": [*online, *target],
-            "joint": joint,
+            "joint": [call("project_image", tokens.groups) for tokens in (*online, *target)],
             "sentences": {kind: call("project_text", texts[kind].pooled) for kind in TEXTS},
-            "image": call("project_image", jnp.mean(online[0].groups, axis=1)),
-            "masked": call(
-                "complete", texts["masked"].tokens, texts["masked"].mask, online[0].groups
-            ),
-            "features": [call("trunk", batch[name]) for name in ("image", "image2")],
+            "image": call("project_image", jnp.mean(groups, axis=1)),
+            "masked": call("complete", masked.tokens, masked.mask, groups),
+            "features": [call("trunk", image) for image in images],
         }
 
     return jax.jit(run)(tiny_params, teacher, batch)
@@ -89,20 +91,19 @@ def mean_over(values, weight):
     return np.average(values, weights=weight)
 
 
+def contrast(a, b, weight, scale=10.0, apart=True):  # the scale of `tiny_params`
+    """The mean of Eq. 7; `apart`: pairs that may be negatives of each other."""
+    pairs = (weight[:, None] > 0) & (weight[None] > 0) & apart
+    return mean_over(reference.info_nce(np.float64(a), np.float64(b), scale, pairs), weight)
+
+
 def test_every_term_reads_what_the_equations_say(quiet, raw_terms, pieces):
     _, _, config, batch = quiet
     loss, metrics = raw_terms
     weight = batch["weight"]
-    scale = 10.0  # of `tiny_params`
-
-    def between(a, b, weight):
-        pairs = (weight[:, None] > 0) & (weight[None] > 0)
-        values = reference.info_nce(np.float64(a), np.float64(b), scale, pairs)
-        return mean_over(values, weight)
-
     sentences = pieces["sentences"]
-    contrastive = between(pieces["image"], sentences["caption"], weight)
-    entity = between(pieces["masked"], sentences["prompt"], weight * batch["entity_weight"])
+    contrastive = contrast(pieces["image"], sentences["caption"], weight)
+    entity = contrast(pieces["masked"], sentences["prompt"], weight * batch["entity_weight"])
     views = [
         (np.float64(tokens.patches), np.float64(tokens.groups), np.float64(joint))
         for tokens, joint in zip(pieces["visual"], pieces["joint"], strict=True)
@@ -120,7 +121,7 @@ def test_every_term_reads_what_the_equations_say(quiet, raw_terms, pieces):
     for name, want in (("contrastive", contrastive), ("entity", entity), ("mask", mask)):
         np.testing.assert_allclose(metrics[name], want, rtol=2e-3, err_msg=name)
     np.testing.assert_allclose(loss, contrastive + 0.5 * entity + 0.1 * mask, rtol=2e-3)
-    np.testing.assert_allclose(metrics["temperature"], 1 / scale, rtol=1e-5)
+    np.testing.assert_allclose(metrics["temperature"], 1 / 10.0, rtol=1e-5)
     image, caption = np.asarray(pieces["image"]), np.asarray(sentences["caption"])
     hits = (image @ caption.T).argmax(1) == np.arange(B)
     np.testing.assert_allclose(metrics["image_to_text"], mean_over(hits, weight), rtol=1e-5)
@@ -139,16 +140,11 @@ def test_equal_captions_are_no_negatives(quiet, tiny_params, pieces):
     alike = right | right.T
     terms = jax.jit(make_terms(model, config))
     _, metrics = terms(tiny_params, None, {**batch, "caption_set": names})
-
-    def between(a, b, weight):
-        pairs = (weight[:, None] > 0) & (weight[None] > 0)
-        values = reference.info_nce(np.float64(a), np.float64(b), 10.0, pairs & ~alike)
-        return mean_over(values, weight)
-
     weight, sentences = batch["weight"], pieces["sentences"]
-    want = between(pieces["image"], sentences["caption"], weight)
+    want = contrast(pieces["image"], sentences["caption"], weight, apart=~alike)
     np.testing.assert_allclose(metrics["contrastive"], want, rtol=2e-3)
-    want = between(pieces["masked"], sentences["prompt"], weight * batch["entity_weight"])
+    named = weight * batch["entity_weight"]
+    want = contrast(pieces["masked"], sentences["prompt"], named, apart=~alike)
     np.testing.assert_allclose(metrics["entity"], want, rtol=2e-3)
     counted = (weight[:, None] > 0) & (weight[None] > 0) & ~np.eye(B, dtype=bool)
     rate = (alike & counted).sum() / counted.sum()
@@ -170,19 +166,16 @@ def test_the_image_head_is_contrasted_beside_the_groups(shared_tiny_config):
     def run(key, batch):
         params = nn.unbox(model.init(key, batch["image"], batch["caption_ids"])["params"])
         params = {**params, "whole_log_scale": params["whole_log_scale"] + 0.3}
-        visual = model.apply({"params": params}, batch["image"], method="visual_tokens")
-        text = model.apply({"params": params}, batch["caption_ids"], method="text_tokens")
-        whole = model.apply({"params": params}, visual, method="embed_whole")
-        sentences = model.apply({"params": params}, text.pooled, method="embed_whole_text")
-        scale = model.apply({"params": params}, method="whole_logit_scale")
+        call = bound(model, params)
+        whole = call("embed_whole", call("visual_tokens", batch["image"]))
+        pooled = call("text_tokens", batch["caption_ids"]).pooled
+        sentences, scale = call("embed_whole_text", pooled), call("whole_logit_scale")
         loss, metrics = make_terms(model, config.loss)(params, None, batch)
         return whole, sentences, scale, loss, metrics
 
     whole, sentences, scale, loss, metrics = jax.jit(run)(jax.random.key(0), batch)
-    weight = batch["weight"]
-    pairs = (weight[:, None] > 0) & (weight[None] > 0) & (sets[:, None] == sets)
-    values = reference.info_nce(np.float64(whole), np.float64(sentences), float(scale), pairs)
-    want = mean_over(values, weight)
+    same_set = sets[:, None] == sets
+    want = contrast(whole, sentences, batch["weight"], float(scale), apart=same_set)
     np.testing.assert_allclose(metrics["whole_contrastive"], want, rtol=2e-3)
     summed = metrics["contrastive"] + 0.5 * metrics["entity"] + metrics["whole_contrastive"]
     np.testing.assert_allclose(loss, summed, rtol=1e-5)
@@ -242,28 +235,22 @@ def run_nouns(shared_tiny_config, tiny_model, tiny_params):
     return call
 
 
-def embeddings(model, params, batch):
-    variables = {"params": jax.tree.map(jnp.asarray, params)}
-    images = jnp.asarray(batch["image"])
-    rngs = step_rngs(0, 0)
-    ids = jnp.asarray(batch["noun_ids"].reshape(-1, M))
-    text = model.apply(variables, ids, method="text_tokens")
-    nouns = model.apply(variables, text.pooled, method="project_text").reshape(B, NOUNS, -1)
-    tokens = model.apply(variables, images, True, method="visual_tokens", rngs=rngs)
-    image = model.apply(variables, tokens.groups.mean(1), method="project_image")
-    return (np.asarray(x, np.float64) for x in (image, nouns))
-
-
 def test_the_noun_term_and_its_weight(run_nouns, noun_batch, tiny_model, tiny_params):
     plain, before = run_nouns(0.0, noun_batch)
     loss, metrics = run_nouns(0.5, noun_batch)
     assert "nouns" not in before
     np.testing.assert_allclose(metrics["contrastive"], before["contrastive"], rtol=1e-5)
     np.testing.assert_allclose(loss, plain + 0.5 * metrics["nouns"], rtol=1e-5)
-    image, nouns = embeddings(tiny_model, tiny_params, noun_batch)
+    call = bound(tiny_model, jax.tree.map(jnp.asarray, tiny_params))
+    text = call("text_tokens", jnp.asarray(noun_batch["noun_ids"].reshape(-1, M)))
+    nouns = call("project_text", text.pooled).reshape(B, NOUNS, -1)
+    image = jnp.asarray(noun_batch["image"])
+    tokens = call("visual_tokens", image, True, rngs=step_rngs(0, 0))
+    image = call("project_image", tokens.groups.mean(1))
     present, weight = noun_batch["noun_present"], noun_batch["weight"]
     shown = (weight > 0)[:, None] & (weight > 0)[None]
     scale = float(np.exp(tiny_params["log_scale"]))
+    image, nouns = (np.asarray(x, np.float64) for x in (image, nouns))
     each = reference.multi_label_info_nce(image, nouns, scale, shown, present)
     weight = weight * present.any(1)
     np.testing.assert_allclose(metrics["nouns"], np.average(each, weights=weight), rtol=1e-4)
@@ -274,41 +261,24 @@ def test_the_noun_term_and_its_weight(run_nouns, noun_batch, tiny_model, tiny_pa
 KEPT = 2  # of 4 groups
 
 
-def test_consistency_of_groups_from_the_parts(quiet, tiny_params):
+def test_consistency_of_groups_from_the_parts(quiet, tiny_params, pieces):
     model, teacher, config, batch = quiet
     config = ConfigDict({**config.to_dict(), "cross_image": "groups", "entity_weight": 0.0})
-    terms = make_terms(model, config, 1.0)
-
-    @jax.jit
-    def parts(params, teacher, batch):
-        def call(method, *args, encoder=params["image_encoder"]):
-            return model.apply(
-                {"params": {**params, "image_encoder": encoder}}, *args, method=method
-            )
-
-        def joint(name, **options):
-            return call("project_image", call("visual_tokens", batch[name], **options).groups)
-
-        text = call("text_tokens", batch["shared_ids"]).pooled
-        names = ("image", "image2")
-        online = [joint(name) for name in names]
-        return online, [joint(n, encoder=teacher) for n in names], call("project_text", text)
-
-    online, target, entity = jax.device_get(parts(tiny_params, teacher, batch))
-    weight = batch["weight"] * batch["pair_weight"]
+    joint = [np.asarray(x, np.float64) for x in pieces["joint"]]  # two online, two of the teacher
+    entity, weight = pieces["sentences"]["shared"], batch["weight"] * batch["pair_weight"]
     scale = float(np.exp(tiny_params["log_scale"]))
 
     def chosen(groups):
         order = np.argsort(-np.einsum("bke,be->bk", groups, entity), axis=1)[:, :KEPT]
-        return np.take_along_axis(groups, order[..., None], axis=1).astype(np.float64)
+        return np.take_along_axis(groups, order[..., None], axis=1)
 
     values = np.zeros(B)
-    for own, other in ((online[0], target[1]), (online[1], target[0])):
+    for own, other in ((joint[0], joint[3]), (joint[1], joint[2])):
         own, other = chosen(own), chosen(other)
         mass = np.exp(scale * np.einsum("ise,jte->isjt", own, other)).sum(-1)
         for i in range(B):
             among = mass[i][:, [j for j in range(B) if j == i or weight[j] * weight[i] > 0]].sum(-1)
             values[i] += 0.5 * np.mean(np.log(among) - np.log(mass[i][:, i]))
-    _, metrics = jax.jit(terms)(tiny_params, teacher, batch)
+    _, metrics = jax.jit(make_terms(model, config, 1.0))(tiny_params, teacher, batch)
     np.testing.assert_allclose(metrics["mask"], np.average(values, weights=weight), rtol=1e-4)
     assert "mask_target_fraction" not in metrics

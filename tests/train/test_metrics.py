@@ -3,34 +3,29 @@
 import struct
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import runs
 from jax.sharding import PartitionSpec
-from reference.batches import make_batch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ovseg_jax import sharding
+from ovseg_jax.aot import batch_shapes, program_of
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import Flag, parse
-from ovseg_jax.models.build import build_model
 from ovseg_jax.train.config import load_config
-from ovseg_jax.train.loop import step_flops
 from ovseg_jax.train.metrics import (
     Meter,
     MetricsWriter,
     matmul_flops,
     memory_in_use,
+    model_flops,
     peak_flops,
     step_range,
 )
-from ovseg_jax.train.phases import make_phases
-from ovseg_jax.train.step import Program
-
-GIB = 2**30
 
 
 class Clock:
@@ -50,6 +45,7 @@ def test_rates_step_times_and_waiting(monkeypatch):
     clock = Clock(monkeypatch)
     meter = Meter(batch_size=16)
     assert meter.lap() == {}
+    meter.peak, meter.flops = 2e12, 4e12
     meter.restart()
     for _ in meter.timed(clock.batches([1.0, 0.0, 0.0, 3.0])):
         clock.now += 1.0
@@ -60,42 +56,36 @@ def test_rates_step_times_and_waiting(monkeypatch):
     assert found["waiting_for_data"] == pytest.approx(0.5)
     assert found["step_seconds_p50"] == pytest.approx(1.5)  # of 2, 1, 1, 4
     assert found["step_seconds_p99"] == pytest.approx(4.0, rel=0.02)
-    # CPUs have no peak to compare with and tell no memory.
-    assert not {"flops_utilization", "memory_bytes"} & found.keys()
+    # Of the peak of all eight devices. CPUs tell no memory.
+    assert found["flops_utilization"] == pytest.approx(4 * 4e12 / 8 / (8 * 2e12))
+    assert "memory_bytes" not in found
     assert meter.lap() == {}
 
 
-def test_utilization_is_the_share_of_the_peak_of_all_devices(monkeypatch):
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr("ovseg_jax.train.metrics.peak_flops", lambda kind: 2e12)
-    meter = Meter(batch_size=8)
-    meter.flops = 4e12
-    clock.now += 0.5
-    meter.finish(0.0)
-    assert meter.lap()["flops_utilization"] == pytest.approx(4e12 / 0.5 / (8 * 2e12))
-
-
-def test_devices_are_known_by_the_names_that_jax_gives_them():
-    assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
-    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
-    assert peak_flops("TPU v6 lite") == 918e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") is None
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("cpu") is None
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_are_known_by_the_names_that_jax_gives_them(name, peak):
+    assert peak_flops(name) == peak
 
 
 def test_memory_is_that_of_the_fullest_device(monkeypatch):
-    class Device:
-        def __init__(self, used, peak):
-            self.stats = {"bytes_in_use": used * GIB, "peak_bytes_in_use": peak * GIB}
-
-        def memory_stats(self):
-            return self.stats
-
     assert memory_in_use() == {}  # CPUs tell none
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device(3, 9), Device(5, 7)])
-    assert memory_in_use() == {"memory_bytes": 5 * GIB, "memory_peak_bytes": 9 * GIB}
+    stats = [
+        {"bytes_in_use": 3, "peak_bytes_in_use": 9},
+        {"bytes_in_use": 5, "peak_bytes_in_use": 7},
+    ]
+    devices = [SimpleNamespace(memory_stats=lambda s=each: s) for each in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory_in_use() == {"memory_bytes": 5, "memory_peak_bytes": 9}
 
 
 def test_operations_of_matrix_products():
@@ -124,29 +114,20 @@ def test_operations_of_matrix_products():
     assert matmul_flops(either, a, b) == product
 
 
-def test_flops_count_what_the_model_needs_and_nothing_twice(tmp_path, monkeypatch):
+def test_flops_count_what_the_model_needs_and_nothing_twice():
     """Not what rematerialization or accumulation makes again."""
-    monkeypatch.chdir(runs.ROOT)
-    config = load_config("tests/tiny.py:restarts")
-    config.data.text_length = 16
-    phases = make_phases(config, 100)
+    config = load_config(runs.ROOT / "tests" / "tiny.py:restarts")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
-    def flops(**changes):
+    def flops(remat="none", micro_batches=1):
         changed = config.copy_and_resolve_references()
-        changed.model.image.remat = changed.model.text.remat = changes.get("remat", "none")
-        changed.accumulation.micro_batches = changes.get("micro_batches", 1)
-        model = build_model(changed.model)
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        program = Program(changed, mesh, model, phases)
-        batch = {
-            name: jax.ShapeDtypeStruct(value.shape, value.dtype)
-            for name, value in make_batch(0, second=False).items()
-        }
-        batch["image"] = jax.ShapeDtypeStruct((16, 28, 28, 3), np.uint8)
-        return step_flops(program, phases[0], batch)
+        changed.model.image.remat = changed.model.text.remat = remat
+        changed.accumulation.micro_batches = micro_batches
+        program = program_of(changed, mesh)
+        phase = program.phases[0]
+        batch = batch_shapes(changed, phase, 16, 16)
+        return model_flops(program, phase, batch)
 
-    assert flops() is None  # CPUs have no peak to compare with
-    monkeypatch.setattr("ovseg_jax.train.loop.peak_flops", lambda kind: 1e12)
     once = flops()
     assert once > 1e6
     assert flops(remat="full") == flops(micro_batches=2) == once
@@ -182,15 +163,12 @@ def test_tensorboard_holds_what_the_metrics_do(alone):
         assert found[line["step"]] == pytest.approx(line, rel=1e-6)
 
 
-def test_tensorboard_forgets_what_a_run_will_do_again(tmp_path):
+def test_what_a_run_will_do_again_is_forgotten(tmp_path):
     for step in (0, 7):
         with closing(MetricsWriter(tmp_path, step)) as writer:
             writer.write(step + 1, {"loss": 1.0})
-    starts = [
-        event.step
-        for event in events_of(tmp_path / "tensorboard")
-        if event.session_log.status == SessionLog.START
-    ]
+    events = events_of(tmp_path / "tensorboard")
+    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
     assert starts == [1, 8]
 
 

@@ -1,4 +1,4 @@
-"""Caches of features: their keys, and texts that are encoded once and found for each caption."""
+"""Features of frozen towers: keys and contents of the caches, and the start of the neck."""
 
 import logging
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from memory_source import MemorySource
+from ml_collections import ConfigDict
 
 from ovseg_jax.data.captions import mask_entities, prompt, shared_prompt
 from ovseg_jax.data.entities import EntitySet
@@ -15,15 +16,19 @@ from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import ClassCaptions, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.tokenizer import Tokenizer
+from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
+from ovseg_jax.optim.groups import nest
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.features import (
     AFTER_TRUNK,
     cache_key,
     image_store,
     settings_of,
+    standardized_neck,
     text_store,
 )
+from ovseg_jax.weights.initialize import variable_shapes
 
 ENTITIES = EntitySet({"dog": [], "cat": ["kitten"]})
 TEMPLATES = ("a photo of {}", "the {}")
@@ -70,43 +75,11 @@ def test_a_setting_that_changes_features_changes_the_key(tiny_config, field, val
 def test_runs_of_any_seed_share_views_that_draw_nothing(
     tmp_path, tiny_model, tiny_params, kind, folders
 ):
-    source, transform = ScenesSource("train", 2, 0, 32), {"kind": kind, "size": 32}
+    args = (tmp_path, tiny_model, tiny_params, ScenesSource("train", 2, 0, 32))
     for seed in (0, 1, 1):
-        image_store(
-            tmp_path,
-            tiny_model,
-            tiny_params,
-            source,
-            transform,
-            views=1,
-            seed=seed,
-            progress=Progress(quiet=True).count,
-        )
+        transform, progress = {"kind": kind, "size": 32}, Progress(quiet=True).count
+        image_store(*args, transform, views=1, seed=seed, progress=progress)
     assert len(list(tmp_path.iterdir())) == folders
-
-
-def test_cached_sentences_that_are_cut_are_counted(tmp_path, tiny_model, tiny_params, caplog):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    source = MemorySource(
-        [Record(b"", (text,), text) for text in ("a dog", "a dog of a dog of a dog")]
-    )
-    with caplog.at_level(logging.WARNING):
-        text_store(
-            tmp_path,
-            tiny_model,
-            tiny_params,
-            source,
-            EntitySet({"dog": []}),
-            Tokenizer(tmp_path),
-            ("a {}",),
-            length=6,
-            progress=Progress(quiet=True).count,
-        )
-    # Two captions, of which one is the prompt too, the same masked, the entity's own sentence.
-    assert caplog.messages == [
-        "2 of 5 cached sentences were cut to 6 tokens (config.data.text_length)"
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +101,19 @@ def store(tmp_path_factory, tiny_model, tiny_params, tokenizer):
     asked = len(said)
     assert text_store(*args, **settings).directory == made.directory and len(said) == asked
     return made, said[-1]
+
+
+def test_cached_sentences_that_are_cut_are_counted(
+    tmp_path, tiny_model, tiny_params, tokenizer, caplog
+):
+    texts = ("a dog", "a dog of a dog of a dog")
+    source = MemorySource([Record(b"", (text,), text) for text in texts])
+    args = (tmp_path, tiny_model, tiny_params, source, EntitySet({"dog": []}), tokenizer, ("a {}",))
+    with caplog.at_level(logging.WARNING):
+        text_store(*args, length=6, progress=Progress(quiet=True).count)
+    # Two captions, of which one is the prompt too, the same masked, the entity's own sentence.
+    said = "2 of 5 cached sentences were cut to 6 tokens (config.data.text_length)"
+    assert caplog.messages == [said]
 
 
 def test_each_caption_has_its_features(store, tiny_model, tiny_params, tokenizer):
@@ -188,3 +174,56 @@ def test_cached_and_fresh_examples_are_of_the_same_caption(store, tokenizer, tmp
             np.testing.assert_array_equal(cached["caption_pooled"][at], made["caption_pooled"][row])
             tokens = made["masked_tokens"][made["masked_rows"][row]]
             np.testing.assert_array_equal(cached["masked_tokens"][at], tokens)
+
+
+# ---- the start of the neck
+
+TRANSFORM = {"kind": "none", "size": 32}
+
+
+def model_and_params(config, trunk_width):
+    config = ConfigDict(config.model.to_dict())
+    config.image.update(trunk_width=trunk_width, group_layer=1)
+    model = build_model(config)
+    rng = np.random.default_rng(0)
+    flat = {
+        path: rng.normal(0, 0.2, shape).astype(np.float32)
+        for path, shape in variable_shapes(model).items()
+    }
+    return model, jax.tree.map(jax.numpy.asarray, nest(flat))
+
+
+@pytest.mark.parametrize("image_head", [0, 10])
+def test_folding_equals_standardizing_the_features(tiny_config, image_head):
+    """The neck's of the patches, and those of the image head's first map of the class token."""
+    if image_head:
+        tiny_config.model.image.update(class_token=True, keep_class_token=True, trunk_norm=True)
+        tiny_config.model.image_head = image_head
+    model, params = model_and_params(tiny_config, 24)
+    source = ScenesSource("train", 6, 0, 32)
+    folded = standardized_neck(model, params, source, TRANSFORM, seed=0)
+    images = jax.numpy.asarray(np.stack([source.scene(index).image for index in range(6)]))
+    features = np.asarray(model.apply({"params": params}, images, method="trunk"), np.float64)
+
+    def assert_folded(old, new, inputs):
+        old, new = (jax.tree.map(np.asarray, tree) for tree in (old, new))
+        standardized = (inputs - inputs.mean(0)) / np.maximum(inputs.std(0), 1e-3)
+        expected = standardized @ old["kernel"] + old["bias"]
+        atol = 1e-3 if image_head else 1e-4
+        np.testing.assert_allclose(inputs @ new["kernel"] + new["bias"], expected, atol=atol)
+
+    first = 1 if image_head else 0  # of the patches
+    encoders = [tree["image_encoder"] for tree in (params, folded)]
+    patches = features[:, first:].reshape(-1, 24)
+    assert_folded(*(encoder["neck"] for encoder in encoders), patches)
+    if image_head:
+        heads = (tree["whole_head"]["fc"] for tree in (params, folded))
+        assert_folded(*heads, features[:, 0])
+    before, after = ({k: v for k, v in x.items() if k != "neck"} for x in encoders)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+
+
+def test_a_model_without_neck_is_refused(tiny_config):
+    model, params = model_and_params(tiny_config, 0)
+    with pytest.raises(UserError, match="trunk_width"):
+        standardized_neck(model, params, ScenesSource("train", 2, 0, 32), TRANSFORM, seed=0)
