@@ -17,7 +17,7 @@ from ovseg_jax.errors import UserError
 from ovseg_jax.files import listed
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.readout import unit
+from ovseg_jax.segmentation.readout import EXACT, unit
 from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.shapes import Array, Float, UInt8
 from ovseg_jax.weights.model_dir import SavedModel
@@ -27,17 +27,27 @@ REMEMBERED = 16  # lists of words whose embeddings are kept
 
 
 def encode_images(
-    model: OVSegmentor, variables: Mapping[str, Any], images: Array, with_keys: bool = False
+    model: OVSegmentor, variables: Mapping[str, Any], images: Array, protocol: Protocol
 ) -> tuple[Array, ...]:
-    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted, and `with_keys`
-    the binding's keys of the patches [B, L, D], unit norm, float16.
+    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted, and with the
+    protocol's `border_scale` the binding's keys of the patches [B, L, D], unit norm, float16.
 
-    Images are uint8 [B, H, W, 3], or [B, L, D0] trunk features.
+    Images are uint8 [B, H, W, 3], or [B, L, D0] trunk features. The protocol's `affinity` says
+    which patch-to-group map it is.
     """
     tokens = model.apply(variables, images, method="visual_tokens")
+    soft = tokens.affinity
+    if protocol.affinity == "features":
+        if tokens.patches is None:
+            raise UserError(
+                "protocol: affinity must be 'binding' for a model without final patches"
+            )
+        patches, centers = (x.astype(jnp.float32) for x in (tokens.patches, tokens.groups))
+        logits = jnp.einsum("bld,bkd->blk", patches, centers, precision=EXACT)
+        soft = jax.nn.softmax(logits * patches.shape[-1] ** -0.5, axis=-1)
     groups = model.apply(variables, tokens.groups, method="project_image")
-    encoded = tokens.affinity, groups, model.apply(variables, tokens, method="embed_whole")
-    if not with_keys:
+    encoded = soft, groups, model.apply(variables, tokens, method="embed_whole")
+    if not protocol.border_scale:
         return encoded
     if tokens.key is None:
         raise UserError("protocol: border_scale must be 0 for a model with several bindings")
@@ -86,7 +96,7 @@ class ModelSegmenter:
             # Once: arrays of the host would travel to the devices in every call.
             self.variables = jax.device_put(self.variables, everywhere)
 
-        encode = functools.partial(encode_images, model, with_keys=protocol.border_scale > 0)
+        encode = functools.partial(encode_images, model, protocol=protocol)
         embed = functools.partial(embed_prompts, model, average=protocol.average)
         self._model = model
         self._encode = jax.jit(encode, out_shardings=everywhere)

@@ -59,7 +59,7 @@ def write_programs(
     keys, image_head = protocol.border_scale > 0, saved.model.image_head > 0
 
     def image(weights: Mapping[str, Array], images: Array) -> tuple[Array, ...]:
-        return encode_images(saved.model, _variables(weights), images, keys)
+        return encode_images(saved.model, _variables(weights), images, protocol)
 
     def text(weights: Mapping[str, Array], ids: Array) -> Array | tuple[Array, ...]:
         embedded = embed_prompts(saved.model, _variables(weights), ids, protocol.average)

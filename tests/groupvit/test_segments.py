@@ -98,9 +98,15 @@ def test_prompts_are_averaged_before_or_after_their_norm(saved):
         np.testing.assert_allclose(segmenter.text(names, templates)[0], embeddings, atol=1e-5)
 
 
-def test_there_are_no_keys_of_several_bindings(saved):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"border_scale": 1.0}, "border_scale must be 0"),
+        ({"affinity": "features"}, "must be 'binding'"),
+    ],
+)
+def test_what_several_bindings_do_not_have(saved, changes, message):
     model, protocol = saved
-    changes = {"border_scale": 1.0, "grouping": "soft_patches", "image_classes": 0}
-    segmenter = ModelSegmenter.of_saved(model, protocol.replace(**changes))
-    with pytest.raises(UserError, match="border_scale must be 0"):
-        segmenter.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    protocol = protocol.replace(**changes, grouping="soft_patches", image_classes=0)
+    with pytest.raises(UserError, match=message):
+        ModelSegmenter.of_saved(model, protocol).encode(np.zeros((1, 32, 32, 3), np.uint8))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +46,17 @@ def test_labels_and_scores_are_those_of_the_pieces(directory, model):
     p = exponents / exponents.sum(-1, keepdims=True)
     np.testing.assert_allclose(found.scores, p.max((0, 1))[:2], rtol=1e-4)
     np.testing.assert_allclose(found.areas, [(labels == 1).mean(), (labels == 2).mean()])
+
+
+def test_the_affinity_of_features(directory, model):
+    """Eq. 1 in the paper's words: softmax over the groups of patch features times groups."""
+    saved, images = load_model(directory), np.stack([PIXELS[:32, :32]] * 8)
+    segmenter = ModelSegmenter.of_saved(saved, model.protocol.replace(affinity="features"))
+    tokens = saved.model.apply(segmenter.variables, jnp.asarray(images), method="visual_tokens")
+    patches, groups = np.float64(tokens.patches), np.float64(tokens.groups)
+    expected = np.exp(patches @ groups.swapaxes(1, 2) / np.sqrt(patches.shape[-1]))
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(segmenter.encode(images)[0], expected, rtol=1e-4)
 
 
 def test_background_threshold_and_words(model):

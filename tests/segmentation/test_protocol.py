@@ -159,11 +159,11 @@ def test_a_run_says_once_what_its_benchmarks_share():
 
 
 def test_fields_of_earlier_versions():
-    retired = {"affinity": "binding", "assignment": "soft", "assignment_temperature": 1.0}
+    retired = {"assignment": "soft", "assignment_temperature": 1.0}
     retired |= {"pamr_dilations": [1, 2, 4, 8, 12, 24], "flip": False, "scales": [1.0]}
     fields = {**Protocol().as_dict(), **retired}
     assert saved_protocol({"protocol": fields, "provenance": {}}) == Protocol()
-    for other in ({"affinity": "features"}, {"pamr_dilations": [1, 2]}, {"flip": True}):
+    for other in ({"pamr_dilations": [1, 2]}, {"flip": True}):
         with pytest.raises(UserError, match=f"unknown {next(iter(other))}"):
             saved_protocol({"protocol": {**fields, **other}, "provenance": {}})
 
