@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
+import ovseg_jax
 from ovseg_jax import processes
 from ovseg_jax.data.decoding import is_foreign
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import check_writable
-from ovseg_jax.segmentation.api import LoadedModel
 from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.segmentation.inputs import IMAGES, files_in
 from ovseg_jax.segmentation.protocol import names_hash
@@ -94,7 +94,7 @@ def whole_image_results(
         return {}
     if processes.is_first():
         check_writable(results)
-    loaded, by_name = LoadedModel(model), {}
+    loaded, by_name = ovseg_jax.load(model), {}
     for name, data in sets.items():
         start = time.perf_counter()
         firsts = range(0, len(data.files), _AT_ONCE)

@@ -177,6 +177,8 @@ def _without_numbers(entries: list[str], where: str, first: tuple[int, ...]) -> 
     numbered = [re.fullmatch(r"(\d+)\s*[:\t]\s*(\S.*)", entry) for entry in entries]
     if not any(numbered):
         return entries
+    if entries[0].lower() in BACKGROUND_NAMES:  # without a number it is 0
+        return [entries[0], *_without_numbers(entries[1:], where, (1,))]
     if not all(numbered):
         entry = entries[numbered.index(None)]
         raise UserError(f"{where}: some entries are numbered, but not {entry!r}")

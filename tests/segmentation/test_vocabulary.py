@@ -70,6 +70,8 @@ def test_lists_by_name_and_from_a_file(tmp_path):
         ("Background\ncat", ("cat",), True),
         ("__ignore__\n_background_\ncat", ("cat",), True),
         ("0: cat\n1: dog", ("cat", "dog"), False),
+        ("background\n1\tcat\n2\tdog", ("cat", "dog"), True),
+        ("background\n0\tcat\n1\tdog", "do not count up", None),
         ("cat,,dog", "an empty name", None),
         ("cat,dog\nbird", "has a comma", None),
         ("cat\n_background_", "only the first entry", None),
