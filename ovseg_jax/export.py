@@ -17,11 +17,11 @@ from ovseg_jax import flags
 from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import Flag
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.stablehlo import check_can_be_written, write_programs
 from ovseg_jax.train.resume import SavedRun, read_run
-from ovseg_jax.weights.initialize import architecture, split_towers, variable_shapes
+from ovseg_jax.weights.initialize import architecture, split_towers
 from ovseg_jax.weights.model_dir import check_free, load_model, save_model
 from ovseg_jax.weights.weight_files import HUB, PACKAGE, TOKENIZER, Reference, refer
 

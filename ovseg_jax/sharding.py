@@ -94,20 +94,6 @@ def keep_split(tree: Any, mesh: AnyMesh | None) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
-def rows_split(x: jax.Array) -> jax.Array:
-    """An activation inside the model, its first axis (examples) pinned to the batch axes.
-
-    Only where the mesh of the trace (`jax.sharding.use_abstract_mesh`) has an fsdp axis: there the
-    partitioner would move activations in place of parameters, at four times the memory of a ViT-B
-    step on 16 chips. Elsewhere pins only cost memory.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("fsdp", 1) == 1 or x.shape[0] % batch_shards(mesh):
-        return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
-
-
 def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """The partition of a parameter from its logical axis names.
 

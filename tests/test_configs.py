@@ -14,7 +14,7 @@ from ovseg_jax.aot import batch_shapes
 from ovseg_jax.data.sources import SOURCES
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import read_config
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_params
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.segmentation.benchmarks import FOLDER_FIELDS
@@ -22,7 +22,6 @@ from ovseg_jax.segmentation.protocol import Protocol, named_protocol
 from ovseg_jax.train.config import changed_fields, complete, load_config, plain
 from ovseg_jax.train.phases import make_phases
 from ovseg_jax.train.step import Program
-from ovseg_jax.weights.initialize import init_params
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {

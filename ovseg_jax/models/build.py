@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.flags import nearest
-from ovseg_jax.models.ovsegmentor import ACTIVATIONS, OVSegmentor
+from ovseg_jax.models.ovsegmentor import ACTIVATIONS, STATISTICS, OVSegmentor
 from ovseg_jax.models.text import BertEncoder, CausalTextEncoder, EntityDecoder
 from ovseg_jax.models.transformer import REMAT_POLICIES
 from ovseg_jax.models.vit import RESIZING, VisualEncoder
@@ -192,3 +194,32 @@ def build_model(config: Mapping[str, Any] | ConfigDict) -> OVSegmentor:
         **{name: config[name] for name in _defaults(OVSegmentor, without=_TOWERS)},
         **options,
     )
+
+
+# ---- random values
+
+
+def init_variables(model: OVSegmentor, key: jax.Array) -> Any:
+    """All collections of the model at their start; see `init_params` and `init_statistics`."""
+    patch = model.image_encoder.patch
+    image = jnp.zeros((1, 2 * patch, 2 * patch, 3), jnp.uint8)
+    return model.init({"params": key}, image, jnp.ones((1, 4), jnp.int32))
+
+
+def init_params(model: OVSegmentor, key: jax.Array) -> Any:
+    """Random parameters, boxed with their logical axis names (`flax.linen.unbox` opens them)."""
+    return init_variables(model, key)["params"]
+
+
+def init_statistics(model: OVSegmentor) -> dict[str, Any]:
+    """Running statistics of batch norms at their start (mean 0, variance 1); {} without any."""
+    if model.projector_norm != "batch":
+        return {}
+    return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
+
+
+def variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
+    """Path and shape of every parameter and, under "batch_stats/", every running statistic."""
+    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}

@@ -20,7 +20,6 @@ from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.readout import EXACT, unit
 from ovseg_jax.segmentation.scores import default_batch
 from ovseg_jax.shapes import Array, Float, UInt8
-from ovseg_jax.weights.model_dir import SavedModel
 
 TEXT_BATCH = 64  # prompts encoded at once
 REMEMBERED = 16  # lists of words whose embeddings are kept
@@ -103,7 +102,7 @@ class ModelSegmenter:
         self._embed = jax.jit(embed, out_shardings=everywhere)
 
     @classmethod
-    def of_saved(cls, saved: SavedModel, protocol: Protocol) -> "ModelSegmenter":
+    def of_saved(cls, saved: Any, protocol: Protocol) -> "ModelSegmenter":
         """The segmenter of a model directory under a protocol, on the devices of this process."""
         return cls(
             saved.model,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_statistics
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train import state as states
@@ -21,7 +21,6 @@ from ovseg_jax.train.config import changed_fields, complete, plain
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.state import TrainState
 from ovseg_jax.train.step import Program
-from ovseg_jax.weights.initialize import init_statistics
 
 
 def position_of(program: Program, phase: Phase, step: int) -> dict[str, Any]:

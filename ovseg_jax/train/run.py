@@ -19,7 +19,7 @@ from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.tokenizer import Tokenizer, expand_templates, find_tokenizer, text_length
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_params, init_statistics
 from ovseg_jax.optim import groups
 from ovseg_jax.progress import Progress, table
 from ovseg_jax.segmentation.protocol import Protocol
@@ -28,7 +28,7 @@ from ovseg_jax.train import checks
 from ovseg_jax.train.features import image_store, standardized_neck, text_store
 from ovseg_jax.train.phases import Phase, make_phases, weak_phases
 from ovseg_jax.train.step import Program
-from ovseg_jax.weights.initialize import TRUNK, init_params, init_statistics, published_start
+from ovseg_jax.weights.initialize import TRUNK, published_start
 
 # Captions looked at to choose the text length.
 LENGTH_SAMPLE = 20_000

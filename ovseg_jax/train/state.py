@@ -9,11 +9,11 @@ import optax
 from flax import struct
 
 from ovseg_jax import sharding
+from ovseg_jax.models.build import init_params, init_statistics
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
 from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.sharding import AnyMesh
-from ovseg_jax.weights.initialize import init_params, init_statistics
 
 
 @struct.dataclass

@@ -94,7 +94,7 @@ def train_step(
         return loss, (metrics, statistics)
 
     count = config.accumulation.micro_batches
-    # The layers pin their activations to the mesh of the trace (`sharding.rows_split`).
+    # The layers pin their activations to the mesh of the trace (`layers.rows_split`).
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else nullcontext():
         if count == 1:
             differentiate = jax.value_and_grad(loss_of_batch, has_aux=True)

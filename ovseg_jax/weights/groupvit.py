@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.ovsegmentor import STATISTICS
-from ovseg_jax.weights.initialize import architecture, variable_shapes
+from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.links import (
     FORMS,
     Link,

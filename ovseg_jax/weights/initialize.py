@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import START, complete_model
-from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
+from ovseg_jax.models.build import (
+    START,
+    complete_model,
+)
 from ovseg_jax.weights.links import Link, Shapes, read_links
 from ovseg_jax.weights.tower_links import BERT_ANCHOR, VIT_ANCHORS, from_bert, from_vit
 from ovseg_jax.weights.weight_files import (
@@ -43,35 +41,6 @@ def architecture(model: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A complete ``config.model`` without what its parameters start from, as plain values."""
     full = complete_model(model).to_dict()
     return {name: value for name, value in full.items() if name not in START}
-
-
-# ---- random values
-
-
-def init_variables(model: OVSegmentor, key: jax.Array) -> Any:
-    """All collections of the model at their start; see `init_params` and `init_statistics`."""
-    patch = model.image_encoder.patch
-    image = jnp.zeros((1, 2 * patch, 2 * patch, 3), jnp.uint8)
-    return model.init({"params": key}, image, jnp.ones((1, 4), jnp.int32))
-
-
-def init_params(model: OVSegmentor, key: jax.Array) -> Any:
-    """Random parameters, boxed with their logical axis names (`flax.linen.unbox` opens them)."""
-    return init_variables(model, key)["params"]
-
-
-def init_statistics(model: OVSegmentor) -> dict[str, Any]:
-    """Running statistics of batch norms at their start (mean 0, variance 1); {} without any."""
-    if model.projector_norm != "batch":
-        return {}
-    return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
-
-
-def variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every parameter and, under "batch_stats/", every running statistic."""
-    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-    tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
-    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
 # ---- published towers

@@ -27,9 +27,9 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_files
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
-from ovseg_jax.weights.initialize import tower_values, variable_shapes
+from ovseg_jax.weights.initialize import tower_values
 from ovseg_jax.weights.weight_files import (
     TOKENIZER,
     UNWRITABLE,

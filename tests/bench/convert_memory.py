@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_variables
 from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import init_variables
 from ovseg_jax.weights.pth import write_torch
 from ovseg_jax.weights.released import to_released
 

@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_params
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
@@ -23,7 +23,6 @@ from ovseg_jax.segmentation.scores import image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import init_params
 
 
 def peak() -> float:

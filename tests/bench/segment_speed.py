@@ -17,14 +17,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_params, init_statistics
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.segmentation.scores import default_batch, image_scores
 from ovseg_jax.segmentation.segmenter import ModelSegmenter
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import init_params, init_statistics
 
 CLASSES, SIZE, BATCHES = 20, (375, 500), (4,)
 

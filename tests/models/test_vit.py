@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reference import images as reference
 
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.vit import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -19,7 +19,6 @@ from ovseg_jax.models.vit import (
     normalize_image,
     resize_grid,
 )
-from ovseg_jax.weights.initialize import variable_shapes
 
 
 @pytest.mark.parametrize("target", [(6, 3), (2, 7), (3, 4), (9, 9)])

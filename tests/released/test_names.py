@@ -9,9 +9,8 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.weights import released
-from ovseg_jax.weights.initialize import variable_shapes
 from ovseg_jax.weights.links import FORMS
 from ovseg_jax.weights.released import (
     TEACHER,

@@ -11,9 +11,8 @@ from reference.steps import make_terms
 
 from ovseg_jax.data.captions import Masking
 from ovseg_jax.losses.objective import masked_token_loss
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_params
 from ovseg_jax.train.step import step_rngs
-from ovseg_jax.weights.initialize import init_params
 
 CLASSES, NOUNS, STEPS = 5, 2, 6
 

@@ -17,7 +17,7 @@ from ovseg_jax.data.records import ClassCaptions, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.optim.groups import nest
 from ovseg_jax.progress import Progress
 from ovseg_jax.train.features import (
@@ -28,7 +28,6 @@ from ovseg_jax.train.features import (
     standardized_neck,
     text_store,
 )
-from ovseg_jax.weights.initialize import variable_shapes
 
 ENTITIES = EntitySet({"dog": [], "cat": ["kitten"]})
 TEMPLATES = ("a photo of {}", "the {}")

@@ -11,11 +11,10 @@ from reference.batches import make_batch
 from reference.steps import NO_GRADIENT, assert_same, make_step, steps_on, take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, init_params, init_statistics
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.state import new_state, next_phase_state
-from ovseg_jax.weights.initialize import init_params, init_statistics
 
 ONE = (1, 1, 1)
 # A norm subtracts the mean, and with it what is added to all before: by the projectors' first map,

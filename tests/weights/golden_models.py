@@ -7,8 +7,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
-from ovseg_jax.models.build import build_model
-from ovseg_jax.weights.initialize import variable_shapes
+from ovseg_jax.models.build import build_model, variable_shapes
 
 GOLDEN = Path(__file__).with_name("golden")
 

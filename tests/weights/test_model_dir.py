@@ -11,8 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
-from ovseg_jax.weights.initialize import init_statistics, init_variables
+from ovseg_jax.models.build import build_model, init_statistics, init_variables
 from ovseg_jax.weights.model_dir import load_model, save_model
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "."]

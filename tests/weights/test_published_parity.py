@@ -24,9 +24,9 @@ from golden_models import (
 from make_package_golden import LENGTH, SENTENCES, STEP, golden_image
 
 from ovseg_jax.data.tokenizer import find_tokenizer
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import initial_tower, variable_shapes
+from ovseg_jax.weights.initialize import initial_tower
 
 HERE = Path(__file__).parent
 

@@ -18,10 +18,10 @@ from golden_models import (
 )
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import build_model
+from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.vit import resize_grid
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.initialize import initial_tower, variable_shapes
+from ovseg_jax.weights.initialize import initial_tower
 from ovseg_jax.weights.tower_links import from_vit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
