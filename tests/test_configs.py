@@ -26,7 +26,7 @@ from ovseg_jax.train.step import Program
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = {
     "groupvit.py": ("", "own_text", "smoke"),
-    "photos.py": ("",),
+    "photos.py": ("", "gpu"),
     "quickstart.py": ("", "scratch", "contrastive", "entity", "mask", "both"),
     "vitb.py": ("", "smoke"),
     "vitb_cc12m.py": ("", "smoke"),
