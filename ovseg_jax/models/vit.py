@@ -330,7 +330,7 @@ class VisualEncoder(Floats):
         if x.shape[-1] != self.width:
             x = self.neck(x)
         count = x.shape[1]
-        tokens = jnp.broadcast_to(self.group_token[None], (len(x), *self.group_token.shape))
+        tokens = jnp.broadcast_to(self.group_token[None], (x.shape[0], *self.group_token.shape))
         tokens = tokens.astype(self.dtype)
         x = self.first(jnp.concatenate([x, tokens], axis=1), train)
         tokens = x[:, count:]
