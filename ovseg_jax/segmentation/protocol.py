@@ -32,11 +32,8 @@ CHOICES = {
 # Words that compete where a person lists classes and the protocol does not say how many.
 FEWEST_WORDS = 20
 _PIXELS = ("short_side", "long_limit", "window", "stride")
-_COUNTS = (
-    *("image_scale", "patch_evidence", "border_scale"),
-    *("image_classes", "competing_words", "pamr_steps"),
-)
-_FLOATS = ("scale", "image_scale", "patch_evidence", "border_scale", "threshold", "min_area")
+_COUNTS = ("image_scale", "border_scale", "image_classes", "competing_words", "pamr_steps")
+_FLOATS = ("scale", "image_scale", "border_scale", "threshold", "min_area")
 # Every other field may have another value for some benchmarks.
 _NOT_PER_BENCHMARK = ("name", "thresholds", "per_benchmark")
 # Fields that earlier versions wrote, and the only values that are still understood.
@@ -66,8 +63,6 @@ class Protocol:
     # Lowers classes that the whole image speaks against (`readout.downweight_by_image_score`), and
     # words for things where a pixel resembles the image's border (`readout.foreground_log`).
     image_scale: float = 0.0
-    # Weight of the best patches' cosines beside the whole image's, see `ImageScores.evidence`.
-    patch_evidence: float = 0.0
     border_scale: float = 0.0
     # A pixel whose best probability is lower is background; None for no background.
     threshold: float | None = None
@@ -121,7 +116,6 @@ class Protocol:
             "image_classes needs grouping='one_group'": not (soft and self.image_classes),
             "image_scale and border_scale need grouping='soft_patches' and "
             "averaged='probabilities'": not evidence or (soft and probabilities),
-            "patch_evidence needs an image_scale": not self.patch_evidence or self.image_scale > 0,
             "pamr_steps, averaged='cosines' and min_area need grouping='soft_patches' and "
             "order='upsample_first'": not changed or (soft and upsample),
         }

@@ -24,9 +24,6 @@ from ovseg_jax.shapes import Float, UInt8
 # Pixels in a batch of windows on a CPU. On two cores, batches of four windows of 448 pixels took a
 # third longer for each window than single ones (tests/bench/segment_speed.py).
 CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
-# Of the soft maximum over patches: 40 was as good as 20 and better than 10 on 348 photographs of
-# VOC train.
-SHARPNESS = 40.0
 
 
 @runtime_checkable
@@ -75,7 +72,6 @@ class ImageScores:
     stride: int
     # See `readout.foreground_log`, for each word; zeros [1, 1, 1] for none.
     foreground: Float[np.ndarray, "..."]
-    patch_evidence: float = 0.0  # of the protocol
     image: UInt8[np.ndarray, "H W 3"] | None = None  # where the protocol refines by its colors
     truth: UInt8[np.ndarray, "height width"] | None = None  # labels, where they are known
 
@@ -94,15 +90,11 @@ class ImageScores:
         """(margins, foreground) for `readout.downweight_by_image_score`.
 
         Margins are those of the whole image, whose embedding is the mean over its windows: with
-        margins window by window, labels jump where windows meet. What a few patches show counts
-        too, as the soft maximum of their cosines, log(mean(exp(s x))) / s with s = `SHARPNESS`.
+        margins window by window, labels jump where windows meet.
         """
         # The cosine with a mean of embeddings is the mean of the cosines, over the mean's norm.
         norm = float(np.linalg.norm(self.embeddings.mean(0)))
         cosines = self.image_cosines.mean(0) / max(norm, 1e-12)
-        if self.patch_evidence:
-            best = np.log(np.exp(SHARPNESS * self.cells).mean((0, 1))) / SHARPNESS
-            cosines = cosines + self.patch_evidence * best
         return (cosines - cosines.max()).astype(np.float32)[None, None], self.foreground
 
     @property
@@ -213,7 +205,6 @@ class _Image:
             window=protocol.window,
             stride=protocol.stride,
             foreground=foreground,
-            patch_evidence=protocol.patch_evidence,
             image=self.pixels if protocol.pamr_steps else None,
         )
 

@@ -115,12 +115,7 @@ def soft_patches(image, protocol):
     text = unit(Random().class_text.astype(np.float64))
     late = protocol.averaged == "cosines"
     image_cosine = unit(np.mean([unit(embedding) for *_, (_, _, embedding, _) in windows], 0))
-    margin = image_cosine @ text.T
-    cells = np.concatenate(
-        [affinity @ unit(groups) @ text.T for *_, (affinity, groups, *_) in windows]
-    )
-    margin += protocol.patch_evidence * np.log(np.mean(np.exp(40 * cells), 0)) / 40
-    margin -= margin.max()
+    margin = image_cosine @ text.T - (image_cosine @ text.T).max()
     likeness, votes = plain_likeness(windows), protocol.order == "argmax_first"
     total, cover = np.zeros((*seen.shape[:2], C + votes)), np.zeros((*seen.shape[:2], 1))
     for (top, left), part, (affinity, groups, *_) in windows:
@@ -209,7 +204,6 @@ OPTIONS = {
     "none": {},
     "image": {"image_scale": 2.0},
     "border": {"image_scale": 2.0, "border_scale": 1.5},
-    "best patches": {"image_scale": 2.0, "patch_evidence": 1.5},
     "pamr": {"pamr_steps": 3},
     "votes": {"order": "argmax_first", "image_scale": 2.0},
     "cosines": {"averaged": "cosines"},
