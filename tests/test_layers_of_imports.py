@@ -112,12 +112,19 @@ def test_the_package_does_not_grow(capsys):
     known = {}
     chain = max((longest_chain(name, graph, known) for name in names), key=len)
     stems = [path.name for path in FILES if not path.name.startswith("__")]
+    reached, ahead = set(), ["ovseg_jax.predict", "ovseg_jax.segmentation.api"]
+    while ahead:
+        if (name := ahead.pop()) not in reached:
+            reached.add(name)
+            ahead += graph[name]
+    predict = {name for name in reached if names[name].name != "__init__.py"}
     numbers = {
-        "files": (len(FILES), 123),
-        "lines": (sum(lines.values()), 25_100),
+        "files": (len(FILES), 113),
+        "lines": (sum(lines.values()), 20_700),
         "files under 60 lines": (sum(count < 60 for count in lines.values()), 16),
-        "longest chain of imports": (len(chain), 18),
-        "names that two files have": (len({x for x in stems if stems.count(x) > 1}), 6),
+        "files that predict imports": (len(predict), 30),
+        "longest chain of imports": (len(chain), 13),
+        "names that two files have": (len({x for x in stems if stems.count(x) > 1}), 0),
     }
     with capsys.disabled():
         print("\n" + "\n".join(f"{name}: {number}" for name, (number, _) in numbers.items()))
