@@ -232,7 +232,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
             dict(info[key])
         towers = {role: Reference(**fields) for role, fields in info.get(TOWERS, {}).items()}
         tokenizer = Reference(**info[TOKENIZER]) if TOKENIZER in info else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged or no model config: {error!r}") from None
     if form != f"{FORMAT!r} version {VERSION}":
         raise UserError(f"{file} says {form}; this program reads {FORMAT!r} version {VERSION}")
