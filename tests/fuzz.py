@@ -295,7 +295,8 @@ def tars(rng: random.Random, folder: Path) -> bool:
     keys = [name.rpartition(".")[0] for name in names]
     groups = sum(a != b for a, b in zip(keys, ["", *keys], strict=False))
     if not damaged and plain_names:
-        assert groups <= len(present) <= len(names), f"{groups} keys, {len(present)} pairs"
+        # More where tars are behind one another and not in whole blocks: tarfile finds only some.
+        assert groups <= len(present), f"{groups} keys, {len(present)} pairs"
     return damaged
 
 
