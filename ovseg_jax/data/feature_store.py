@@ -64,7 +64,7 @@ class FeatureStore:
             store = cls(directory, key, layout)
             for name in store._layout:
                 store._load(name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return store
 

@@ -30,6 +30,8 @@ FORMAT = "ovseg_jax records"
 VERSION = 3
 TEXTS, CLASS_NAMES = "texts", "class_names"  # what `Manifest.captions` may say
 _AGAIN = "copy the file again, or write the records again into an empty folder"
+# What reading damaged JSON raises: RecursionError for "[[[[...".
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError)
 MOST_NAMES = 4  # names of a class that are told apart; `ovseg_jax.prepare` gives no more
 
 
@@ -241,7 +243,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError(f"the shards' counts do not add up to {manifest.count}")
         if manifest.digest() != document["manifest_sha256"]:
             raise ValueError("it was changed after it was written")
-    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} cannot be used ({error}); {_AGAIN}") from error
     for info in manifest.everything():
         _check_file(directory / info.file, info)
@@ -335,7 +337,7 @@ class ArrayRecordSource:
                     # Version 2 of the manifest has the caption itself in place of the list.
                     listed = [captions] if isinstance(captions, str) else captions
                     yield key, self._as_captions(listed)
-        except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
     def fingerprint(self) -> str:

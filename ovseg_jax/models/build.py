@@ -63,7 +63,7 @@ def complete_model(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
       UserError: an unknown text form, a field that does not exist, or a missing size.
     """
     form = config.get("text_form", "bert")
-    if form not in TEXT_FORMS:
+    if form not in list(TEXT_FORMS):
         known = ", ".join(map(repr, TEXT_FORMS))
         raise UserError(f"config.model.text_form is {form!r}; it must be one of {known}")
     defaults = {
@@ -94,7 +94,9 @@ def _defaults(module: type[nn.Module], without: tuple[str, ...] = ()) -> dict[st
     }
 
 
-def _complete(given: Mapping[str, Any] | ConfigDict, defaults: dict[str, Any], where: str) -> dict:
+def _complete(given: Any, defaults: dict[str, Any], where: str) -> dict:
+    if not isinstance(given, Mapping | ConfigDict):
+        raise UserError(f"config.model.{where.rstrip('.')} is {given!r}, but has fields of its own")
     full = dict(defaults)
     for key, value in given.items():
         name = f"{where}{key}"

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.tokenizer import expand_templates
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import nearest
+from ovseg_jax.flags import OPTIONAL, nearest
 
 NAMES = ("paper", "released", "groupvit", "tcl", "sclip")
 CHOICES = {
@@ -174,6 +175,11 @@ class Protocol:
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Protocol)}
+_TYPES = {
+    field.name: type(field.default)
+    for field in dataclasses.fields(Protocol)
+    if isinstance(field.default, bool | int | str)
+}
 
 
 def _refuse_unknown(given: Mapping[str, Any] | ConfigDict, known: set[str], where: str) -> None:
@@ -189,25 +195,44 @@ def _is_retired(key: str, value: Any) -> bool:
 def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Lists and ints of JSON and config files as the fields' own types."""
     values = {key: config[key] for key in config}
-    kinds = dict.fromkeys(_FLOATS, float) | {"templates": _templates, "thresholds": dict}
+    for key, value in values.items():
+        if key in _TYPES and type(value) is not _TYPES[key]:
+            raise UserError(f"protocol: {key} is of type {_TYPES[key].__name__}, not {value!r}")
+    kinds = dict.fromkeys(_FLOATS, _number) | {"templates": _templates, "thresholds": _thresholds}
     for key, kind in kinds.items():
-        if values.get(key) is not None:
+        if key in values and not (values[key] is None and key in OPTIONAL):
             try:
                 values[key] = kind(values[key])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UserError(f"protocol: {key} cannot be {values[key]!r}") from None
     if "per_benchmark" in values:
-        given = dict(values["per_benchmark"])
+        given = values["per_benchmark"]
+        if not isinstance(given, Mapping | ConfigDict):
+            raise UserError(f"protocol: per_benchmark cannot be {given!r}")
         values["per_benchmark"] = {name: _per_benchmark(given[name], name) for name in given}
     return values
 
 
-def _templates(texts: Sequence[str]) -> tuple[str, ...]:
+def _templates(texts: Any) -> tuple[str, ...]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("templates are a list of texts")
     return expand_templates(texts) if len(texts) else ()
 
 
-def _per_benchmark(fields: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, Any]:
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise ValueError("no finite number")
+    return float(value)
+
+
+def _thresholds(values: Any) -> dict[str, float]:
+    return {name: _number(values[name]) for name in dict(values)}
+
+
+def _per_benchmark(fields: Any, name: str) -> dict[str, Any]:
     """The fields of a benchmark as plain values; refuses those that may not differ."""
+    if not isinstance(fields, Mapping | ConfigDict):
+        raise UserError(f"protocol: per_benchmark.{name} cannot be {fields!r}")
     _refuse_unknown(fields, _FIELDS - set(_NOT_PER_BENCHMARK), f"protocol: per_benchmark.{name}:")
     return _plain(fields)
 

@@ -64,7 +64,7 @@ def _class_folders(root: Path) -> ImagesWithTexts:
 
 def _captioned(root: Path) -> ImagesWithTexts:
     path, numbers, texts, match = root / "captions.tsv", {}, [], []
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").splitlines(), 1):
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         where = f"benchmark retrieval: line {number} of {path}"

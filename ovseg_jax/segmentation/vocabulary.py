@@ -142,7 +142,8 @@ def read_words(
     Raises:
       UserError: there is no entry, an entry is empty, or reading on would move a label's number.
     """
-    lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
+    # Not `splitlines`, which also ends lines at U+0085, U+2028 and others: the labels would move.
+    lines = [line.strip() for line in re.split("\r\n?|\n", text.removeprefix("\ufeff"))]
     rows = [split_at_commas(line) for line in lines if line and not line.startswith("#")]
     if len(rows) == 1:
         entries = rows[0][:-1] if rows[0][-1] == "" else rows[0]
@@ -174,7 +175,7 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _without_numbers(entries: list[str], where: str, first: tuple[int, ...]) -> list[str]:
-    numbered = [re.fullmatch(r"(\d+)\s*[:\t]\s*(\S.*)", entry) for entry in entries]
+    numbered = [re.fullmatch(r"(\d{1,9})\s*[:\t]\s*(\S.*)", entry) for entry in entries]
     if not any(numbered):
         return entries
     if entries[0].lower() in BACKGROUND_NAMES:  # without a number it is 0

@@ -31,7 +31,10 @@ BEST = "best.json"
 _IN_PROGRESS = ".orbax-checkpoint-tmp"
 # What errors of Orbax and TensorStore say about unreadable content. Others, such as that of a full
 # memory, are no damage.
-_DAMAGE = ("DATA_LOSS", "Invalid JSON", "error while reading array")
+_DAMAGE = ("DATA_LOSS", "Invalid JSON", "error while reading array", "Error decoding")
+
+# What Orbax's readers of JSON raise where bytes changed.
+_MALFORMED = (json.JSONDecodeError, UnicodeDecodeError, LookupError)
 
 
 class Misfit(UserError):
@@ -93,7 +96,7 @@ class Checkpoints:
         try:
             self._best = json.loads((self._directory / BEST).read_text(encoding="utf-8"))
             self._policy.best = self._best["step"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             self._best = None
 
     # ---- saving
@@ -210,7 +213,7 @@ class Checkpoints:
         except Exception as error:
             why = self._fault(step)
             damage = any(words in str(error) for words in _DAMAGE)
-            if not why and not damage and not isinstance(error, json.JSONDecodeError):
+            if not why and not damage and not isinstance(error, _MALFORMED):
                 raise
             raise Damaged(
                 f"the checkpoint of step {step} in {self._directory} cannot be read: "
@@ -221,8 +224,8 @@ class Checkpoints:
         """What is wrong with the files of a checkpoint, in words; "" where nothing is."""
         folder = self._steps_folder / str(step)
         try:
-            sizes = json.loads((folder / FILE_LIST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            sizes = dict(json.loads((folder / FILE_LIST).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
             return f"its list of files, {FILE_LIST}, is missing or damaged"
         for name, size in sizes.items():
             path = folder / name

@@ -136,12 +136,15 @@ def complete(config: Mapping[str, Any] | ConfigDict, saved: bool = False) -> Con
         them, and refused otherwise.
     """
     given, defaults = {key: config[key] for key in config}, DEFAULTS
-    protocol = (given.get("eval") or {}).get("protocol") or {}
+    model, evaluation = given.pop("model", {}), given.get("eval") or {}
+    protocol = isinstance(evaluation, Mapping | ConfigDict) and evaluation.get("protocol") or {}
+    for name, group in (("model", model), ("eval", evaluation), ("eval.protocol", protocol)):
+        if not isinstance(group, Mapping | ConfigDict):
+            raise UserError(f"config.{name} is {group!r}, but has fields of its own")
     if protocol.get("name") in NAMES:
         named = dataclasses.asdict(named_protocol(protocol["name"]))
         defaults = {**DEFAULTS, "eval": {**DEFAULTS["eval"], "protocol": named}}
-    model = complete_model(given.pop("model", {}))
-    return ConfigDict({**filled(given, defaults, "config", saved), "model": model})
+    return ConfigDict({**filled(given, defaults, "config", saved), "model": complete_model(model)})
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

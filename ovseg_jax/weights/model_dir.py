@@ -50,6 +50,8 @@ README = "README.md"
 EXTRA = "extra"
 SELF = "this_file_sha256"
 TOWERS = "towers"
+# What reading a config of other values or types raises.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 # Model directories that come with this package, by name.
 SHIPPED = Path(__file__).parents[1] / "shipped"
 
@@ -232,7 +234,7 @@ def load_model(model: str | os.PathLike) -> SavedModel:
             dict(info[key])
         towers = {role: Reference(**fields) for role, fields in info.get(TOWERS, {}).items()}
         tokenizer = Reference(**info[TOKENIZER]) if TOKENIZER in info else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*_MALFORMED, RecursionError) as error:
         raise UserError(f"{file} is damaged or no model config: {error!r}") from None
     if form != f"{FORMAT!r} version {VERSION}":
         raise UserError(f"{file} says {form}; this program reads {FORMAT!r} version {VERSION}")
@@ -248,9 +250,10 @@ def load_model(model: str | os.PathLike) -> SavedModel:
     check_installed([*towers.values(), *([tokenizer] if tokenizer else [])], directory)
     try:
         built = build_model(config)
-    except (AttributeError, KeyError, TypeError, UserError) as error:
+        shapes = variable_shapes(built)
+    except (*_MALFORMED, UserError) as error:
         raise UserError(f"{file}: its model cannot be built by this version: {error}") from None
-    tensors, shapes = read_tensors(weights), variable_shapes(built)
+    tensors = read_tensors(weights)
     extras = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{EXTRA}/")}
     tensors = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in tensors.items()}
     # Trained values replace published ones.

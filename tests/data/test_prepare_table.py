@@ -219,6 +219,13 @@ def test_row_that_is_never_closed_costs_itself_alone(tmp_path, captions, broken,
     assert [pair.cause for pair in bad] == [BAD_ROW]
 
 
+def test_row_with_more_cells_than_the_header_and_empty_cells_are_bad(tmp_path):
+    lines = ["image,caption", "x.jpg,a dog, and a cat", '""', "x.jpg,a cat,", "x.jpg,a dog"]
+    rows, bad = table_of(tmp_path, "t.csv", "\n".join([*lines, ""]))
+    assert [caption for _, caption in rows] == ["a cat", "a dog"]
+    assert [pair.cause for pair in bad] == [BAD_ROW] * 2
+
+
 def test_quotes_behind_backslashes(tmp_path):
     lines = [
         "image,caption",

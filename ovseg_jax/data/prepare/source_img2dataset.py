@@ -107,7 +107,7 @@ def _captions(files: dict[str, bytes], listed: tuple[str, ...]) -> tuple[str | b
     """Several in KEY.json, else KEY.txt, else one in KEY.json, else those of the parquet file."""
     try:
         caption = json.loads(files.get("json", b"{}")).get("caption")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         caption = None
     if "txt" in files and not isinstance(caption, list):
         return (files["txt"],)

@@ -79,6 +79,7 @@ class FileSource:
         names = [cell.strip().lower() for cell in rows[0]]
         named = [next((names.index(x) for x in known if x in names), None) for known in _HEADERS]
         self._has_header = named[0] is not None and named[1] is not None
+        self._width = len(rows[0])
         columns = named if self._has_header else _guessed_columns(self._path, rows)
         self._image, self._caption, self._key = columns
         self._images = pairs.parse_path(images) if images else self._path.parent
@@ -152,6 +153,9 @@ class FileSource:
     def _image_cell(self, cells: list[str]) -> str:
         """The cell that names the image; empty where the row is unusable."""
         usable = len(cells) > max(self._image, self._caption, self._key or 0)
+        # A cell that the header does not name comes from a separator that should be in quotes: the
+        # caption would be cut there.
+        usable = usable and not (self._has_header and any(cells[self._width :]))
         return cells[self._image].strip() if usable else ""
 
     def _try_names(self, naming: str, cell: str, row: int, read: Callable[[AnyPath], Any]) -> Any:
@@ -252,7 +256,7 @@ def _read_rows(
                 end = stream.tell()
                 if row is not None or is_csv:
                     cells = row or []
-            if cells != [""]:
+            if text.strip("\r\n"):
                 yield begin, cells
             begin = end
 
