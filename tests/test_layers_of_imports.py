@@ -120,7 +120,7 @@ def test_the_package_does_not_grow(capsys):
     predict = {name for name in reached if names[name].name != "__init__.py"}
     numbers = {
         "files": (len(FILES), 113),
-        "lines": (sum(lines.values()), 20_700),
+        "lines": (sum(lines.values()), 20_750),
         "files under 60 lines": (sum(count < 60 for count in lines.values()), 16),
         "files that predict imports": (len(predict), 30),
         "longest chain of imports": (len(chain), 13),
