@@ -124,7 +124,7 @@ def rows_split(x: Array) -> Array:
 
     Only where the mesh of the trace (`jax.sharding.use_abstract_mesh`) has an fsdp axis: there the
     partitioner would move activations in place of parameters, at four times the memory of a ViT-B
-    step on 16 chips. Elsewhere pins only cost memory.
+    step on 16 chips. Elsewhere pins only cost memory. The axes are `sharding.BATCH_AXES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = mesh.shape.get("fsdp", 1)

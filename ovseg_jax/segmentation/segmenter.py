@@ -103,7 +103,7 @@ class ModelSegmenter:
 
     @classmethod
     def of_saved(cls, saved: Any, protocol: Protocol) -> "ModelSegmenter":
-        """The segmenter of a model directory under a protocol, on the devices of this process."""
+        """Of a `weights.model_dir.SavedModel`, on the devices of this process."""
         return cls(
             saved.model,
             saved.params,
