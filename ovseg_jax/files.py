@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, and what is said about many files."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ovseg_jax.errors import UserError
@@ -11,22 +11,31 @@ _PROBE = 1 << 16  # bytes: room for a small result
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes a file; a reader finds the old content or the new, and never half of it.
+    """Writes a file, see `replace_files`."""
+    replace_files({path: content})
 
-    Raises:
-      UserError: it cannot be written.
-    """
-    # A name of its own length: that of a long file name plus an ending may be too long.
-    partial = path.with_name(f".partial-{os.getpid()}")
+
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Writes all files, or none where one cannot be written (UserError). A reader finds the old
+    content of a file or the new, and never half of it."""
+    partial: dict[Path, Path] = {}
+    done: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        for number, (path, content) in enumerate(contents.items()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A name of its own length: that of a long file name plus an ending may be too long.
+            partial[path] = path.with_name(f".partial-{os.getpid()}-{number}")
+            partial[path].write_bytes(content.encode() if isinstance(content, str) else content)
+        for path in contents:
+            os.replace(partial[path], path)
+            done.append(path)
     except OSError as error:
+        for written in done:
+            written.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        for rest in partial.values():
+            rest.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -35,9 +44,12 @@ def check_writable(folder: Path) -> None:
     Raises:
       UserError: it cannot be made, is no folder, cannot be written, or its disk is full.
     """
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise UserError(f"{folder} cannot be written: {path} is a file; a folder is needed")
+    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
         try:
             probe.write_bytes(bytes(_PROBE))
         finally:

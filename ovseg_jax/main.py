@@ -22,7 +22,7 @@ from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
 from ovseg_jax.segmentation.page import write_pictures
 from ovseg_jax.segmentation.protocol import NAMES, Protocol
 from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter
 from ovseg_jax.train.config import load_config, plain
 from ovseg_jax.train.loop import evaluation_params, train
 from ovseg_jax.train.metrics import MetricsWriter, step_range

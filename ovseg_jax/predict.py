@@ -3,29 +3,39 @@
 ``python -m ovseg_jax.predict --images=a.jpg,b.png --classes="cat,dog" --out=DIR``
 """
 
+import collections
+import glob
 import io
 import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
+from PIL import Image
 from tqdm import tqdm
 
 import ovseg_jax
 from ovseg_jax import flags
+from ovseg_jax.data.decoding import UnreadableImage, is_foreign, opened, upright
 from ovseg_jax.errors import UserError
-from ovseg_jax.files import check_writable, listed, replace_file
+from ovseg_jax.files import check_writable, listed, replace_files
 from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.segmentation.api import Segmentation
-from ovseg_jax.segmentation.inputs import Picture, find_pictures, pictures, result_names
-from ovseg_jax.segmentation.pictures import overlay, palette_image, png
+from ovseg_jax.segmentation.pictures import (
+    IMAGES,
+    files_in,
+    overlay,
+    palette_image,
+    png,
+    read_image,
+)
 from ovseg_jax.segmentation.vocabulary import Vocabulary, read_words, split_at_commas, word_list
 
 # Formats of results: how their files end, and what they are.
@@ -36,6 +46,9 @@ FORMATS = {
     "npz": ("npz", "labels, groups, scores, classes, for NumPy"),
     "rle": ("rle.json", "run lengths of each class, as COCO's results have them"),
 }
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+# Image formats whose further frames are pictures too; those of others are previews or depths.
+_OF_FRAMES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
 # By this we know our own files.
 _MARK = "written by ovseg_jax.predict"
 
@@ -82,9 +95,10 @@ def main(argv: list[str]) -> int:
     background = _background(args.background)
     words = background["background"]
     vocabulary = Vocabulary.of(classes, words if isinstance(words, list) else ())
-    wrong = [name for name in args.formats if name not in FORMATS]
-    if wrong or not args.formats:
-        raise UserError(f"--formats: {wrong or 'empty'}; there are: {', '.join(FORMATS)}")
+    unknown = ", ".join(name for name in args.formats if name not in FORMATS)
+    if unknown or not args.formats:
+        wrong = f"there is no format {unknown}" if unknown else "no format is named"
+        raise UserError(f"--formats: {wrong}; the formats are {', '.join(FORMATS)}")
     if len(vocabulary.classes) > 255 and {"png", "overlay"} & set(args.formats):
         hint = "a palette image has room for 255: use --formats=npz,rle,json"
         raise UserError(f"{len(vocabulary.classes)} classes do not fit; {hint}")
@@ -113,15 +127,14 @@ def _segment(
     model: Any, sources: list[str], classes: Any, options: dict, args: SimpleNamespace, out: Path
 ) -> int:
     """Segments every image that can be read; 1 if any failed."""
-    failed, done, empty = 0, 0, 0
-    order = itertools.count()  # `segment_each` counts only the images that it gets
-    waiting: dict[int, Picture] = {}
-    written: dict[str, str] = {}
+    written: dict[str, str] = {}  # the image of each result
+    waiting: dict[int, Picture] = {}  # by its number among the images that could be read
+    found: list[bool] = []  # of each image that is done, whether anything was found in it
+    failed: list[str] = []
     bar = tqdm(total=len(sources), unit=" images", disable=None)
 
     def fail(reason: str) -> None:
-        nonlocal failed
-        failed += 1
+        failed.append(reason)
         _say(f"error: {reason}", sys.stderr)
         bar.update()
 
@@ -129,13 +142,12 @@ def _segment(
         for picture in pictures(sources, args.every):
             if isinstance(picture.image, UserError):
                 fail(str(picture.image))
-                continue
-            if other := written.get(picture.name):
+            elif other := written.get(picture.name):
                 fail(f"{picture.source} would overwrite the result of {other}: rename one")
-                continue
-            written[picture.name] = picture.source
-            waiting[next(order)] = picture
-            yield picture.image
+            else:
+                waiting[len(written)] = picture
+                written[picture.name] = picture.source
+                yield picture.image
 
     with bar:
         for index, result in model.segment_each(readable(), classes, **options):
@@ -145,18 +157,19 @@ def _segment(
             except UserError as error:
                 fail(f"{picture.source}: {error}")
                 continue
-            done, empty = done + 1, empty + (not result.labels.any())
+            found.append(bool(result.labels.any()))
             _say(f"{picture.source}: {summary(result)} -> {first}", sys.stdout)
-            bar.total = max(bar.total, done + failed)  # a video is one source of many images
+            bar.total = max(bar.total, len(found) + len(failed))  # a video has many images
             bar.update()
-    if empty:
+    if not all(found):
         _say(
-            f"nothing was found in {empty} of {done} images. --words=N lets N words compete "
-            "(fewer find more), --background=0 or none asks for less certainty or for none",
+            f"nothing was found in {found.count(False)} of {len(found)} images. --words=N lets N "
+            "words compete (fewer find more), --background=0 or none asks for less certainty or "
+            "for none",
             sys.stderr,
         )
     if failed:
-        _say(f"{failed} of {done + failed} images failed", sys.stderr)
+        _say(f"{len(failed)} of {len(found) + len(failed)} images failed", sys.stderr)
     return 1 if failed else 0
 
 
@@ -171,10 +184,8 @@ def _say(text: str, file: Any) -> None:
 
 def _background(text: str | None) -> dict[str, Any]:
     """The arguments of `segment` for a value of --background."""
-    if text is None:
-        return {"background": True}
-    if text.strip().lower() == "none":
-        return {"background": False}
+    if text is None or text.strip().lower() == "none":
+        return {"background": text is None}
     try:
         threshold = float(text)
     except ValueError:
@@ -188,6 +199,136 @@ def _background(text: str | None) -> dict[str, Any]:
     if not 0 <= threshold <= 1:
         raise UserError(f"--background={text}: a threshold is a probability, from 0 to 1")
     return {"background": True, "threshold": threshold}
+
+
+# ---- images that are given
+
+
+def find_pictures(given: Sequence[str], stdin: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files that the arguments name, in their order, and the files of folders that are none.
+
+    Arguments are files, folders (without the folders below), globs ("**" goes down), and "-" for
+    the lines of `stdin`. What names no image is a UserError.
+    """
+    entries: list[str] = []
+    for argument in given:
+        entries += (line.rstrip("\r\n") for line in stdin) if argument == "-" else [argument]
+    files: list[str] = []
+    passed_over: list[str] = []
+    for entry in map(os.path.expanduser, filter(None, entries)):
+        if not os.path.isdir(entry):
+            files += _named_files(entry)
+            continue
+        images, others = files_in(Path(entry), IMAGES + VIDEOS)
+        if not images:
+            beside = f", but {listed([path.name for path in others])}" if others else ""
+            if any(path.is_dir() for path in Path(entry).iterdir()):
+                deeper = Path(entry) / "**" / "*.jpg"
+                beside += f"; folders inside it are searched only by a pattern such as '{deeper}'"
+            kinds = ", ".join(IMAGES)
+            raise UserError(f"folder {entry} holds no image (of {kinds}) or video{beside}")
+        files += map(str, images)
+        passed_over += map(str, others)
+    if not files:
+        raise UserError("--images is empty: name at least one file")
+    return list(dict.fromkeys(files)), passed_over  # what is named twice is done once
+
+
+def _named_files(entry: str) -> list[str]:
+    if entry.startswith(("http://", "https://")):
+        raise UserError(f"{entry} is an address: download the file, and give its path")
+    if os.path.exists(entry):
+        return [entry]
+    if not any(sign in entry for sign in "*?["):
+        raise UserError(f"{entry} does not exist")
+    paths = filter(os.path.isfile, glob.glob(entry, recursive=True))
+    matches = sorted(path for path in paths if not any(map(is_foreign, Path(path).parts)))
+    if not matches:
+        raise UserError(f"no file matches {entry}")
+    return matches
+
+
+def result_names(sources: Sequence[str]) -> dict[str, str]:
+    """What the results of each source are called: its name without suffix; where several share it,
+    with the folder's name before it; where that is no help, the whole path.
+
+    ``a/x.jpg, b/x.jpg, b/y.jpg, b/y.png`` give ``a_x, b_x, b_y_jpg, b_y_png``.
+    """
+    names: dict[str, str] = {}
+    for parts in (1, 2, 0):
+        left = {s: _joined_name(s, parts) for s in sources if s not in names}
+        counts = collections.Counter((*left.values(), *names.values()))
+        names |= {source: name for source, name in left.items() if counts[name] == 1}
+    if left := [source for source in sources if source not in names]:
+        raise UserError(f"results of {listed(left)} would have the names of others: rename them")
+    return {source: names[source] for source in sources}
+
+
+def _joined_name(source: str, parts: int) -> str:
+    """The last parts of a path without suffix, or with 0 all of them and the suffix."""
+    path = Path(source)
+    folders = [name for name in path.parent.parts if name not in (path.anchor, ".", "..")]
+    names = [*folders, path.stem or "image"]
+    return "_".join(names[-parts:] if parts else [*names, *filter(None, [path.suffix[1:]])])
+
+
+class Picture(NamedTuple):
+    """An image, or why it cannot be read."""
+
+    source: str  # where it is from, for messages
+    name: str  # of its results, without suffix
+    image: np.ndarray | UserError
+
+
+def pictures(sources: Sequence[str], every: int = 1) -> Iterator[Picture]:
+    """Each image; of videos, animations and files of several pages each `every`-th frame."""
+    for source, name in result_names(sources).items():
+        try:
+            if Path(source).suffix.lower() in VIDEOS:
+                frames = _video(source)
+            elif _is_animation(source):
+                frames = _animation(source)
+            else:
+                yield Picture(source, name, read_image(source))
+                continue
+            for number, frame in enumerate(frames):
+                if number % every == 0:
+                    yield Picture(f"{source}, frame {number}", f"{name}_{number:06d}", frame)
+        except UserError as error:
+            yield Picture(source, name, error)
+
+
+def _is_animation(source: str) -> bool:
+    try:
+        with Image.open(source) as image:
+            return image.format in _OF_FRAMES and getattr(image, "n_frames", 1) > 1
+    except Exception:
+        return False  # `read_image` will say what is wrong
+
+
+def _animation(source: str) -> Iterator[np.ndarray]:
+    try:
+        with opened(Path(source).read_bytes()) as image:
+            for number in range(image.n_frames):
+                image.seek(number)
+                yield np.asarray(upright(image.copy()))
+    except (OSError, UnreadableImage) as error:
+        raise UserError(f"{source} cannot be read as an animation ({error})") from None
+
+
+def _video(source: str) -> Iterator[np.ndarray]:
+    try:
+        import av
+    except ImportError:
+        raise UserError("reading videos needs PyAV: pip install 'ovseg_jax[video]'") from None
+    try:
+        with av.open(source) as container:
+            for frame in container.decode(video=0):
+                # Phones store upright videos lying, with the angle (counterclockwise) beside.
+                turns = round(getattr(frame, "rotation", 0) / 90) % 4
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    except (OSError, ValueError, IndexError) as error:  # PyAV's errors are kinds of these
+        raise UserError(f"{source} cannot be read as a video ({error})") from None
 
 
 # ---- results
@@ -205,12 +346,12 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def write_results(out: Path, picture: Picture, result: Segmentation, args: SimpleNamespace) -> Path:
-    """Writes each of `args.formats`; returns the overlay, or where there is none the first file."""
+    """Writes each of `args.formats`, or none where one cannot be written; returns the overlay, or
+    where there is none the first file."""
     files = {kind: out / f"{picture.name}.{FORMATS[kind][0]}" for kind in args.formats}
     for path in files.values():
         _check_free(path, args.overwrite)
-    for kind, path in files.items():
-        replace_file(path, _content(kind, picture, result))
+    replace_files({path: _content(kind, picture, result) for kind, path in files.items()})
     return files.get("overlay", files[args.formats[0]])
 
 

@@ -55,8 +55,9 @@ from ovseg_jax.data.tokenizer import Tokenizer  # noqa: E402
 from ovseg_jax.errors import UserError  # noqa: E402
 from ovseg_jax.flags import apply_override, paths  # noqa: E402
 from ovseg_jax.models.build import build_model, variable_shapes  # noqa: E402
+from ovseg_jax.predict import pictures  # noqa: E402
 from ovseg_jax.segmentation.benchmarks import OwnFolder  # noqa: E402
-from ovseg_jax.segmentation.inputs import pictures, read_image  # noqa: E402
+from ovseg_jax.segmentation.pictures import read_image  # noqa: E402
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol  # noqa: E402
 from ovseg_jax.segmentation.vocabulary import Vocabulary, read_text, read_words  # noqa: E402
 from ovseg_jax.train.checkpoint import Checkpoints  # noqa: E402

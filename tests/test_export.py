@@ -22,7 +22,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.models.layers import contract, every_platform
 from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter
 from ovseg_jax.train.checkpoint import Checkpoints
 from ovseg_jax.train.config import load_config
 from ovseg_jax.train.resume import saved_state

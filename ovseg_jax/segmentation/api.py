@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.segmentation.inputs import AnyImage, read_image
 from ovseg_jax.segmentation.labels import class_probabilities, label_maps
+from ovseg_jax.segmentation.pictures import AnyImage, read_image
 from ovseg_jax.segmentation.protocol import Protocol, saved_protocol
 from ovseg_jax.segmentation.readout import resize_image
-from ovseg_jax.segmentation.scores import ImageScores, image_scores, with_scale
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ImageScores, ModelSegmenter, image_scores, with_scale
 from ovseg_jax.segmentation.vocabulary import BACKGROUND, Vocabulary, competition, ordered
 from ovseg_jax.weights.model_dir import load_model
 
@@ -28,8 +27,7 @@ class Segmentation:
     Attributes:
       labels: at the size of the image: 0 is background, 1 + i the i-th class.
       classes: their names; for a class with synonyms its first word.
-      scores: of each class, its highest probability anywhere in the image, 0 to 1, which depends on
-        the words that compete.
+      scores: the highest probability of each class in the image, 0 to 1, among competing words.
       competitors: words that stand for the background; pixels that they win are background.
       protocol: how the labels were made, with the threshold that was used.
       parts: the scores that the labels were made from, window by window.
@@ -50,8 +48,7 @@ class Segmentation:
 
     @property
     def groups(self) -> Int[np.ndarray, "H W"]:
-        """The group of each pixel. Each window has its own groups: with K groups, those of window n
-        count from n K, and a pixel in several windows has its group in the first of them."""
+        """The group of each pixel, see `ImageScores.group_map`: each window has its own groups."""
         return self.parts.group_map()
 
 
@@ -101,31 +98,30 @@ class LoadedModel:
         """(position, result) of each image as it is done, not always in order; see `segment`.
 
         Args:
-          background: whether pixels may belong to none of the classes. Without, every pixel gets
-            the best class. A list of words instead: pixels that one of them wins are background.
+          background: whether pixels may belong to none of the classes; or a list of words: pixels
+            that one of them wins are background.
           threshold: a pixel whose best probability is lower is background; by default the
             protocol's, or 0 with words for the background.
-          words: words that compete in all; with fewer classes everyday words are added (not to a
-            list for the background), and what they win becomes background. 0: as in calibration.
+          words: words that compete in all; up to it everyday words are added (not to a list for
+            the background), and what they win becomes background. 0: as in calibration.
           batch_size: windows encoded at once; 0 chooses a number for the devices.
         """
         _check_options(background, threshold, words)
         vocabulary, protocol = self._competition(classes, background, threshold, words)
         size, images = self._whole_batch(batch_size), map(read_image, images)
         scored = image_scores(self._segmenter, vocabulary, images, protocol, size)
-        classes_of_words = np.array(vocabulary.word_to_class)
-        is_class = classes_of_words != BACKGROUND
+        of_words, count = np.array(vocabulary.word_to_class), len(vocabulary.classes)
         for scored_image, labels in label_maps(scored, protocol, vocabulary.word_to_class, group=1):
-            p = class_probabilities(scored_image, protocol).reshape(-1, len(is_class)).max(axis=0)
-            best = np.zeros(len(vocabulary.classes), np.float32)
-            np.maximum.at(best, classes_of_words[is_class], p[is_class])
+            p = class_probabilities(scored_image, protocol).reshape(-1, len(of_words)).max(axis=0)
+            best = np.zeros(count + 1, np.float32)
+            np.maximum.at(best, of_words, p)  # those of the background, -1, come last
             # Without background, labels count the classes from 0.
             shifted = labels if protocol.threshold is not None else labels + 1
             result = Segmentation(
                 labels=shifted.astype(np.int32, copy=False),
                 classes=vocabulary.classes,
-                scores=best,
-                competitors=vocabulary.background_words,
+                scores=best[:count],
+                competitors=vocabulary.words_of(BACKGROUND),
                 protocol=protocol,
                 parts=scored_image,
             )
@@ -138,12 +134,11 @@ class LoadedModel:
         `embed_text`: of the square in the middle, as large as the protocol's window."""
         _, images = _as_list(images)
         size, rows = self._whole_batch(batch_size), []
-        squares = [_middle(read_image(x), self.protocol.window) for x in images]
+        squares = np.stack([_middle(read_image(x), self.protocol.window) for x in images])
+        padded = np.pad(squares, ((0, -len(squares) % size), (0, 0), (0, 0), (0, 0)))
         for start in range(0, len(squares), size):
-            part = np.stack(squares[start : start + size])
-            padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-            rows.append(np.asarray(self._segmenter.encode(padded)[2])[: len(part)])
-        embeddings = np.concatenate(rows).astype(np.float32)
+            rows.append(np.asarray(self._segmenter.encode(padded[start : start + size])[2]))
+        embeddings = np.concatenate(rows)[: len(squares)].astype(np.float32)
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
     def embed_text(
@@ -151,14 +146,12 @@ class LoadedModel:
     ) -> Float[np.ndarray, "N E"]:
         """Unit embeddings of class names in the protocol's templates, averaged over them, or in
         others, each with {} for the name; ("{}",) for whole sentences."""
-        texts = () if isinstance(texts, str) else tuple(ordered(texts, "texts"))
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        texts = ordered(texts, "texts")
+        if not texts or not all(text.strip() for text in texts):
             raise UserError("texts is a list of at least one text, none of them empty")
         templates = self.protocol.templates if templates is None else templates
-        templates = () if isinstance(templates, str) else tuple(templates)
-        if not templates or any("{}" not in template for template in templates):
-            raise UserError("templates need at least one text, each with {} for the name")
-        return self._segmenter.text(texts, templates)[1]
+        protocol = self.protocol.replace(templates=tuple(ordered(templates, "templates")))
+        return self._segmenter.text(texts, protocol.templates)[1]
 
     def _whole_batch(self, batch_size: int) -> int:
         if not isinstance(batch_size, numbers.Integral) or batch_size < 0:
@@ -185,8 +178,6 @@ class LoadedModel:
 
 def _check_options(background: Any, threshold: Any, words: Any) -> None:
     """Raises UserError for options that `LoadedModel.segment` cannot take."""
-    if isinstance(background, str):
-        raise UserError(f"background is a list of words: [{background!r}], not one text")
     if isinstance(background, numbers.Number) and not isinstance(background, bool):
         raise UserError(f"background is not {background!r}: a least probability is the threshold")
     if not isinstance(background, bool) and not ordered(background, "background"):
@@ -199,14 +190,15 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
 
 def _as_list(images: AnyImage | Iterable[AnyImage]) -> tuple[bool, list[AnyImage]]:
     """(whether several images were given, the images)."""
-    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-    many = many or getattr(images, "ndim", 0) == 4
     if isinstance(images, Iterator | Set | Mapping):
         kind = type(images).__name__
         raise UserError(f"images is a list, not a {kind}, which `segment_each` takes")
-    if many and not len(images):
+    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    if not many and getattr(images, "ndim", 0) != 4:
+        return False, [images]
+    if not len(images):
         raise UserError("no images: give at least one")
-    return many, list(images) if many else [images]
+    return True, list(images)
 
 
 def _middle(image: np.ndarray, side: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from ovseg_jax.data.benchmarks.folders import LABEL_MODES, upright_size
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import listed
 from ovseg_jax.flags import nearest
-from ovseg_jax.segmentation.inputs import IMAGES, files_in, read_image
 from ovseg_jax.segmentation.official_folders import FOLDERS, FolderBenchmark, Labeled
+from ovseg_jax.segmentation.pictures import IMAGES, files_in, read_image
 from ovseg_jax.segmentation.protocol import Protocol, data_file, digest
 from ovseg_jax.segmentation.vocabulary import Vocabulary, competition, read_text, read_words
 from ovseg_jax.shapes import UInt8
@@ -211,8 +211,8 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
     """Raises UserError if there is no benchmark called `name`; `others` are known besides."""
     known = [*BENCHMARKS, *others]
     if name not in BENCHMARKS:
-        hint = nearest(name, known)
-        raise UserError(f"unknown benchmark {name!r}{hint}; there are: {', '.join(known)}")
+        hint = f"there are {', '.join(known)}{nearest(name, known)}"
+        raise UserError(f"unknown benchmark {name!r}; {hint}")
 
 
 def make_benchmark(name: str, fields: Mapping[str, Any] | None = None) -> Benchmark:

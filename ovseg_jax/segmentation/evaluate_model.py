@@ -29,8 +29,7 @@ from ovseg_jax.segmentation.retrieval import (
     whole_image_results,
     whole_image_sets,
 )
-from ovseg_jax.segmentation.scores import Segmenter
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter, Segmenter
 from ovseg_jax.weights.model_dir import load_model
 
 Progress = Callable[[str, int, int], None]  # called with (benchmark, images done, images in all)

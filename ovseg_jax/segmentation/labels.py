@@ -29,9 +29,7 @@ def label_maps(
     word_to_class: WordToClass = None,
     group: int = 16,
 ) -> Iterator[tuple[ImageScores, Integer[np.ndarray, "H W"]]]:
-    """Each image's scores with its labels at its original size.
-
-    Labels are 0 for background and 1 + class, or the class itself where the threshold is None.
+    """Each image's scores with its labels at its original size, see `readout.decide`.
 
     Args:
       word_to_class: the class of each word that was scored, -1 for background; by default every
@@ -59,23 +57,18 @@ def _labels_of(same, protocol, word_to_class, group) -> Integer[np.ndarray, "B H
         return np.stack([_one_group_labels(x, protocol, threshold, classes) for x in same])
     highest, best = best_words(same, protocol, group)
     if protocol.min_area:
-        # The rule counts the pixels of the best class, whatever the threshold.
-        kept = [_large_words(words, classes, protocol.min_area) for words in best]
-        highest, best = best_words(same, protocol, group, np.stack(kept))
+        # Words of classes that win enough pixels, whatever the threshold, and of the background.
+        kept = np.ones((len(same), words), np.float32)
+        for row, won in zip(kept, classes[best], strict=True):
+            areas = np.bincount(won[won >= 0], minlength=classes.max() + 1)
+            row[:] = (classes < 0) | (areas > protocol.min_area * areas.sum())[classes]
+        highest, best = best_words(same, protocol, group, kept)
     if threshold is not None and protocol.cap_threshold:
         threshold = np.minimum(np.float32(threshold), highest.max(axis=(1, 2), keepdims=True))
     labels = readout.decide(highest, best, threshold, classes)
     if protocol.order == "argmax_first":
         labels = _spread_votes(labels, *same[0].weights(nearest=True), group)
     return labels
-
-
-def _large_words(best: np.ndarray, classes: np.ndarray, min_area: float) -> np.ndarray:
-    """1 for each word of a class that wins enough pixels, and of the background."""
-    won = classes[best]
-    areas = np.bincount(won[won >= 0], minlength=classes.max() + 1)
-    large = areas > min_area * areas.sum()
-    return np.where(classes < 0, True, large[classes]).astype(np.float32)
 
 
 def best_words(
@@ -92,7 +85,7 @@ def best_words(
       kept: 1 for words that may win, 0 for others; by default all may.
     """
     count, late = len(same), protocol.averaged == "cosines"
-    maps = _cell_maps(same, protocol, group, late)
+    maps = _cell_maps(same, protocol, group)
     rows, columns = same[0].weights()
     if protocol.pamr_steps:
         # At the size of the resized image, refined by its colors.
@@ -137,12 +130,13 @@ def _best(maps, rows, columns, kept, scale, late):
     return jnp.max(p, axis=-1), jnp.argmax(p, axis=-1).astype(jnp.int32)
 
 
-def _cell_maps(same: Sequence[ImageScores], protocol: Protocol, group: int, late: bool) -> Any:
-    """Probabilities of the words in each cell of some images, or their cosines."""
+def _cell_maps(same: Sequence[ImageScores], protocol: Protocol, group: int) -> Any:
+    """Probabilities of the words in each cell of some images, or with late softmax the cosines."""
     arrays = zip(*((x.cells, *x.evidence()) for x in same), strict=True)
     cells, *evidence = (_padded(np.stack(array), group) for array in arrays)
-    scales = protocol.scale, protocol.image_scale
-    return cells if late else _cell_probabilities(cells, *evidence, *scales)
+    if protocol.averaged == "cosines":
+        return cells
+    return _cell_probabilities(cells, *evidence, protocol.scale, protocol.image_scale)
 
 
 @jax.jit
@@ -178,7 +172,8 @@ def class_probabilities(scored_image: ImageScores, protocol: Protocol) -> np.nda
     if protocol.grouping == "one_group":
         cosines = scored_image.group_cosines, scored_image.image_cosines
         return np.asarray(_group_probabilities(*cosines, protocol.scale, protocol.image_classes))
-    return np.asarray(_cell_maps([scored_image], protocol, 1, late=False)[0])
+    early = protocol.replace(averaged="probabilities")
+    return np.asarray(_cell_maps([scored_image], early, 1)[0])
 
 
 _group_probabilities = jax.jit(readout.group_probabilities, static_argnames="kept")
@@ -224,18 +219,12 @@ def pamr(
 
     where sigma_i is the (unbiased) standard deviation of each channel over the pixel and its
     neighbors, the pixel once for each distance.
-
     """
     maps, weights = jnp.asarray(maps), _weights(image)
     h, w, count = maps.shape
-    most = min(count, max(1, FLOATS // (h * w * VECTOR)) * VECTOR)
-    parts = []
-    for first in range(0, count, most):
-        # The last classes once more where they don't fill it up: nothing is compiled again.
-        start = min(first, count - most)
-        part = _smoothed(maps[..., start : start + most], weights, steps=steps)
-        parts.append(part[..., first - start :])
-    return jnp.concatenate(parts, axis=-1)
+    most = max(1, FLOATS // (h * w * VECTOR)) * VECTOR
+    parts = (maps[..., first : first + most] for first in range(0, count, most))
+    return jnp.concatenate([_smoothed(part, weights, steps=steps) for part in parts], axis=-1)
 
 
 @jax.jit
@@ -245,8 +234,7 @@ def _weights(image: UInt8[Array | np.ndarray, "H W 3"]) -> Float[Array, "neighbo
     mean = (sum(_shifted(colors)) + many * colors) / (9.0 * many)
     squares = sum(jnp.square(x - mean) for x in _shifted(colors))
     squares = squares + many * jnp.square(colors - mean)
-    deviation = jnp.sqrt(squares / (9.0 * many - 1.0))
-    unit = 0.1 * deviation + 1e-8
+    unit = 0.1 * jnp.sqrt(squares / (9.0 * many - 1.0)) + 1e-8
     near = [-jnp.mean(jnp.abs(x - colors) / unit, axis=-1) for x in _shifted(colors)]
     return jax.nn.softmax(jnp.stack(near), axis=0)
 
@@ -254,10 +242,8 @@ def _weights(image: UInt8[Array | np.ndarray, "H W 3"]) -> Float[Array, "neighbo
 @jax.jit(static_argnames="steps")
 def _smoothed(maps, weights, steps):
     def smooth(step: Array, current: Array) -> Array:
-        total = jnp.zeros_like(current)
-        for number, shifted in enumerate(_shifted(current)):
-            total = total + weights[number][..., None] * shifted
-        return total
+        neighbors = zip(weights[..., None], _shifted(current), strict=True)
+        return sum(weight * shifted for weight, shifted in neighbors)
 
     return jax.lax.fori_loop(0, steps, smooth, maps)
 

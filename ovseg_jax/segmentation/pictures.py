@@ -1,17 +1,20 @@
-"""Pictures: overlays with a legend, panels of image, groups, prediction and truth, and colors."""
+"""Images that are read, and pictures that are drawn: overlays with a legend, panels, colors."""
 
 import functools
 import io
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
+from ovseg_jax.data.decoding import decode, is_foreign, upright
 from ovseg_jax.errors import UserError
 from ovseg_jax.shapes import UInt8
 
@@ -22,6 +25,59 @@ PAPER, INK, FRAME = (255, 255, 255), (25, 25, 25), (150, 150, 150)
 FONT = 18
 OPACITY = np.float32(0.55)
 Legend = Sequence[tuple[str, tuple[int, int, int]]]
+
+
+# ---- reading
+
+# The bytes are those of an image file.
+AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
+
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".jp2", ".j2k", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".gif"),
+)
+
+
+def read_image(image: AnyImage) -> np.ndarray:
+    """An image as uint8 [H, W, 3]: upright, transparent parts white. UserError for a file that
+    cannot be read, or an array of another form."""
+    try:
+        if isinstance(image, bytes):
+            return np.asarray(decode(image))
+        if isinstance(image, str | os.PathLike):
+            return np.asarray(decode(Path(image).read_bytes()))
+        if isinstance(image, Image.Image):
+            return np.asarray(upright(image))
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        names = {bytes: "the data", Image.Image: "the PIL image"}
+        name = next((name for kind, name in names.items() if isinstance(image, kind)), image)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read as an image: {reason}") from None
+    if not hasattr(image, "__array__"):
+        kind = type(image).__name__
+        raise UserError(f"an image is a path, bytes of a file, a PIL image or an array, not {kind}")
+    array = np.asarray(image)
+    gray = array.ndim == 2
+    if array.dtype != np.uint8 or not (gray or array.ndim == 3 and array.shape[2] == 3):
+        raise UserError(
+            f"an image as an array is uint8 [height, width, 3], RGB, 0 to 255; not {array.dtype} "
+            f"{list(array.shape)}: np.moveaxis(x, 0, -1) brings channels to the end, x[..., :3] "
+            "drops transparency, (255 * x).round().astype('uint8') scales 0 to 1"
+        )
+    if 0 in array.shape:
+        raise UserError(f"an image of {array.shape[0]} x {array.shape[1]} pixels is empty")
+    return np.repeat(array[..., None], 3, axis=2) if gray else array
+
+
+def files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """(files whose names end so, in any case; the other files), by name; without those of other
+    programs, such as .DS_Store."""
+    files = sorted(p for p in folder.iterdir() if not is_foreign(p.name) and p.is_file())
+    wanted = [path for path in files if path.suffix.lower() in suffixes]
+    return wanted, [path for path in files if path not in set(wanted)]
+
+
+# ---- drawing
 
 
 def overlay(

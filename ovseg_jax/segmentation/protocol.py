@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -36,7 +36,7 @@ _PIXELS = ("short_side", "long_limit", "window", "stride")
 _COUNTS = ("image_scale", "border_scale", "image_classes", "competing_words", "pamr_steps")
 _FLOATS = ("scale", "image_scale", "border_scale", "threshold", "min_area")
 # Every other field may have another value for some benchmarks.
-_NOT_PER_BENCHMARK = ("name", "thresholds", "per_benchmark")
+_NOT_PER_BENCHMARK = {"name", "thresholds", "per_benchmark"}
 # Fields that earlier versions wrote, and the only values that are still understood.
 _RETIRED = {
     "assignment": "soft",
@@ -124,15 +124,19 @@ class Protocol:
             if not holds:
                 raise UserError(f"protocol: {rule}")
         for name, fields in self.per_benchmark.items():
-            self.replace(**_per_benchmark(fields, name), per_benchmark={})
+            where = f"protocol: per_benchmark.{name}"
+            self.replace(**_plain(fields, where, _NOT_PER_BENCHMARK), per_benchmark={})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Protocol":
         """From a mapping with any of the fields, such as a ConfigDict or what `as_dict` gave;
         UserError for a field that does not exist, or a value that makes no sense."""
-        config = {key: config[key] for key in config if not _is_retired(key, config[key])}
-        _refuse_unknown(config, _FIELDS, "protocol:")
-        protocol = cls(**_plain(config))
+        given = {key: config[key] for key in config}
+        for key, value in _RETIRED.items():
+            # As JSON, where a tuple is a list.
+            if json.dumps(given.get(key), default=repr) == json.dumps(value):
+                del given[key]
+        protocol = cls(**_plain(given, "protocol"))
         for threshold in (protocol.threshold, *protocol.thresholds.values()):
             if threshold is not None and not 0 <= threshold <= 1:
                 raise UserError(f"protocol: threshold {threshold} must be from 0 to 1")
@@ -145,10 +149,10 @@ class Protocol:
     def threshold_for(self, words: int) -> float | None:
         """The threshold where `words` words compete.
 
-        With more words than N = `competing_words` the best word's probability e / (e + S) falls,
-        though the image is the same (S sums over the other words). What should be compared is
-        e / (e + r S) with r = (N - 1) / (words - 1), as if N - 1 words like the average of the
-        others competed; it exceeds t where e / (e + S) exceeds t r / (1 - t + t r).
+        With more words than N = `competing_words` the best word's probability e / (e + S) falls (S
+        sums over the others), though the image is the same. To compare e / (e + r S) with the
+        threshold t, r = (N - 1) / (words - 1), as if N - 1 average words competed with the best, is
+        to compare e / (e + S) with t r / (1 - t + t r).
         """
         if self.threshold is None or not 1 < self.competing_words < words:
             return self.threshold
@@ -168,10 +172,9 @@ class Protocol:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_config` reads them back."""
-        values = dataclasses.asdict(self)
         per_benchmark = {name: dict(fields) for name, fields in self.per_benchmark.items()}
         plain = {"thresholds": dict(self.thresholds), "per_benchmark": per_benchmark}
-        return {**values, **plain, "templates": list(self.templates)}
+        return dataclasses.asdict(self) | plain | {"templates": list(self.templates)}
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Protocol)}
@@ -182,34 +185,21 @@ _TYPES = {
 }
 
 
-def _refuse_unknown(given: Mapping[str, Any] | ConfigDict, known: set[str], where: str) -> None:
-    if unknown := sorted(set(given) - known):
-        raise UserError(f"{where} unknown {', '.join(unknown)}; there are: {sorted(known)}")
-
-
-def _is_retired(key: str, value: Any) -> bool:
-    value = list(value) if isinstance(value, tuple) else value
-    return key in _RETIRED and value == _RETIRED[key]
-
-
-def _plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """Lists and ints of JSON and config files as the fields' own types."""
-    values = {key: config[key] for key in config}
+def _plain(config: Any, where: str, excluded: Collection[str] = ()) -> dict[str, Any]:
+    """Some fields, with lists and ints of JSON and config files as the fields' own types."""
+    if not isinstance(config, Mapping | ConfigDict):
+        raise UserError(f"{where} cannot be {config!r}")
+    values, known = {key: config[key] for key in config}, _FIELDS - set(excluded)
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"{where}: unknown {', '.join(unknown)}; there are: {sorted(known)}")
     for key, value in values.items():
         if key in _TYPES and type(value) is not _TYPES[key]:
-            raise UserError(f"protocol: {key} is of type {_TYPES[key].__name__}, not {value!r}")
-    kinds = dict.fromkeys(_FLOATS, _number) | {"templates": _templates, "thresholds": _thresholds}
-    for key, kind in kinds.items():
-        if key in values and not (values[key] is None and key in OPTIONAL):
+            raise UserError(f"{where}: {key} is of type {_TYPES[key].__name__}, not {value!r}")
+        if key in _READERS and not (value is None and key in OPTIONAL):
             try:
-                values[key] = kind(values[key])
+                values[key] = _READERS[key](value)
             except (TypeError, ValueError, OverflowError):
-                raise UserError(f"protocol: {key} cannot be {values[key]!r}") from None
-    if "per_benchmark" in values:
-        given = values["per_benchmark"]
-        if not isinstance(given, Mapping | ConfigDict):
-            raise UserError(f"protocol: per_benchmark cannot be {given!r}")
-        values["per_benchmark"] = {name: _per_benchmark(given[name], name) for name in given}
+                raise UserError(f"{where}: {key} cannot be {value!r}") from None
     return values
 
 
@@ -229,12 +219,16 @@ def _thresholds(values: Any) -> dict[str, float]:
     return {name: _number(values[name]) for name in dict(values)}
 
 
-def _per_benchmark(fields: Any, name: str) -> dict[str, Any]:
-    """The fields of a benchmark as plain values; refuses those that may not differ."""
-    if not isinstance(fields, Mapping | ConfigDict):
-        raise UserError(f"protocol: per_benchmark.{name} cannot be {fields!r}")
-    _refuse_unknown(fields, _FIELDS - set(_NOT_PER_BENCHMARK), f"protocol: per_benchmark.{name}:")
-    return _plain(fields)
+def _per_benchmark(given: Mapping | ConfigDict) -> dict[str, dict[str, Any]]:
+    where = "protocol: per_benchmark."
+    return {name: _plain(given[name], where + name, _NOT_PER_BENCHMARK) for name in given}
+
+
+_READERS = dict.fromkeys(_FLOATS, _number) | {
+    "templates": _templates,
+    "thresholds": _thresholds,
+    "per_benchmark": _per_benchmark,
+}
 
 
 def saved_protocol(info: Mapping[str, Any]) -> Protocol:
@@ -268,8 +262,8 @@ def data_file(file: str, package: str = "ovseg_jax.segmentation") -> dict[str, A
 def named_protocol(name: str) -> Protocol:
     """The protocol called `name`; UserError if there is none."""
     if name not in NAMES:
-        hint = nearest(name, list(NAMES))
-        raise UserError(f"unknown protocol {name!r}{hint}; there are: {', '.join(NAMES)}")
+        hint = f"there are {', '.join(NAMES)}{nearest(name, NAMES)}"
+        raise UserError(f"unknown protocol {name!r}; {hint}")
     return Protocol.from_config({**data_file(f"protocols/{name}.json")["settings"], "name": name})
 
 

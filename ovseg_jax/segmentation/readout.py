@@ -28,8 +28,6 @@ PATCH = 16  # pixels; no published model of this family has larger patches
 def resized_shape(h: int, w: int, short_side: int, long_limit: int) -> tuple[int, int]:
     """Size at which an image is segmented: the short side becomes `short_side` unless the long side
     would exceed `long_limit`. The aspect is kept unless a side would be shorter than a patch."""
-    if min(h, w) < 1:
-        raise UserError(f"an image of {h} x {w} pixels cannot be segmented")
     factor = min(long_limit / max(h, w), short_side / min(h, w))
     least = min(PATCH, short_side)
     return max(least, int(h * factor + 0.5)), max(least, int(w * factor + 0.5))
@@ -42,13 +40,8 @@ def resize_image(
     bit like OpenCV's linear interpolation."""
     if image.shape[:2] == (h, w):
         return image
-    if how == "four_pixels":
-        return _four_pixels(image, h, w)
-    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-
-
-def _four_pixels(image: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Weights are multiples of 1/2048, and digits are cut in between, hence the shifts."""
+    if how == "antialiased":
+        return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
 
     def taps(pixels: int, cells: int) -> tuple[np.ndarray, ...]:
         source = ((np.arange(pixels) + 0.5) * (cells / pixels) - 0.5).astype(np.float32)
@@ -56,6 +49,8 @@ def _four_pixels(image: np.ndarray, h: int, w: int) -> np.ndarray:
         part = source - low
         weights = (np.rint(x * np.float32(2048)).astype(np.int32) for x in (1 - part, part))
         return low.astype(int), *weights
+
+    # Weights are multiples of 1/2048, and digits are cut in between, hence the shifts.
 
     (down, across), full = image.shape[:2], image.astype(np.int32)
     left, keep, add = taps(w, across)
@@ -84,18 +79,14 @@ def window_grid(h: int, w: int, window: int, stride: int) -> list[tuple[int, int
 def grid_shape(h: int, w: int, length: int, rule: str = "exact") -> tuple[int, int]:
     """(rows, columns) of the `length` square patches that a window of h x w pixels was cut into.
 
-    Args:
-      rule: "exact", or "rounded_patch": the shorter side is divided by the rounded square root of
-        the pixels per patch, as the released model does, where that gives `length` patches.
+    The rule "rounded_patch" is that of the released model, where it gives `length` patches: the
+    shorter side is divided by the rounded square root of the pixels per patch.
     """
     if rule == "rounded_patch":
-        patch = round((h * w // length) ** 0.5)
-        if h > w:
-            rows, columns = length // max(w // patch, 1), w // patch
-        else:
-            rows, columns = h // patch, length // max(h // patch, 1)
-        if rows * columns == length:
-            return rows, columns
+        shorter = min(h, w) // round((h * w // length) ** 0.5)
+        longer = length // max(shorter, 1)
+        if shorter * longer == length:
+            return (longer, shorter) if h > w else (shorter, longer)
     # Rows and columns both fall as the patch grows, so at most one grid has `length` patches.
     for patch in range(int((h * w / length) ** 0.5), 0, -1):
         if (h // patch) * (w // patch) == length:
@@ -132,10 +123,10 @@ def nearest_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"
 def cell_weights(
     original: int, resized: int, window: int, stride: int, cells: int, *, nearest: bool = False
 ) -> Float[np.ndarray, "original windows_cells"]:
-    """Matrix from the cells of all windows along an axis to the pixels of the original image.
+    """Matrix from the cells of all windows along an axis (column i * cells + j is cell j of window
+    i) to the `original` pixels of the image, which has `resized` pixels where it was cut.
 
-    Column i * cells + j is cell j of window i; rows sum to one. The axis is `original` pixels long,
-    `resized` where it was cut into windows. With `nearest`, each row votes for one cell a window.
+    Rows sum to one. With `nearest`, each row votes for one cell a window.
     """
     weights = nearest_weights if nearest else bilinear_weights
     starts, length = window_starts(resized, window, stride), min(window, resized)
@@ -204,11 +195,8 @@ def downweight_by_image_score(
 ) -> Float[Array, "... C"]:
     """p * exp(scale * margin + foreground): lower for classes that the whole image speaks against.
 
-    The contrastive loss trains the image embedding, so it is surer of what there is than groups.
-
-    Args:
-      margins: cosine of each class with the image embedding, minus that of the image's best class.
-      foreground: see `foreground_log`.
+    A class's margin is its cosine with the image embedding, minus that of the image's best class:
+    the contrastive loss trains that embedding, so it is surer of what there is than groups.
     """
     exponent = jnp.asarray(margins) * jnp.asarray(scale, jnp.float32) + jnp.asarray(foreground)
     return jnp.asarray(p) * jnp.exp(exponent)
@@ -217,9 +205,8 @@ def downweight_by_image_score(
 def foreground_log(keys: Float[AnyArray, "h w D"], scale: float) -> Float[Array, "h w"]:
     """-scale * max(0, cosine of each cell's feature with the mean feature of the border cells).
 
-    A log-probability that a cell of an image shows its subject: a photograph's border shows
-    surroundings more often than subjects (Wei et al., Geodesic Saliency Using Background Priors,
-    ECCV 2012).
+    A log-probability that a cell shows the image's subject: borders show surroundings more often
+    (Wei et al., Geodesic Saliency Using Background Priors, ECCV 2012).
     """
     features = unit(keys)
     inside = jnp.zeros(features.shape[:2], jnp.float32).at[1:-1, 1:-1].set(1.0)
@@ -235,11 +222,8 @@ def decide(
     threshold: float | np.float32 | Float[np.ndarray, "..."] | None,
     classes: Int[np.ndarray, " words"],
 ) -> Int[np.ndarray, "..."]:
-    """The label of each position, from its best word and that word's probability.
-
-    With a threshold: 0 (background) where the probability is lower or where the word stands for
-    background (-1 in `classes`), otherwise 1 + the class of the word. With None: the class.
-    """
+    """The label of each position, from its best word and that word's probability: 1 + the word's
+    class, or 0 (background) below the threshold and for class -1; without threshold the class."""
     labels = (classes + (threshold is not None)).astype(np.int32)[best]
     if threshold is not None:
         labels[highest < threshold] = 0
@@ -252,13 +236,9 @@ def decide(
 def group_probabilities(
     groups: Float[AnyArray, "B K C"], image: Float[AnyArray, "B C"], scale: Scalar, kept: int
 ) -> Float[Array, "B K C"]:
-    """The probability of each class for each group of a window.
-
-    Args:
-      groups, image: cosines of the groups and of the whole window with the classes.
-      kept: multiply with a second softmax over this many classes, the most like the whole window;
-        0 for none.
-    """
+    """The probability of each class for each group of a window, from the cosines of the groups and
+    of the whole window with the classes. With `kept`, it is multiplied by a second softmax over so
+    many classes, those most like the whole window."""
     logits = jnp.asarray(groups) * jnp.asarray(scale, jnp.float32)
     first = jax.nn.softmax(logits, axis=-1)
     if kept == 0:
@@ -291,7 +271,6 @@ def pixel_groups(soft: Float[AnyArray, "windows h w K"], size: tuple[int, int]) 
 def _label_band(members, tables, row, rows, columns, corners, width):
     """The column of the tables that wins each pixel of some rows of the original image. The taps
     `rows` are positions in `row`, the rows of the segmented image that are needed."""
-    row = jnp.asarray(row)
     height, across = members.shape[1:]
     total = jnp.zeros((row.shape[0], width, tables.shape[-1]), jnp.float32)
     cover = jnp.zeros((row.shape[0], width, 1), jnp.float32)
@@ -303,12 +282,9 @@ def _label_band(members, tables, row, rows, columns, corners, width):
         total += jnp.pad(scores * inside, around)
         cover += jnp.pad(jnp.broadcast_to(inside, (row.shape[0], across, 1)), around)
     mean = total / cover
-    low, high, part = (jnp.asarray(x) for x in rows)
-    part = part[:, None, None]
-    mean = mean[low] * (1.0 - part) + mean[high] * part
-    low, high, part = (jnp.asarray(x) for x in columns)
-    part = part[None, :, None]
-    mean = mean[:, low] * (1.0 - part) + mean[:, high] * part
+    for axis, (low, high, part) in enumerate((rows, columns)):
+        part = jnp.expand_dims(part, (1, 2) if axis == 0 else (0, 2))
+        mean = jnp.take(mean, low, axis) * (1.0 - part) + jnp.take(mean, high, axis) * part
     return jnp.argmax(mean, axis=-1).astype(jnp.int32)
 
 
@@ -325,14 +301,14 @@ def label_image(
     classes: Int[np.ndarray, " words"],
     band_floats: int,
 ) -> Int[np.ndarray, "H W"]:
-    """The label map of an image: 0 for background and 1 + class, or the class without threshold.
+    """The label map of an image, see `decide`.
 
     Args:
       soft: affinity of each window's patches to the groups.
       p: see `group_probabilities`.
       window: (height, width) of the windows; corners: (top, left) of each.
       resized, size: (height, width) of the image that was segmented, and of the original.
-      threshold, cap: see `with_background`; classes: see `decide`.
+      threshold, cap: see `with_background`.
       band_floats: scores that exist at once; larger images are labeled in bands of rows.
     """
     tables = jnp.asarray(p) if threshold is None else with_background(p, threshold, cap)

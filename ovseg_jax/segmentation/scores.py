@@ -1,12 +1,14 @@
-"""Class scores of images of any size, from batches of windows of one size.
+"""From images of any size to class scores: a model as a segmenter, and batches of windows.
 
 Windows of many images fill one batch, so the encoder is compiled once and always works on full
 batches. The results are small, one cosine for each patch and class, and stay on the host until an
 image has all its windows.
 """
 
+import functools
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, runtime_checkable
 from typing import Protocol as Interface
@@ -14,28 +16,33 @@ from typing import Protocol as Interface
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Integer
 
+from ovseg_jax import sharding
+from ovseg_jax.data.tokenizer import Tokenizer, unmasked
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
+from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.vocabulary import Vocabulary
-from ovseg_jax.shapes import Float, UInt8
+from ovseg_jax.shapes import Array, Float, UInt8
 
 # Pixels in a batch of windows on a CPU. On two cores, batches of four windows of 448 pixels took a
 # third longer for each window than single ones (tests/bench/segment_speed.py).
 CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
+TEXT_BATCH = 64  # prompts encoded at once
+REMEMBERED = 16  # lists of words whose embeddings are kept
 
 
 @runtime_checkable
 class Segmenter(Interface):
-    """What a model offers to zero-shot segmentation."""
+    """What a model offers to zero-shot segmentation; see `ModelSegmenter`."""
 
-    def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> tuple[Any, ...]:
-        """(affinity [B,L,K], groups [B,K,E], image embedding [B,E]) of a batch, jitted, and keys
-        of the patches [B,L,D] where the protocol has a `border_scale`."""
+    def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> tuple[Any, ...]: ...
 
-    def text(self, names: Sequence[str], templates: Sequence[str]) -> Any:
-        """Two times [C,E]: unit embeddings of class words, to compare with groups and images."""
+    def text(self, names: Sequence[str], templates: Sequence[str]) -> Any: ...
 
 
 def with_scale(protocol: Protocol, segmenter: Any) -> Protocol:
@@ -45,9 +52,161 @@ def with_scale(protocol: Protocol, segmenter: Any) -> Protocol:
 
 def default_batch(window: int) -> int:
     """How many windows of this side (pixels) to encode at once on the devices there are."""
-    if jax.default_backend() == "cpu":
-        return max(1, CPU_PIXELS // window**2)
-    return ACCELERATOR_WINDOWS
+    on_cpu = jax.default_backend() == "cpu"
+    return max(1, CPU_PIXELS // window**2) if on_cpu else ACCELERATOR_WINDOWS
+
+
+# ---- a model as a segmenter
+
+
+def encode_images(
+    model: OVSegmentor, variables: Mapping[str, Any], images: Array, protocol: Protocol
+) -> tuple[Array, ...]:
+    """(affinity [B, L, K], groups [B, K, E], image embedding [B, E]), to be jitted; with the
+    protocol's `border_scale` also the binding's keys of the patches [B, L, D], unit norm, float16.
+
+    Images are uint8 [B, H, W, 3], or [B, L, D0] trunk features.
+    """
+    tokens = model.apply(variables, images, method="visual_tokens")
+    soft = tokens.affinity
+    if protocol.affinity == "features":
+        if tokens.patches is None:
+            text = "protocol: affinity must be 'binding' for a model without final patches"
+            raise UserError(text)
+        patches, centers = (x.astype(jnp.float32) for x in (tokens.patches, tokens.groups))
+        logits = jnp.einsum("bld,bkd->blk", patches, centers, precision=readout.EXACT)
+        soft = jax.nn.softmax(logits * patches.shape[-1] ** -0.5, axis=-1)
+    groups = model.apply(variables, tokens.groups, method="project_image")
+    encoded = soft, groups, model.apply(variables, tokens, method="embed_whole")
+    if not protocol.border_scale:
+        return encoded
+    if tokens.key is None:
+        raise UserError("protocol: border_scale must be 0 for a model with several bindings")
+    return *encoded, readout.unit(tokens.key).astype(jnp.float16)
+
+
+def embed_prompts(
+    model: OVSegmentor, variables: Mapping[str, Any], ids: Array, average: str
+) -> tuple[Array, ...]:
+    """Embeddings [B, E] of prompts (int32 [B, M]) to compare groups with, and with an image head
+    also those for whole images; to be averaged over templates, to be jitted."""
+    text = model.apply(variables, ids, method="text_tokens")
+    method = "project_text" if average == "unit" else "embed_text"
+    embedded = model.apply(variables, text.pooled, method=method)
+    if not model.image_head:
+        return (embedded,)
+    return embedded, model.apply(variables, text.pooled, method="embed_whole_text")
+
+
+class ModelSegmenter:
+    """A `Segmenter` of a model and its parameters, wherever they lie. Batches are split over the
+    mesh. The protocol's `affinity`, `average` and `border_scale` decide what is computed."""
+
+    def __init__(
+        self,
+        model: OVSegmentor,
+        params: Mapping[str, Any],
+        tokenizer: Tokenizer | None,
+        *,
+        text_length: int,
+        protocol: Protocol,
+        batch_stats: Mapping[str, Any],
+        mesh: Mesh,
+    ):
+        self.variables = {"params": params, "batch_stats": batch_stats}
+        self._model, self._window, self._mesh = model, protocol.window, mesh
+        self._tokenizer, self._length = tokenizer, text_length
+        self._texts = functools.lru_cache(REMEMBERED)(self._averaged)
+        everywhere = sharding.replicated(mesh)
+        if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self.variables)):
+            # Once: arrays of the host would travel to the devices in every call.
+            self.variables = jax.device_put(self.variables, everywhere)
+        encode = functools.partial(encode_images, model, protocol=protocol)
+        embed = functools.partial(embed_prompts, model, average=protocol.average)
+        self._encode = jax.jit(encode, out_shardings=everywhere)
+        self._embed = jax.jit(embed, out_shardings=everywhere)
+
+    @classmethod
+    def of_saved(cls, saved: Any, protocol: Protocol) -> "ModelSegmenter":
+        """Of a `weights.model_dir.SavedModel`, on the devices of this process."""
+        return cls(
+            saved.model,
+            saved.params,
+            saved.tokenizer,
+            text_length=saved.info["text_length"],
+            protocol=protocol,
+            batch_stats=saved.batch_stats,
+            mesh=sharding.make_mesh(devices=jax.local_devices()),
+        )
+
+    def whole_batch(self, batch_size: int) -> int:
+        """`batch_size` windows, or with 0 a number that suits the devices, rounded up to a number
+        that the devices share evenly."""
+        shards = sharding.batch_shards(self._mesh)
+        return -(-(batch_size or default_batch(self._window)) // shards) * shards
+
+    def encode(
+        self, images: UInt8[np.ndarray, "B H W 3"] | Float[np.ndarray, "B L D"]
+    ) -> tuple[Array, ...]:
+        """`encode_images` of a batch."""
+        if len(images) % sharding.batch_shards(self._mesh) == 0:
+            # Every process holds the whole batch here and gives its own devices their rows.
+            images = jax.device_put(images, sharding.batch_sharding(self._mesh))
+        return self._encode(self.variables, images)
+
+    def text(
+        self, names: Sequence[str], templates: Sequence[str]
+    ) -> tuple[Float[np.ndarray, "C E"], Float[np.ndarray, "C E"]]:
+        """Class embeddings to compare groups with, and whole images: unit norm, averaged over the
+        templates. Without an image head both are the same."""
+        return self._texts(tuple(names), tuple(templates))
+
+    def _averaged(self, names: tuple[str, ...], templates: tuple[str, ...]) -> tuple:
+        names = [unmasked(name) for name in names]
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        ids, cut = self._tokenizer.encode_with_cuts(prompts, self._length)
+        self._log_indistinct(names, cut.reshape(len(names), -1).any(1))
+        # The columns that the longest prompt needs, a multiple of 4 so that few shapes compile. At
+        # least one column of padding stays, because CLIP's tokenizer pads with the end token.
+        longest = int((ids != self._model.pad_id).any(axis=0).nonzero()[0].max(initial=0)) + 1
+        rows, most = [], 4 * (longest // 4 + 1)
+        for start in range(0, len(ids), TEXT_BATCH):
+            part = ids[start : start + TEXT_BATCH, :most]
+            padded = np.pad(part, ((0, TEXT_BATCH - len(part)), (0, 0)))
+            rows.append([np.asarray(x)[: len(part)] for x in self._embed(self.variables, padded)])
+        units = []
+        for embedded in zip(*rows, strict=True):
+            mean = np.concatenate(embedded).reshape(len(names), len(templates), -1).mean(1)
+            # In NumPy: JAX would compile each operation by itself.
+            norm = np.linalg.norm(mean.astype(np.float32), axis=1, keepdims=True)
+            units.append(mean / np.maximum(norm, np.float32(1e-12)))
+        return units[0], units[-1]
+
+    def _log_indistinct(self, names: Sequence[str], cut: np.ndarray) -> None:
+        """Logs the names that the text encoder does not know, reads alike, or reads in part."""
+        tokenizer = self._tokenizer
+        ids = tokenizer.encode(names, self._length)
+        unknown = np.zeros(len(names), bool)
+        if tokenizer.family.unknown != tokenizer.family.end:
+            unknown = (ids == tokenizer.unknown_id).any(1)
+        alike: dict[bytes, list[str]] = {}
+        for name, row in zip(names, ids, strict=True):
+            alike.setdefault(row.tobytes(), []).append(name)
+        equal = [" = ".join(same) for same in alike.values() if len(same) > 1]
+        for what, which in (
+            ("are unknown to the text encoder, so it guesses", np.array(names)[unknown].tolist()),
+            ("are the same to the text encoder, so only the first is ever found", equal),
+            (f"are cut after {self._length} tokens", np.array(names)[cut].tolist()),
+        ):
+            if which:
+                logging.getLogger(__name__).warning("names that %s: %s", what, listed(which))
+
+    def scale(self) -> float:
+        """The inverse temperature that the model learned, for a protocol whose scale is None."""
+        return float(self._model.apply(self.variables, method="logit_scale"))
+
+
+# ---- scores of whole images
 
 
 @dataclass(frozen=True)
@@ -75,16 +234,14 @@ class ImageScores:
     image: UInt8[np.ndarray, "H W 3"] | None = None  # where the protocol refines by its colors
     truth: UInt8[np.ndarray, "height width"] | None = None  # labels, where they are known
 
-    def weights(self, size: tuple[int, int] | None = None, nearest: bool = False) -> tuple:
+    def weights(self, size: tuple[int, int] | None = None, nearest: bool = False) -> list:
         """`readout.cell_weights` of both axes, to so many pixels, by default the original ones."""
         sides = zip(size or self.size, self.resized, self.cells.shape, self.tiles, strict=False)
-        rows, columns = (
-            readout.cell_weights(
-                pixels, resized, self.window, self.stride, cells // tiles, nearest=nearest
-            )
+        windows = self.window, self.stride
+        return [
+            readout.cell_weights(pixels, resized, *windows, cells // tiles, nearest=nearest)
             for pixels, resized, cells, tiles in sides
-        )
-        return rows, columns
+        ]
 
     def evidence(self) -> tuple[Float[np.ndarray, "1 1 C"], Float[np.ndarray, "..."]]:
         """(margins, foreground) for `readout.downweight_by_image_score`.
@@ -143,9 +300,8 @@ def image_scores(
         affinity, groups, embedding, *keys = segmenter.encode(pixels)
         grid = readout.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
         results = _window_scores(affinity, groups, embedding, *text, grid, protocol.grouping)
-        if protocol.border_scale:
-            results += tuple(x.reshape(batch_size, *grid, -1) for x in keys)
-        running.append((batch, results))
+        keys = tuple(x.reshape(batch_size, *grid, -1) for x in keys)
+        running.append((batch, results + keys * (protocol.border_scale > 0)))
 
     def finish() -> Iterator[ImageScores]:
         batch, results = running.popleft()
@@ -185,7 +341,7 @@ class _Image:
         protocol = self.protocol
         cells, groups, *rest = zip(*(self.parts[i] for i in sorted(self.parts)), strict=True)
         embeddings, group_cosines, image_cosines = (np.stack(part) for part in rest[:3])
-        tiles = (len({top for top, _ in self.corners}), len({left for _, left in self.corners}))
+        tiles = tuple(len(set(starts)) for starts in zip(*self.corners, strict=True))
         foreground = np.zeros((1, 1, 1), np.float32)
         if protocol.border_scale:
             keys = _side_by_side(rest[3], tiles)

@@ -22,7 +22,7 @@ from ovseg_jax.files import replace_file
 from ovseg_jax.models.layers import every_platform
 from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.segmenter import embed_prompts, encode_images
+from ovseg_jax.segmentation.scores import embed_prompts, encode_images
 from ovseg_jax.shapes import Array
 from ovseg_jax.weights.model_dir import SavedModel
 

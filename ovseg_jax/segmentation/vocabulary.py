@@ -18,18 +18,21 @@ BACKGROUND = -1
 BETWEEN = "|"
 # Evaluation sets whose classes can be named by --vocabulary.
 LISTS = ("coco", "voc", "context", "coco_object", "coco_stuff", "ade20k", "cityscapes")
-
-
 # Everyday nouns in order of preference, each with the words for it, for its kinds and parts, and
 # wider words; and nouns for what is around a subject.
 _NOUNS = "competitors.json"
 
 
-def ordered(items: Any, what: str) -> list[Any]:
-    """A sequence as a list; UserError for sets, generators and the like, which have no order."""
+def ordered(items: Any, what: str) -> list[str]:
+    """A sequence of texts as a list; UserError for other things, and for sets, generators and the
+    like, which have no order."""
+    if isinstance(items, str):
+        raise UserError(f"{what} is a list: write [{items!r}], not one text")
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or hasattr(items, "keys"):
         kind = type(items).__name__
         raise UserError(f"{what} is a list, whose order numbers the labels; not a {kind}")
+    if not all(isinstance(item, str) for item in items):
+        raise UserError(f"{what} is a list of texts, not {items!r}")
     return list(items)
 
 
@@ -54,11 +57,7 @@ class Vocabulary:
         Raises:
           UserError: no class, an empty word, a word that is listed twice, or lists without order.
         """
-        if isinstance(entries, str):
-            raise UserError(f"classes is a list of names: [{entries!r}], not one text")
         entries, background = ordered(entries, "classes"), ordered(background, "background")
-        if not all(isinstance(x, str) for x in [*entries, *background]):
-            raise UserError(f"classes is a list of names, not {entries!r}")
         if not entries:
             raise UserError("no classes: name at least one, for example --classes='cat,dog'")
         pairs = [(i, word) for i, entry in enumerate(entries) for word in entry.split(BETWEEN)]
@@ -79,19 +78,15 @@ class Vocabulary:
         surroundings = data_file(_NOUNS)["surroundings"]
         return tuple(word.lower().split()[-1] not in surroundings for word in self.words)
 
-    def _words_of(self, index: int) -> tuple[str, ...]:
+    def words_of(self, index: int) -> tuple[str, ...]:
+        """The words of a class, or of `BACKGROUND`."""
         pairs = zip(self.words, self.word_to_class, strict=True)
         return tuple(word for word, of_class in pairs if of_class == index)
 
-    @property
-    def background_words(self) -> tuple[str, ...]:
-        """The words that stand for the background."""
-        return self._words_of(BACKGROUND)
-
     def lines(self) -> tuple[str, ...]:
         """A text for each class with its synonyms, then the background's words."""
-        lines = [BETWEEN.join(self._words_of(i)) for i in range(len(self.classes))]
-        if words := self.background_words:
+        lines = [BETWEEN.join(self.words_of(i)) for i in range(len(self.classes))]
+        if words := self.words_of(BACKGROUND):
             lines.append(f"background: {BETWEEN.join(words)}")
         return tuple(lines)
 
@@ -100,24 +95,20 @@ def competition(vocabulary: Vocabulary, protocol: Protocol) -> Vocabulary:
     """The words that compete for a pixel under a protocol.
 
     The best probability of one class is 1 everywhere, and of two never below one half, so few words
-    would paint the whole image. With fewer than `competing_words`, everyday nouns are added for the
-    background, but none that is a class, or related to a word of a class (in singular or regular
-    plural) and would take its pixels. A vocabulary with words for the background, or a protocol
-    without background, gets none.
+    would paint the whole image. Up to `competing_words`, everyday nouns are added for the
+    background, but none that is related to a word of a class (in singular or regular plural) and
+    would take its pixels; and none to words for the background, or where there is no background.
     """
-    if protocol.threshold is None or vocabulary.background_words:
+    if protocol.threshold is None or BACKGROUND in vocabulary.word_to_class:
         return vocabulary
     names = {name.lower() for name in vocabulary.words}
-    taken = _forms(names.union(*(name.split() for name in names)))
+    ends = ("", "s", "es")
+    taken = {word + end for name in names for word in (name, *name.split()) for end in ends}
     nouns = data_file(_NOUNS)["competitors"].items()
-    free = [noun for noun, others in nouns if not taken & _forms({noun, *others})]
+    free = [n for n, more in nouns if not taken & {x + end for x in (n, *more) for end in ends}]
     more = tuple(free[: max(0, protocol.competing_words - len(names))])
     classes = vocabulary.word_to_class + (BACKGROUND,) * len(more)
     return Vocabulary(vocabulary.classes, vocabulary.words + more, classes)
-
-
-def _forms(words: set[str]) -> set[str]:
-    return {form for word in words for form in (word, f"{word}s", f"{word}es")}
 
 
 # ---- lists of words that people write
@@ -130,17 +121,12 @@ _IGNORED = "__ignore__"
 def read_words(
     text: str, where: str, numbered_from: tuple[int, ...] = (0, 1)
 ) -> tuple[tuple[str, ...], bool]:
-    r"""Reads what people write as a list of classes: a file, or the value of a flag.
+    r"""(classes in order, whether the background is named before them) of a file or a flag's value.
 
     There is one entry a line, or a single line with commas between them; a comma that belongs to a
     name is written ``\,``. Blank lines and comments (#) are passed over, and so are numbers before
-    the names (``0: cat``) that count up from one of `numbered_from`.
-
-    Returns:
-      The classes in order, and whether the list named the background before them.
-
-    Raises:
-      UserError: there is no entry, an entry is empty, or reading on would move a label's number.
+    the names (``0: cat``) that count up from one of `numbered_from`. UserError where there is no
+    entry, one is empty, or reading on would move a label's number.
     """
     # Not `splitlines`, which also ends lines at U+0085, U+2028 and others: the labels would move.
     lines = [line.strip() for line in re.split("\r\n?|\n", text.removeprefix("\ufeff"))]
@@ -201,8 +187,8 @@ def word_list(name: str) -> tuple[str, ...]:
         return tuple(entry["word"] for entry in classes)
     path = Path(name).expanduser()
     if not path.is_file():
-        hint = f"no such list{nearest(name, LISTS)}; lists: {', '.join(LISTS)}"
-        raise UserError(f"--vocabulary={name}: no such file, and {hint}")
+        hint = f"the lists are {', '.join(LISTS)}{nearest(name, LISTS)}"
+        raise UserError(f"--vocabulary={name}: no such file and no such list; {hint}")
     return read_words(read_text(path), f"--vocabulary={name}")[0]
 
 

@@ -23,7 +23,7 @@ from ovseg_jax.models.build import build_model, init_params, init_statistics
 from ovseg_jax.optim import groups
 from ovseg_jax.progress import Progress, table
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter
 from ovseg_jax.train import checks
 from ovseg_jax.train.features import image_store, standardized_neck, text_store
 from ovseg_jax.train.phases import Phase, make_phases, weak_phases

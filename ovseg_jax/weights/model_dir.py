@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_files
 from ovseg_jax.errors import UserError
+from ovseg_jax.flags import nearest
 from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
 from ovseg_jax.weights.initialize import tower_values
@@ -87,7 +88,7 @@ def find_model(model: str | os.PathLike) -> Path:
             raise UserError(f"--model={name} is the folder of a run; its model is {path / 'model'}")
         if path.is_dir():
             return path
-        names = ", ".join(known) or "none"
+        names = (", ".join(known) or "none") + nearest(name, known)
         raise UserError(f"--model={name}: there is no such directory; ovseg_jax brings {names}")
     shipped = SHIPPED / name
     if not (path / CONFIG).is_file():

@@ -19,9 +19,9 @@ from ovseg_jax.models.build import build_model, init_params
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.pictures import overlay
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import image_scores
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter, image_scores
 from ovseg_jax.segmentation.vocabulary import Vocabulary
+from ovseg_jax.sharding import make_mesh
 from ovseg_jax.train.config import load_config
 
 
@@ -37,7 +37,7 @@ def main(megapixels: float, classes: int) -> None:
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     width = round((megapixels * 1e6 * 4 / 3) ** 0.5)
     height = round(megapixels * 1e6 / width)
-    rng = np.random.default_rng(0)
+    rng, mesh = np.random.default_rng(0), make_mesh()
     coarse = rng.integers(0, 256, (64, 64, 3), np.uint8)
     rows, columns = np.arange(height) * 64 // height, np.arange(width) * 64 // width
     image = coarse[rows][:, columns]
@@ -45,7 +45,9 @@ def main(megapixels: float, classes: int) -> None:
     text = rng.normal(size=(classes, config.model.joint_width)).astype(np.float32)
     for order in ("argmax_first", "upsample_first"):
         protocol = Protocol.from_config({**config.eval.protocol, "order": order})
-        segmenter = ModelSegmenter(model, params, None, text_length=8, protocol=protocol)
+        segmenter = ModelSegmenter(
+            model, params, None, text_length=8, protocol=protocol, batch_stats={}, mesh=mesh
+        )
         segmenter.text = lambda names, templates: (text, text)
         before, start = peak(), time.perf_counter()
         scored = image_scores(segmenter, words, [image], protocol, 4)

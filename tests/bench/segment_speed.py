@@ -20,9 +20,9 @@ import numpy as np
 from ovseg_jax.models.build import build_model, init_params, init_statistics
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import named_protocol
-from ovseg_jax.segmentation.scores import default_batch, image_scores
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter, default_batch, image_scores
 from ovseg_jax.segmentation.vocabulary import Vocabulary
+from ovseg_jax.sharding import make_mesh
 from ovseg_jax.train.config import load_config
 
 CLASSES, SIZE, BATCHES = 20, (375, 500), (4,)
@@ -48,6 +48,7 @@ def main(images: int, turns: int) -> None:
         text_length=8,
         protocol=protocol,
         batch_stats=init_statistics(model),
+        mesh=make_mesh(),
     )
     rng = np.random.default_rng(0)
     text = rng.normal(size=(CLASSES, config.model.joint_width)).astype(np.float32)

@@ -13,8 +13,7 @@ from ovseg_jax.data.tokenizer import CLIP, Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import named_protocol
-from ovseg_jax.segmentation.scores import image_scores, with_scale
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter, image_scores, with_scale
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.weights.groupvit import from_groupvit, groupvit_config
 from ovseg_jax.weights.model_dir import load_model, save_model

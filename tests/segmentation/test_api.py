@@ -14,11 +14,10 @@ from PIL import Image
 import ovseg_jax
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.api import _check_options
-from ovseg_jax.segmentation.inputs import read_image
 from ovseg_jax.segmentation.labels import label_maps
+from ovseg_jax.segmentation.pictures import read_image
 from ovseg_jax.segmentation.protocol import Protocol
-from ovseg_jax.segmentation.scores import image_scores
-from ovseg_jax.segmentation.segmenter import ModelSegmenter
+from ovseg_jax.segmentation.scores import ModelSegmenter, image_scores
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.weights.model_dir import load_model
 

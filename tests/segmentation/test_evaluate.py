@@ -206,7 +206,7 @@ def test_scenes():
     assert 0 < len(benchmark.unseen) < len(benchmark.class_names)
     assert len(list(benchmark)) == 2 and benchmark.describe()["seed"] == 3
     for name, fields, said in (
-        ("scene", {}, "did you mean 'scenes'.*there are: scenes"),
+        ("scene", {}, "there are scenes.*did you mean 'scenes'.$"),
         ("scenes", {"sise": 3}, "sise"),
         ("scenes", {"split": "val"}, "split 'val'"),
         ("scenes", {"count": 0}, "count"),

@@ -1,5 +1,6 @@
 """What predict may be given, and what it writes."""
 
+import functools
 import io
 import json
 import shlex
@@ -12,11 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as codec
 
+import ovseg_jax
 from ovseg_jax import flags, predict
 from ovseg_jax.errors import UserError
-from ovseg_jax.predict import run_lengths
-from ovseg_jax.segmentation.inputs import find_pictures as found_pictures
-from ovseg_jax.segmentation.inputs import pictures, result_names
+from ovseg_jax.predict import find_pictures as found_pictures
+from ovseg_jax.predict import pictures, result_names, run_lengths
 
 RNG = np.random.default_rng(0)
 
@@ -64,13 +65,15 @@ def test_files_folders_globs_and_lists(tmp_path):
 
 def test_bad_arguments(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
     for given, said in (
         ([], "is empty"),
         (["-"], "is empty"),
         ([f"{tmp_path}/none.png"], "does not exist"),
         (["https://example.org/a.png"], "is an address: download the file"),
         ([f"{tmp_path}/*.bmp"], "no file matches"),
-        ([f"{tmp_path}/empty"], "holds no image"),
+        ([f"{tmp_path}/empty"], "holds no image .* or video$"),
+        ([f"{tmp_path}/outer"], "folders inside it are searched only by a pattern .*/outer/"),
     ):
         with pytest.raises(UserError, match=said):
             find_pictures(given, no_lines())
@@ -123,8 +126,13 @@ def test_run_lengths_are_those_of_coco():
 # ---- the command, with a model that is loaded once
 
 
+LOAD = functools.cache(ovseg_jax.load)
+
+
 @pytest.fixture
 def call(directory, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ovseg_jax, "load", LOAD)
+
     def run(*arguments):
         out = tmp_path / "out"
         monkeypatch.setattr(predict, "enable_compilation_cache", lambda: None)
@@ -191,15 +199,20 @@ def test_kinds_of_background(call, tmp_path, background):
         (("--classes=cat", "--background=1.5"), "from 0 to 1"),
         (("--classes=cat", "--background=cat"), "twice"),
         (("--classes=cat", "--background=,"), "threshold, 'none', or words"),
-        (("--classes=cat", "--formats=gif"), "--formats: ['gif']"),
+        (
+            ("--classes=cat", "--formats=rle.json,png"),
+            "--formats: there is no format rle.json; the formats are png, overlay, json, npz, rle",
+        ),
         (("--classes=cat", "--batch_size=-1"), "at least 0"),
         (("--classes=cat", "--every=0"), "at least 1"),
         (("--classes=cat", "--background=50%"), "'50%' is no word"),
         (("--classes=cat", "--background=0,5"), "'0' is no word"),
         (("--classes=cat,,dog",), "an empty name"),
         (("--vocabulary=nothing.txt",), "no such file"),
+        (("--vocabulary=ade20",), "cityscapes; did you mean 'ade20k'?\n"),
+        (("--classes=cat", "--model=photo"), "brings photos; did you mean 'photos'?"),
         (("--classes=" + ",".join(map(str, range(256))),), "256 classes do not fit"),
-        (("--classes=cat", "--formats="), "--formats: empty"),
+        (("--classes=cat", "--formats="), "--formats: no format is named; the formats are png"),
     ],
 )
 def test_mistakes(call, tmp_path, arguments, said):
@@ -316,7 +329,24 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(call, tmp_path):
     for place in ("file", "file/below"):
         given = (f"--images={tmp_path}/a.png", f"--out={tmp_path}/{place}", "--model=none")
         code, *_, error = call(*given, "--classes=cat")
-        assert code == 2 and "cannot be written" in error
+        assert code == 2 and f"{tmp_path}/file is a file; a folder is needed" in error
+
+
+def test_a_picture_that_fails_leaves_nothing(call, full_disk, tmp_path):
+    """Its mask fits on the disk, its overlay does not; or only the mask's name is short enough."""
+    write(tmp_path / "a.png", (16, 16))
+    write(tmp_path / f"{'x' * 245}.png", (16, 16))
+    code, out, _, error = call(
+        f"--images={tmp_path}", "--classes=cat", "--formats=png,overlay", "--background=none"
+    )
+    assert code == 1 and "x.overlay.png cannot be written: File name too long" in error
+    assert {path.name for path in out.iterdir()} == {"a.mask.png", "a.overlay.png"}
+    write(tmp_path / "a.png", (150, 200))
+    again = (f"--images={tmp_path}/a.png", "--classes=cat", "--formats=npz,overlay")
+    with full_disk(90_000):  # room for the check before the work
+        code, _, _, error = call(*again, f"--out={tmp_path}/full")
+    assert code == 1 and "a.overlay.png cannot be written: File too large" in error
+    assert not list((tmp_path / "full").iterdir())
 
 
 PRINTS = "from ovseg_jax import flags; flags.run(lambda argv: print('x' * 10**6))"
