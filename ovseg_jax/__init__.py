@@ -27,17 +27,13 @@ __version__ = "0.1.0"
 
 
 def load(model_dir: Any, **settings: Any) -> Any:
-    """The model in a model directory, ready to segment.
+    """The model in a model directory, a `segmentation.api.LoadedModel`.
 
     Args:
       model_dir: path of a directory that training, `ovseg_jax.convert` or `ovseg_jax.export` wrote;
         or the name of a model that comes with this package, such as "photos".
       settings: fields of the model's protocol that are to differ, such as ``pamr_steps=10``; see
         `segmentation.protocol.Protocol`.
-
-    Returns:
-      A `segmentation.api.LoadedModel`; its method `segment(images, classes)` is all that most
-      uses need.
 
     Raises:
       ovseg_jax.errors.UserError: the directory is absent, incomplete or damaged, or

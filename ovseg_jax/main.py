@@ -19,7 +19,6 @@ from ovseg_jax.segmentation.benchmarks import BENCHMARKS, FOLDER_FIELDS, benchma
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
 from ovseg_jax.segmentation.evaluate import evaluate
 from ovseg_jax.segmentation.evaluate_model import evaluate_model, run_benchmarks
-from ovseg_jax.segmentation.page import write_pictures
 from ovseg_jax.segmentation.protocol import NAMES, Protocol
 from ovseg_jax.segmentation.retrieval import WHOLE_IMAGES
 from ovseg_jax.segmentation.scores import ModelSegmenter
@@ -143,7 +142,7 @@ def _train(
         raise UserError(unwritten[0])
     pictures: Path | str = "none (config.eval.pictures = 0)"
     if names and config.eval.pictures:
-        pictures = write_pictures(
+        pictures = report.write_pictures(
             segmenter,
             benchmark_of(names[0], config.eval),
             protocol,
@@ -258,8 +257,9 @@ def _print_results(results: dict[str, dict[str, Any]], where: Path) -> int:
     for result in whole:
         print("\n".join(report.whole_image_lines(result)))
         print(f"\n{table(report.whole_image_rows(result))}\n")
-    for line in report.remarks(pixels):
-        print(line)
+    for name, result in pixels.items():
+        for line in report.remarks(result):
+            print(f"{name}: {line}")
     for result in pixels.values():
         if rows := report.comparison_rows(result):
             print(f"\n{table(rows)}")

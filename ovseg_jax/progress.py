@@ -8,11 +8,8 @@ EVERY = 15.0
 
 
 class Progress:
-    """A line that is rewritten on a terminal, and repeated now and then in a file.
-
-    Args:
-      quiet: say nothing (processes other than the first).
-    """
+    """A line that is rewritten on a terminal, and repeated now and then in a file; with `quiet`
+    (processes other than the first) nothing is said."""
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet

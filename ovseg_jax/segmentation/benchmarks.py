@@ -27,24 +27,18 @@ from ovseg_jax.shapes import UInt8
 
 @runtime_checkable
 class Benchmark(Interface):
-    """A list of images with true labels.
-
-    Attributes:
-      class_names: the C words to segment, background excluded.
-      has_background: if true, labels are 0 (background) and 1 + class, otherwise the class; 255 is
-        ignored.
-      unseen: classes (indices) that training captions never name; empty where that is unknown.
-    """
+    """A list of images (uint8 [H,W,3]) with true labels (uint8 [H,W])."""
 
     name: str
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # the C words to segment, background excluded
+    # Whether labels are 0 (background) and 1 + class, otherwise the class; 255 is ignored.
     has_background: bool
+    # Classes (indices) that training captions never name; empty where that is unknown.
     unseen: tuple[int, ...]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(image uint8 [H,W,3], labels uint8 [H,W])."""
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
 
     def describe(self) -> dict[str, Any]:
         """Plain values that say which images these are, and how hard; stored with the result."""
@@ -69,7 +63,7 @@ class ScenesBenchmark:
             raise UserError("benchmark scenes: count and size must be at least 1")
         if self.split not in scenes.SPLITS:
             known = ", ".join(scenes.SPLITS)
-            raise UserError(f"benchmark scenes has no split {self.split!r}; there are: {known}")
+            raise UserError(f"benchmark scenes has no split {self.split!r}; there are {known}")
 
     def __len__(self) -> int:
         return self.count
@@ -92,9 +86,8 @@ class OwnFolder:
 
         DIR/images/NAME.jpg (or any format)   DIR/masks/NAME.png   DIR/classes.txt
 
-    Photographs are turned upright by their EXIF tag, and masks are of that size. Everything is
-    checked at once, so that a bad mask is a UserError now and not after hours. `count` takes only
-    the first images by name, 0 all.
+    Photographs are turned upright by their EXIF tag, and masks are of that size. All masks are
+    checked at once, and not after hours. `count` takes only the first images by name, 0 all.
     """
 
     name = "folder"
@@ -165,7 +158,7 @@ class OwnFolder:
         return read_image(self._pairs[index][0]), self._labels(index)
 
     def _labels(self, index: int) -> UInt8[np.ndarray, "H W"]:
-        """A mask, after all that can be wrong with it."""
+        """A mask; UserError for what is wrong with it."""
         image_path, mask_path = self._pairs[index]
         try:
             width, height = upright_size(image_path)
@@ -215,11 +208,11 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
         raise UserError(f"unknown benchmark {name!r}; {hint}")
 
 
-def make_benchmark(name: str, fields: Mapping[str, Any] | None = None) -> Benchmark:
+def make_benchmark(name: str, fields: Mapping[str, Any]) -> Benchmark:
     """The benchmark called `name`, made from its fields; UserError for what does not exist."""
     check_name(name)
     try:
-        return BENCHMARKS[name](**dict(fields or {}))
+        return BENCHMARKS[name](**fields)
     except TypeError as error:
         raise UserError(f"benchmark {name}: {error}") from error
 
@@ -236,8 +229,8 @@ _LISTS = {"sclip": "protocols/sclip_words.json", "everyday": "protocols/everyday
 
 
 def words_of(benchmark: Benchmark, protocol: Protocol) -> tuple[Vocabulary, dict[str, str]]:
-    """The words that compete on a benchmark under its protocol, and the file of its classes' words
-    with its digest; see `class_words` and `vocabulary.competition`."""
+    """The words that compete on a benchmark under its protocol (`vocabulary.competition`), and the
+    file of its classes' words with its digest (`class_words`)."""
     vocabulary, file = class_words(benchmark, protocol.class_names)
     return competition(vocabulary, protocol), file
 
@@ -246,10 +239,9 @@ def class_words(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str,
     """The words of a benchmark's classes, and their file with its digest.
 
     Args:
-      which: 'released' (the words of the released model where they differ from the official
-        names), 'official' names, 'sclip' (with synonyms, and words for the background), or
-        'everyday' (the names with synonyms of ours; VOC and COCO Object only). Sets that are not
-        published have only one list. The unseen classes alone have no words for the background.
+      which: 'official' names; 'released': the words of the released model where they differ;
+        'sclip': with synonyms, and words for the background; 'everyday': with synonyms of ours, VOC
+        and COCO Object only. Sets that are not published have only one list.
     """
     if not isinstance(benchmark, FolderBenchmark):
         entries = getattr(benchmark, "entries", benchmark.class_names)
@@ -264,7 +256,7 @@ def class_words(benchmark: Benchmark, which: str) -> tuple[Vocabulary, dict[str,
     else:
         package, file = "ovseg_jax.data.benchmarks", f"tables/{FOLDERS[name].base}.json"
         entries, background = table.words if which == "released" else table.names, ()
-    if name != benchmark.name:
+    if name != benchmark.name:  # the unseen classes alone have no words for the background
         entries, background = [entries[i] for i in benchmark.chosen], ()
     content = (resources.files(package) / file).read_bytes()
     return Vocabulary.of(entries, background), {"file": file, "sha256": digest(content)}

@@ -52,7 +52,7 @@ def calibrate(
     word_to_class: WordToClass = None,
 ) -> tuple[Protocol, Float[np.ndarray, "pairs thresholds"]]:
     """The protocol with the scales and the threshold of the highest mIoU, background included, and
-    the mIoU (0..1) of all that were tried.
+    the mIoU (0..1) of all that were tried, thresholds in rising order.
 
     For one pair of scales, the labels at every threshold follow from the best class of each pixel
     and its probability. So pixels are counted once by (probability bin, best class, truth), and
@@ -60,7 +60,6 @@ def calibrate(
 
     Args:
       scored: scores with true labels (0 background, 1 + class, 255 ignored).
-      thresholds: in rising order.
       batch_size, word_to_class: as `group` and `word_to_class` of `label_maps`.
     """
     edges = np.asarray(thresholds, np.float32)
@@ -123,11 +122,9 @@ def _miou_of_thresholds(by_bin: Integer[np.ndarray, "bins labels labels"]) -> li
 def calibrated(
     segmenter: Segmenter, tune: Benchmark, protocol: Protocol, batch_size: int
 ) -> tuple[Protocol, float]:
-    """The protocol with scales and threshold chosen on a tune split, and the mIoU (percent) there.
-
-    Never pass the split that is reported. A protocol with one group per pixel, or one that refines,
-    keeps its scale and threshold, and is only measured.
-    """
+    """The protocol with scales and threshold chosen on a tune split (never the one that is
+    reported), and the mIoU in percent there. Published protocols with one group per pixel, or that
+    refine, are only measured."""
     plain = protocol.averaged == "probabilities" and not (protocol.pamr_steps or protocol.min_area)
     if protocol.grouping == "one_group" or not plain:
         return protocol, evaluate(segmenter, tune, protocol, batch_size=batch_size)["miou"]
@@ -156,13 +153,11 @@ def swept(
     swept. For the options see `evaluate.evaluate`.
     """
     vocabulary, _ = words_of(train, protocol)
-    ready = with_scale(protocol, segmenter)
-    labels, present = len(vocabulary.classes) + 1, protocol.threshold
-    thresholds = sorted({*SWEPT_THRESHOLDS, *([] if present is None else [present])})
+    ready, labels = with_scale(protocol, segmenter), len(vocabulary.classes) + 1
+    thresholds = sorted({*SWEPT_THRESHOLDS, protocol.threshold} - {None})
     counts = np.zeros((len(thresholds), labels, labels), np.int64)
     numbers = range(part[0], len(train), part[1])
-    scored = scored_benchmark(segmenter, train, ready, batch_size, numbers)
-    for scored_image in scored:
+    for scored_image in scored_benchmark(segmenter, train, ready, batch_size, numbers):
         for confusion, threshold in zip(counts, thresholds, strict=True):
             at = ready.replace(threshold=threshold)
             ((_, predicted),) = label_maps([scored_image], at, vocabulary.word_to_class)
@@ -172,9 +167,8 @@ def swept(
     if np.isnan(scores).all():
         where = f"benchmark {train.name}: no pixel of the {len(train)} training images"
         raise UserError(f"{where} counts: take more with --sweep")
-    best = thresholds[int(np.nanargmax(scores))]
-    if present is not None and scores[thresholds.index(present)] == np.nanmax(scores):
-        best = present
+    reached = [t for t, score in zip(thresholds, scores, strict=True) if score == np.nanmax(scores)]
+    best = protocol.threshold if protocol.threshold in reached else reached[0]
     facts = {
         "images": len(train),
         "data": train.describe(),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int64, Integer
@@ -40,7 +39,7 @@ def scored_benchmark(
     vocabulary, _ = words_of(benchmark, protocol)
     numbers, truths = range(len(benchmark)) if numbers is None else numbers, {}
 
-    def images():
+    def images() -> Iterator[np.ndarray]:
         for position, number in enumerate(numbers):
             image, truths[position] = benchmark[number]
             yield image
@@ -60,12 +59,8 @@ def protocol_of(benchmark: Benchmark, protocol: Protocol, segmenter: Segmenter) 
 def count_pixels(
     prediction: Integer[np.ndarray, "..."], truth: Integer[np.ndarray, "..."], labels: int
 ) -> Int64[np.ndarray, "labels labels"]:
-    """The confusion matrix [truth, prediction] of label maps. Pixels whose truth is `IGNORE` are
-    left out, whatever is predicted there.
-
-    Raises:
-      UserError: unequal shapes, or a label out of range.
-    """
+    """The confusion matrix [truth, prediction] of label maps, without the pixels whose truth is
+    `IGNORE`; UserError for unequal shapes, or a label out of range."""
     if prediction.shape != truth.shape:
         shapes = f"shape {prediction.shape} but its truth {truth.shape}"
         raise UserError(f"the label map has {shapes}: it must be made at the size of the truth")
@@ -118,12 +113,8 @@ def percent(value: float) -> float | None:
 
 
 class Counts:
-    """Integers of the evaluated images, which add up over processes.
-
-    Args:
-      labels: number of labels, background included.
-      images: of the whole benchmark.
-    """
+    """Integers of the evaluated images, which add up over processes: of `labels` labels, background
+    included, in the `images` images of the whole benchmark."""
 
     def __init__(self, labels: int, images: int):
         self._all = np.zeros(labels**2 + images + 7, np.int64)
@@ -132,6 +123,7 @@ class Counts:
         # windows: how many, groups used in them, their entropy in millionths.
         confusion, self._by_image, self._windows, self._rest = np.split(self._all, ends)
         self.confusion = confusion.reshape(labels, labels)
+        self.images = 0
 
     def add(self, scored_image: ImageScores, labels: np.ndarray) -> None:
         """Counts one image."""
@@ -146,51 +138,42 @@ class Counts:
             # A single group has no entropy to be compared with.
             entropy = -np.sum(used * np.log(used)) / math.log(max(groups, 2))
             self._windows += (1, len(used), round(entropy * MICRO))
-        self._rest[0] += 1
+        self.images += 1
         self._rest[2] = groups
 
-    def measured(self, seconds: float, rate: float) -> None:
-        """Notes how long all took, and the images a second after compilation."""
-        self._rest[[1, 3]] = round(rate * MICRO), round(seconds * MICRO)
-
-    def join(self, gather: Gather) -> None:
-        """Makes these the counts of all processes."""
+    def join(self, gather: Gather, rate: float, seconds: float) -> None:
+        """Makes these the counts of all processes, after all images: `rate` images a second."""
+        self._rest[[0, 1, 3]] = self.images, round(rate * MICRO), round(seconds * MICRO)
         rows = gather(self._all.copy())
         # Groups of the model and seconds, the last two, are no sums.
         self._all[:] = np.append(rows[:, :-2].sum(0), rows[:, -2:].max(0))
 
-    @property
-    def images(self) -> int:
-        """How many images were counted."""
-        return int(self._rest[0])
-
     def facts(self) -> dict[str, Any]:
-        """Images, time, and how many groups a window's patches spread over, how evenly (0 one, 1
-        all alike)."""
+        """Images, time, over how many groups a window's patches spread, how evenly (0 to 1), and
+        the mIoU of each image in percent, None where it has no pixel that counts."""
         windows, used, entropy = (int(x) for x in self._windows)
         images, rate, groups, seconds = (int(x) for x in self._rest)
-        usage = {
-            "groups": groups,
-            "used": round(used / max(windows, 1), 3),
-            "entropy": round(entropy / MICRO / max(windows, 1), 4),
-            "windows": windows,
+        return {
+            "images": images,
+            "seconds": round(seconds / MICRO, 3),
+            "images_per_second": round(rate / MICRO, 3),
+            "group_usage": {
+                "groups": groups,
+                "used": round(used / max(windows, 1), 3),
+                "entropy": round(entropy / MICRO / max(windows, 1), 4),
+                "windows": windows,
+            },
+            "image_miou": [
+                percent((x - 1) / MICRO) if x else None for x in self._by_image.tolist()
+            ],
         }
-        clock = {"seconds": seconds, "images_per_second": rate}
-        rounded = {key: round(x / MICRO, 3) for key, x in clock.items()}
-        return {"images": images, **rounded, "group_usage": usage}
-
-    def image_miou(self) -> list[float | None]:
-        """mIoU of each image, percent; None where it has no pixel that counts."""
-        return [percent((x - 1) / MICRO) if x else None for x in self._by_image.tolist()]
 
 
 def gather_counts(counts: Int64[np.ndarray, " counts"]) -> Int64[np.ndarray, "processes counts"]:
     """The counts of every process, on every process."""
-    if jax.process_count() == 1:
-        return counts[None]
     # As bytes: pixels of a data set need 64 bits, which JAX arrays do not have by default.
     rows = multihost_utils.process_allgather(counts.view(np.uint8))
-    return np.ascontiguousarray(rows).view(np.int64)
+    return np.ascontiguousarray(rows).view(np.int64).reshape(-1, len(counts))
 
 
 def evaluate(
@@ -201,7 +184,7 @@ def evaluate(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
     part: tuple[int, int] = (0, 1),
-    gather: Gather | None = None,
+    gather: Gather = lambda counts: counts[None],
 ) -> dict[str, Any]:
     """The result of one benchmark: plain values, ready for JSON.
 
@@ -209,8 +192,7 @@ def evaluate(
       batch_size: windows in one call of the encoder.
       progress: called with (images done, images in all).
       part: (p, n) for every n-th image from image p on, the share of this process.
-      gather: collects the counts of all parts, such as `gather_counts`; the result is then that of
-        the whole benchmark, whatever the number of parts.
+      gather: collects the counts of all parts, such as `gather_counts`, for the whole result.
     """
     open_scale = protocol.scale is None
     protocol = protocol_of(benchmark, protocol, segmenter)
@@ -232,9 +214,7 @@ def evaluate(
         if progress and (done % batch_size == 0 or done == len(numbers)):
             progress(done, len(numbers))
     end = time.perf_counter()
-    counts.measured(end - start, (counts.images - warm[0]) / max(end - warm[1], 1e-9))
-    if gather is not None:
-        counts.join(gather)
+    counts.join(gather, (counts.images - warm[0]) / max(end - warm[1], 1e-9), end - start)
     return {
         "benchmark": benchmark.name,
         **summary(counts.confusion, benchmark),
@@ -251,7 +231,6 @@ def evaluate(
             "notes": protocol_notes(protocol.name),
         },
         "confusion": counts.confusion.tolist(),
-        "image_miou": counts.image_miou(),
     }
 
 
@@ -259,9 +238,8 @@ def summary(confusion: Int64[np.ndarray, "C C"], benchmark: Benchmark) -> dict[s
     """Every measure of a confusion matrix, in percent; None where it is not defined.
 
     `miou` is over all labels, background included; `miou_seen` and `miou_unseen` (Table 7) over the
-    classes that training captions name or never name; `zss` (Table 2) over those that zero-shot
-    segmentation leaves out, with all classes competing; `all_background_miou` is what labeling
-    everything background would get.
+    classes that training captions name or never name; `zss` (Table 2) over those left out by
+    zero-shot segmentation; `all_background_miou` is what labeling all as background would get.
     """
     first = int(benchmark.has_background)
     names = ["background"] * first + list(benchmark.class_names)

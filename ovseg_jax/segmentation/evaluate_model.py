@@ -21,8 +21,8 @@ from ovseg_jax.segmentation.benchmarks import (
 )
 from ovseg_jax.segmentation.calibrate import swept, train_split
 from ovseg_jax.segmentation.evaluate import evaluate, gather_counts, write_result
-from ovseg_jax.segmentation.page import extreme_images, write_page, write_sheet
 from ovseg_jax.segmentation.protocol import Protocol, named_protocol, saved_protocol
+from ovseg_jax.segmentation.report import extreme_images, write_page, write_sheet
 from ovseg_jax.segmentation.retrieval import (
     WHOLE_IMAGES,
     model_facts,
@@ -50,10 +50,8 @@ def run_benchmarks(
     """Evaluates on each benchmark and writes ``RESULTS/NAME.json``.
 
     Each of several processes takes its share of the images. All get the whole result, and the first
-    writes it. What could not be written is in the result's field `not_written`.
-
-    Before any is run, an unknown benchmark, missing files or a place that cannot be written are a
-    UserError.
+    writes it. What could not be written is in the result's field `not_written`. An unknown
+    benchmark, missing files or a place that cannot be written are a UserError before any is run.
 
     Args:
       config: fields of the benchmarks under their names, and `batch_size`.
@@ -115,17 +113,14 @@ def evaluate_model(
     pictures: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The results of benchmarks by name, also written to ``RESULTS/NAME.json``.
-
-    What does not apply, an unknown name or missing files are a UserError before anything is
-    computed. Of the benchmarks of `retrieval` every process evaluates all.
+    """The results of a model directory by benchmark, see `run_benchmarks` (of those in `retrieval`
+    every process evaluates all).
 
     Args:
       data_dir: folder with the official folders (or one of them) of those that have no `dir`.
       protocol_name: a named protocol, in place of the model's own.
       overrides: (key, text) pairs as `flags.parse` gives them. Keys are eval.protocol.FIELD,
         eval.batch_size, and eval.NAME.FIELD of the benchmarks asked for.
-      sweep, pictures, progress: see `run_benchmarks`.
     """
     data_dir = os.path.expanduser(data_dir)
     masked = tuple(name for name in names if name not in WHOLE_IMAGES)
@@ -166,11 +161,9 @@ def _check_applies(key: str, protocol: Protocol, names: Iterable[str]) -> None:
     """Refuses a field of the protocol that a benchmark has a value of its own for."""
     field = key.removeprefix("eval.protocol.")
     for name in names:
-        instead = ""
-        if field == "threshold" and name in protocol.thresholds:
-            instead = f"thresholds.{name}"
-        elif field in protocol.per_benchmark.get(name, {}):
-            instead = f"per_benchmark.{name}.{field}"
-        if instead:
+        own = {f: f"per_benchmark.{name}.{f}" for f in protocol.per_benchmark.get(name, ())}
+        if name in protocol.thresholds:
+            own["threshold"] = f"thresholds.{name}"
+        if field in own:
             why = f"does not apply to benchmark {name}, which has a value of its own"
-            raise UserError(f"--config.{key} {why}: set --config.eval.protocol.{instead}")
+            raise UserError(f"--config.{key} {why}: set --config.eval.protocol.{own[field]}")

@@ -1,9 +1,9 @@
 """Official folders of evaluation sets as benchmarks, and which of their classes count as unseen.
 
 *Entities* (the paper's Table 7): a class is seen if training captions were filtered, and their
-words masked, by an entity of its name. The paper lists only numbers, so a rule decides: a class is
-seen if its official name is one of the 100 surface forms, one of the 73 names of their entities, or
-in `OTHER_NAMES`. Kinds of an entity ("wine glass") are unseen. `PAPER_COUNTS` differ by one class:
+words masked, by an entity of its name. The paper lists only numbers, so we call a class seen if its
+official name is one of the 100 surface forms, of the 73 names of their entities, or in
+`OTHER_NAMES`; kinds of an entity ("wine glass") are unseen. `PAPER_COUNTS` differ by one class:
 COCO's are 81 with background, and Context's and ADE20K's come out if "person" is unseen.
 
 *ZSS* (Table 2): the classes that zero-shot segmentation leaves out of training.
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ovseg_jax.data.benchmarks import OPENERS, LabeledFolder, open_train
+from ovseg_jax.data.benchmarks import OPENERS, open_train
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
-from ovseg_jax.data.benchmarks.folders import PreparedSet, open_prepared, prepared_folder
+from ovseg_jax.data.benchmarks.folders import open_prepared, prepared_folder
 from ovseg_jax.data.decoding import UnreadableImage, decode
 from ovseg_jax.errors import UserError
 from ovseg_jax.segmentation.protocol import data_file
@@ -79,9 +79,8 @@ def unseen_classes(base: str, names: Sequence[str]) -> tuple[int, ...]:
 
 
 class FolderBenchmark:
-    """The images of an official folder, in their official order; see `benchmarks.Benchmark`.
-
-    What is missing or of another kind is a UserError before any model runs.
+    """The images of an official folder, in their official order; see `benchmarks.Benchmark`. What
+    is missing or of another kind is a UserError before any model runs.
 
     Attributes:
       table: the classes of the whole evaluation set; chosen: those of them that count here.
@@ -102,7 +101,13 @@ class FolderBenchmark:
             raise UserError(f"benchmark {name}: count must not be negative")
         self.name, self._folder, self._every, self._split = name, FOLDERS[name], every, split
         base, unseen_alone = self._folder.base, self._folder.only_unseen
-        self._images = _opened(base, dir, split, f"data_dir, or --config.eval.{name}.dir")
+        field = f"data_dir, or --config.eval.{name}.dir"
+        if split != "validation":
+            self._images = open_train(base, dir, field)
+        elif prepared := prepared_folder(base, dir):
+            self._images = open_prepared(base, prepared)
+        else:
+            self._images = OPENERS[base](dir, field)
         self.table, total = self._images.table, len(self._images)
         if not total:
             raise UserError(f"benchmark {name}: {self._images.root} holds no images")
@@ -147,7 +152,7 @@ class FolderBenchmark:
             image = np.asarray(decode(self._images.image_bytes(index)))
         except UnreadableImage as error:
             text = f"{where} cannot be read ({error}); copy the official file again"
-            raise UserError(text) from error
+            raise UserError(text) from None
         labels = self._images.labels(index)
         if labels.shape != image.shape[:2]:
             (height, width), (down, across) = image.shape[:2], labels.shape
@@ -170,12 +175,3 @@ class FolderBenchmark:
             "every": self._every,
             "images_expected": self._folder.images if self._split == "validation" else None,
         }
-
-
-def _opened(base: str, directory: str, split: str, field: str) -> LabeledFolder | PreparedSet:
-    if split != "validation":
-        return open_train(base, directory, field)
-    prepared = prepared_folder(base, directory)
-    if prepared is not None:
-        return open_prepared(base, prepared)
-    return OPENERS[base](directory, field)

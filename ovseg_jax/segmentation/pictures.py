@@ -99,8 +99,8 @@ def overlay(
 def _tinted(
     image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], background: bool
 ) -> Image.Image:
-    """The image with the colors of the labels mixed in, white borders between them, and names: in
-    each connected part that a name would not hide, at the pixel farthest from its edge."""
+    """The image with the colors of the labels mixed in, white borders between them, and a name in
+    each connected part that it would not hide, at the pixel farthest from its edge."""
     tint = paint(labels, len(class_names), background=background)
     inside = ((labels > 0) | (not background))[..., None]
     image = image.astype(np.float32)
@@ -149,39 +149,30 @@ def scene_panel(
     tiles = [(name, _enlarged(pixels)) for name, pixels in zip(names, shown, strict=True)]
     large, labels = (np.asarray(_enlarged(x)) for x in (image, prediction.astype(np.uint8)))
     tiles.append(("overlay", _tinted(large, labels.astype(np.int64), class_names, background)))
-    labels = np.concatenate([prediction.ravel(), truth.ravel()])
-    return _with_legend(_row(tiles, title), _legend(labels, class_names, background))
-
-
-def _row(tiles: Sequence[tuple[str, Image.Image]], title: str) -> Image.Image:
-    """Framed pictures side by side, a name above each, and a title above all."""
-    font = ImageFont.load_default(size=FONT)
-    width = sum(tile.width + MARGIN for _, tile in tiles) + MARGIN
-    head = MARGIN + (FONT + 8) * (2 if title else 1)
-    sheet = Image.new("RGB", (width, head + tiles[0][1].height + MARGIN), PAPER)
-    draw, left = ImageDraw.Draw(sheet), MARGIN
+    # Framed and side by side, a name above each, and the title above all.
+    font, (wide, high) = ImageFont.load_default(size=FONT), tiles[0][1].size
+    width, head = (wide + MARGIN) * len(tiles) + MARGIN, MARGIN + (FONT + 8) * (2 if title else 1)
+    sheet = Image.new("RGB", (width, head + high + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN // 2), _shortened(title, font, width - 2 * MARGIN), INK, font)
-    for name, tile in tiles:
-        draw.text((left + tile.width // 2, head - 6), name, INK, font, anchor="ms")
+    for left, (name, tile) in zip(range(MARGIN, width, wide + MARGIN), tiles, strict=False):
+        draw.text((left + wide // 2, head - 6), name, INK, font, anchor="ms")
         sheet.paste(tile, (left, head))
-        box = (left - 1, head - 1, left + tile.width, head + tile.height)
-        draw.rectangle(box, outline=FRAME)
-        left += tile.width + MARGIN
-    return sheet
+        draw.rectangle((left - 1, head - 1, left + wide, head + high), outline=FRAME)
+    labels = np.concatenate([prediction.ravel(), truth.ravel()])
+    return _with_legend(sheet, _legend(labels, class_names, background))
 
 
 def contact_sheet(rows: Sequence[Image.Image], columns: int = 1) -> Image.Image:
     """Pictures below (and, with `columns`, beside) one another, with a rule between rows."""
-    lines = [rows[i : i + columns] for i in range(0, len(rows), columns)]
-    wide = max(picture.width for picture in rows)
-    heights = [max(picture.height for picture in line) + MARGIN for line in lines]
-    sheet = Image.new("RGB", (wide * min(columns, len(rows)), sum(heights)), PAPER)
-    draw, top = ImageDraw.Draw(sheet), 0
-    for line, height in zip(lines, heights, strict=True):
-        for i, picture in enumerate(line):
-            sheet.paste(picture, (i * wide, top))
-        top += height
-        draw.line((0, top - MARGIN // 2, sheet.width, top - MARGIN // 2), FRAME)
+    wide, high = (max(sizes) for sizes in zip(*(picture.size for picture in rows), strict=True))
+    high, lines = high + MARGIN, -(-len(rows) // columns)
+    sheet = Image.new("RGB", (wide * min(columns, len(rows)), high * lines), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(rows):
+        sheet.paste(picture, (i % columns * wide, i // columns * high))
+    for below in range(high, sheet.height + 1, high):
+        draw.line((0, below - MARGIN // 2, sheet.width, below - MARGIN // 2), FRAME)
     return sheet
 
 

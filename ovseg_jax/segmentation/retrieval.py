@@ -99,14 +99,14 @@ def whole_image_results(
         start = time.perf_counter()
         firsts = range(0, len(data.files), _AT_ONCE)
         rows = [loaded.embed_image(data.files[first : first + _AT_ONCE]) for first in firsts]
-        images = np.concatenate(rows)
-        # A caption is a whole sentence, so it goes into no template.
-        templates = loaded.protocol.templates if name == "classification" else ("{}",)
-        texts = loaded.embed_text(data.texts, templates)
+        images, match = np.concatenate(rows), np.array(data.match)
         if name == "classification":
-            measures = classification(images, texts, np.array(data.match), data.texts)
+            templates = loaded.protocol.templates
+            texts = loaded.embed_text(data.texts, templates)
+            measures = classification(images, texts, match, data.texts)
         else:
-            measures = retrieval(images, texts, data.match)
+            templates = ("{}",)  # a caption is a whole sentence, so it goes into no template
+            measures = retrieval(images, loaded.embed_text(data.texts, templates), match)
         seconds = time.perf_counter() - start
         by_name[name] = {
             "benchmark": name,
@@ -162,13 +162,12 @@ def classification(
 
 
 def retrieval(
-    images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "M E"], image_of: Any
+    images: Float[np.ndarray, "N E"],
+    texts: Float[np.ndarray, "M E"],
+    image_of: Integer[np.ndarray, " M"],
 ) -> dict[str, Any]:
-    """Recall at 1, 5 and 10 in percent, both ways; `image_of` is the image of each text.
-
-    An image may have several texts. It is retrieved when its best text is, as usual on COCO.
-    """
-    image_of = np.asarray(image_of, np.int64)
+    """Recall at 1, 5 and 10 in percent, both ways; `image_of` is the image of each text. An image
+    with several texts is retrieved when its best text is, as usual on COCO."""
     similarity = images @ texts.T
     to_image = ranks_of(similarity.T, image_of)
     to_text = np.full(len(images), len(texts))

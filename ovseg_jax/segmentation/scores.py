@@ -30,7 +30,7 @@ from ovseg_jax.segmentation.vocabulary import Vocabulary
 from ovseg_jax.shapes import Array, Float, UInt8
 
 # Pixels in a batch of windows on a CPU. On two cores, batches of four windows of 448 pixels took a
-# third longer for each window than single ones (tests/bench/segment_speed.py).
+# third longer for each window than single ones (tests/bench/segment_cost.py).
 CPU_PIXELS, ACCELERATOR_WINDOWS = 448**2, 32
 TEXT_BATCH = 64  # prompts encoded at once
 REMEMBERED = 16  # lists of words whose embeddings are kept

@@ -65,19 +65,14 @@ def test_background_threshold_and_words(model):
     # Two words that compete alone, and no threshold: nothing is left for the background.
     alone = model.segment(PIXELS, ["cat", "dog"], threshold=0.0, words=2)
     np.testing.assert_array_equal(alone.labels, without.labels)
-    only = model.segment(PIXELS, ["cat"])
-    assert 0 < only.scores[0] < 1
 
 
-def test_every_kind_of_image_is_the_same_image(model, tmp_path):
+def test_every_kind_of_image_is_the_same_image(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(PIXELS).save(path)
-    wanted = model.segment(PIXELS, ["cat"])
     with Image.open(path) as opened:
-        for image in (path, str(path), opened):
-            found = model.segment(image, ["cat"])
-            np.testing.assert_array_equal(found.labels, wanted.labels)
-            np.testing.assert_array_equal(found.scores, wanted.scores)
+        for image in (path, str(path), path.read_bytes(), opened, jnp.asarray(PIXELS)):
+            np.testing.assert_array_equal(read_image(image), PIXELS)
     gray = np.ascontiguousarray(PIXELS[..., 0])
     np.testing.assert_array_equal(read_image(gray), np.stack([gray] * 3, -1))
     turned = Image.fromarray(PIXELS)
@@ -101,16 +96,10 @@ def test_lists_stacks_and_jax_arrays(model):
     classes = ("cat", "dog"), np.array(["cat", "dog"]), collections.deque(["cat", "dog"])
     many = collections.deque(stack), stack, jax.numpy.asarray(stack)
     for images, names in zip(many, classes, strict=True):
-        found = model.segment(images, names)
-        assert len(found) == 2
-        for one, other in zip(found, alone, strict=True):
+        for one, other in zip(model.segment(images, names), alone, strict=True):
             np.testing.assert_array_equal(one.labels, other.labels)
             np.testing.assert_array_equal(one.groups, other.groups)
     assert alone[0].groups.shape == (40, 56) and alone[0].groups.max() < 4 * 6
-    stream = io.BytesIO()
-    Image.fromarray(PIXELS).save(stream, "PNG")
-    found = model.segment(stream.getvalue(), ["cat", "dog"])
-    np.testing.assert_array_equal(found.labels, alone[0].labels)
 
 
 def test_synonyms_and_words_for_the_background(model):
@@ -149,16 +138,6 @@ def test_any_size_and_aspect(model):
         assert found.labels.shape == found.groups.shape == (h, w)
 
 
-def test_settings_of_the_protocol(directory):
-    assert ovseg_jax.load(directory, pamr_steps=2).protocol.pamr_steps == 2
-
-
-def truncated():
-    stream = io.BytesIO()
-    Image.fromarray(PIXELS).save(stream, "PNG")
-    return Image.open(io.BytesIO(stream.getvalue()[:2000]))
-
-
 def test_names_that_the_text_encoder_cannot_tell_apart(model, caplog):
     long = " ".join(["cat"] * 9)
     model.segment(PIXELS, ["cat", "CÁT", "\N{HORSE FACE}", "\N{THAI CHARACTER KO KAI}", long])
@@ -168,15 +147,18 @@ def test_names_that_the_text_encoder_cannot_tell_apart(model, caplog):
     assert any("are cut after 8 tokens" in line and long in line for line in said)
 
 
+def truncated():
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "PNG")
+    return Image.open(io.BytesIO(stream.getvalue()[:2000]))
+
+
 BAD = {
     "not one text": lambda m, p: m.segment(PIXELS, "cat"),
     "background is a list": lambda m, p: m.segment(PIXELS, ["cat"], background="sky"),
     "batch_size is -1": lambda m, p: m.segment(PIXELS, ["cat"], batch_size=-1),
-    "empty class name": lambda m, p: m.segment(PIXELS, ["cat", ""]),
     "at least one text": lambda m, p: m.embed_text([]),
     "each with {}": lambda m, p: m.embed_text(["cat"], ["a cat"]),
-    "no classes": lambda m, p: m.segment(PIXELS, []),
-    "listed twice": lambda m, p: m.segment(PIXELS, ["cat", "Cat"]),
     "not float64": lambda m, p: m.segment(PIXELS / 255, ["cat"]),
     r"\[3, 40, 56\]": lambda m, p: m.segment(PIXELS.transpose(2, 0, 1), ["cat"]),
     "no images": lambda m, p: m.embed_image([]),
@@ -200,11 +182,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_bad_input(reason, model, directory, tmp_path):
-    if "scale" in reason:
-        tmp_path = directory
+def test_bad_input(reason, model, directory):
     with pytest.raises(UserError, match=reason):
-        BAD[reason](model, tmp_path)
+        BAD[reason](model, directory)
 
 
 def test_importing_the_package_is_light():

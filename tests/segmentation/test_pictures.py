@@ -20,15 +20,11 @@ def test_colors_are_distinct_and_stable():
         colors(256)
 
 
-def test_paint():
-    labels = np.array([[0, 1], [2, 255]], np.uint8)
-    with_background = paint(labels, 2)
-    np.testing.assert_array_equal(with_background[0], [(0, 0, 0), colors(2)[0]])
-    np.testing.assert_array_equal(with_background[1], [colors(2)[1], (255, 255, 255)])
-    np.testing.assert_array_equal(paint(labels, 3, background=False)[0, 0], colors(3)[0])
-
-
 def test_palette_png_keeps_the_labels(tmp_path):
+    painted = paint(np.array([[0, 1], [2, 255]], np.uint8), 2)
+    np.testing.assert_array_equal(painted[0], [(0, 0, 0), colors(2)[0]])
+    np.testing.assert_array_equal(painted[1], [colors(2)[1], (255, 255, 255)])
+    assert tuple(paint(np.zeros((1, 1), int), 3, background=False)[0, 0]) == colors(3)[0]
     labels = np.random.default_rng(0).integers(0, 6, (7, 9), np.uint8)
     palette_image(labels, 5).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
@@ -50,9 +46,8 @@ def has_color(picture, color):
 
 def test_overlay_tints_only_the_regions_and_names_their_classes():
     image, labels = a_scene()
-    names = ["cat", "fire hydrant", "dog"]
+    names, factor = ["cat", "fire hydrant", "dog"], round(2 * pictures.PANEL / 60)
     picture = pictures.overlay(image, labels, names)
-    factor = round(2 * pictures.PANEL / 60)
     assert picture.width == 60 * factor and picture.height > 40 * factor
     drawn = np.asarray(picture)
     np.testing.assert_array_equal(drawn[2 * factor, 50 * factor], image[2, 50])

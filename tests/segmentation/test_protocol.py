@@ -17,13 +17,7 @@ from ovseg_jax.segmentation.protocol import (
     protocol_notes,
     saved_protocol,
 )
-from ovseg_jax.segmentation.report import (
-    comparison_rows,
-    protocol_lines,
-    published_rows,
-    remarks,
-    result_rows,
-)
+from ovseg_jax.segmentation.report import published_rows
 from ovseg_jax.segmentation.vocabulary import Vocabulary
 
 
@@ -90,74 +84,6 @@ def test_words(tmp_path):
         class_words(make_benchmark("context", {"dir": str(tmp_path)}), "everyday")
 
 
-def a_result(name="released", **changes):
-    protocol = {
-        **named_protocol(name).for_benchmark("voc").as_dict(),
-        "as_named": True,
-        "background": True,
-        "classes": 20,
-        "class_names_hash": "4567",
-        "class_names_file": {"file": "tables/voc.json", "sha256": "0123"},
-        "notes": protocol_notes(name),
-    }
-    return {
-        "benchmark": "voc",
-        "miou": 50.0,
-        "pixel_accuracy": 80.0,
-        "images": 1449,
-        "images_per_second": 2.0,
-        "data": {"images_expected": 1449},
-        "entities": {"seen": 20, "unseen": 0, "in_paper": (20, 0)},
-        "group_usage": {"groups": 8, "used": 5.25, "entropy": 0.625, "windows": 40},
-        "zss": {"classes": ["sheep"], "miou": 1.25},
-        "protocol": protocol,
-        **changes,
-    }
-
-
-def test_comparison_is_of_one_protocol_alone():
-    rows = comparison_rows(a_result())
-    methods = [row[0] for row in rows[1:]]
-    assert rows[0][0] == "voc, protocol released" and "SCLIP" not in methods
-    # By score: ours, 50.0, below the 53.8 of the paper's ViT-B.
-    assert methods[-2:] == ["this model", "OVSegmentor"] and rows[-1][-1] == "53.8"
-    assert [row["method"] for row in published_rows("sclip", "voc")] == ["SCLIP"]
-    assert comparison_rows(a_result(images=1448)) == []
-    changed = a_result()
-    changed["protocol"]["as_named"] = False
-    assert comparison_rows(changed) == []
-    assert comparison_rows({**a_result(), "benchmark": "scenes"}) == []
-    data = {"images_expected": 1449, "differs": "labels were painted from instances"}
-    other = a_result(data=data)
-    assert comparison_rows(other) == []
-    assert "voc: labels were painted from instances" in remarks({"voc": other})[0]
-    assert any("settings differ" in line for line in remarks({"voc": changed}))
-
-
-def test_what_is_said():
-    result = a_result(images=100)
-    said = "\n".join(remarks({"voc": result}))
-    assert "100 images, but the whole set has 1449" in said
-    assert "over 5.2 of 8 groups, entropy 0.62 of 1" in said
-    assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
-    assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
-    lines = "\n".join(protocol_lines({"voc": result}))
-    words = ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}.", "4567")
-    for word in (*words, "20 classes and background"):
-        assert word in lines
-
-
-def test_a_run_says_once_what_its_benchmarks_share():
-    one, other = a_result(), a_result()
-    other["protocol"] = {**other["protocol"], "threshold": None, "background": False}
-    lines = protocol_lines({"voc": one, "voc20": other})
-    assert "window 448" in lines[0] and "threshold" not in lines[0].replace("cap_threshold", "")
-    assert sum("window 448" in line for line in lines) == 1
-    assert sum(protocol_notes("released")["title"] in line for line in lines) == 1
-    assert lines[-2].startswith("voc: threshold 0.95, 20 classes and background")
-    assert lines[-1].startswith("voc20: threshold none, 20 classes, names from tables/voc.json")
-
-
 def test_fields_of_earlier_versions():
     retired = {"assignment": "soft", "assignment_temperature": 1.0}
     retired |= {"pamr_dilations": [1, 2, 4, 8, 12, 24], "flip": False, "scales": [1.0]}
@@ -176,7 +102,6 @@ ONE_GROUP = {"grouping": "one_group", "image_classes": 3, "cap_threshold": True}
     [
         ({"strid": 3}, "unknown strid"),
         ({"order": "x"}, "upsample_first"),
-        ({"averaged": "x"}, "cosines"),
         ({"window": 0}, "window must be at least 1 pixel"),
         ({"templates": ["a photo"]}, "template"),
         ({"pamr_steps": -1}, "pamr_steps must be at least 0"),
@@ -187,7 +112,6 @@ ONE_GROUP = {"grouping": "one_group", "image_classes": 3, "cap_threshold": True}
         ({"pamr_steps": 2, "order": "argmax_first"}, "upsample_first"),
         ({"averaged": "cosines", "border_scale": 1.0}, "border_scale"),
         ({"per_benchmark": {"voc": {"name": "x"}}}, "per_benchmark.voc"),
-        ({"per_benchmark": {"voc": {"window": 0}}}, "window"),
     ],
 )
 def test_protocols_that_make_no_sense(fields, said):

@@ -22,7 +22,7 @@ from ovseg_jax.segmentation.vocabulary import Vocabulary, competition
 HERE = Path(__file__).parent
 RELEASED = HERE.parent / "released"
 B, K, E, C, GRID = 2, 4, 8, 5, (3, 6)
-ORDERS = CHOICES["order"]
+
 
 # ---- windows
 
@@ -39,11 +39,6 @@ ORDERS = CHOICES["order"]
 )
 def test_resized_shape(h, w, expected):
     assert readout.resized_shape(h, w, 448, 2048) == expected
-
-
-def test_what_cannot_be_cut_is_refused():
-    with pytest.raises(UserError, match="7 patches"):
-        readout.grid_shape(10, 10, 7)
 
 
 def test_window_grid():
@@ -70,6 +65,8 @@ def test_grid_shape_finds_the_grid(h, w, patch):
     grid = (h // patch, w // patch)
     if min(grid):
         assert readout.grid_shape(h, w, grid[0] * grid[1]) == grid
+    with pytest.raises(UserError, match="7 patches"):
+        readout.grid_shape(10, 10, 7)
 
 
 def test_a_window_of_odd_size_under_the_released_rule():
@@ -183,14 +180,8 @@ def one_window(cells, size, image_cosines):
     )
 
 
-def labels_of(cells, image, protocol, word_to_class=None):
-    one = one_window(cells, cells.shape[:2], image)
-    ((_, labels),) = label_maps([one], protocol, word_to_class)
-    return labels
-
-
 @pytest.mark.parametrize("image_scale", [0.0, 3.0])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", CHOICES["order"])
 def test_as_much_is_found_in_lists_of_any_length(order, image_scale):
     # A class that a third of the pixels show; all other words say nothing.
     rng = np.random.default_rng(0)
@@ -206,7 +197,8 @@ def test_as_much_is_found_in_lists_of_any_length(order, image_scale):
         words = competition(Vocabulary.of(names), protocol)
         count = len(words.words)
         assert count == max(classes, 48)
-        labels = labels_of(cells[..., :count], image[:count], protocol, words.word_to_class)
+        one = one_window(cells[..., :count], (24, 24), image[:count])
+        ((_, labels),) = label_maps([one], protocol, words.word_to_class)
         shares.append((labels == 1).mean())
     assert max(shares) - min(shares) < 0.03 and 0.28 < shares[0] < 0.34
 
@@ -222,12 +214,10 @@ def test_what_resembles_the_border_is_surroundings():
     # The same in a mirror, of keys of any length, and in proportion to the scale.
     mirrored = np.asarray(readout.foreground_log(keys[:, ::-1] * 3, 4.0))[:, ::-1]
     np.testing.assert_allclose(mirrored, 2 * found, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 4)])
-def test_an_image_without_contrast_is_surroundings_all_over(size):
-    keys = np.ones((*size, 3), np.float32)
-    np.testing.assert_allclose(readout.foreground_log(keys, 3.0), -3.0, atol=1e-5)
+    # An image without contrast is surroundings all over.
+    for size in ((1, 1), (1, 5), (4, 4)):
+        keys = np.ones((*size, 3), np.float32)
+        np.testing.assert_allclose(readout.foreground_log(keys, 3.0), -3.0, atol=1e-5)
 
 
 # ---- the released code's windows

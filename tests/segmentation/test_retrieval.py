@@ -49,7 +49,7 @@ def test_retrieval_by_hand():
 
 def test_equal_embeddings_find_nothing():
     same = np.ones((20, 4), np.float32) / 2
-    found = retrieval(same, same, range(20))
+    found = retrieval(same, same, np.arange(20))
     assert found["image_to_text_recall_at_10"] == found["text_to_image_recall_at_10"] == 0
     assert classification(same, same, np.arange(20), ["x"] * 20)["top5"] == 0
 
@@ -93,7 +93,7 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
     assert [row[0] for row in whole_image_rows(first)[1:]] == ["top1", "top5", "mean_class_top1"]
     assert len(whole_image_rows(found["retrieval"])) == 7
     texts = model.embed_text([text for _, text in pairs], ["{}"])
-    expected = retrieval(images[1:3], texts, [0, 1, 0])
+    expected = retrieval(images[1:3], texts, np.array([0, 1, 0]))
     assert found["retrieval"]["text_to_image_recall_at_1"] == expected["text_to_image_recall_at_1"]
     assert json.loads((tmp_path / "out" / "retrieval.json").read_text()) == found["retrieval"]
 

@@ -29,12 +29,9 @@ def test_synonyms_and_background():
     [
         ([], (), "no classes"),
         ("cat", (), "not one text"),
-        (["cat", " "], (), "empty class name"),
         (["cat|", "dog"], (), "empty class name"),
-        (["cat", "Cat "], (), "twice"),
-        (["cat|kitten", "kitten"], (), "twice"),
+        (["cat|kitten", "Kitten "], (), "twice"),
         (["cat", "wall"], ["wall"], "twice"),
-        (["cat"], [""], "empty"),
     ],
 )
 def test_bad_lists(entries, background, said):
@@ -103,31 +100,22 @@ def competing(names, words):
     return competition(Vocabulary.of(names), protocol).words
 
 
-def test_distractors_fill_up_to_the_minimum():
-    words = competing(["zebra"], 20)
-    assert words[:2] == ("zebra", "sky") and len(words) == len(set(words)) == 20
-    many = [f"class {i}" for i in range(30)]
-    assert list(competing(many, 20)) == many
-    assert 50 < len(competing(["zebra"], 1000)) < 1000
-
-
-RELATED = {
-    "dog": "dog", "Dogs": "dog", "puppy": "dog", "animal": "cat", "couch": "sofa", "buses": "bus",
-    "tv monitor": "television", "potted plant": "tree", "fire truck": "truck",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RELATED)
-def test_a_distractor_never_competes_with_its_own_class(name):
-    words = competing([name], 1000)
-    assert RELATED[name] not in words[1:] and len(words) > 40
+def test_a_distractor_never_competes_with_its_own_class():
+    related = {
+        "dog": "dog", "Dogs": "dog", "puppy": "dog", "animal": "cat", "couch": "sofa",
+        "buses": "bus", "tv monitor": "television", "potted plant": "tree", "fire truck": "truck",
+    }  # fmt: skip
+    for name, noun in related.items():
+        words = competing([name], 1000)
+        assert noun not in words[1:] and 40 < len(words) == len(set(words)) < 1000
 
 
 def test_competition():
     few = Vocabulary.of(["zebra", "lion|big cat"])
     protocol = Protocol(threshold=0.3, competing_words=9)
     words = competition(few, protocol)
-    assert len(words.words) == 9 and words.classes == few.classes
+    assert words.words[:4] == (*few.words, "sky") and len(words.words) == 9
+    assert words.classes == few.classes
     assert words.word_to_class == (0, 1, 1) + (BACKGROUND,) * 6
     assert competition(few, protocol.replace(threshold=None)) == few
     assert competition(few, protocol.replace(competing_words=0)) == few

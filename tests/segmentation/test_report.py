@@ -1,4 +1,4 @@
-"""The best, median and worst images, as pictures and as a page."""
+"""Results as text beside published ones; the best, median and worst images, also as a page."""
 
 import base64
 import io
@@ -14,22 +14,28 @@ from data.benchmarks import miniatures as mini
 from PIL import Image
 from segmentation.test_evaluate import PROTOCOL, SIZES, Blocks, ByColor
 
-from ovseg_jax.segmentation import page
+from ovseg_jax.segmentation import report
 from ovseg_jax.segmentation.evaluate import count_pixels, evaluate, mean_iou
 from ovseg_jax.segmentation.evaluate_model import evaluate_model
-from ovseg_jax.segmentation.page import extreme_images, extremes, write_page, write_pictures
 from ovseg_jax.segmentation.pictures import scene_panel
-
-
-class Numbered(Blocks):
-    """With a class name that HTML must not read as a tag."""
-
-    class_names = ("red</script>", "green", "blue")
+from ovseg_jax.segmentation.protocol import named_protocol, protocol_notes
+from ovseg_jax.segmentation.report import (
+    comparison_rows,
+    extreme_images,
+    extremes,
+    protocol_lines,
+    published_rows,
+    remarks,
+    result_rows,
+    write_page,
+    write_pictures,
+)
 
 
 @pytest.fixture(scope="module")
 def evaluated():
-    benchmark, segmenter = Numbered(SIZES), ByColor(4)
+    benchmark, segmenter = Blocks(SIZES), ByColor(4)
+    benchmark.class_names = ("red</script>", "green", "blue")  # must not be read as a tag
     result = evaluate(segmenter, benchmark, PROTOCOL, batch_size=4)
     own = result["image_miou"], 2, 4
     return benchmark, result, extreme_images(segmenter, benchmark, PROTOCOL, *own)
@@ -66,7 +72,7 @@ def test_pictures_show_what_was_evaluated(has_background, tmp_path, monkeypatch)
         drawn.append((prediction, truth))
         return scene_panel(image, groups, prediction, truth, *args, **options)
 
-    monkeypatch.setattr(page, "scene_panel", panel)
+    monkeypatch.setattr(report, "scene_panel", panel)
     write_pictures(ByColor(2), benchmark, protocol, tmp_path, count=2, group_count=4)
     confusion = sum(count_pixels(*maps, 3 + has_background) for maps in drawn)
     result = evaluate(ByColor(2), benchmark, protocol, batch_size=2)
@@ -139,3 +145,72 @@ def test_pictures_of_a_benchmark(directory, tmp_path):
     with Image.open(tmp_path / "out" / "voc.png") as sheet:
         assert sheet.height > 2 * 200 and sheet.width > 5 * 320
     assert names == {f"{a}.{b}" for a in ("voc", "voc20") for b in ("json", "html", "png")}
+
+
+# ---- text
+
+
+def a_result(name="released", **changes):
+    protocol = {
+        **named_protocol(name).for_benchmark("voc").as_dict(),
+        "as_named": True,
+        "background": True,
+        "classes": 20,
+        "class_names_hash": "4567",
+        "class_names_file": {"file": "tables/voc.json", "sha256": "0123"},
+        "notes": protocol_notes(name),
+    }
+    return {
+        "benchmark": "voc",
+        "miou": 50.0,
+        "pixel_accuracy": 80.0,
+        "images": 1449,
+        "images_per_second": 2.0,
+        "data": {"images_expected": 1449},
+        "entities": {"seen": 20, "unseen": 0, "in_paper": (20, 0)},
+        "group_usage": {"groups": 8, "used": 5.25, "entropy": 0.625, "windows": 40},
+        "zss": {"classes": ["sheep"], "miou": 1.25},
+        "protocol": protocol,
+        **changes,
+    }
+
+
+def test_comparison_is_of_one_protocol_alone():
+    rows = comparison_rows(a_result())
+    methods = [row[0] for row in rows[1:]]
+    assert rows[0][0] == "voc, protocol released" and "SCLIP" not in methods
+    # By score: ours, 50.0, below the 53.8 of the paper's ViT-B.
+    assert methods[-2:] == ["this model", "OVSegmentor"] and rows[-1][-1] == "53.8"
+    assert [row["method"] for row in published_rows("sclip", "voc")] == ["SCLIP"]
+    assert comparison_rows(a_result(images=1448)) == []
+    changed = a_result()
+    changed["protocol"]["as_named"] = False
+    assert comparison_rows(changed) == []
+    assert comparison_rows({**a_result(), "benchmark": "scenes"}) == []
+    data = {"images_expected": 1449, "differs": "labels were painted from instances"}
+    other = a_result(data=data)
+    assert comparison_rows(other) == []
+    assert "labels were painted from instances" in next(remarks(other))
+    assert any("settings differ" in line for line in remarks(changed))
+
+
+def test_what_is_said():
+    result = a_result(images=100)
+    said = "\n".join(remarks(result))
+    assert "100 images, but the whole set has 1449" in said
+    assert "over 5.2 of 8 groups, entropy 0.62 of 1" in said
+    assert "20 + 0 in the paper" in said and "1.2 on sheep" in said
+    assert result_rows({"voc": result})[1][:2] == ("voc", "50.0")
+    lines = "\n".join(protocol_lines({"voc": result}))
+    words = ("threshold 0.95", "window 448", "tables/voc.json (0123)", "a photo of a {}.", "4567")
+    for word in (*words, "20 classes and background"):
+        assert word in lines
+    # What several benchmarks share is said once.
+    one, other = a_result(), a_result()
+    other["protocol"] = {**other["protocol"], "threshold": None, "background": False}
+    lines = protocol_lines({"voc": one, "voc20": other})
+    assert "window 448" in lines[0] and "threshold" not in lines[0].replace("cap_threshold", "")
+    assert sum("window 448" in line for line in lines) == 1
+    assert sum(protocol_notes("released")["title"] in line for line in lines) == 1
+    assert lines[-2].startswith("voc: threshold 0.95, 20 classes and background")
+    assert lines[-1].startswith("voc20: threshold none, 20 classes, names from tables/voc.json")
