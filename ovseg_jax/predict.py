@@ -24,8 +24,7 @@ from tqdm import tqdm
 import ovseg_jax
 from ovseg_jax import flags
 from ovseg_jax.data.decoding import UnreadableImage, is_foreign, opened, upright
-from ovseg_jax.errors import UserError
-from ovseg_jax.files import check_writable, listed, replace_files
+from ovseg_jax.errors import UserError, check_writable, listed, replace_files
 from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.segmentation.api import Segmentation
 from ovseg_jax.segmentation.pictures import (
@@ -256,20 +255,17 @@ def result_names(sources: Sequence[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for parts in (1, 2, 0):
-        left = {s: _joined_name(s, parts) for s in sources if s not in names}
+        left = {}
+        for source in (source for source in sources if source not in names):
+            path = Path(source)
+            folders = [name for name in path.parent.parts if name not in (path.anchor, ".", "..")]
+            pieces = [*folders, path.stem or "image", path.suffix[1:]]
+            left[source] = "_".join(filter(None, pieces[-parts - 1 : -1] if parts else pieces))
         counts = collections.Counter((*left.values(), *names.values()))
         names |= {source: name for source, name in left.items() if counts[name] == 1}
     if left := [source for source in sources if source not in names]:
         raise UserError(f"results of {listed(left)} would have the names of others: rename them")
     return {source: names[source] for source in sources}
-
-
-def _joined_name(source: str, parts: int) -> str:
-    """The last parts of a path without suffix, or with 0 all of them and the suffix."""
-    path = Path(source)
-    folders = [name for name in path.parent.parts if name not in (path.anchor, ".", "..")]
-    names = [*folders, path.stem or "image"]
-    return "_".join(names[-parts:] if parts else [*names, *filter(None, [path.suffix[1:]])])
 
 
 class Picture(NamedTuple):
@@ -302,8 +298,8 @@ def _is_animation(source: str) -> bool:
     try:
         with Image.open(source) as image:
             return image.format in _OF_FRAMES and getattr(image, "n_frames", 1) > 1
-    except Exception:
-        return False  # `read_image` will say what is wrong
+    except Exception:  # `read_image` will say what is wrong
+        return False
 
 
 def _animation(source: str) -> Iterator[np.ndarray]:
@@ -414,20 +410,12 @@ def _runs(name: str, result: Segmentation) -> list[dict[str, Any]]:
 
 
 def run_lengths(labels: Integer[np.ndarray, "H W"]) -> dict[int, dict[str, Any]]:
-    """COCO's uncompressed run lengths of the mask of each label that is there, but for 0.
-
-    Runs go column by column and begin with zeros.
-    """
-    flat = labels.T.reshape(-1)
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    values, ends = flat[starts], np.append(starts[1:], flat.size)
-    by_label = {}
-    for label in np.unique(values[values > 0]).tolist():
-        ones = values == label
-        # Where zeros end and ones end, in turn; what is left is zeros.
-        turns = np.stack([starts[ones], ends[ones]], axis=1).reshape(-1)
-        turns = turns if turns[-1] == flat.size else np.append(turns, flat.size)
-        counts = np.diff(turns, prepend=0).tolist()
+    """COCO's uncompressed run lengths of the mask of each label that is there, but for 0: column by
+    column, zeros first."""
+    flat, by_label = labels.T.reshape(-1), {}
+    for label in np.unique(flat[flat > 0]).tolist():
+        turns = np.flatnonzero(np.diff(flat == label, prepend=False))
+        counts = np.diff(turns, prepend=0, append=flat.size).tolist()
         by_label[label] = {"size": list(labels.shape), "counts": counts}
     return by_label
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # neighbors that do not know each other.
 LAYERS = [
     ["errors", "platforms", "progress", "shapes"],
-    ["files", "flags", "sharding"],
+    ["flags", "sharding"],
     ["processes"],
     ["data", "optim", "losses", "models"],
     ["weights"],

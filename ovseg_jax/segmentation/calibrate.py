@@ -1,8 +1,5 @@
-"""Scales and background threshold of a protocol, chosen on images that are not reported.
-
-`calibrated` chooses all of them for a model that was just trained, `swept` only the threshold, for
-any protocol.
-"""
+"""Scales and background threshold of a protocol, chosen on images that are not reported: all of
+them for a model that was just trained (`calibrated`), or only the threshold (`swept`)."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -184,8 +181,8 @@ def swept(
 def tune_split(name: str, config: ConfigDict) -> Benchmark | None:
     """`config.tune_count` images to calibrate on, none of which is reported; None where the config
     does not ask to calibrate, or the benchmark has no such images."""
-    folder = FOLDERS.get(name)
     # Without a background there is no threshold to choose.
+    folder = FOLDERS.get(name)
     dropped = folder is None or folder.drop_background or folder.only_unseen
     suits = name == "scenes" or (not dropped and class_table(folder.base).background)
     if not config.calibrate or not suits:

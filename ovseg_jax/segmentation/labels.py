@@ -77,12 +77,11 @@ def best_words(
     group: int,
     kept: Float[np.ndarray, "B words"] | None = None,
 ) -> tuple[Float[np.ndarray, "B H W"], Integer[np.ndarray, "B H W"]]:
-    """The highest probability at each pixel (each cell, with 'argmax_first'), and its word.
+    """The highest probability at each pixel (each cell, with 'argmax_first'), and its word, of
+    images of equal shapes, a single one where the protocol refines.
 
-    Args:
-      same: images of equal shapes, a single one where the protocol refines.
-      group: several images are padded to this many, so that the program is compiled once.
-      kept: 1 for words that may win, 0 for others; by default all may.
+    Several images are padded to `group`, so that the program is compiled once. `kept` is 1 for
+    words that may win; by default all may.
     """
     count, late = len(same), protocol.averaged == "cosines"
     maps = _cell_maps(same, protocol, group)
@@ -91,8 +90,7 @@ def best_words(
         # At the size of the resized image, refined by its colors.
         maps = _spread(maps, *same[0].weights(same[0].resized))[0]
         maps = pamr(maps, same[0].image, steps=protocol.pamr_steps)[None]
-        sides = zip(same[0].size, same[0].resized, strict=True)
-        rows, columns = (readout.bilinear_weights(pixels, cells) for pixels, cells in sides)
+        rows, columns = map(readout.bilinear_weights, same[0].size, same[0].resized)
     kept = None if kept is None else _padded(kept, group)
     if protocol.order == "argmax_first":
         highest, best = (np.asarray(x) for x in _best(maps, None, None, kept, protocol.scale, late))
@@ -147,14 +145,12 @@ def _cell_probabilities(cells, margins, foreground, scale, image_scale):
 
 def _spread_votes(labels, rows, columns, group) -> Integer[np.ndarray, "B H W"]:
     """The label that most of the cells over a pixel have; each window has one cell there."""
-    count, kinds = len(labels), int(labels.max(initial=0)) + 1
-    # A power of two, so that few programs are compiled.
-    kinds, cells = 1 << (kinds - 1).bit_length(), _padded(labels, group)
-    winners = np.empty((count, len(rows), len(columns)), np.int32)
+    kinds = 1 << int(labels.max(initial=0)).bit_length()  # a power of two: few programs compile
+    cells, parts = _padded(labels, group), []
     for where, band in _bands(rows, len(cells) * len(columns) * (kinds + 1)):
-        part = _most_votes(cells, band, columns, kinds)
-        winners[:, where] = np.asarray(part)[:count, : where.stop - where.start]
-    return winners
+        part = np.asarray(_most_votes(cells, band, columns, kinds))
+        parts.append(part[: len(labels), : where.stop - where.start])
+    return np.concatenate(parts, axis=1)
 
 
 @jax.jit(static_argnames="kinds")

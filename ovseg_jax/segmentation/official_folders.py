@@ -84,11 +84,10 @@ class FolderBenchmark:
 
     Attributes:
       table: the classes of the whole evaluation set; chosen: those of them that count here.
-      zss: classes among all that zero-shot segmentation leaves out of training (Table 2).
+      zss: classes that zero-shot segmentation leaves out of training (Table 2).
       paper_counts: (seen, unseen) classes in Table 7; None where `unseen` is not known.
 
     Args:
-      name: a key of `FOLDERS`.
       dir: the official folder or the one above it, or one that `data.benchmarks.builders` wrote.
       count, every: only the first images (0 for all), only every so many-th image.
       split: 'validation', or 'train' to choose a threshold on.

@@ -71,8 +71,8 @@ class Protocol:
     # Prompts whose embeddings are averaged for each class; "clip" in a config: all of CLIP's.
     templates: tuple[str, ...] = ("a photo of a {}.",)
     # The patch-to-group map: of the binding (Eq. 4), or the product of patch and group "features",
-    # the paper's sentence about Eq. 1. No loss trains that product before the mask phase: on scenes
-    # it reached 11 to 12 mIoU where the binding reached 33 to 38.
+    # the paper's sentence about Eq. 1, which no loss trains before the mask phase (on scenes 11 to
+    # 12 mIoU, where the binding reached 33 to 38).
     affinity: str = "binding"
     # A patch's score is the mean of its groups' cosines, or ("one_group") each pixel belongs to one
     # group and has its scores.
@@ -233,11 +233,9 @@ _READERS = dict.fromkeys(_FLOATS, _number) | {
 
 def saved_protocol(info: Mapping[str, Any]) -> Protocol:
     """The protocol in a model directory's config.json."""
-    fields = dict(info["protocol"])
     # Directories older than the field `competing_words` have that number in their provenance.
-    if "calibrated_words" in info["provenance"]:
-        fields.setdefault("competing_words", info["provenance"]["calibrated_words"])
-    return Protocol.from_config(fields)
+    words = info["provenance"].get("calibrated_words", 0)
+    return Protocol.from_config({"competing_words": words, **info["protocol"]})
 
 
 def digest(content: bytes) -> str:
@@ -269,8 +267,8 @@ def named_protocol(name: str) -> Protocol:
 
 def protocol_notes(name: str) -> dict[str, str]:
     """Title, source and difference of a named protocol, for reports; {} for one of another name."""
-    keys = ("title", "source", "differs") if name in NAMES else ()
-    return {key: data_file(f"protocols/{name}.json")[key] for key in keys}
+    notes = data_file(f"protocols/{name}.json") if name in NAMES else {}
+    return {key: text for key, text in notes.items() if key != "settings"}
 
 
 def is_named(protocol: Protocol, benchmark: str, own_scale: bool = False) -> bool:

@@ -19,7 +19,7 @@ from jaxtyping import Integer
 from PIL import Image
 
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
-from ovseg_jax.files import listed, replace_file
+from ovseg_jax.errors import listed, replace_file
 from ovseg_jax.segmentation.benchmarks import Benchmark, words_of
 from ovseg_jax.segmentation.evaluate import protocol_of, scored_benchmark
 from ovseg_jax.segmentation.labels import label_maps
@@ -52,8 +52,8 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
 def whole_image_rows(result: Mapping[str, Any]) -> Rows:
     """One row per measure of a benchmark of whole images, below a head."""
     kinds = ("top", "mean_class", "image_to", "text_to")
-    measures = [key for key in result if key.startswith(kinds)]
-    return [(result["benchmark"], "%"), *((key, number(result[key])) for key in measures)]
+    measures = [(key, number(x)) for key, x in result.items() if key.startswith(kinds)]
+    return [(result["benchmark"], "%"), *measures]
 
 
 def whole_image_lines(result: Mapping[str, Any]) -> list[str]:
@@ -171,8 +171,7 @@ def number(value: float | None) -> str:
 
 
 class LabeledImage(NamedTuple):
-    """An image of a benchmark with all that there is to see; `kind` is best, median or worst by the
-    image's `miou`, in percent."""
+    """An image of a benchmark; `kind` is best, median or worst by its `miou`, in percent."""
 
     index: int
     image: UInt8[np.ndarray, "H W 3"]
@@ -188,16 +187,11 @@ def extremes(image_miou: Sequence[float | None], count: int) -> list[tuple[int, 
     known = [i for i, miou in enumerate(image_miou) if miou is not None]
     order = sorted(known, key=lambda i: -image_miou[i])
     middle = max(0, (len(order) - count) // 2)
-    spans = {
-        "best": order[:count],
-        "worst": order[max(count, len(order) - count) :],
-        "median": order[middle : middle + count],
-    }
-    kinds: dict[int, str] = {}
-    for kind, indices in spans.items():
-        kinds = dict.fromkeys(indices, kind) | kinds
-    rank = {"best": 0, "median": 1, "worst": 2}
-    return sorted(kinds.items(), key=lambda pair: (rank[pair[1]], -image_miou[pair[0]]))
+    kinds = dict.fromkeys(order[middle : middle + count], "median")
+    kinds |= dict.fromkeys(order[max(count, len(order) - count) :], "worst")
+    kinds |= dict.fromkeys(order[:count], "best")
+    # The kinds are in the order of the alphabet.
+    return sorted(kinds.items(), key=lambda pair: (pair[1], -image_miou[pair[0]]))
 
 
 def labeled_images(

@@ -17,8 +17,7 @@ from jaxtyping import Float, Integer
 import ovseg_jax
 from ovseg_jax import processes
 from ovseg_jax.data.decoding import is_foreign
-from ovseg_jax.errors import UserError
-from ovseg_jax.files import check_writable
+from ovseg_jax.errors import UserError, check_writable
 from ovseg_jax.segmentation.evaluate import write_result
 from ovseg_jax.segmentation.pictures import IMAGES, files_in
 from ovseg_jax.segmentation.protocol import names_hash
@@ -32,10 +31,10 @@ _AT_ONCE = 64  # images that are read before they are encoded
 class ImagesWithTexts(NamedTuple):
     """Files and texts; files and folders that are no part of the set."""
 
-    files: tuple[Path, ...]
-    texts: tuple[str, ...]
-    match: tuple[int, ...]  # the text of each image (classification), or the image of each text
-    passed_over: tuple[str, ...] = ()
+    files: list[Path]
+    texts: list[str]
+    match: list[int]  # the text of each image (classification), or the image of each text
+    passed_over: list[str]
 
 
 def whole_image_sets(names: Sequence[str], data_dir: str) -> dict[str, ImagesWithTexts]:
@@ -59,7 +58,7 @@ def _class_folders(root: Path) -> ImagesWithTexts:
     if len(texts) < 2:
         text = "needs a folder of images for each of at least two classes"
         raise UserError(f"benchmark classification: {root} {text}")
-    return ImagesWithTexts(tuple(files), tuple(texts), tuple(match), tuple(passed_over))
+    return ImagesWithTexts(files, texts, match, passed_over)
 
 
 def _captioned(root: Path) -> ImagesWithTexts:
@@ -77,7 +76,7 @@ def _captioned(root: Path) -> ImagesWithTexts:
         texts.append(caption)
     if not texts:
         raise UserError(f"benchmark retrieval: {path} has no captions")
-    return ImagesWithTexts(tuple(root / name for name in numbers), tuple(texts), tuple(match))
+    return ImagesWithTexts([root / name for name in numbers], texts, match, [])
 
 
 def model_facts(model: str, info: Mapping[str, Any]) -> dict[str, str]:
@@ -111,7 +110,7 @@ def whole_image_results(
         by_name[name] = {
             "benchmark": name,
             **measures,
-            "passed_over": list(data.passed_over),
+            "passed_over": data.passed_over,
             "seconds": round(seconds, 3),
             "images_per_second": round(len(images) / max(seconds, 1e-9), 3),
             "protocol": {

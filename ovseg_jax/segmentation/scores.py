@@ -21,8 +21,7 @@ from jaxtyping import Integer
 
 from ovseg_jax import sharding
 from ovseg_jax.data.tokenizer import Tokenizer, unmasked
-from ovseg_jax.errors import UserError
-from ovseg_jax.files import listed
+from ovseg_jax.errors import UserError, listed
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.protocol import Protocol

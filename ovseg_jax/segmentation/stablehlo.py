@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ovseg_jax.errors import UserError
-from ovseg_jax.files import replace_file
+from ovseg_jax.errors import UserError, replace_files
 from ovseg_jax.models.layers import every_platform
 from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.segmentation.protocol import Protocol
@@ -49,7 +48,7 @@ def write_programs(
     saved: SavedModel, protocol: Protocol, directory: Path, image_size: int
 ) -> dict[str, Any]:
     """Writes the programs for square images of `image_size` pixels, with the class embedding (and
-    keys) of the protocol; returns the signature. UserError where they cannot be written."""
+    keys) of the protocol, or nothing (UserError); returns the signature."""
     check_can_be_written()
     arrays = flatten_dict({**saved.params, STATISTICS: saved.batch_stats}, sep="/")
     patch = saved.model.image_encoder.patch
@@ -76,12 +75,13 @@ def write_programs(
     files: dict[str, bytes | str] = {}
     needed: dict[str, np.ndarray] = {}
     for name, (function, argument, shape, dtype, results) in programs.items():
-        used = {
-            key: x
-            for key, x in arrays.items()
-            if key.removeprefix(f"{STATISTICS}/").startswith(PARTS[name])
-        }
-        exported = _exported(function, used, shape, dtype)
+        own = [x for x in arrays if x.removeprefix(f"{STATISTICS}/").startswith(PARTS[name])]
+        used = {key: arrays[key] for key in own}
+        sizes = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
+        given = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in used.items()}
+        with every_platform():
+            exporter = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+            exported = exporter(given, jax.ShapeDtypeStruct(sizes, dtype))
         files[f"{name}.stablehlo"] = bytes(exported.serialize())
         needed |= used
         signature[name] = {
@@ -104,12 +104,9 @@ def write_programs(
     text = template.read_text(encoding="utf-8")
     files["README.md"] = text.format(size=image_size, length=length, pad=pad, **more)
     try:
-        for file, content in files.items():
-            replace_file(directory / file, content)
-    except UserError:  # a full disk: nothing half is left
+        replace_files({directory / file: content for file, content in files.items()})
+    except UserError:
         with contextlib.suppress(OSError):
-            for file in files:
-                (directory / file).unlink(missing_ok=True)
             directory.rmdir()  # where nothing else is in it
         raise
     return signature
@@ -118,13 +115,3 @@ def write_programs(
 def _variables(weights: Mapping[str, Array]) -> dict[str, Any]:
     tree = unflatten_dict(dict(weights), sep="/")
     return {STATISTICS: tree.pop(STATISTICS, {}), "params": tree}
-
-
-def _exported(
-    function: Any, weights: Mapping[str, np.ndarray], shape: tuple[int, ...], dtype: Any
-) -> jax.export.Exported:
-    sizes = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
-    arguments = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in weights.items()}
-    with every_platform():
-        exporter = jax.export.export(jax.jit(function), platforms=PLATFORMS)
-        return exporter(arguments, jax.ShapeDtypeStruct(sizes, dtype))

@@ -71,8 +71,6 @@ for (const label of new Set(canvas.labels)) {
 }
 canvas.onmouseleave();
 seen.left = ids.hover.textContent;
-seen.plain = [...canvas.pixels.slice(0, 3)];
-seen.first = canvas.labels[0];
 seen.labels = canvas.labels.length === canvas.width * canvas.height;
 seen.names = data.names;
 seen.colors = data.colors;

@@ -30,7 +30,6 @@ def test_classification_by_hand():
     assert found["top5"] == pytest.approx(100 * np.mean(top5))
     means = [top1[truth == label].mean() for label in range(7)]
     assert found["mean_class_top1"] == pytest.approx(100 * np.mean(means))
-    assert (found["images"], found["classes"]) == (40, 9)
 
 
 def test_retrieval_by_hand():
@@ -45,9 +44,7 @@ def test_retrieval_by_hand():
         # Image to text: any text of the image among the k best of all texts.
         hits = [(owner[np.argsort(-similarity[i])[:k]] == i).any() for i in range(12)]
         assert found[f"image_to_text_recall_at_{k}"] == pytest.approx(100 * np.mean(hits))
-
-
-def test_equal_embeddings_find_nothing():
+    # Equal embeddings find nothing.
     same = np.ones((20, 4), np.float32) / 2
     found = retrieval(same, same, np.arange(20))
     assert found["image_to_text_recall_at_10"] == found["text_to_image_recall_at_10"] == 0
@@ -99,24 +96,21 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
 
 
 def test_folders_that_are_no_sets(tmp_path):
-    def open_one(name, where=tmp_path):
-        return whole_image_sets((name,), str(where))
-
-    for name in ("classification", "retrieval"):
-        with pytest.raises(UserError, match="give --data_dir"):
-            open_one(name, "")
-    with pytest.raises(UserError, match="at least two classes"):
-        open_one("classification")
+    for name, where, said in (
+        ("classification", "", "give --data_dir"),
+        ("classification", tmp_path, "at least two classes"),
+        ("retrieval", tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=said):
+            whole_image_sets((name,), str(where))
     for text, said in (
-        (None, "cannot be read"),
         ("\n", "has no captions"),
         ("a.png a caption\n", "line 1"),
         ("a.png\ta caption\n", "no file"),
     ):
-        if text is not None:
-            (tmp_path / "captions.tsv").write_text(text)
+        (tmp_path / "captions.tsv").write_text(text)
         with pytest.raises(UserError, match=said):
-            open_one("retrieval")
+            whole_image_sets(("retrieval",), str(tmp_path))
     write(tmp_path / "a.png", 0)
     for option in ({"protocol_name": "paper"}, {"pictures": 1}):
         with pytest.raises(UserError, match="--pictures are about label maps"):
