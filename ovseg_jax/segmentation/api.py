@@ -66,7 +66,8 @@ class LoadedModel:
     def segment(
         self, images: AnyImage | Iterable[AnyImage], classes: Iterable[str], **options: Any
     ) -> Segmentation | list[Segmentation]:
-        """Gives every pixel of an image a class, or background.
+        """Gives every pixel of an image a class, or background: a result, or a list of results in
+        the order of the images.
 
         Args:
           images: a path, a PIL image, or uint8 [H, W, 3] RGB (or [H, W] gray) of NumPy or JAX, of
@@ -74,9 +75,6 @@ class LoadedModel:
           classes: names in plain words, such as ["cat", "fire hydrant"], in order; synonyms of one
             class between bars, "cat|kitten|tabby".
           options: background, threshold, words and batch_size, see `segment_each`.
-
-        Returns:
-          A result, or a list of results in the order of the images.
 
         Raises:
           UserError: no image, one that cannot be read, or a bad list of classes.
@@ -144,8 +142,8 @@ class LoadedModel:
     def embed_text(
         self, texts: Iterable[str], templates: Sequence[str] | None = None
     ) -> Float[np.ndarray, "N E"]:
-        """Unit embeddings of class names in the protocol's templates, averaged over them, or in
-        others, each with {} for the name; ("{}",) for whole sentences."""
+        """Unit embeddings of class names, averaged over templates (the protocol's by default), each
+        with {} for the name; ("{}",) for whole sentences."""
         texts = ordered(texts, "texts")
         if not texts or not all(text.strip() for text in texts):
             raise UserError("texts is a list of at least one text, none of them empty")

@@ -55,8 +55,7 @@ def run_benchmarks(
     Args:
       config: fields of the benchmarks under their names, and `batch_size`.
       provenance: plain values that say which model this was, added to each result.
-      sweep: choose the threshold of each benchmark with a background on this many images of its
-        training split; 0 to take the protocol's.
+      sweep: choose thresholds on this many training images, 0 to take the protocol's.
       pictures: how many of the best, median and worst images of each benchmark are drawn, in
         ``RESULTS/NAME.png`` and in an interactive ``RESULTS/NAME.html``.
     """

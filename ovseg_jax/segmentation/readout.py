@@ -1,10 +1,9 @@
 """From windows of an image to scores, probabilities and labels: pure functions of arrays.
 
-*Windows.* Upsampling each window, averaging where windows overlap and resizing the mean to the
-original image are one linear map along each axis (`cell_weights`), so bands of rows can be computed
-one by one. *Soft patches* (Eq. 1): softmax(scale * A G T^T), interpolated to pixels. *One group*
-(GroupViT's rule, and that of the released model): each pixel has the probabilities of its best
-group (`label_image`).
+Upsampling each window, averaging where windows overlap and resizing the mean to the original image
+are one linear map along each axis (`cell_weights`), so rows can be computed in bands. *Soft
+patches* (Eq. 1): softmax(scale * A G T^T), interpolated to pixels. *One group* (the rule of
+GroupViT and the released model): a pixel has the probabilities of its best group (`label_image`).
 """
 
 import jax
@@ -304,8 +303,7 @@ def label_image(
     """The label map of an image, see `decide`.
 
     Args:
-      soft: affinity of each window's patches to the groups.
-      p: see `group_probabilities`.
+      soft: affinity of each window's patches to the groups; p: see `group_probabilities`.
       window: (height, width) of the windows; corners: (top, left) of each.
       resized, size: (height, width) of the image that was segmented, and of the original.
       threshold, cap: see `with_background`.

@@ -243,11 +243,9 @@ class ImageScores:
         ]
 
     def evidence(self) -> tuple[Float[np.ndarray, "1 1 C"], Float[np.ndarray, "..."]]:
-        """(margins, foreground) for `readout.downweight_by_image_score`.
-
-        Margins are those of the whole image, whose embedding is the mean over its windows: with
-        margins window by window, labels jump where windows meet.
-        """
+        """(margins, foreground) for `readout.downweight_by_image_score`, of the whole image, whose
+        embedding is the mean over its windows: margins window by window let labels jump where
+        windows meet."""
         # The cosine with a mean of embeddings is the mean of the cosines, over the mean's norm.
         norm = float(np.linalg.norm(self.embeddings.mean(0)))
         cosines = self.image_cosines.mean(0) / max(norm, 1e-12)
@@ -265,8 +263,8 @@ class ImageScores:
         return parts.swapaxes(1, 2).reshape(-1, h // down, w // across, *maps.shape[2:])
 
     def group_map(self) -> Integer[np.ndarray, "H W"]:
-        """The group of each pixel in the first window that covers it; with K groups, those of
-        window n count from n K."""
+        """The group of each pixel in the first window that covers it; those of window n of K groups
+        count from n K."""
         (down, across), count = self.tiles, self.group_cosines.shape[1]
         first = np.arange(down * across, dtype=np.int32).reshape(self.tiles) * count
         sides = (self.groups.shape[0] // down, self.groups.shape[1] // across)
@@ -282,13 +280,9 @@ def image_scores(
     protocol: Protocol,
     batch_size: int,
 ) -> Iterator[ImageScores]:
-    """Scores of a vocabulary's words for each image, as soon as its last window is done (so not
-    always in order).
-
-    Args:
-      images: uint8 [H,W,3] of any sizes, read when they are needed.
-      batch_size: windows in a batch; every batch is filled to it.
-    """
+    """Scores of a vocabulary's words for each image (uint8 [H,W,3] of any size, read when needed),
+    as soon as its last window is done, so not always in order. Every batch is filled to
+    `batch_size` windows."""
     text = segmenter.text(vocabulary.words, protocol.templates)
     waiting: dict[tuple[int, ...], list[tuple]] = {}  # (pixels, number, image), by shape
     running: deque = deque()  # batches on the device while the host prepares the next

@@ -38,25 +38,16 @@ def ordered(items: Any, what: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """C classes and the W words that compete for a pixel.
+    """Classes and the words that compete for a pixel."""
 
-    Attributes:
-      classes: what the classes are called in results: the first word of each.
-      words: what the text encoder gets.
-      word_to_class: the class of each word, `BACKGROUND` where it stands for the background.
-    """
-
-    classes: tuple[str, ...]
-    words: tuple[str, ...]
-    word_to_class: tuple[int, ...]
+    classes: tuple[str, ...]  # what they are called in results: the first word of each
+    words: tuple[str, ...]  # what the text encoder gets
+    word_to_class: tuple[int, ...]  # `BACKGROUND` for words that stand for it
 
     @classmethod
     def of(cls, entries: Iterable[str], background: Iterable[str] = ()) -> "Vocabulary":
-        """From one entry per class, synonyms between bars, and words for the background.
-
-        Raises:
-          UserError: no class, an empty word, a word that is listed twice, or lists without order.
-        """
+        """From one entry per class, synonyms between bars, and words for the background; UserError
+        for no class, an empty word, a word that is listed twice, or lists without order."""
         entries, background = ordered(entries, "classes"), ordered(background, "background")
         if not entries:
             raise UserError("no classes: name at least one, for example --classes='cat,dog'")

@@ -204,7 +204,7 @@ OPTIONS = {
     "none": {},
     "image": {"image_scale": 2.0},
     "border": {"image_scale": 2.0, "border_scale": 1.5},
-    "pamr": {"pamr_steps": 2},
+    "pamr": {"pamr_steps": 3},
     "votes": {"order": "argmax_first", "image_scale": 2.0},
     "cosines": {"averaged": "cosines"},
     "large classes alone": {"min_area": 0.35},

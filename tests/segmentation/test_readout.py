@@ -180,7 +180,8 @@ def one_window(cells, size, image_cosines):
     )
 
 
-@pytest.mark.parametrize("image_scale, order", zip((0.0, 3.0), CHOICES["order"], strict=True))
+@pytest.mark.parametrize("image_scale", [0.0, 3.0])
+@pytest.mark.parametrize("order", CHOICES["order"])
 def test_as_much_is_found_in_lists_of_any_length(image_scale, order):
     # A class that a third of the pixels show; all other words say nothing.
     rng = np.random.default_rng(0)
