@@ -174,7 +174,7 @@ def test_every_phase_traces(name):
         if kind in seen:
             continue
         seen.add(kind)
-        state = program.abstract_state(phase)
+        state = program.abstract_state(phase.frozen)
         batch = batch_shapes(config, phase, 16, 24)
         new, metrics = jax.eval_shape(program.step(phase), state, batch)
         shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (new, state))

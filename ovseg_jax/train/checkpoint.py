@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from ovseg_jax import processes
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import replace_file
-from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.step import TrainState
 
 # Two, so that there is one before a damaged one.
 KEEP_LATEST = 2

@@ -33,7 +33,7 @@ from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.resume import enter, position_of, start
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
-from ovseg_jax.train.state import TrainState, teacher_of
+from ovseg_jax.train.step import TrainState, teacher_of
 
 # Masks that cover more of an image than this share tell its regions apart no longer.
 MOST_TARGETS = 0.6

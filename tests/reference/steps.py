@@ -8,11 +8,10 @@ import jax
 import numpy as np
 
 from ovseg_jax import sharding
-from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
+from ovseg_jax.optim.optimizer import find_teacher
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
-from ovseg_jax.train.state import abstract_state
-from ovseg_jax.train.step import compile_step, step_rngs, train_step
+from ovseg_jax.train.step import abstract_state, compile_step, step_rngs, train_step
 from reference.batches import adam_of, make_batch
 
 # Softmax takes no notice of what is added to all its logits: these have a gradient of zero but

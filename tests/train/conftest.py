@@ -13,7 +13,7 @@ from reference.steps import make_step, steps_on, take_steps
 from ovseg_jax import sharding
 from ovseg_jax.optim.groups import split
 from ovseg_jax.optim.optimizer import learning_rate, make_optimizer
-from ovseg_jax.train.state import new_state
+from ovseg_jax.train.step import new_state
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "mixed": (2, 2, 2)}
 STEPS = 5

@@ -13,8 +13,7 @@ from ovseg_jax.models.build import build_model
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
-from ovseg_jax.train.state import new_state, teacher_of
-from ovseg_jax.train.step import in_one, in_parts, step_rngs
+from ovseg_jax.train.step import in_one, in_parts, new_state, step_rngs, teacher_of
 
 COUNT = 4
 

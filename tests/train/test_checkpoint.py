@@ -15,7 +15,7 @@ from reference.batches import make_batch
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
-from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.step import TrainState
 
 
 @pytest.fixture(autouse=True)

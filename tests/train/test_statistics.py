@@ -14,7 +14,8 @@ from ovseg_jax import sharding
 from ovseg_jax.models.build import build_model, init_params, init_statistics
 from ovseg_jax.optim.groups import flatten
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.state import new_state, next_phase_state
+from ovseg_jax.train.resume import next_phase_state
+from ovseg_jax.train.step import new_state
 
 ONE = (1, 1, 1)
 # A norm subtracts the mean, and with it what is added to all before: by the projectors' first map,

@@ -3,13 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from reference.batches import adam_of, make_batch
+from reference.batches import adam_of, make_batch, replace_teacher
 from reference.steps import assert_same
 
-from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.train.state import teacher_of
-from ovseg_jax.train.step import step_rngs
+from ovseg_jax.optim.optimizer import find_teacher
+from ovseg_jax.train.step import step_rngs, teacher_of
 
 FROZEN = ("^text_encoder/", "^image_encoder/(patch_embed|position)")
 
