@@ -126,7 +126,7 @@ def ema_teacher(decay: float, prefix: str) -> optax.GradientTransformation:
 
     def init(params: Any) -> EmaTeacherState:
         # A copy: aliasing the parameters would donate one buffer twice.
-        copies = {path: jnp.array(x, copy=True) for path, x in select(params).items()}
+        copies = jax.tree.map(lambda x: jnp.array(x, copy=True), select(params))
         return EmaTeacherState(nest(copies))
 
     def update(updates: Any, state: EmaTeacherState, params: Any = None) -> tuple:

@@ -124,11 +124,7 @@ def next_phase_state(
 
 
 def restored(program: Program, workdir: Path) -> TrainState:
-    """The latest state of a run, to evaluate it.
-
-    Raises:
-      UserError: there is none, or the run was trained with another config, config.eval apart.
-    """
+    """The latest state of a run, to evaluate it; refused where more than config.eval changed."""
     with closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"--workdir={workdir} holds no checkpoint: train, or give --model=DIR")
@@ -188,11 +184,7 @@ class SavedRun:
 
 
 def read_run(workdir: Path, step: str) -> SavedRun:
-    """Reads a checkpoint: of the step "latest", "best", or a number.
-
-    Raises:
-      UserError: the directory is no run, or has no such checkpoint; says which there are.
-    """
+    """Reads a checkpoint: of the step "latest", "best", or a number; else says which there are."""
     path = workdir / "config.json"
     if not path.is_file() or not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} is no run: it has no config.json with checkpoints/")
@@ -217,10 +209,8 @@ def read_run(workdir: Path, step: str) -> SavedRun:
             position |= best
         index, count = position["phase"], len(config.phases)
         if index >= count:
-            raise UserError(
-                f"the checkpoint of step {number} is in phase {index}, {path} has only {count} "
-                "phases"
-            )
+            where = f"the checkpoint of step {number} is in phase {index}"
+            raise UserError(f"{where}, {path} has only {count} phases")
         frozen = tuple(config.phases[index].get("frozen") or ())
         state = checkpoints.restore(saved_state(config, frozen), number)
     return SavedRun(config, state, frozen, position)
