@@ -54,13 +54,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.image_init = ""
     if variant == "own_text":
         config.model.text_form = "causal"
-        config.model.text = {
-            "vocab_size": 49408,
-            "width": 256,
-            "depth": 12,
-            "heads": 4,
-            "mlp_width": 1024,
-        }
+        sizes = {"vocab_size": 49408, "width": 256, "depth": 12, "heads": 4, "mlp_width": 1024}
+        config.model.text = sizes
         config.model.text_init = ""
         config.data.tokenizer = "weights/clip"
     config.data.text_length = 77

@@ -3,9 +3,8 @@
     python -m ovseg_jax.main --config=configs/photos.py --workdir=runs/photos \\
         "--config.data.mixture=({'weight': 1, 'records': {'dir': 'data/flickr8k'}}, ...)"
 
-The paper's shape, with frozen pretrained towers whose features are computed once: 8 groups, slot
-binding, image-caption contrast, entity completion, and mask consistency in the last quarter of the
-steps. Four things are added, because they serve photographs:
+The paper's model and losses on frozen pretrained towers whose features are computed once, with
+four additions for photographs:
 
 * The trunk's features are the outputs of its layers 8, 10, 11 and 12 side by side. A linear map
   from these to the labels of patches (fitted on two thirds of 348 photographs of VOC train, tested
@@ -22,18 +21,13 @@ The shipped model `photos` is seed 0 of this config, trained on 6086 photographs
 split (weight 2), and 11 925 in class-named folders (ImageNet 0.5, Caltech-101 0.65, Tiny ImageNet
 1, flowers 0.1; the first and third with --hypernyms), in 16 minutes on two cores. It was chosen on
 348 photographs of VOC train: there 30.1 mIoU without background and 24.5 with it, with image_scale
-10; 29.9 and 24.3 with 5, 29.3 and 25.0 with 20. With the sentences of the groups for the image head
-too, and negatives from all data sets, it was 26.3 and 21.8; with a head that also read the mean of
-the patches 29.2 and 24.5. What entity completion and mask consistency add has not been measured on
-photographs.
+10. What entity completion and mask consistency add has not been measured on photographs.
 
 ``:gpu`` is the same at full size, for CC3M, COCO or Flickr30k on GPUs: a ViT-B/14 from a hub id
 whose layers are trained too, at a fiftieth of the rate, on crops, with nothing cached. Not yet
 trained.
 
-Data: whatever `python -m ovseg_jax.prepare` wrote. One set of your own:
-
-    --config.data.source=records --config.data.records.dir=data/mine
+One set of your own: --config.data.source=records --config.data.records.dir=data/mine
 """
 
 from pathlib import Path
@@ -62,7 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "itap of a {}.",
             "{}",
         ),
-        transform={"kind": "none", "size": 168},
+        transform={"size": 168},
     )
     config.loss.mask_equal_captions = True
     config.loss.negatives_within_set = True
@@ -79,7 +73,6 @@ def get_config(variant: str = "") -> ConfigDict:
         # Photographs up to 16:9 are one window: groups of two windows may take different names.
         window=616,
         stride=504,
-        scale=10.0,
         image_scale=10.0,
         border_scale=3.0,
         threshold=0.056,

@@ -111,11 +111,7 @@ class Machine:
 
 
 def machine_of(name: str) -> Machine:
-    """The machine CHIP:GRID, as the TPU compiler describes it.
-
-    Raises:
-      UserError: the chip is not known, or the compiler is missing or in use, or knows no such grid.
-    """
+    """The machine CHIP:GRID, as the TPU compiler describes it."""
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if match is None:
         raise UserError(f"--topology={name} is not of the form CHIP:GRID, for example v5e:16x16")
@@ -164,7 +160,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known about a step. Bytes are those of one chip; None where a step does not fit."""
+    """What is known about a step. Bytes are of one chip; None where a step does not fit."""
 
     phase: str
     batch_size: int  # global
@@ -179,23 +175,19 @@ class Measured:
 
 
 def measured(config: ConfigDict, machine: Machine, phase_index: int) -> Measured:
-    """Traces and compiles the train step of a phase for the devices of a machine.
-
-    Raises:
-      UserError: the config is wrong, or the batch does not divide over the mesh.
-    """
+    """Traces and compiles the train step of a phase for the devices of a machine."""
     # Operations are counted in a program on a mesh without devices.
     program = program_of(config, sharding.abstract_mesh(**config.mesh, count=len(machine.devices)))
     phase = program.phases[phase_index]
     length = config.data.text_length or min(TEXT_LENGTH, config.model.text.max_positions)
     checks.check_text_length(config, length)
     batch = batch_shapes(config, phase, phase.batch_size, length)
-    state = program.abstract_state(phase)
+    state = program.abstract_state(phase.frozen)
     with platforms.traced_for("tpu"):
         flops = matmul_flops(program.step(phase), state, batch)
         without_repetition = model_flops(program, phase, batch)
         program = program_of(config, sharding.make_mesh(**config.mesh, devices=machine.devices))
-        state = program.abstract_state(phase)
+        state = program.abstract_state(phase.frozen)
         lowered = program.compiled_step(phase).lower(state, batch)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     counts = (phase.batch_size, parameters, flops, without_repetition)
@@ -217,9 +209,8 @@ def batch_shapes(
     pairs, size, data = phase.mask_weight > 0, phase.transform["size"], config.data
     images = ("image", "image2")[: 1 + pairs]
     kinds = ("caption", "masked", "prompt", "shared")[: 3 + pairs]
-    batch = {"weight": ((), np.float32), "entity_weight": ((), np.float32)}
-    if pairs:
-        batch["pair_weight"] = ((), np.float32)
+    weights = ("weight", "entity_weight", "pair_weight")[: 2 + pairs]
+    batch = {name: ((), np.float32) for name in weights}
     batch |= {name: ((), np.int32) for name in ("entity_set", "record", "data_set")}
     batch["caption_set"] = ((MOST_NAMES,), np.int32)
     if data.cache_images:

@@ -28,7 +28,7 @@ from ovseg_jax.train.metrics import MetricsWriter, step_range
 from ovseg_jax.train.resume import restored
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, print_stacks_on_signal
-from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.step import TrainState
 from ovseg_jax.weights.initialize import architecture
 from ovseg_jax.weights.model_dir import save_model
 

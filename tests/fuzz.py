@@ -62,7 +62,7 @@ from ovseg_jax.segmentation.protocol import Protocol, saved_protocol  # noqa: E4
 from ovseg_jax.segmentation.vocabulary import Vocabulary, read_text, read_words  # noqa: E402
 from ovseg_jax.train.checkpoint import Checkpoints  # noqa: E402
 from ovseg_jax.train.config import complete, load_config, plain  # noqa: E402
-from ovseg_jax.train.state import TrainState  # noqa: E402
+from ovseg_jax.train.step import TrainState  # noqa: E402
 from ovseg_jax.weights import model_dir  # noqa: E402
 from ovseg_jax.weights.pth import read_checkpoint  # noqa: E402
 from ovseg_jax.weights.weight_files import file_digest  # noqa: E402

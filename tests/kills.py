@@ -54,7 +54,7 @@ def kill_once(workdir, kind, step, draw):
             runs.wait_until(lambda: runs.last_step(workdir) >= wanted, process, workdir)
             time.sleep(draw.uniform(0.0, 0.1))
         else:
-            wanted = max(step, had + runs.SAVED_EVERY)
+            wanted = max(step, runs.SAVED_EVERY * (had // runs.SAVED_EVERY + 1))
 
             def saving():
                 return any(latest.glob(f"{wanted}.*")) or (latest / str(wanted)).exists()

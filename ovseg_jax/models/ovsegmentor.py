@@ -116,11 +116,11 @@ class FeatureHead(Floats):
 
 @struct.dataclass
 class TextTokens:
-    """Text features; `mask` is True at real tokens."""
+    """Text features; `mask` is True at real tokens. None is what a cache does not hold."""
 
-    tokens: Float[Array, "B M Dt"]
-    mask: Bool[Array, "B M"]
-    pooled: Float[Array, "B Dt"]
+    tokens: Float[Array, "B M Dt"] | None
+    mask: Bool[Array, "B M"] | None
+    pooled: Float[Array, "B Dt"] | None
 
 
 def unit(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

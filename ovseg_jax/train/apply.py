@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor
+from ovseg_jax.models.ovsegmentor import STATISTICS, OVSegmentor, TextTokens
 from ovseg_jax.models.vit import normalize_image
 from ovseg_jax.shapes import Array, Bool, Float, Int, UInt8
 from ovseg_jax.sharding import AnyMesh
@@ -146,15 +145,6 @@ def erased_pixels(
 # ---- texts
 
 
-@struct.dataclass
-class Sentences:
-    """One text for each example: vectors, token features and real tokens; None where not cached."""
-
-    pooled: Float[Array, "B Dt"] | None
-    tokens: Float[Array, "B M Dt"] | None
-    mask: Bool[Array, "B M"] | None
-
-
 def encode_texts(
     model: OVSegmentor,
     params: Params,
@@ -163,25 +153,24 @@ def encode_texts(
     train: bool,
     rngs: Mapping[str, jax.Array],
     mesh: AnyMesh | None,
-) -> dict[str, Sentences]:
+) -> dict[str, TextTokens]:
     """The texts of these kinds ("caption", "masked", ...), encoded in one pass or cached."""
     if "caption_pooled" in batch:
         return {kind: sharding.keep_split(_cached(batch, kind), mesh) for kind in kinds}
     ids = merge(*(batch[f"{kind}_ids"] for kind in kinds))
     text = model.apply({"params": params}, ids, train, method="text_tokens", rngs=rngs)
     parts = sharding.keep_split(unmerge(text, len(kinds)), mesh)
-    sentences = [Sentences(part.pooled, part.tokens, part.mask) for part in parts]
-    return dict(zip(kinds, sentences, strict=True))
+    return dict(zip(kinds, parts, strict=True))
 
 
-def _cached(batch: Batch, kind: str) -> Sentences:
+def _cached(batch: Batch, kind: str) -> TextTokens:
     if kind == "masked":
-        return Sentences(None, batch["masked_tokens"].astype(jnp.float32), batch["masked_mask"])
-    return Sentences(batch[f"{kind}_pooled"].astype(jnp.float32), None, None)
+        return TextTokens(batch["masked_tokens"].astype(jnp.float32), batch["masked_mask"], None)
+    return TextTokens(None, None, batch[f"{kind}_pooled"].astype(jnp.float32))
 
 
 def embed_sentences(
-    model: OVSegmentor, params: Params, statistics: Params, text: Sentences
+    model: OVSegmentor, params: Params, statistics: Params, text: TextTokens
 ) -> tuple[Float[Array, "B E"], Params]:
     """Sentence vectors in the joint space, not normalized, and the statistics after them."""
     embedded, statistics = apply(model, params, statistics, "embed_text", text.pooled, True)
@@ -193,7 +182,7 @@ def embed_sentences(
 
 
 def see_sentences(
-    model: OVSegmentor, params: Params, statistics: Params, text: Sentences
+    model: OVSegmentor, params: Params, statistics: Params, text: TextTokens
 ) -> Params:
     """The statistics after sentences that no term of the loss reads in the joint space."""
     return embed_sentences(model, params, statistics, text)[1] if statistics else statistics

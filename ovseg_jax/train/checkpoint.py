@@ -1,10 +1,8 @@
 """Checkpoints of a run: the latest two and the best one, whole or set aside.
 
 ``checkpoints/latest`` holds a folder for each step, and ``checkpoints/best.json`` names the best.
-Orbax commits a checkpoint by renaming its folder, so that a killed process leaves none half
-written. Disks still lose the ends of files (a crash of the machine, a copy that was cut off), and
-reading such a file fails deep inside, on one process of many: so each checkpoint also holds a list
-of its files and their sizes.
+Orbax commits a checkpoint by renaming its folder. Disks still lose the ends of files, which fails
+deep inside, on one process of many: so each checkpoint also holds a list of its files' sizes.
 """
 
 import json
@@ -19,8 +17,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from ovseg_jax import processes
-from ovseg_jax.errors import UserError, replace_file
-from ovseg_jax.train.state import TrainState
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import replace_file
+from ovseg_jax.train.step import TrainState
 
 # Two, so that there is one before a damaged one.
 KEEP_LATEST = 2
@@ -188,7 +187,7 @@ class Checkpoints:
         """A state, laid out as the abstract state of its phase says.
 
         Raises:
-          Misfit: its tree or shapes are others: Orbax would fill a missing leaf with None.
+          Misfit: its tree or shapes are others (Orbax would fill a missing leaf with None).
           Damaged: it cannot be read.
         """
         saved = self._read(step, lambda: self._manager.item_metadata(step).state)
@@ -239,14 +238,11 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest state that can be read, with its record; None where none was saved.
 
-        A damaged one is moved to ``checkpoints/damaged``, and the one before is tried. All
-        processes take the same one.
+        A damaged one is moved to ``checkpoints/damaged``, and the one before is tried; if none is
+        whole, that is a UserError. All processes take the same one.
 
         Args:
           abstract: from a record to what `restore` takes; may refuse the record.
-
-        Raises:
-          UserError: no checkpoint is whole, or the one that is does not fit.
         """
         damaged = self._directory / "damaged"
         steps = self.steps()

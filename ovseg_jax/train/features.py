@@ -121,15 +121,14 @@ def image_store(
             part, images = rows[start : start + IMAGE_BATCH], [f.result() for f in read_ahead]
             following = rows[start + IMAGE_BATCH : start + 2 * IMAGE_BATCH]
             read_ahead = [pool.submit(read, row) for row in following]
+            read_images = {slot: image for slot, image in enumerate(images) if image is not None}
             batch = np.zeros((IMAGE_BATCH, size, size, 3), np.uint8)
-            for slot, image in enumerate(images):
-                if image is not None:
-                    batch[slot] = image
+            for slot, image in read_images.items():
+                batch[slot] = image
             features = np.asarray(trunk(params, batch))
-            for slot, (record, view) in enumerate(part):
-                if images[slot] is not None:
-                    store["image"][record, view] = features[slot]
-                    store["valid"][record] = 1
+            for slot in read_images:
+                store["image"][part[slot]] = features[slot]
+                store["valid"][part[slot][0]] = 1
             progress("image features", part[-1][0] + 1, count)
     return store.commit()
 
@@ -256,9 +255,6 @@ def standardized_neck(
     2016); so does the first map of the image head, where there is one, on the class token. The
     channels of a pretrained trunk differ in mean and scale: otherwise the common mean decides which
     group wins every patch, and one or two groups take them all.
-
-    Raises:
-      UserError: the model has no neck, or not one image could be read.
     """
     if "neck" not in params["image_encoder"]:
         raise UserError(

@@ -33,7 +33,7 @@ from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.resume import enter, position_of, start
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
-from ovseg_jax.train.state import TrainState, teacher_of
+from ovseg_jax.train.step import TrainState, teacher_of
 
 # Masks that cover more of an image than this share tell its regions apart no longer.
 MOST_TARGETS = 0.6
@@ -51,9 +51,7 @@ def train(
       profile: steps to trace, see `metrics.Profiler`.
 
     Raises:
-      UserError: bad config, missing data, a checkpoint that this config does not fit, a work
-        directory that cannot be written or that another job trains in, or a loss that stays
-        non-finite.
+      UserError: bad config, data, checkpoint or work directory, or a loss that stays non-finite.
       Interrupted: after Ctrl-C or SIGTERM; everything is saved.
     """
     check_loop(config)
@@ -256,10 +254,7 @@ def images_to_choose_on(config: ConfigDict) -> Benchmark:
     elif not config.calibrate:
         missing = "images that are not reported: set config.eval.calibrate = True"
     else:
-        missing = (
-            f"images that are not reported, and benchmark {name} has none: put another one first "
-            "in config.eval.benchmarks"
-        )
+        missing = f"images that are not reported, and benchmark {name} has none: put another first"
     raise UserError(f"config.eval.every needs {missing}, or set config.eval.every = 0")
 
 
@@ -275,8 +270,7 @@ def evaluation_params(run: Run, state: TrainState) -> dict[str, Any]:
 def locked(workdir: Path) -> Iterator[None]:
     """Inside, no other job trains in the work directory: two would mix their steps and checkpoints.
 
-    The first process holds a lock on ``WORKDIR/.in_use``, which the system releases however the
-    process ends. On file systems without locks this protects from nothing.
+    The system releases the lock however the process ends; some file systems have no locks.
     """
     if not processes.is_first():
         yield

@@ -155,7 +155,7 @@ def model_flops(program: Program, phase: Phase, batch: Mapping[str, Any]) -> int
     config.model.image.remat = config.model.text.remat = "none"
     config.accumulation.micro_batches = 1
     once = dataclasses.replace(program, config=config, model=build_model(config.model))
-    return matmul_flops(once.step(phase), once.abstract_state(phase), dict(batch))
+    return matmul_flops(once.step(phase), once.abstract_state(phase.frozen), dict(batch))
 
 
 # ---- traces

@@ -49,8 +49,8 @@ class Phase:
     frozen: tuple[str, ...]  # patterns of parameters that do not train
     transform: dict[str, Any]  # of images, see `data.augment.complete_transform`
     schedule: ConfigDict | None  # the phase's learning-rate config; None follows the run's
-    optimizer: str  # see `state.next_phase_state`
-    teacher: str  # see `state.next_phase_state`
+    optimizer: str  # see `resume.next_phase_state`
+    teacher: str  # see `resume.next_phase_state`
     start_from: str  # the "last" state of the phase before, or the "best" one saved
 
     def position(self, step: int) -> int:

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model, init_statistics
-from ovseg_jax.optim import groups
-from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train import state as states
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
 from ovseg_jax.train.config import changed_fields, complete, plain
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.train.state import TrainState
-from ovseg_jax.train.step import Program
+from ovseg_jax.train.step import Program, TrainState, new_state, teacher_of
 
 
 def position_of(program: Program, phase: Phase, step: int) -> dict[str, Any]:
@@ -54,7 +51,7 @@ def start(
 
     def abstract(position: dict[str, Any]) -> TrainState:
         phase, changes[:] = _phase_at(program, position)
-        return program.abstract_state(phase)
+        return program.abstract_state(phase.frozen)
 
     try:
         saved = checkpoints.restore_latest(abstract, say)
@@ -67,11 +64,11 @@ def start(
             say("\n  ".join([head, *changes]))
         say(f"resuming at step {position['step']} of {program.total}")
         return state, position["phase"]
-    phase = program.phases[0]
-    tx = program.optimizer(phase)
+    frozen = program.phases[0].frozen
+    tx = program.optimizer(frozen)
     make = jax.jit(
-        lambda p: states.new_state(p, tx, phase.frozen, init_statistics(program.model)),
-        out_shardings=program.shardings(phase),
+        lambda p: new_state(p, tx, frozen, init_statistics(program.model)),
+        out_shardings=program.shardings(frozen),
     )
     return make(params), 0
 
@@ -88,23 +85,46 @@ def enter(
                 f"config.phases[{phase.index}].start_from is 'best', but no evaluation saved one: "
                 "set config.eval.every"
             )
-        position = checkpoints.position(best["step"])
-        abstract = program.abstract_state(program.phases[position["phase"]])
+        before = program.phases[checkpoints.position(best["step"])["phase"]]
+        abstract = program.abstract_state(before.frozen)
         state = checkpoints.restore(abstract, best["step"]).replace(step=state.step)
-    tx, options = program.optimizer(phase), {"optimizer": phase.optimizer, "teacher": phase.teacher}
+    tx, options = program.optimizer(phase.frozen), (phase.optimizer, phase.teacher)
     make = jax.jit(
-        lambda s: states.next_phase_state(s, tx, phase.frozen, **options),
-        out_shardings=program.shardings(phase),
+        lambda s: next_phase_state(s, tx, phase.frozen, *options),
+        out_shardings=program.shardings(phase.frozen),
     )
     return make(state)
 
 
-def restored(program: Program, workdir: Path) -> TrainState:
-    """The latest state of a run, to evaluate it.
+def next_phase_state(
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    optimizer: str,
+    teacher: str,
+) -> TrainState:
+    """The state at the start of a phase (tx, frozen), from that at the end of the one before.
 
-    Raises:
-      UserError: there is none, or the run was trained with another config, config.eval apart.
+    Args:
+      optimizer: "continue" keeps the moments of parameters that stay trainable, "fresh" none.
+      teacher: "keep" goes on averaging, "reset" starts at the online model. Parameters that were
+        frozen before start there in either case.
     """
+    fresh = new_state(state.params, tx, frozen, state.batch_stats)
+    known = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(state.opt_state)}
+
+    def carried(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        of_teacher = ".params" in name  # the field of `EmaTeacherState`
+        kept = teacher == "keep" if of_teacher else optimizer == "continue"
+        return known.get(name, leaf) if kept else leaf
+
+    opt_state = jax.tree_util.tree_map_with_path(carried, fresh.opt_state)
+    return fresh.replace(step=state.step, skipped=state.skipped, opt_state=opt_state)
+
+
+def restored(program: Program, workdir: Path) -> TrainState:
+    """The latest state of a run, to evaluate it; refused where more than config.eval changed."""
     with closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"--workdir={workdir} holds no checkpoint: train, or give --model=DIR")
@@ -116,7 +136,7 @@ def restored(program: Program, workdir: Path) -> TrainState:
                 f"an evaluation changes config.eval alone, but the run in {workdir} was trained "
                 "with other settings (trained -> given now):\n  " + "\n  ".join(other[:20])
             )
-        return checkpoints.restore(program.abstract_state(phase), step)
+        return checkpoints.restore(program.abstract_state(phase.frozen), step)
 
 
 def _phase_at(program: Program, position: dict[str, Any]) -> tuple[Phase, list[str]]:
@@ -160,15 +180,11 @@ class SavedRun:
         """The parameters: "online", or "ema" for the teacher's visual encoder with the rest."""
         if weights == "online":
             return self.state.params
-        return {**self.state.params, "image_encoder": states.teacher_of(self.state, self.frozen)}
+        return {**self.state.params, "image_encoder": teacher_of(self.state, self.frozen)}
 
 
 def read_run(workdir: Path, step: str) -> SavedRun:
-    """Reads a checkpoint: of the step "latest", "best", or a number.
-
-    Raises:
-      UserError: the directory is no run, or has no such checkpoint; says which there are.
-    """
+    """Reads a checkpoint: of the step "latest", "best", or a number; else says which there are."""
     path = workdir / "config.json"
     if not path.is_file() or not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} is no run: it has no config.json with checkpoints/")
@@ -193,10 +209,8 @@ def read_run(workdir: Path, step: str) -> SavedRun:
             position |= best
         index, count = position["phase"], len(config.phases)
         if index >= count:
-            raise UserError(
-                f"the checkpoint of step {number} is in phase {index}, {path} has only {count} "
-                "phases"
-            )
+            where = f"the checkpoint of step {number} is in phase {index}"
+            raise UserError(f"{where}, {path} has only {count} phases")
         frozen = tuple(config.phases[index].get("frozen") or ())
         state = checkpoints.restore(saved_state(config, frozen), number)
     return SavedRun(config, state, frozen, position)
@@ -204,11 +218,9 @@ def read_run(workdir: Path, step: str) -> SavedRun:
 
 def saved_state(config: ConfigDict, frozen: tuple[str, ...]) -> TrainState:
     """Shapes and dtypes of a run's state, for one device of this process."""
-    model, mesh = build_model(config.model), sharding.make_mesh(devices=jax.local_devices()[:1])
-    tx = make_optimizer(
-        config.optimizer, *groups.split(states.abstract_params(model, mesh), frozen)
-    )
-    return states.abstract_state(model, tx, frozen, mesh)
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    program = Program(config=config, mesh=mesh, model=build_model(config.model))
+    return program.abstract_state(frozen)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The train step: gradient, guard, update, teacher, metrics; and one compiled step per phase."""
+"""The train state and the train step: gradient, guard, update, teacher, metrics."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,24 +9,55 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ovseg_jax import sharding
+from ovseg_jax.models.build import init_params, init_statistics
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.apply import Batch, Params, erased_batch
 from ovseg_jax.train.loss import Outputs, joint_loss, per_example_outputs
 from ovseg_jax.train.phases import Phase, rate_at
-from ovseg_jax.train.state import TrainState, abstract_params, abstract_state, teacher_of
 
 RNG_NAMES = ("gumbel", "dropout")
 ERASING = len(RNG_NAMES)  # number of the stream for erasing, which the model does not draw from
 
 Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """One training run at one step; or shapes or shardings in place of its arrays."""
+
+    step: Any  # steps taken, int32, skipped ones included; also the position in the data
+    skipped: Any  # steps in a row, int32, whose loss or gradient was not finite
+    params: dict[str, Any]  # frozen ones too
+    opt_state: Any  # moments and EMA teacher of the trainable parameters
+    batch_stats: Any  # running statistics of batch norms; {} where the model has none
+
+
+def new_state(
+    params: Params,
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    batch_stats: Params | None = None,
+) -> TrainState:
+    """A state at step 0. To be called under jit, so that no buffer is shared."""
+    trainable, _ = groups.split(params, frozen)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, dict(params), tx.init(trainable), dict(batch_stats or {}))
+
+
+def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:
+    """The teacher's visual encoder, complete: frozen parameters come from the online model."""
+    _, held = groups.split(state.params, frozen)
+    average = find_teacher(state.opt_state)["image_encoder"]
+    return groups.join(held.get("image_encoder", {}), average)
 
 
 def step_rngs(seed: int, step: Any) -> dict[str, jax.Array]:
@@ -58,9 +89,11 @@ def train_step(
     another one, and `state.skipped`, the count.
 
     Args:
-      rate: learning rate as a function of the step. config: the whole run's.
+      rate: the learning rate as a function of the step.
+      config: the whole run's.
       mask_weight, frozen: the phase's lambda and frozen patterns.
-      erase: see `apply.erased_batch`. noise: see `per_example_outputs`; not with accumulation.
+      erase: see `apply.erased_batch`.
+      noise: see `per_example_outputs`; not with accumulation.
     """
     trainable, held = groups.split(state.params, frozen)
     rngs = step_rngs(config.seed, state.step)
@@ -106,8 +139,7 @@ def train_step(
             )
 
     # The norm is not finite where any gradient is not (or where their squares overflow). Testing
-    # each leaf instead doubles compile time: XLA repeats the conjunction of all the tests in the
-    # update of every parameter.
+    # each leaf doubles compile time: XLA repeats all the tests in the update of every parameter.
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -201,6 +233,20 @@ def compile_step(
     )
 
 
+def abstract_state(
+    model: OVSegmentor, tx: optax.GradientTransformation, frozen: tuple[str, ...], mesh: AnyMesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a phase with this optimizer and frozen patterns.
+
+    Moments and teacher lie where their parameters do.
+    """
+
+    def boxed(key: jax.Array) -> TrainState:
+        return new_state(init_params(model, key), tx, frozen, init_statistics(model))
+
+    return sharding.laid_out(jax.eval_shape(boxed, jax.random.key(0)), mesh)
+
+
 @dataclass(kw_only=True)
 class Program:
     """What is compiled in a run. Nothing in it needs data, weights or the devices of the mesh.
@@ -212,9 +258,9 @@ class Program:
     config: ConfigDict
     mesh: AnyMesh
     model: OVSegmentor
-    phases: list[Phase]
+    phases: list[Phase] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    _states: dict[int, TrainState] = field(default_factory=dict, init=False, repr=False)
+    _states: dict[Any, TrainState] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def total(self) -> int:
@@ -224,32 +270,30 @@ class Program:
     @functools.cached_property
     def abstract_params(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of all parameters."""
-        return abstract_params(self.model, self.mesh)
+        boxed = jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0))
+        return sharding.laid_out(boxed, self.mesh)
 
-    def optimizer(self, phase: Phase) -> optax.GradientTransformationExtraArgs:
-        """The optax chain of a phase."""
-        return make_optimizer(
-            self.config.optimizer, *groups.split(self.abstract_params, phase.frozen)
-        )
+    def optimizer(self, frozen: tuple[str, ...]) -> optax.GradientTransformationExtraArgs:
+        """The optax chain of a phase with these frozen patterns."""
+        return make_optimizer(self.config.optimizer, *groups.split(self.abstract_params, frozen))
 
-    def abstract_state(self, phase: Phase) -> TrainState:
-        """Shapes, dtypes and shardings of a phase's state; made once, as tracing takes a second."""
-        if phase.index not in self._states:
-            self._states[phase.index] = abstract_state(
-                self.model, self.optimizer(phase), phase.frozen, self.mesh
-            )
-        return self._states[phase.index]
+    def abstract_state(self, frozen: tuple[str, ...]) -> TrainState:
+        """`abstract_state` of a phase; made once, as tracing takes a second."""
+        if frozen not in self._states:
+            tx = self.optimizer(frozen)
+            self._states[frozen] = abstract_state(self.model, tx, frozen, self.mesh)
+        return self._states[frozen]
 
-    def shardings(self, phase: Phase) -> TrainState:
+    def shardings(self, frozen: tuple[str, ...]) -> TrainState:
         """Where the arrays of a phase's state lie."""
-        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(phase))
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(frozen))
 
     def step(self, phase: Phase) -> Callable[..., tuple[TrainState, Metrics]]:
         """The train step of a phase, not yet jitted: (state, batch) -> (state, metrics)."""
         return functools.partial(
             train_step,
             model=self.model,
-            tx=self.optimizer(phase),
+            tx=self.optimizer(phase.frozen),
             rate=lambda s: rate_at(s, self.config, phase, self.total),
             config=self.config,
             mask_weight=phase.mask_weight,
@@ -260,4 +304,4 @@ class Program:
 
     def compiled_step(self, phase: Phase) -> Callable[..., tuple[TrainState, Metrics]]:
         """The jitted train step of a phase."""
-        return compile_step(self.step(phase), self.shardings(phase), self.mesh)
+        return compile_step(self.step(phase), self.shardings(phase.frozen), self.mesh)

@@ -1,6 +1,9 @@
 """Batches for the tiny model, and a look into a train state."""
 
+import jax
 import numpy as np
+
+from ovseg_jax.optim.optimizer import EmaTeacherState, is_teacher
 
 B, M, VOCABULARY = 16, 8, 48
 
@@ -28,3 +31,10 @@ def adam_of(state):
     """The Adam part of a train state's optimizer state."""
     (adam,) = [part for part in state.opt_state if hasattr(part, "mu")]
     return adam
+
+
+def replace_teacher(opt_state, params):
+    """The optimizer state with the teacher's parameters replaced."""
+    return jax.tree.map(
+        lambda x: EmaTeacherState(params) if is_teacher(x) else x, opt_state, is_leaf=is_teacher
+    )

@@ -8,11 +8,17 @@ import jax
 import numpy as np
 
 from ovseg_jax import sharding
-from ovseg_jax.optim.ema_teacher import find_teacher
-from ovseg_jax.optim.groups import flatten
+from ovseg_jax.models.build import init_statistics
+from ovseg_jax.optim.groups import flatten, split
+from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
-from ovseg_jax.train.state import abstract_state
-from ovseg_jax.train.step import compile_step, step_rngs, train_step
+from ovseg_jax.train.step import (
+    abstract_state,
+    compile_step,
+    new_state,
+    step_rngs,
+    train_step,
+)
 from reference.batches import adam_of, make_batch
 
 # Softmax takes no notice of what is added to all its logits: these have a gradient of zero but
@@ -48,7 +54,7 @@ class Steps:
 
 
 def make_step(model, config, tx, mesh, mask_weight, rate=None, frozen=()):
-    """The train step of a model, not yet jitted; its rate is 1e-3 where none is given."""
+    """The train step of a model, not yet jitted."""
     return functools.partial(
         train_step,
         model=model,
@@ -61,12 +67,14 @@ def make_step(model, config, tx, mesh, mask_weight, rate=None, frozen=()):
     )
 
 
-def steps_on(start, step):
-    """`Steps` of a step that `make_step` made, from a state at the start (NumPy)."""
-    of = step.keywords
-    abstract = abstract_state(of["model"], of["tx"], of["frozen"], of["mesh"])
+def steps_of(model, config, params, mesh, mask_weight, rate=None, frozen=()):
+    """`Steps` of a model on a mesh, from these parameters; its rate is 1e-3 where none is given."""
+    tx = make_optimizer(config.optimizer, *split(params, frozen))
+    make = jax.jit(lambda p: new_state(p, tx, frozen, init_statistics(model)))
+    abstract = abstract_state(model, tx, frozen, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return Steps(of["mesh"], shardings, start, compile_step(step, shardings, of["mesh"]))
+    step = make_step(model, config, tx, mesh, mask_weight, rate, frozen)
+    return Steps(mesh, shardings, jax.device_get(make(params)), compile_step(step, shardings, mesh))
 
 
 def loss_terms(model, params, teacher, batch, config, *, mask_weight, mesh=None, **options):

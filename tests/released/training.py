@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from reference.batches import replace_teacher
 from reference.steps import loss_terms
 
-from ovseg_jax.optim.ema_teacher import replace_teacher
 from ovseg_jax.optim.optimizer import make_optimizer
-from ovseg_jax.train.state import new_state, teacher_of
-from ovseg_jax.train.step import step_rngs, train_step
+from ovseg_jax.train.step import new_state, step_rngs, teacher_of, train_step
 from ovseg_jax.weights.released import extra_tensors, to_released
 from released.arrays import relative
 

@@ -8,12 +8,10 @@ import jax
 import numpy as np
 import pytest
 import runs
-from reference.steps import make_step, steps_on, take_steps
+from reference.steps import steps_of, take_steps
 
 from ovseg_jax import sharding
-from ovseg_jax.optim.groups import split
-from ovseg_jax.optim.optimizer import learning_rate, make_optimizer
-from ovseg_jax.train.state import new_state
+from ovseg_jax.optim.optimizer import learning_rate
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "mixed": (2, 2, 2)}
 STEPS = 5
@@ -27,13 +25,10 @@ def make_steps(shared_tiny_config, tiny_model, tiny_params):
     def make(mesh_name, mask_weight, frozen=()):
         shape = MESHES[mesh_name]
         mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-        config = shared_tiny_config
-        tx = make_optimizer(config.optimizer, *split(tiny_params, frozen))
-        start = jax.device_get(jax.jit(lambda p: new_state(p, tx, frozen))(tiny_params))
-        spec = config.optimizer.learning_rate
+        spec = shared_tiny_config.optimizer.learning_rate
         rate = functools.partial(learning_rate, config=spec, first=0, total=2 * STEPS)
-        step = make_step(tiny_model, config, tx, mesh, mask_weight, rate, frozen)
-        return steps_on(start, step)
+        options = (mesh, mask_weight, rate, frozen)
+        return steps_of(tiny_model, shared_tiny_config, tiny_params, *options)
 
     return make
 

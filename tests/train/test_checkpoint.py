@@ -15,7 +15,7 @@ from reference.batches import make_batch
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
-from ovseg_jax.train.state import TrainState
+from ovseg_jax.train.step import TrainState
 
 
 @pytest.fixture(autouse=True)
@@ -124,15 +124,14 @@ def test_a_damaged_best_is_none(copy):
     reader.close()
 
 
-@pytest.mark.parametrize("part", [0.0, 0.6])
-def test_a_file_cut_short_falls_back_whichever_it_is(saved, tmp_path, part):
+def test_a_file_cut_short_falls_back_whichever_it_is(saved, tmp_path):
     names = files_of(saved)
     assert len(names) > 8
     for number, name in enumerate(names):
         copy = shutil.copytree(saved, tmp_path / str(number))
         path = copy / "latest" / "6" / name
         content = path.read_bytes()
-        path.write_bytes(content[: int(len(content) * part)])
+        path.write_bytes(content[: len(content) * (number % 2) // 2])
         found, said = restore(copy)
         assert_is(found, 3)
         assert "step 6 is damaged" in said and name.rpartition("/")[2] in said, said

@@ -21,26 +21,31 @@ LONG = ("--config.phases[0].steps=4000",)
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run that got SIGUSR1 after step 3 and SIGTERM after step 12, and what it said."""
+    """A run that got SIGUSR1 after step 3 and SIGTERM after step 6, and what it said."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     process = runs.begin(workdir)
     runs.wait_until(lambda: runs.last_step(workdir) >= 3, process, workdir)
     process.send_signal(signal.SIGUSR1)
-    runs.wait_until(lambda: runs.last_step(workdir) >= 12, process, workdir)
+    runs.wait_until(lambda: runs.last_step(workdir) >= 6, process, workdir)
     process.send_signal(signal.SIGTERM)
     return workdir, runs.finish(process, workdir, code=RESTART)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on_to_the_bit(stopped, alone, tmp_path):
+def test_a_run_that_is_stopped_and_killed_three_times_ends_like_the_run_left_alone(
+    stopped, alone, tmp_path
+):
+    """To the bit. SIGKILL at random moments, of both phases, costs nothing but time."""
     workdir, said = stopped
     step = runs.checkpoints_of(workdir)[-1]
-    assert 12 <= step <= 20
+    assert 6 <= step <= 15
     assert f"stopped at step {step} of {runs.STEPS}; the same command goes on" in said
-    copy = tmp_path / "run"
-    shutil.copytree(workdir, copy)
-    assert f"resuming at step {step}" in runs.train(copy)
-    runs.assert_same_end(copy, alone.workdir)
+    killed, told = tmp_path / "killed", []
+    shutil.copytree(workdir, killed)
+    kills.run_with_kills(alone.workdir, killed, count=3, seed=1, say=told.append)
+    assert len(told) == 4 and "equal to the bit" in told[-1]
+    steps = [int(re.search(r"killed after step (\d+)", line)[1]) for line in told[:3]]
+    assert min(steps) < runs.STEPS / 2 <= max(steps)
 
 
 def test_sigusr1_prints_the_stacks_and_the_run_goes_on(stopped):
@@ -82,19 +87,6 @@ def test_a_loader_that_stalls_is_told_apart_and_ended(tmp_path):
     assert "has waited more than 15 s for the batch of step" in error
     assert "config.hang_seconds" in error and "train/loop.py" in error
     assert not any(runs.alive(pid) for pid in workers)
-
-
-# ---- SIGKILL at random moments costs nothing but time
-
-
-@pytest.mark.slow
-def test_three_kills_end_like_the_run_left_alone(alone, tmp_path):
-    said = []
-    kills.run_with_kills(alone.workdir, tmp_path / "killed", count=3, seed=1, say=said.append)
-    assert len(said) == 4 and "equal to the bit" in said[-1]
-    # Both phases were hit.
-    steps = [int(re.search(r"killed after step (\d+)", line)[1]) for line in said[:3]]
-    assert min(steps) < runs.STEPS / 2 <= max(steps)
 
 
 # ---- jobs of two processes

@@ -147,6 +147,8 @@ def test_a_changed_config_is_shown_and_refused_where_it_cannot_go_on(
     text = "\n".join([*said, str(error and error.value)])
     for words in expected:
         assert words in text
+    # A finished run is not trained again.
+    assert runs.metrics_of(workdir) == runs.metrics_of(alone.workdir)
     # A refused config does not take the place of the one that the checkpoints belong to.
     written = (workdir / "config.json").read_text()
     assert (written == before) == refused

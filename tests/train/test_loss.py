@@ -1,8 +1,11 @@
-"""How losses and model are wired together, against NumPy; cached features in place of raw data."""
+"""How losses and model are wired together, against NumPy; the objectives of Table 4."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -10,12 +13,15 @@ from reference import losses as reference
 from reference.batches import VOCABULARY, B, M, make_batch
 from reference.steps import make_terms
 
-from ovseg_jax.models.build import build_model
+from ovseg_jax.data.captions import Masking
+from ovseg_jax.losses.objective import masked_token_loss
+from ovseg_jax.models.build import build_model, init_params
 from ovseg_jax.train.apply import merge, unmerge
 from ovseg_jax.train.step import step_rngs
 
 TEXTS = ("caption", "masked", "prompt", "shared")
 MASK_WEIGHT = 0.1
+CLASSES, NOUNS, STEPS = 5, 3, 6
 
 
 @pytest.fixture(scope="module")
@@ -203,57 +209,139 @@ def test_merged_rows_of_one_example_stay_neighbors():
         np.testing.assert_array_equal(back["x"], part)
 
 
-# ---- nouns
-
-NOUNS = 3
+# ---- nouns, and the objectives of entities
 
 
 @pytest.fixture(scope="module")
 def noun_batch():
     rng = np.random.default_rng(3)
+    whole = make_batch(0, second=False)
     lengths = rng.integers(2, M + 1, (B, NOUNS, 1))
     ids = rng.integers(1, VOCABULARY, (B, NOUNS, M))
     present = np.arange(NOUNS)[None] < rng.integers(0, NOUNS + 1, (B, 1))
     present[0] = False
+    hidden = (rng.random((B, M)) < 0.4) & (whole["masked_ids"] > 0)
+    hidden[4] = False
     return {
-        **make_batch(0, second=False),
+        **whole,
         "noun_ids": np.where(np.arange(M) < lengths, ids, 0).astype(np.int32),
         "noun_present": present,
+        "masked_targets": np.where(hidden, rng.integers(0, CLASSES, (B, M)), -1).astype(np.int32),
     }
 
 
-@pytest.fixture(scope="module")
-def run_nouns(shared_tiny_config, tiny_model, tiny_params):
-    """Loss and metrics of a batch by the weight of the noun term."""
+def test_the_noun_term_and_its_weight(shared_tiny_config, noun_batch, tiny_model, tiny_params):
+    config = shared_tiny_config.copy_and_resolve_references().loss
+    config.update(noun_weight=0.5, entity_weight=0.25)
 
-    def call(noun_weight, batch):
-        config = shared_tiny_config.copy_and_resolve_references().loss
-        config.noun_weight = noun_weight
-        terms = jax.jit(make_terms(tiny_model, config))
-        return jax.device_get(terms(tiny_params, None, batch))
+    @jax.jit
+    def run(params, batch):
+        call = bound(tiny_model, params)
+        image = call("visual_tokens", batch["image"], True, rngs=step_rngs(0, 0)).groups.mean(1)
+        ids = jnp.concatenate([batch["caption_ids"], batch["noun_ids"].reshape(-1, M)])
+        texts = call("project_text", call("text_tokens", ids).pooled)
+        terms = make_terms(tiny_model, config)(params, None, batch)
+        return call("project_image", image), texts[:B], texts[B:].reshape(B, NOUNS, -1), terms
 
-    return call
-
-
-def test_the_noun_term_and_its_weight(run_nouns, noun_batch, tiny_model, tiny_params):
-    plain, before = run_nouns(0.0, noun_batch)
-    loss, metrics = run_nouns(0.5, noun_batch)
-    assert "nouns" not in before
-    np.testing.assert_allclose(metrics["contrastive"], before["contrastive"], rtol=1e-5)
-    np.testing.assert_allclose(loss, plain + 0.5 * metrics["nouns"], rtol=1e-5)
-    call = bound(tiny_model, jax.tree.map(jnp.asarray, tiny_params))
-    text = call("text_tokens", jnp.asarray(noun_batch["noun_ids"].reshape(-1, M)))
-    nouns = call("project_text", text.pooled).reshape(B, NOUNS, -1)
-    image = jnp.asarray(noun_batch["image"])
-    tokens = call("visual_tokens", image, True, rngs=step_rngs(0, 0))
-    image = call("project_image", tokens.groups.mean(1))
+    image, captions, nouns, (loss, metrics) = run(tiny_params, noun_batch)
     present, weight = noun_batch["noun_present"], noun_batch["weight"]
+    want = contrast(image, captions, weight)
+    np.testing.assert_allclose(metrics["contrastive"], want, rtol=2e-3)
     shown = (weight > 0)[:, None] & (weight > 0)[None]
-    scale = float(np.exp(tiny_params["log_scale"]))
     image, nouns = (np.asarray(x, np.float64) for x in (image, nouns))
-    each = reference.multi_label_info_nce(image, nouns, scale, shown, present)
+    each = reference.multi_label_info_nce(image, nouns, 10.0, shown, present)
     weight = weight * present.any(1)
     np.testing.assert_allclose(metrics["nouns"], np.average(each, weights=weight), rtol=1e-4)
+    summed = metrics["contrastive"] + 0.25 * metrics["entity"] + 0.5 * metrics["nouns"]
+    np.testing.assert_allclose(loss, summed, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def make(shared_tiny_config):
+    """masking -> (model, fresh parameters, (params, batch) -> loss, metrics)."""
+
+    def build(masking):
+        config = shared_tiny_config.copy_and_resolve_references().unlock()
+        config.loss.masking = masking.value
+        if masking.classifies:
+            source = "decoder" if masking is Masking.MLM_GROUPS else "text"
+            config.model.update(token_classes=CLASSES, token_classes_from=source)
+        model = build_model(config.model)
+        params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
+        terms = make_terms(model, config.loss)
+        return model, params, lambda params, batch: terms(params, None, batch)
+
+    return build
+
+
+COMPLETED = [masking for masking in Masking if masking.completes]
+
+
+def test_objectives_that_complete_are_one_program(make, noun_batch):
+    """They differ in the texts that the loader gives."""
+    built = [make(masking) for masking in COMPLETED]
+    programs = [str(jax.make_jaxpr(terms)(params, noun_batch)) for _, params, terms in built]
+    assert len({re.sub("0x[0-9a-f]+", "", program) for program in programs}) == 1
+
+
+@pytest.mark.parametrize("masking", [x for x in Masking if x not in COMPLETED[1:]])
+def test_each_objective_trains(masking, make, noun_batch):
+    """A few steps on one batch bring the entity term down, and move what it is computed with."""
+    _, params, terms = make(masking)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+
+    @jax.jit
+    def step(params, opt_state, batch):
+        (_, metrics), grads = jax.value_and_grad(terms, has_aux=True)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        norms = {name: optax.tree.norm(part) for name, part in grads.items()}
+        return optax.apply_updates(params, updates), opt_state, metrics, norms
+
+    needed = {"weight", "entity_weight", "entity_set", "image", "caption_ids"}
+    needed |= {"masked_ids"} if masking is not Masking.MULTI_LABEL else {"noun_ids", "noun_present"}
+    needed |= {"prompt_ids"} if masking.completes else set()
+    needed |= {"masked_targets"} if masking.classifies else set()
+    # With what it needs alone: that nothing else is read shows in that it is not there.
+    given = {name: noun_batch[name] for name in needed}
+    opt_state, history = tx.init(params), []
+    for _ in range(STEPS):
+        params, opt_state, metrics, norms = step(params, opt_state, given)
+        history.append(float(metrics["entity"]))
+    assert np.isfinite(history).all() and history[-1] < 0.97 * history[0], history
+    assert ("token_accuracy" in metrics) == masking.classifies
+    assert ("entity_false_negatives" in metrics) == masking.completes
+    assert (norms["entity_decoder"] > 0) == masking.needs_decoder
+    assert (norms["completion_projector"] > 0) == masking.completes
+    if masking.classifies:
+        assert norms["token_head"] > 0
+
+
+@pytest.mark.parametrize("masking", [Masking.MLM, Masking.MLM_GROUPS])
+def test_masked_tokens_are_classified_with_or_without_groups(masking, make, noun_batch):
+    batch = noun_batch
+    model, params, terms = make(masking)
+
+    @jax.jit
+    def logits(params, batch):
+        def call(method, *args, **kwargs):
+            return model.apply({"params": params}, *args, method=method, **kwargs)
+
+        text = call("text_tokens", batch["masked_ids"])
+        groups = call("visual_tokens", batch["image"], True, rngs=step_rngs(0, 0)).groups
+        return call("classify_tokens", text.tokens, text.mask, groups)
+
+    found = logits(params, batch)
+    values = np.asarray(masked_token_loss(found, jnp.asarray(batch["masked_targets"])), np.float64)
+    hidden = batch["masked_targets"] >= 0
+    weight = batch["weight"] * hidden.any(1)
+    _, metrics = jax.jit(terms)(params, batch)
+    np.testing.assert_allclose(metrics["entity"], np.average(values, weights=weight), rtol=1e-4)
+    counted = hidden & (weight > 0)[:, None]
+    right = (np.asarray(found).argmax(-1) == batch["masked_targets"])[counted]
+    np.testing.assert_allclose(metrics["token_accuracy"], right.mean(), rtol=1e-5)
+    other = {**batch, "image": 255 - batch["image"]}
+    same = np.allclose(np.asarray(logits(params, other)), np.asarray(found), atol=1e-6)
+    assert same == (masking is Masking.MLM)
 
 
 # ---- groups in place of masks (Table 6)

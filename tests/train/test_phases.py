@@ -10,11 +10,11 @@ from reference.batches import adam_of
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.ema_teacher import find_teacher
-from ovseg_jax.optim.optimizer import make_optimizer
+from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
 from ovseg_jax.train.config import load_config
 from ovseg_jax.train.phases import make_phases, weak_phases
-from ovseg_jax.train.state import new_state, next_phase_state
+from ovseg_jax.train.resume import next_phase_state
+from ovseg_jax.train.step import new_state
 
 CROP = {"kind": "crop", "size": 32}
 ERASE = {**CROP, "erase": {"probability": 0.25}}

@@ -1,17 +1,35 @@
-"""The step: the same on every mesh; what it leaves alone after a non-finite loss, or frozen."""
+"""The step: the same on every mesh and in parts; what it leaves alone after a non-finite loss, or
+frozen; running statistics."""
+
+import functools
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from reference.batches import adam_of, make_batch
-from reference.steps import assert_same
+from flax import linen as nn
+from reference.batches import adam_of, make_batch, replace_teacher
+from reference.steps import NO_GRADIENT, assert_same, make_step, steps_of, take_steps
 
-from ovseg_jax.optim.ema_teacher import find_teacher, replace_teacher
+from ovseg_jax import sharding
+from ovseg_jax.models.build import build_model, init_params
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.train.state import teacher_of
-from ovseg_jax.train.step import step_rngs
+from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
+from ovseg_jax.train.loss import joint_loss, per_example_outputs
+from ovseg_jax.train.resume import next_phase_state
+from ovseg_jax.train.step import in_one, in_parts, new_state, step_rngs, teacher_of
 
 FROZEN = ("^text_encoder/", "^image_encoder/(patch_embed|position)")
+COUNT = 2  # micro-batches
+# A norm subtracts the mean, and with it what is added to all before: by the projectors' first map,
+# by the decoder's end that they take, and to all channels of a group by the mixing of tokens. The
+# statistics do see it, so these rest.
+BEFORE_A_NORM = ("projector/fc/bias", "entity_decoder/layer_0/norm/bias", "mixing/fc2/bias")
+# Calls in a step: caption, masked, prompt and shared sentences, each as a vector and as tokens;
+# the first image by the online model and the second by the teacher, likewise; one completion.
+CALLS = {"text_projector": 8, "image_projector": 4, "completion_projector": 1}
 
 
 def with_nan(tree, path):
@@ -130,3 +148,141 @@ def test_the_parameters_moved_and_the_terms_are_there(run_steps, tiny_params):
         assert run.last.step == 5 and run.last.skipped == 0
     for name in ("loss", "grad_norm"):
         assert abs(plain.metrics[0][name] - masked.metrics[0][name]) > 1e-4
+
+
+# ---- gradients accumulated over micro-batches
+
+
+@pytest.mark.slow
+def test_a_step_draws_dropout_and_groups_alike_in_both_passes(
+    shared_tiny_config, tiny_model, tiny_params
+):
+    """Hard assignment with Gumbel noise and dropout: the gradient is that of one backward pass over
+    all micro-batches with these draws."""
+    config = shared_tiny_config.copy_and_resolve_references()
+    assert config.model.image.assignment == "hard" and config.model.text.dropout > 0
+    config.accumulation.micro_batches = COUNT
+    tx = make_optimizer(config.optimizer, tiny_params)
+    start = jax.jit(lambda p: new_state(p, tx, ()))(tiny_params)
+    batch = jax.tree.map(jnp.asarray, make_batch(0))
+    common = {"mask_weight": 0.1, "mesh": None}
+
+    @jax.jit
+    def directly(params, first):
+        rngs, teacher, outputs = step_rngs(config.seed, 0), teacher_of(start, ()), []
+        for number in range(COUNT):
+            part = {name: x[number::COUNT] for name, x in batch.items()}
+            draws = {name: jax.random.fold_in(key, first + number) for name, key in rngs.items()}
+            keywords = {**common, "text_dropout": True, "rngs": draws}
+            outputs.append(
+                per_example_outputs(tiny_model, params, teacher, part, config.loss, **keywords)[0]
+            )
+        outputs = in_one(jax.tree.map(lambda *parts: jnp.stack(parts), *outputs))
+        scale = tiny_model.apply({"params": params}, method="logit_scale")
+        return joint_loss(scale, outputs, batch, config.loss, mask_weight=0.1)[0]
+
+    want, gradient = jax.value_and_grad(directly)(tiny_params, 0)
+    other, _ = jax.value_and_grad(directly)(tiny_params, 1)
+    assert abs(want - other) > 0.01  # the draws matter
+    step = make_step(tiny_model, config, tx, None, common["mask_weight"])
+    state, metrics = jax.jit(step)(start, batch)
+    np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+    norm = optax.tree.norm(gradient)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    clipped = (1 - config.optimizer.b1) * min(1.0, config.optimizer.clip_norm / float(norm))
+    found = flatten(adam_of(state).mu)
+    for path, value in flatten(gradient).items():
+        wanted = np.float32(clipped) * value
+        limit = 1e-4 * np.abs(wanted).max() + 1e-8
+        np.testing.assert_allclose(found[path], wanted, rtol=1e-3, atol=limit, err_msg=path)
+
+
+@pytest.mark.slow
+def test_accumulated_steps_are_those_of_one_batch(shared_tiny_config, tiny_params):
+    """Of a model in which nothing is drawn. The teacher too, which moves once a step, not once a
+    micro-batch."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+
+    def run(micro_batches):
+        config = shared_tiny_config.copy_and_resolve_references()
+        config.model.image.assignment = "soft"
+        config.model.text.dropout = 0.0
+        config.accumulation.micro_batches = micro_batches
+        model = build_model(config.model)
+        return take_steps(steps_of(model, config, tiny_params, mesh, 0.1), 3, second=True)
+
+    assert_same(run(1), run(4), tiny_params)
+
+
+def test_parts_and_back():
+    batch = {"x": jnp.arange(12)}
+    parts = in_parts(batch, 3, None)
+    np.testing.assert_array_equal(parts["x"][1], [1, 4, 7, 10])
+    np.testing.assert_array_equal(in_one(parts)["x"], batch["x"])
+
+
+# ---- a model with batch norms
+
+
+@pytest.fixture(scope="module")
+def released_tiny(shared_tiny_config):
+    config = shared_tiny_config.copy_and_resolve_references().unlock()
+    image, model, loss = config.model.image, config.model, config.loss
+    image.update(binding="grouping_block", second_stage="groups", group_tokens=6, num_groups=4)
+    image.update(first_layers=1, second_layers=0)
+    model.decoder.update(width=24, order="cross_first", mask_padding=False)
+    model.update(projector_layers=2, projector_norm="batch", projector_activation="relu")
+    model.update(projector_bias=True, text_pool="cls")
+    loss.update(mask_maps="binding", mask_directions="one", mask_cost="euclidean", mask_size=32)
+    loss.update(mask_threshold=0.6, mask_divisor=16.0, teacher_noise=True, frozen_text_dropout=True)
+    config.optimizer.rate_rules = ((f"({'|'.join(BEFORE_A_NORM)})$", 0.0), (".*", 1.0))
+    return config
+
+
+@pytest.fixture(scope="module")
+def released_steps(released_tiny):
+    """`Steps` of this model on a mesh, each made once; and `Run`s of three of them."""
+    model = build_model(released_tiny.model)
+    params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
+
+    @functools.cache
+    def make(*shape):
+        mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+        return steps_of(model, released_tiny, params, mesh, 0.1)
+
+    return make, functools.cache(lambda *shape: take_steps(make(*shape), 3, second=True))
+
+
+@pytest.mark.slow
+def test_eight_devices_with_batch_norms_are_one(released_steps):
+    make, run = released_steps
+    start = make(1, 1, 1).start.params
+    assert_same(run(1, 1, 1), run(2, 2, 2), start, NO_GRADIENT + BEFORE_A_NORM)
+
+
+def test_statistics_move_with_each_call(released_steps):
+    make, run = released_steps
+    start, last = make(1, 1, 1).start, run(1, 1, 1).last
+    counts = {name: calls["norm"]["count"] for name, calls in last.batch_stats.items()}
+    assert counts == {name: 3 * count for name, count in CALLS.items()}
+    before, after = flatten(start.batch_stats), flatten(last.batch_stats)
+    assert all(np.any(before[path] != after[path]) for path in before)
+
+
+def test_a_refused_step_leaves_the_statistics(released_steps):
+    made = released_steps[0](1, 1, 1)
+    start = made.start
+    broken = start.replace(params={**start.params, "log_scale": np.float32(np.nan)})
+    state, metrics = jax.device_get(made(made.place(broken), make_batch(0)))
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, start.batch_stats)
+
+
+def test_a_phase_hands_its_statistics_on(released_steps, released_tiny):
+    start = released_steps[0](1, 1, 1).start
+    ended = start.replace(
+        batch_stats=jax.tree.map(lambda x: x + np.ones((), x.dtype), start.batch_stats)
+    )
+    tx = make_optimizer(released_tiny.optimizer, start.params)
+    state = next_phase_state(ended, tx, (), optimizer="fresh", teacher="reset")
+    jax.tree.map(np.testing.assert_array_equal, dict(state.batch_stats), ended.batch_stats)
