@@ -207,10 +207,17 @@ def check_free(directory: Path) -> None:
         names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     except OSError as error:  # a file is no directory
         raise cannot_write(directory, error) from None
-    if names and not names & {CONFIG, WHOLE}:
+    if names and _format(directory) != FORMAT:
         raise UserError(
             f"{directory} is a folder with other files, {min(names)} for example; name another"
         )
+
+
+def _format(directory: Path) -> Any:
+    try:
+        return json.loads((directory / CONFIG).read_text(encoding="utf-8"))["format"]
+    except (OSError, *_MALFORMED):
+        return None
 
 
 def load_model(model: str | os.PathLike) -> SavedModel:

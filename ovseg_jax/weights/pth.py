@@ -5,6 +5,7 @@ Nothing else needs PyTorch or imports it. No file can run code: PyTorch reads wi
 """
 
 import collections
+import os
 import pickle
 import re
 import warnings
@@ -27,6 +28,9 @@ from ovseg_jax.weights.weight_files import (
     read_tensors,
     write_safetensors,
 )
+
+# In every file that `write_checkpoint` makes: only such a file may be replaced.
+MARK = "written by ovseg_jax.convert"
 
 # Where training programs put the weights. Of a pair (DINO's), the one that is meant to be used.
 ENTRIES = ("model", "state_dict", "module", "teacher", "model_state_dict", "net")
@@ -107,12 +111,27 @@ def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], form: str) -
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not `ascontiguousarray`, which makes a scalar a vector.
         WRITERS[form](partial, {k: np.asarray(v, order="C") for k, v in tensors.items()})
+        if form != "safetensors":
+            # The others are zip archives, which end with the length of their comment, 0 so far.
+            with partial.open("r+b") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(len(MARK).to_bytes(2, "little") + MARK.encode())
         partial.replace(path)
     except UNWRITABLE as error:
         raise cannot_write(path, error) from None
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
+
+
+def is_written_here(path: Path) -> bool:
+    """Whether `write_checkpoint` made a file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:  # safetensors begin with their metadata, archives end with it
+        head = file.read(200)
+        file.seek(max(0, path.stat().st_size - len(MARK)))
+        return MARK.encode() in head + file.read()
 
 
 # ---- PyTorch's files
@@ -249,6 +268,6 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 WRITERS: dict[str, Callable[[Path, Tensors], None]] = {
     "pth": write_torch,
-    "safetensors": write_safetensors,
+    "safetensors": lambda path, tensors: write_safetensors(path, tensors, MARK),
     "npz": lambda path, tensors: np.savez(path, **tensors),
 }

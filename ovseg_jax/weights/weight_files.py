@@ -102,9 +102,9 @@ def _read_onnx(path: Path) -> Tensors:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], mark: str = "") -> None:
     """Writes contiguous arrays, with the permissions that any new file of this user has."""
-    save_file(dict(tensors), path)
+    save_file(dict(tensors), path, {"written_by": mark} if mark else None)
     # The library makes files that only their owner may read.
     mask = os.umask(0)
     os.umask(mask)
