@@ -1,8 +1,8 @@
 """The one conversion engine: which published tensors are which of our parameters, both ways.
 
-A `Link` says how some source tensors become some of our parameters, and how the parameters become
-the source tensors again, to the bit. A conversion is total: every source tensor is used once or
-left out by name, and every parameter is filled once.
+A `Link` turns source tensors into parameters of ours, and these into the tensors again, to the bit.
+A conversion is total: every source tensor is used once or left out by name, and every parameter is
+filled once.
 """
 
 import math

@@ -77,8 +77,10 @@ class SavedModel:
 def find_model(model: str | os.PathLike) -> Path:
     """The directory of a path, or of the name of a model that comes with this package.
 
-    A model directory of that name in the current folder is preferred; any other folder is not.
-    Where there is neither, a UserError names the models that there are.
+    A model directory of that name in the current folder is preferred.
+
+    Raises:
+      UserError: there is neither; names the models that come with this package.
     """
     name, path = os.fspath(model), Path(model)
     known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))

@@ -147,10 +147,7 @@ def _import_torch() -> ModuleType:
 
 
 def read_state_dict(path: Path, entry: str = "") -> StateDict:
-    """The state dict in a PyTorch file: an entry of it, or all of it.
-
-    Written by today's PyTorch or by one before 1.6; by default the first of `ENTRIES` that is
-    there, at any depth.
+    """The state dict in a PyTorch file: an entry, by default the first of `ENTRIES`, or all of it.
 
     Raises:
       UserError: the file is damaged, of another kind, would run code on load, or holds no state
