@@ -21,7 +21,7 @@ from flax import linen as nn
 from ovseg_jax.models.build import build_model, init_variables
 from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.train.config import load_config
-from ovseg_jax.weights.pth import write_torch
+from ovseg_jax.weights import pth
 from ovseg_jax.weights.released import to_released
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def write_checkpoint(path: Path) -> None:
     params = jax.tree.map(draw, nn.unbox(shapes["params"]))
     stats = jax.tree.map(draw, shapes[STATISTICS])
     teacher = jax.tree.map(lambda x: x + 1, params["image_encoder"])
-    write_torch(path, to_released(params, stats, config, teacher))
+    pth.write_checkpoint(path, to_released(params, stats, config, teacher), "pth")
 
 
 def measured(code: str) -> tuple[float, float, int]:
