@@ -106,8 +106,8 @@ class CausalTextEncoder(Floats):
     def __call__(
         self, ids: Int[Array, "B M"], mask: Bool[Array, "B M"], train: bool = False
     ) -> Float[Array, "B M D"]:
-        """Final features. Padding comes last, where no real token sees it: `mask` is not needed."""
-        del mask
+        """Final features."""
+        del mask  # padding comes last, where no real token sees it
         word = jnp.take(embeddings(self, "word", self.vocab_size, self.width, "vocab"), ids, axis=0)
         position = embeddings(self, "position", self.max_positions, self.width)[: ids.shape[1]]
         options = {"remat": self.remat, "activation": quick_gelu, **self.floats}

@@ -36,12 +36,12 @@ MARK = "written by ovseg_jax.convert"
 ENTRIES = ("model", "state_dict", "module", "teacher", "model_state_dict", "net")
 # Data parallelism and torch.compile put these before every name.
 WRAPPERS = ("module.", "_orig_mod.")
-# A tensor may be a view of a few elements repeated ("expanded"), so that a small file describes
-# arrays of any size. More than this many times the file is no model.
+# A tensor may repeat a few elements ("expanded"), so that a small file describes a large array.
+# More than this many times the file is no model.
 LARGEST_GROWTH = 8
 
-# Settings and scores that training programs save beside the weights. `weights_only` would refuse
-# a file for them; here each name stands for an object that takes any content and does nothing.
+# Settings and scores beside the weights, for which `weights_only` would refuse a file; here each
+# name stands for an object that takes any content and does nothing.
 _DICTS = """
     yacs.config.CfgNode fvcore.common.config.CfgNode detectron2.config.config.CfgNode
     easydict.EasyDict addict.addict.Dict mmcv.utils.config.ConfigDict
