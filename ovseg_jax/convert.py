@@ -3,6 +3,8 @@
 ``python -m ovseg_jax.convert released --checkpoint=FILE.pth --out=MODEL_DIR --tokenizer=DIR``
 """
 
+import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,13 @@ from ovseg_jax.segmentation.protocol import named_protocol
 from ovseg_jax.weights import groupvit, released
 from ovseg_jax.weights.links import matching
 from ovseg_jax.weights.model_dir import check_free, load_model, save_model
-from ovseg_jax.weights.pth import WRITERS, StateDict, read_checkpoint, write_checkpoint
+from ovseg_jax.weights.pth import (
+    WRITERS,
+    StateDict,
+    is_written_here,
+    read_checkpoint,
+    write_checkpoint,
+)
 from ovseg_jax.weights.tower_links import BERT_ANCHOR, VIT_ANCHORS
 from ovseg_jax.weights.weight_files import UNWRITABLE, Tensors, cannot_write, file_digest
 
@@ -40,6 +48,7 @@ PyTorch is needed (pip install ".[convert]"). `convert KIND --help` lists the fl
 TEACHER, UNUSED = "teacher", "unused"
 # In a model directory's provenance: whose tensor names the checkpoint had.
 NAMES = "names"
+CONVERTED = "converted_from"
 
 # Tokenizers of the published models. The released model's has bert-base-uncased's vocabulary.
 TOKENIZERS = {
@@ -63,6 +72,7 @@ def _two_numbers(text: str) -> tuple[int, int]:
 _two_numbers.__name__ = "pair of whole numbers, for example 8,8"
 
 ENTRY = Flag("entry", help="entry of the checkpoint with the weights; found by default", default="")
+OVERWRITE = Flag("overwrite", bool, default=False, help="replace the result of an earlier call")
 THRESHOLD = "probability below which a pixel is background; default: that of each benchmark"
 
 
@@ -72,6 +82,7 @@ def _model_flags(kind: str) -> tuple[Flag, ...]:
     return (
         Flag("checkpoint", help="file with the published weights"),
         Flag("out", required=True, help="model directory, or (--model) file, to write"),
+        OVERWRITE,
         ENTRY,
         Flag("model", help="model directory to convert back, in place of --checkpoint"),
         Flag("to", default="pth", choices=tuple(WRITERS), help="of the file, with --model"),
@@ -88,6 +99,7 @@ BEFORE_AND_AFTER = (released.HEADS["heads"], released.HEADS["second_heads"])
 TOWER = (
     Flag("checkpoint", required=True, help="file, or (bert) folder with pytorch_model.bin"),
     Flag("out", required=True, help="folder, or FILE.safetensors"),
+    OVERWRITE,
     ENTRY,
 )
 KINDS = {
@@ -129,8 +141,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raises UserError where a file or a model would be lost that may not be."""
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (_is_converted(path) if path.is_dir() else is_written_here(path)):
+        raise UserError(f"{path} is there and was not made by convert: choose another --out")
+    if not overwrite:
+        raise UserError(f"{path} is there already: choose another --out, or add --overwrite")
+
+
+def _is_converted(directory: Path) -> bool:
+    try:
+        info = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return CONVERTED in info["provenance"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def _to_model_dir(kind: str, args: SimpleNamespace, out: Path) -> None:
     check_free(out)
+    _check_free(out, args.overwrite)
     checkpoint = Path(args.checkpoint)
     read = read_checkpoint(checkpoint, args.entry)
     tensors, origin, teacher = read.tensors, str(checkpoint), {}
@@ -159,7 +190,7 @@ def _to_model_dir(kind: str, args: SimpleNamespace, out: Path) -> None:
     extras = {f"{UNUSED}/{name}": x for name, x in unused.items()}
     provenance = {
         "written_by": f"ovseg_jax {ovseg_jax.__version__}",
-        "converted_from": checkpoint.name,
+        CONVERTED: checkpoint.name,
         "sha256": file_digest(checkpoint),
         "entry": read.entry or "the whole file",
         NAMES: names,
@@ -205,6 +236,7 @@ def _say_dropped(read: StateDict) -> None:
 
 
 def _from_model_dir(kind: str, args: SimpleNamespace, out: Path) -> None:
+    _check_free(out, args.overwrite)
     saved = load_model(args.model)
     extras: dict[str, Tensors] = {TEACHER: {}, UNUSED: {}}
     for name, value in saved.extras.items():
@@ -227,6 +259,14 @@ def _convert_tower(kind: str, args: SimpleNamespace, out: Path) -> None:
     if source.is_dir():
         source /= "pytorch_model.bin"
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
+    _check_free(file, args.overwrite)
+    copied = []
+    if file.parent != source.parent and file != out:
+        copied = [name for name in COMPANIONS if (source.parent / name).is_file()]
+    for name in copied:
+        old, new = file.parent / name, source.parent / name
+        if os.path.lexists(old) and not (old.is_file() and file_digest(old) == file_digest(new)):
+            raise UserError(f"{old} is there and is not {new}: choose another --out")
     read = read_checkpoint(source, args.entry)
     if not any(name.endswith(TOWERS[kind]) for name in read.tensors):
         first = ", ".join(list(read.tensors)[:3])
@@ -236,15 +276,13 @@ def _convert_tower(kind: str, args: SimpleNamespace, out: Path) -> None:
     tensors = {n: x.astype(np.float32) if n in half else x for n, x in read.tensors.items()}
     write_checkpoint(file, tensors, "safetensors")
     print(f"{len(tensors)} tensors of {source} written to {file}")
-    if file.parent != source.parent and file != out:
-        copied = [name for name in COMPANIONS if (source.parent / name).is_file()]
-        try:
-            for name in copied:
-                shutil.copyfile(source.parent / name, file.parent / name)
-        except UNWRITABLE as error:
-            raise cannot_write(file.parent / name, error) from None
-        if copied:
-            print(f"copied beside it: {', '.join(copied)}")
+    try:
+        for name in copied:
+            shutil.copyfile(source.parent / name, file.parent / name)
+    except UNWRITABLE as error:
+        raise cannot_write(file.parent / name, error) from None
+    if copied:
+        print(f"copied beside it: {', '.join(copied)}")
     _say_dropped(read)
 
 

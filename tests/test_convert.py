@@ -5,6 +5,7 @@ The checkpoint is the released code's own: `tests/released/dev2_weights*.npz`.
 
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def files(tensors, tmp_path_factory):
     enter(folder / "wrapped.pth", "model")
     np.savez(folder / "arrays.npz", **tensors)
     save_file(wrapped, folder / "tensors.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(files, tmp_path_factory):
+    """A model directory, converted once."""
+    folder = tmp_path_factory.mktemp("model") / "m"
+    run("released", f"--checkpoint={files / 'bare.pth'}", f"--out={folder}", *HEADS)
     return folder
 
 
@@ -186,14 +195,13 @@ def test_bert_takes_its_tokenizer_along(tmp_path):
 @pytest.mark.parametrize("room", [200, 20_000])
 @pytest.mark.parametrize("form", ["directory", "tower", *WRITERS])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
-    form, room, files, tmp_path, full_disk
+    form, room, files, model, tmp_path, full_disk
 ):
     checkpoint = f"--checkpoint={files / 'bare.pth'}"
     out = tmp_path / "out"
     arguments = ["released", checkpoint, f"--out={out}", *HEADS]
     if form in WRITERS:
-        run("released", checkpoint, f"--out={files / 'm'}", *HEADS)
-        arguments = ["released", f"--model={files / 'm'}", f"--to={form}", f"--out={out}"]
+        arguments = ["released", f"--model={model}", f"--to={form}", f"--out={out}"]
     elif form == "tower":
         arguments = ["dino", checkpoint, f"--out={out}.safetensors"]
     with full_disk(room), pytest.raises(UserError, match="cannot be written: ") as error:
@@ -211,10 +219,43 @@ def test_what_is_at_the_place_for_a_model_is_kept(files, tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
     with pytest.raises(UserError, match="cannot be written"):
         run("dino", arguments[1], f"--out={tmp_path / 'file'}")
-    for _ in range(2):  # into an empty folder, and in place of an older model
-        (tmp_path / "m").mkdir(exist_ok=True)
-        run(*arguments, f"--out={tmp_path / 'm'}")
+    (tmp_path / "m").mkdir()  # an empty folder may be filled
+    run(*arguments, f"--out={tmp_path / 'm'}")
     load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("form", ["directory", "tower", *WRITERS])
+def test_only_an_earlier_result_is_replaced_and_only_on_request(form, files, model, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["released", f"--checkpoint={files / 'bare.pth'}", *HEADS]
+    foreign = out / "model.safetensors"
+    if form in WRITERS:
+        arguments = ["released", f"--model={model}", f"--to={form}"]
+        out = foreign = tmp_path / f"out.{form}"
+    elif form == "tower":
+        (tmp_path / "source").mkdir()
+        shutil.copy(files / "bare.pth", tmp_path / "source" / "pytorch_model.bin")
+        (tmp_path / "source" / "vocab.txt").write_text("a")
+        arguments = ["dino", f"--checkpoint={tmp_path / 'source'}"]
+    run(*arguments, f"--out={out}")
+    with pytest.raises(UserError, match="there already: choose another --out, or add --overwrite"):
+        run(*arguments, f"--out={out}")
+    before = foreign.read_bytes()
+    run(*arguments, f"--out={out}", "--overwrite")
+    assert foreign.read_bytes() == before
+    if form == "directory":
+        (out / "config.json").write_text('{"format": "ovseg_jax model", "provenance": {}}')
+    elif form == "tower":
+        (out / "vocab.txt").write_text("mine")
+        with pytest.raises(UserError, match="vocab.txt is there and is not"):
+            run(*arguments, f"--out={out}", "--overwrite")
+        assert (out / "vocab.txt").read_text() == "mine"
+    if form != "directory":
+        save_file({"mine": np.zeros(3)}, foreign)
+    with pytest.raises(UserError, match="not made by convert"):
+        run(*arguments, f"--out={out}", "--overwrite")
+    if form != "directory":
+        assert list(load_file(foreign)) == ["mine"]
 
 
 def errors(files):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ovseg_jax"
 # neighbors that do not know each other.
 LAYERS = [
     ["errors", "platforms", "progress", "shapes"],
-    ["flags", "sharding"],
+    ["files", "flags", "sharding"],
     ["processes"],
     ["data", "optim", "losses", "models"],
     ["weights"],
@@ -119,10 +119,10 @@ def test_the_package_does_not_grow(capsys):
             ahead += graph[name]
     predict = {name for name in reached if names[name].name != "__init__.py"}
     numbers = {
-        "files": (len(FILES), 113),
-        "lines": (sum(lines.values()), 20_750),
+        "files": (len(FILES), 110),
+        "lines": (sum(lines.values()), 20_450),
         "files under 60 lines": (sum(count < 60 for count in lines.values()), 16),
-        "files that predict imports": (len(predict), 30),
+        "files that predict imports": (len(predict), 28),
         "longest chain of imports": (len(chain), 13),
         "names that two files have": (len({x for x in stems if stems.count(x) > 1}), 0),
     }

@@ -1,7 +1,7 @@
 """Symmetric InfoNCE over the global batch (Eq. 7 and 9), with one or several texts per image.
 
-Everything is written on the global batch of B examples. Where the batch is split over devices, the
-compiler gathers the embeddings and leaves the rows of the B x B logits where their examples are.
+B is the global batch. Where it is split over devices, the compiler gathers the embeddings and
+leaves the rows of the B x B logits where their examples are.
 """
 
 import jax
@@ -13,8 +13,7 @@ from ovseg_jax.shapes import Array, Bool, Float, Int
 def alike(labels: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
     """Whether two examples have the same label.
 
-    Of [B, N] names the first is in the example's sentence: two examples are alike if either's first
-    name is among the names of the other.
+    Of [B, N] names the first is in the example's sentence; it must be among the other's names.
     """
     everyone = _gathered(labels)
     if labels.ndim == 1:
@@ -39,10 +38,10 @@ def negatives_mask(
 
     Args:
       weight: an example without weight is nobody's negative, and has none.
-      labels: examples that are alike in any of them are no negatives: the sentence of one is a
-        correct answer for the other. None for a label that does not count.
-      within: only examples that are equal in this are negatives. Between data sets that look or
-        sound different, telling the set would be enough to tell the right sentence.
+      labels: examples that are alike in any of them are no negatives, as the sentence of one is
+        right for the other. None for a label that does not count.
+      within: only examples that are equal in this are negatives: between different data sets,
+        telling the set would be enough.
     """
     present = weight > 0
     negative = present[:, None] & _gathered(present)[None] & ~jnp.eye(len(weight), dtype=bool)
@@ -87,14 +86,13 @@ def info_nce(
     The paper prints the softmax ratio without the ``-log``; the loss is ``-log``.
 
     Args:
-      a, b: unit-norm embeddings; row i of one belongs to row i of the other. One of them may come
-        times its inverse temperature, with scale 1.
+      a, b: unit-norm embeddings; row i of one belongs to row i of the other.
       scale: inverse temperature.
       negatives: symmetric, see `negatives_mask`; the positive, the pair itself, always counts.
 
     Returns:
-      ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, which is 0 for an example without
-      negatives; and whether b_i is nearer to a_i than any negative is.
+      ``-0.5 * (log p(b_i | a_i) + log p(a_i | b_i))``, float32, 0 without negatives; and whether
+      b_i is nearer to a_i than any negative.
     """
     logits = scale * _cosines(a[:, None], b[:, None])[:, 0, :, 0]
     rows = _log_sums(logits[:, None, :, None], negatives)[:, 0]
@@ -114,12 +112,11 @@ def multi_label_info_nce(
 ) -> Float[Array, "B"]:
     """InfoNCE where each image has several texts (GroupViT, Xu et al., 2022, Sec. 3.2).
 
-    As computed by GroupViT's training: the mean over an image's texts of minus the log probability
-    of each, among all texts of the batch, and of the image given the text, among all images. With
-    one text per image it is `info_nce`.
+    The mean over an image's texts of minus the log probability of each, among all texts of the
+    batch, and of the image given the text, among all images. With one text it is `info_nce`.
 
-    Texts that are not `present` are neither positives nor negatives. The other arguments: see
-    `info_nce`. One value per image, float32; 0 where it has no text.
+    Texts that are not `present` are neither positives nor negatives. One value per image, float32;
+    0 where it has no text.
     """
     logits = scale * _cosines(a[:, None], b)
     rows = _log_sums(logits, negatives, present)
@@ -135,14 +132,13 @@ def group_set_nce(
 ) -> Float[Array, "B"]:
     """Cross-image group consistency: the alternative to mask consistency in the paper's Table 6.
 
-    The groups that stand for the shared entity in either image are pulled together as two sets, and
-    away from those of the other pairs in the batch. The paper gives no formula. Here the
-    probability of the partner's set is the sum of its groups', so that a group needs to find its
-    like in the set, not to equal all of it.
+    The groups of the shared entity in both images are pulled together as two sets, and away from
+    those of other pairs. The paper gives no formula. Here the probability of the partner's set is
+    the sum of its groups', so that a group must find its like in the set, not equal all of it.
 
     Args:
-      own: unit-norm groups of the online model. other: those of the partner, by the teacher;
-        nothing flows back into them.
+      own: unit-norm groups of the online model.
+      other: those of the partner, by the teacher; nothing flows back into them.
       negatives: pairs whose groups are negatives of one another; a pair's own always count.
 
     Returns:

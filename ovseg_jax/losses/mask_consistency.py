@@ -1,8 +1,8 @@
 """Cross-image mask consistency (Eq. 10-12).
 
-Two images share an entity e. The groups that stand for e in either image should cut the same
-regions out of one image: the teacher's own groups draw the target, the online groups of the
-*other* image draw the prediction, matched one to one.
+Two images share an entity e. The groups that stand for e in either should cut the same regions out
+of one image: the teacher's own groups draw the target, the online groups of the *other* image draw
+the prediction, matched one to one.
 """
 
 import jax
@@ -44,10 +44,7 @@ def subgroup_count(groups: int, ratio: float) -> int:
 def select_groups(
     joint: Float[Array, "B K E"], entity: Float[Array, "B E"], count: int
 ) -> Int[Array, "B S"]:
-    """Indices of the `count` groups with the highest cosine to the entity, best first.
-
-    Both are unit norm; nothing flows back.
-    """
+    """Indices of the `count` groups most similar to the entity (both unit norm), best first."""
     cosine = jnp.einsum("bke,be->bk", joint, entity, precision=EXACT)
     # Not `top_k`, for which the partitioner gathers all rows on every device.
     return jnp.argsort(-jax.lax.stop_gradient(cosine), axis=-1)[:, :count]
@@ -80,7 +77,7 @@ def matching_cost(
 def dice(target: Float[Array, "B S L"], prediction: Float[Array, "B S L"]) -> Float[Array, "B S"]:
     """Dice loss (Eq. 12), ``1 - 2 |m ^ p| / (|m| + |p|)``, of targets 0 or 1 and a soft prediction.
 
-    Sizes are sums. An empty target gives 1 with no gradient, both empty 0, never 0 / 0.
+    An empty target gives 1 with no gradient, both empty 0.
     """
     size = jnp.sum(target, axis=-1) + jnp.sum(prediction, axis=-1)
     safe = jnp.where(size > 0, size, 1.0)
@@ -101,8 +98,7 @@ def consistency_loss(
     """Eq. 12, one value per pair of images, both directions.
 
     Args:
-      online, teacher: images 1 and 2, by the online model and by the EMA teacher. Nothing flows
-        back into the teacher.
+      online, teacher: images 1 and 2, by the online model and by the EMA teacher (no gradient).
       entity: 'a photo of e' of the shared entity in the joint space, unit norm.
       ratio: r, the share of groups kept. threshold: delta, that makes the target binary.
       backend, mesh: see `matching.match`.

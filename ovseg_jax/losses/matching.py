@@ -1,8 +1,7 @@
 """Bipartite matching (Eq. 11): on the host with SciPy, or on the device.
 
-The host backend leaves the jitted program through `jax.pure_callback`, inside `jax.shard_map` over
-the batch axes, so that each device sends its own rows to its own host. Outside a shard_map the
-partitioner would gather the global batch on one device first.
+The host backend is a `jax.pure_callback` inside `jax.shard_map` over the batch axes: each device
+sends its own rows to its own host. Otherwise the partitioner would gather the batch on one device.
 """
 
 import itertools
@@ -32,10 +31,9 @@ def match(
     """The permutation of least total cost for each of N square problems.
 
     Args:
-      cost: cost of giving column j to row i. A problem with a non-finite entry is solved as if all
-        its costs were 0, so that no host code ever sees it; where it comes from a non-finite loss,
-        the train step refuses that.
-      backend: "host" (SciPy through a callback), "device" (the Hungarian algorithm in XLA) or
+      cost: of giving column j to row i. A problem with a non-finite entry is solved as if all its
+        costs were 0, so that no host code sees it (the train step refuses a non-finite loss).
+      backend: "host" (SciPy through a callback), "device" (Hungarian algorithm in XLA) or
         "enumerate" (all permutations, k <= `ENUMERATE_LIMIT`).
       mesh: where given, N is split over its batch axes and each device solves its own part.
 

@@ -7,10 +7,7 @@ from ovseg_jax.shapes import Array, Float, Int
 
 
 def weighted_mean(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, ""]:
-    """Mean over the examples with weight; 0 where none has any.
-
-    Values of weightless examples do not enter, whatever they are, in value or gradient.
-    """
+    """Mean over the examples with weight, 0 if there are none; the others may hold anything."""
     present = weight > 0
     total = jnp.sum(jnp.where(present, values, 0.0) * weight)
     return total / jnp.maximum(jnp.sum(weight), 1e-6)
@@ -19,10 +16,10 @@ def weighted_mean(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Float
 def divided_sum(
     values: Float[Array, "B"], weight: Float[Array, "B"], divisor: int | float
 ) -> Float[Array, ""]:
-    """Sum over the examples with weight, over a given divisor: grows with the batch.
+    """Sum over the examples with weight, over a given divisor.
 
-    The released training divides the sum over one device's batch by K and averages over devices;
-    on the global batch that is this sum with ``divisor = K * devices``.
+    The released training divides one device's sum by K and averages over devices: on the global
+    batch ``divisor = K * devices``.
     """
     return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight) / divisor
 
@@ -51,7 +48,7 @@ def masked_token_loss(
 ) -> Float[Array, "B"]:
     """Masked language modeling over the entity set (Table 4, rows "MLM"): cross entropy.
 
-    `targets` is the class of each masked token, negative at all others. The mean over an example's
+    `targets` is the class of each masked token, negative elsewhere. The mean over an example's
     masked tokens, float32; 0 where nothing is masked.
     """
     present = targets >= 0

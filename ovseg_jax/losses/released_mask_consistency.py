@@ -1,11 +1,11 @@
 """Mask consistency on the maps of the binding itself: queries of one image, keys of another.
 
-The form of Eq. 10-12 that the released model was trained with. The target is what the teacher's
-group queries of an image draw on the teacher's keys of the same image; the prediction is what the
-online queries of the *partner* draw on those same keys. Compared with `mask_consistency`, all
-groups are matched and scored, and those least like the shared entity only pass no gradient; maps
-are enlarged to pixels first; the matching looks at raw maps; the threshold is relative to each
-map's maximum; predictions are stretched to [0, 1] instead of squashed.
+The form of Eq. 10-12 that the released model was trained with. The teacher's group queries of an
+image draw the target on the teacher's keys of the same image; the online queries of the *partner*
+draw the prediction on those keys. Compared with `mask_consistency`, all groups are matched and
+scored, but those least like the shared entity pass no gradient; maps are enlarged to pixels; the
+matching looks at raw maps; the threshold is relative to each map's maximum; predictions are
+stretched to [0, 1] instead of squashed.
 """
 
 import jax
@@ -21,9 +21,9 @@ COSTS = ("euclidean", "cosine")
 
 
 def corner_weights(pixels: int, cells: int) -> Float[np.ndarray, "pixels cells"]:
-    """Matrix of one-dimensional linear interpolation whose first and last samples coincide.
+    """Matrix of one-dimensional linear interpolation; first and last samples coincide.
 
-    (Elsewhere half-pixel centers are used; this loss is the exception.) Rows sum to one.
+    (Elsewhere half-pixel centers are used.)
     """
     position = np.arange(pixels) * ((cells - 1) / max(pixels - 1, 1))
     low = np.minimum(np.floor(position).astype(int), cells - 1)
@@ -55,8 +55,8 @@ def pair_costs(
     """Cost of giving target j to prediction i, at [b, i, j], between the enlarged maps.
 
     "euclidean" is the distance of the maps at unit norm, "cosine" minus their cosine (each norm
-    plus 1e-6). Enlarging is linear, so inner products of enlarged maps are quadratic forms of the
-    small ones, and nothing of the size of the pixels is made.
+    plus 1e-6). Inner products of enlarged maps are quadratic forms of the small ones, so nothing of
+    the size of the pixels is made.
     """
 
     def gram(pixels: int, cells: int) -> Array:
@@ -123,8 +123,8 @@ def group_mask_loss(
 ) -> tuple[Float[Array, "B"], dict[str, Array]]:
     """One value per pair of images, in one direction. Only `queries` receives a gradient.
 
-    For both directions, call it on the rows of both (images exchanged) and take the mean: one call
-    of the matching then serves all. How the released training sums: see `objective.divided_sum`.
+    For both directions, call it on the rows of both (images exchanged), so that the matching is
+    called once, and take the mean. How the released training sums: `objective.divided_sum`.
 
     Args:
       queries: the binding's group queries of the first image, by the online model.
@@ -132,8 +132,7 @@ def group_mask_loss(
       scores: how much each group of the first image resembles the shared entity.
       grid: (rows, columns) of the second image's patches.
       size: (height, width) in pixels that maps are compared at.
-      detached_ratio: share of the groups, those with the lowest scores, whose prediction passes no
-        gradient; int(K * ratio) of them.
+      detached_ratio: the int(K * ratio) groups with the lowest scores pass no gradient.
       threshold: share of a target map's maximum that counts as inside.
       cost: see `pair_costs`. backend, mesh: see `matching.match`.
 

@@ -1,8 +1,7 @@
 """Binding: each patch is claimed by a group.
 
-`SlotBinding` is the paper's (Sec. 3.1.1, Eq. 3-6). It reads its queries off the group tokens.
-`GroupingBlock` is GroupViT's (Xu et al., 2022), which the released model uses: it first mixes N
-group tokens down to K and lets them look at the patches. `GroupingStage` groups segments again.
+`SlotBinding` is the paper's (Sec. 3.1.1, Eq. 3-6). `GroupingBlock` is GroupViT's (Xu et al., 2022),
+which the released model uses. `GroupingStage` groups segments again.
 """
 
 from typing import Any
@@ -26,8 +25,8 @@ class Binding:
 
     Attributes:
       affinity: the soft map of Eq. 4, without noise.
-      assigned: the map that Eq. 5 averaged with: one-hot with the gradient of a noisy softmax where
-        the assignment is hard, else `affinity` again.
+      assigned: the weights of Eq. 5: `affinity`, or where the assignment is hard, one-hot with the
+        gradient of a noisy softmax.
       query, key: the two sides of Eq. 4's product.
     """
 
@@ -39,10 +38,7 @@ class Binding:
 
 
 def straight_through(soft: Float[Array, "B L K"]) -> Float[Array, "B L K"]:
-    """One-hot of the largest entry over the last axis forward, the gradient of `soft` backward.
-
-    Ties go to the first index.
-    """
+    """One-hot of the first largest entry forward, the gradient of `soft` backward."""
     hard = jax.nn.one_hot(jnp.argmax(soft, axis=-1), soft.shape[-1], dtype=soft.dtype)
     return (hard - jax.lax.stop_gradient(soft)) + soft
 
@@ -55,10 +51,9 @@ def weighted_mean(
 ) -> Float[Array, "B K D"]:
     """Eq. 5: mean of the patches' values, weighted by their assignment to each group.
 
-    `count_offset` is added to the sum of weights that Eq. 5 divides by. Without it the mean of an
-    empty group is 0 with a finite gradient: the denominator itself is replaced, since a selection
-    after the division would leave NaN in the backward pass.
+    `count_offset` is added to the sum of weights that Eq. 5 divides by. An empty group gives 0.
     """
+    # The denominator is replaced: a selection after the division leaves NaN in the backward pass.
     total = jnp.sum(assignment, axis=1) + count_offset
     occupied = total > EMPTY
     weighted = contract("blk,bld->bkd", assignment, values, matmul_dtype)
@@ -91,8 +86,8 @@ class Assignment(Floats):
         Args:
           normed: the tokens as queries. patches: normalized too.
           noise: stands in for a draw of the "gumbel" stream, in training only.
-          scaled: which side of the product takes the scale, "query" or "key": it shows in the last
-            digits, and weights were trained with either.
+          scaled: the side of the product that takes the scale, "query" or "key". It shows in the
+            last digits, and weights were trained with either.
           count_offset: see `weighted_mean`.
         """
         width = tokens.shape[-1]
@@ -118,8 +113,8 @@ class Assignment(Floats):
 class SlotBinding(Assignment):
     """Binds patches to groups in one pass (no recurrence), Eq. 3-6.
 
-    Inputs are normalized first, as in slot attention (Locatello et al., 2020) and in every other
-    pre-norm layer of this encoder; the paper prints the linear maps only.
+    Inputs are normalized first, as in slot attention (Locatello et al., 2020); the paper prints the
+    linear maps only.
     """
 
     @nn.compact
@@ -149,8 +144,8 @@ class TokenMixing(Floats):
 class GroupingBlock(Assignment):
     """Binds image tokens to K groups made of N learnable tokens.
 
-    The tokens are mixed down to K, look at the image tokens in a cross-attention block, and are
-    then assigned to (Eq. 3-5, with a single head); the bound groups pass a feed-forward.
+    The tokens are mixed down to K, attend to the image tokens, and are then assigned to (Eq. 3-5,
+    with a single head); the bound groups pass a feed-forward.
     """
 
     num_groups: int
@@ -161,7 +156,7 @@ class GroupingBlock(Assignment):
     def __call__(
         self, tokens: Array, patches: Array, train: bool, noise: Array | None = None
     ) -> Binding:
-        """N tokens and L patches (image tokens, or groups) from the last layer of the stage."""
+        """Binds L patches (image tokens, or groups) to N tokens; see `Assignment.bind`."""
         width, sizes = tokens.shape[-1], (self.heads, self.mlp_ratio, self.eps)
         tokens = LayerNorm(self.eps, self.dtype, name="token_norm")(tokens)
         patches = LayerNorm(self.eps, self.dtype, name="patch_norm")(patches)
@@ -191,8 +186,9 @@ class GroupingStage(Floats):
     def __call__(self, segments: Array, earlier: Array, train: bool) -> tuple[Binding, Array]:
         """The binding of segments to groups, and this stage's tokens [B, N, D] before it.
 
-        `segments` are groups that the stage before gave, `earlier` its group tokens after its
-        layers, before its grouping block; both [B, ., D].
+        Args:
+          segments: groups of the stage before, [B, ., D].
+          earlier: its group tokens, as its grouping block saw them, [B, ., D].
         """
         count, width = segments.shape[1:]
         zeros = nn.initializers.zeros

@@ -1,7 +1,9 @@
 """From a config to a model. The defaults of its fields are those of the modules."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -220,8 +222,10 @@ def init_statistics(model: OVSegmentor) -> dict[str, Any]:
     return jax.jit(lambda: dict(init_variables(model, jax.random.key(0)).get(STATISTICS, {})))()
 
 
-def variable_shapes(model: OVSegmentor) -> dict[str, tuple[int, ...]]:
+@functools.cache  # tracing a whole model takes seconds
+def variable_shapes(model: OVSegmentor) -> Mapping[str, tuple[int, ...]]:
     """Path and shape of every parameter and, under "batch_stats/", every running statistic."""
     variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     tree = nn.unbox({**variables["params"], STATISTICS: variables.get(STATISTICS, {})})
-    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+    return MappingProxyType(shapes)

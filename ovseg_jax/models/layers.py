@@ -31,13 +31,9 @@ _EVERY_PLATFORM = contextvars.ContextVar("every_platform", default=False)
 def contract(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     """`einsum(spec, a, b)` with operands rounded to `dtype` and a float32 accumulator.
 
-    The two backward contractions are rounded in the same way: without the custom rule, the float32
-    cotangent would meet a bfloat16 operand and leave the fast path of the hardware.
-
-    Args:
-      spec: ``"left,right->out"``; every letter of an operand must also occur in the other operand
-        or in the output, so that each gradient is again one contraction.
-      dtype: what the matrix unit multiplies, e.g. ``jnp.bfloat16``.
+    So are both backward contractions: otherwise the float32 cotangent would meet a bfloat16 operand
+    and leave the fast path of the hardware. Every letter of an operand must also occur in the other
+    operand or in the output, so that each gradient is again one contraction.
     """
     return _product(spec, a, b, dtype)
 
@@ -58,10 +54,9 @@ def _product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
 
 @contextlib.contextmanager
 def every_platform() -> Iterator[None]:
-    """Within it `contract` traces programs for a file, which are right on every platform.
+    """Within it `contract` traces programs that are right on every platform, for a file.
 
-    A choice inside the program hides its products from the policies of rematerialization, so
-    training does without.
+    The choice inside the program hides its products from policies of rematerialization.
     """
     token = _EVERY_PLATFORM.set(True)
     try:
@@ -120,11 +115,10 @@ class Floats(nn.Module, kw_only=True):
 
 
 def rows_split(x: Array) -> Array:
-    """An activation inside the model, its first axis (examples) pinned to the batch axes.
+    """An activation, its first axis (examples) pinned to `sharding.BATCH_AXES` under fsdp.
 
-    Only where the mesh of the trace (`jax.sharding.use_abstract_mesh`) has an fsdp axis: there the
-    partitioner would move activations in place of parameters, at four times the memory of a ViT-B
-    step on 16 chips. Elsewhere pins only cost memory. The axes are `sharding.BATCH_AXES`.
+    The partitioner would move activations in place of parameters, at four times the memory of a
+    ViT-B step on 16 chips. Without an fsdp axis in the trace's mesh, pins only cost memory.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = mesh.shape.get("fsdp", 1)
@@ -186,10 +180,7 @@ def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
 
 
 class MultiHeadAttention(Floats):
-    """Scaled dot-product attention, softmax over the keys (Vaswani et al., 2017).
-
-    `heads` must divide the width of the queries. Where `causal`, no token looks ahead.
-    """
+    """Scaled dot-product attention (Vaswani et al., 2017); if `causal`, no token looks ahead."""
 
     heads: int
     causal: bool = False
@@ -202,10 +193,7 @@ class MultiHeadAttention(Floats):
         mask: Bool[Array, "B T"] | None = None,
         rotary: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends to the context where `mask` is not False.
-
-        `rotary` turns queries and keys by their positions (then both are the same tokens).
-        """
+        """Attends to the context where `mask` is True; `rotary` turns queries and keys first."""
         width = queries.shape[-1]
         query = self._heads("query", queries, width)
         key, value = (self._heads(name, context, width) for name in ("key", "value"))

@@ -31,10 +31,9 @@ STATISTICS = "batch_stats"
 class BatchNorm(nn.Module):
     """Batch normalization over every axis but the last (Ioffe & Szegedy, 2015), in float32.
 
-    In training each call normalizes with the statistics of the global batch (padding and examples
-    of weight 0 count too) and moves the running ones a step of `momentum` towards them: several
-    calls in one training step are several moves. The running `mean`, `variance` (unbiased) and
-    `count` of calls are in the collection "batch_stats"; outside training they normalize.
+    Each call in training normalizes with the statistics of the global batch (padding and examples
+    of weight 0 count too) and moves the running ones, in "batch_stats", by `momentum` towards them;
+    `variance` is unbiased, `count` counts calls. Outside training the running ones normalize.
     """
 
     dtype: Any
@@ -94,9 +93,8 @@ class Projector(Floats):
 class FeatureHead(Floats):
     """The embedding of an image's or a sentence's features: two linear maps, a GELU between.
 
-    A contrast of whole images with captions trains it, beside that of the groups. It reads frozen
-    features, which a small data set soon overfits, hence the dropout: `rate` on the hidden layer,
-    half of it on the input.
+    It reads frozen features, which a small data set soon overfits, hence the dropout: `rate` on the
+    hidden layer, half of it on the input.
     """
 
     features: int
@@ -137,16 +135,15 @@ class OVSegmentor(Floats):
       image_encoder, text_encoder, entity_decoder: the towers; without a decoder there is no
         `complete` and no completion projector (GroupViT).
       joint_width: E.
-      projector_*: of the image, text and completion projectors, see `Projector`. With a batch norm,
-        projecting in training changes "batch_stats", and the order of the calls counts.
+      projector_*: see `Projector`. With a batch norm, projecting in training changes "batch_stats",
+        and the order of the calls counts.
       text_pool: see `pool_tokens`. pad_id: token id of padding.
       temperature_init: initial temperature of all contrastive losses.
-      image_head, image_head_dropout: hidden width and dropout of a `FeatureHead` that embeds the
-        whole image from the trunk's class token (`keep_class_token`); 0 for none. Sentences to
-        compare it with have a head of theirs, and the contrast a temperature.
-      token_classes: classes that a masked token can have (masked language modeling over the
-        entities, the paper's Table 4); 0 for no such head. It reads what `token_classes_from` says,
-        the "decoder"'s output or that of the "text" encoder.
+      image_head, image_head_dropout: hidden width (0: no head) and dropout of a `FeatureHead` that
+        embeds the whole image from the trunk's class token (`keep_class_token`). Sentences to
+        compare it with have a head of their own, and the contrast its own temperature.
+      token_classes: entities that a masked token can stand for (Table 4, "MLM"); 0 for none.
+      token_classes_from: what that head reads, the output of the "decoder" or "text" encoder.
     """
 
     image_encoder: VisualEncoder
@@ -187,26 +184,19 @@ class OVSegmentor(Floats):
             self.whole_log_scale = self.param("whole_log_scale", constant, (), jnp.float32)
 
     def trunk(self, image: Array, train: bool = False) -> Float[Array, "B L D0"]:
-        """Image features before the groups join.
-
-        `image` is [B, H, W, 3]; uint8, or float32 where the pixels are normalized already.
-        """
+        """Features before the groups join, of uint8 or normalized float32 images [B, H, W, 3]."""
         pixels = normalize_image(image) if image.dtype == jnp.uint8 else image
         return self.image_encoder.trunk(pixels, train)
 
     def visual_tokens(
         self, image: Array, train: bool = False, noise: Float[Array, "B L K"] | None = None
     ) -> VisualTokens:
-        """Groups, patches and affinity (Eq. 2, 4) of an image or of its trunk's features.
-
-        `noise` stands in for a draw of the "gumbel" stream.
-        """
+        """Groups, patches and affinity (Eq. 2, 4) of an image or of its trunk's features."""
         features = image if image.ndim == 3 else self.trunk(image, train)
         return self.image_encoder.group(features, train, noise)
 
     def text_tokens(self, ids: Int[Array, "B M"], train: bool = False) -> TextTokens:
-        """Text features of token ids, padded with `pad_id`; for a `CausalTextEncoder`, with
-        anything after the end token."""
+        """Text features of ids, padded with `pad_id` (`CausalTextEncoder`: after the end token)."""
         if isinstance(self.text_encoder, CausalTextEncoder):
             mask = up_to_end(ids, self.text_encoder.end_id)
         else:

@@ -28,10 +28,10 @@ from ovseg_jax.shapes import Array, Bool, Float, Int
 def pool_tokens(
     tokens: Float[Array, "B M D"], mask: Bool[Array, "B M"], pool: str
 ) -> Float[Array, "B D"]:
-    """The sentence vector of a token sequence: of the real tokens, where `mask` is True.
+    """The sentence vector of the tokens where `mask` is True.
 
-    `pool` is "eot" (the last one; the paper's), "cls" (the first) or "mean" (sentence-transformers
-    are trained so). Without a real token it is the first feature, or 0 for "mean".
+    `pool` is "eot" (the last one; the paper's), "cls" (the first) or "mean" (as
+    sentence-transformers train). Without a real token it is the first feature, or 0 for "mean".
     """
     if pool == "cls":
         return tokens[:, 0]
@@ -43,10 +43,9 @@ def pool_tokens(
 
 
 def up_to_end(ids: Int[Array, "B M"], end_id: int) -> Bool[Array, "B M"]:
-    """True up to the first end token, that one included; everywhere where there is none.
+    """True up to and with the first end token; everywhere where there is none.
 
-    Byte-pair vocabularies have no padding of their own: texts are padded with the end token again,
-    or with a token that is also a word.
+    Byte-pair vocabularies pad with the end token again, or with a token that is also a word.
     """
     ends = (ids == end_id).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends == 0
@@ -90,8 +89,7 @@ class BertEncoder(Floats):
 class CausalTextEncoder(Floats):
     """The text encoder of CLIP and GroupViT (Radford et al., 2021; Xu et al., 2022).
 
-    Token and position embeddings, pre-norm layers in which no token looks ahead, a LayerNorm. The
-    feature of the end token is the sentence's (pooling "eot").
+    The feature of the end token is the sentence's (pooling "eot").
     """
 
     vocab_size: int
@@ -108,8 +106,8 @@ class CausalTextEncoder(Floats):
     def __call__(
         self, ids: Int[Array, "B M"], mask: Bool[Array, "B M"], train: bool = False
     ) -> Float[Array, "B M D"]:
-        """Final features. Padding comes last, where no real token sees it: `mask` is not needed."""
-        del mask
+        """Final features."""
+        del mask  # padding comes last, where no real token sees it
         word = jnp.take(embeddings(self, "word", self.vocab_size, self.width, "vocab"), ids, axis=0)
         position = embeddings(self, "position", self.max_positions, self.width)[: ids.shape[1]]
         options = {"remat": self.remat, "activation": quick_gelu, **self.floats}
@@ -143,7 +141,7 @@ class SelfFirstLayer(Floats):
 class CrossFirstLayer(Floats):
     """Cross-attention to the groups first, then a self-attention layer, then one more residual.
 
-    Every layer looks up from the caption's own tokens again; what the layer before gave is added.
+    Every layer starts from the caption's own tokens; the output of the layer before is added.
     """
 
     heads: int
@@ -168,9 +166,9 @@ class EntityDecoder(Floats):
     """Completes a masked caption by looking at the groups (Eq. 8).
 
     Attributes:
-      order: "self_first" (a Transformer decoder layer as Eq. 8 names it: the caption's tokens are
-        projected to `width`, a LayerNorm closes the chain) or "cross_first" (the released model's
-        order; tokens and groups are projected only where their width is not `width`).
+      order: "self_first" (Eq. 8's Transformer decoder layer: tokens are projected to `width`, a
+        LayerNorm ends it) or "cross_first" (the released model's: tokens and groups are projected
+        only where their width is not `width`).
       depth: number of layers.
       mask_padding: padding takes no part in the self-attention.
     """

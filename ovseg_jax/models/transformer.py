@@ -1,7 +1,6 @@
-"""Transformer layers, the cross-attention block, and stacks of identical layers that are scanned.
+"""Transformer layers, the cross-attention block, and scanned stacks of identical layers.
 
-A stack's parameters have a leading "layers" axis. One layer is traced and compiled, whatever the
-depth.
+A stack's parameters have a leading "layers" axis; one layer is compiled, whatever the depth.
 """
 
 from collections.abc import Callable
@@ -102,8 +101,8 @@ class PostNormLayer(Floats):
 def scanned(layer: type[nn.Module], depth: int, *, in_axes: Any, remat: str) -> Any:
     """`layer` repeated `depth` times as one scan over a leading "layers" axis of its parameters.
 
-    The layer's call maps (carry, argument) to (carry, output or None). `in_axes` is the argument's
-    scan axis or `nn.broadcast`, `remat` a key of `REMAT_POLICIES`.
+    The layer maps (carry, argument) to (carry, output or None). `in_axes` is the argument's scan
+    axis or `nn.broadcast`, `remat` a key of `REMAT_POLICIES`.
     """
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -122,8 +121,7 @@ class PreNormStack(Floats):
 
     Attributes:
       drop_rates: stochastic-depth rate of each layer; () for 0.
-      outputs: layers (1 is the first) whose outputs are given, stacked in this order; () for the
-        output of the last one alone.
+      outputs: layers (1 is the first) whose outputs are returned, stacked; () for the last one's.
       remat: see `scanned`. The others: see `PreNormLayer`.
     """
 

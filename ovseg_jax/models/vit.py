@@ -1,9 +1,8 @@
 """The visual encoder: ViT half, binding, ViT half (Sec. 3.1.1, Eq. 2), on a grid of any size.
 
-It is cut in two where the group tokens join: `trunk` sees the image alone, `group` adds the
-tokens, binds and finishes. In the paper they join at the first layer, and the trunk is the patch
-embedding; with `group_layer = n` the first n layers belong to the trunk, which can then be frozen
-and its output cached.
+`trunk` sees the image alone; `group` adds the group tokens, binds and finishes. In the paper the
+trunk is the patch embedding. With `group_layer = n` it has the first n layers too, and can be
+frozen and its output cached.
 """
 
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from ovseg_jax.shapes import Array, Float, UInt8
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-# Keys' cubic kernel has one constant in DINO, DINOv2 and the ViT family, and another one where it
-# is antialiased (Pillow's, and of DINOv2 with registers).
+# Keys' cubic kernel: in DINO, DINOv2 and most ViTs; in Pillow and DINOv2 with registers.
 CUBIC_A = -0.75
 ANTIALIAS_A = -0.5
 
@@ -45,16 +43,14 @@ def cubic_weights(
 ) -> Float[np.ndarray, "target source"]:
     """Matrix of one-dimensional bicubic interpolation, with half-pixel centers; rows sum to one.
 
-    `antialias` widens the kernel where the axis shrinks. Then what lies beyond the border is left
-    out and the rest of the row rescaled; otherwise border values are repeated.
+    `antialias` widens the kernel where the axis shrinks, and rescales rows at the border; otherwise
+    border values are repeated.
     """
-    if antialias:
-        stretch = max(source / target, 1.0)
-        center = (np.arange(target) + 0.5) * source / target
-        distance = np.arange(source)[None] + 0.5 - center[:, None]
-        weights = _cubic(distance / stretch, ANTIALIAS_A)
-        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     center = (np.arange(target) + 0.5) * source / target - 0.5
+    if antialias:
+        distance = np.arange(source)[None] - center[:, None]
+        weights = _cubic(distance / max(source / target, 1.0), ANTIALIAS_A)
+        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     first = np.floor(center).astype(int)
     weights = np.zeros((target, source))
     for offset in range(-1, 3):
@@ -71,8 +67,8 @@ def resize_grid(
 ) -> Float[Array, "L2 D"]:
     """Resizes a row-major table of position embeddings between grids of (rows, columns).
 
-    The scale is the ratio of the two grids, as in transformers. (The first releases of DINO and
-    DINOv2 added 0.1 to the target before, which moves every sample by a little.)
+    The scale is the ratio of the two grids, as in transformers (the first releases of DINO and
+    DINOv2 added 0.1 to the target).
     """
     if source == target:
         return table
@@ -89,13 +85,13 @@ def resize_grid(
 class Rotary:
     """Rotary positions (Su et al., 2021) in the form of DINOv3 (Simeoni et al., 2025).
 
-    They have no parameters: queries and keys are turned by angles that depend on where their patch
-    lies relative to the sides of the image, so that any grid will do.
+    Queries and keys are turned by angles that depend on where their patch lies relative to the
+    sides of the image: there are no parameters, and any grid will do.
 
     Attributes:
       rows, columns: of the patch grid; its patches come last in the sequence, row-major.
       prefix: tokens before the patches (class token, registers), which are not turned.
-      theta: bounds the wavelengths: from 1 (half a side of the image) to nearly theta.
+      theta: wavelengths run from 1 (half a side of the image) to nearly theta.
     """
 
     rows: int
@@ -127,14 +123,13 @@ class Rotary:
 
 @struct.dataclass
 class VisualTokens:
-    """What the visual encoder gives.
+    """The output of the visual encoder.
 
     Attributes:
-      groups, patches: after the final LayerNorm; no patches where the second half sees the groups
-        alone.
-      affinity, assigned, query, key: see `Binding`; after several bindings, the first two are the
-        products of their maps, the others None.
-      whole: the trunk's class token; None where the trunk keeps none.
+      groups, patches: after the final LayerNorm; no patches if the second half sees groups alone.
+      affinity, assigned: see `Binding`; after several bindings, the products of their maps.
+      query, key: see `Binding`; None after several bindings.
+      whole: the trunk's class token, if it keeps one.
     """
 
     groups: Float[Array, "B K D"]
@@ -147,7 +142,7 @@ class VisualTokens:
 
 
 def normalize_image(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Maps 0..255 to zero mean and unit variance with ImageNet's statistics, on the device."""
+    """Maps 0..255 to zero mean and unit variance, with ImageNet's statistics."""
     mean, std = (x[None, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (image.astype(jnp.float32) / 255.0 - mean) / std
 
@@ -164,28 +159,24 @@ class VisualEncoder(Floats):
       group_tokens: N, the learnable tokens that join the image; 0 for as many as groups.
       binding_form: "slot" (`SlotBinding`; N = K) or "grouping_block" (`GroupingBlock`).
       second_stage: what the layers after the binding see: "groups_and_patches" (Eq. 2) or "groups".
-      later_stages: further grouping stages between the binding and the second half, as
-        (group tokens, groups, layers) each; they need the grouping block and a second half that
-        sees groups alone. The model's groups are those of the last stage.
-      second_heads: of the second half, where they are others; 0 takes `heads`.
+      later_stages: (group tokens, groups, layers) of grouping stages between the binding and the
+        second half; only with the grouping block and a second half that sees groups alone.
+      second_heads: of the second half; 0 takes `heads`.
       patch_norm: a LayerNorm follows the patch embedding.
-      group_std: standard deviation of the initial group tokens. At 0.02 they start nearly alike and
-        take long to part; small models trained briefly want 1.
+      group_std: of the initial group tokens. At 0.02 they start nearly alike and take long to part;
+        small models trained briefly want 1.
       group_layer: how many of the first layers see the image alone; 0 in the paper.
-      trunk_width, trunk_heads: of the trunk, where it differs; 0 takes the encoder's.
-      class_token, register_tokens: the trunk carries a class token, and so many tokens without a
-        meaning (Darcet et al., 2024), as pretrained weights do; both end where the groups join.
-      position: "learned" embeddings are added to the patches; "rope" turns queries and keys of the
-        trunk's attention instead (`Rotary`; for group_layer > 0).
-      position_resize: how learned embeddings get to another grid: "bicubic" (DINO, DINOv2) or
-        "bicubic_antialias" (DINOv2 with registers).
+      trunk_width, trunk_heads: of the trunk; 0 takes the encoder's.
+      class_token, register_tokens: what the trunk carries beside the patches, as pretrained weights
+        do (Darcet et al., 2024), until the groups join.
+      position: "learned" embeddings added to the patches, or "rope" (`Rotary`; group_layer > 0).
+      position_resize: to another grid: "bicubic" (DINO, DINOv2) or "bicubic_antialias" (DINOv2
+        with registers).
       rope_theta: see `Rotary`.
-      trunk_norm: a LayerNorm ends the trunk (as the pretrained trunk ends in one).
-      trunk_outputs: layers of the trunk (1 is the first) whose outputs are its features, each
-        through the norm that ends the trunk, side by side along the channels, as DINOv2's dense
-        evaluations do (Oquab et al., 2023, Sec. 7.4). () for the last layer alone.
-      keep_class_token: the class token stays in the trunk's output, before the patches, for a head
-        that judges the whole image.
+      trunk_norm: a LayerNorm ends the trunk.
+      trunk_outputs: layers of the trunk (1 is the first) whose normed outputs are concatenated as
+        its features (Oquab et al., 2023, Sec. 7.4); () for the last layer alone.
+      keep_class_token: the class token stays in the trunk's output, before the patches.
       layer_scale: of the trunk, see `PreNormLayer`. assignment: see `Assignment`.
       drop_path: stochastic-depth rate of the last layer, rising linearly from 0 at the first.
       remat: see `transformer.scanned`.
@@ -282,10 +273,9 @@ class VisualEncoder(Floats):
         return (size // self.patch) ** 2 + self.keep_class_token
 
     def trunk(self, image: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B L D0"]:
-        """Patch embedding, positions and the layers that see the image alone.
+        """Features of L patches, after the class token's with `keep_class_token`.
 
-        Of normalized pixels; what is beyond a multiple of the patch is cut off. Gives features of
-        the L patches, after that of the class token where `keep_class_token` is set.
+        Of normalized pixels; what is beyond a multiple of the patch is cut off.
         """
         batch, height, width, _ = image.shape
         rows, columns, p = height // self.patch, width // self.patch, self.patch
@@ -322,7 +312,7 @@ class VisualEncoder(Floats):
     ) -> VisualTokens:
         """Groups join the trunk's output: the rest of the first half, binding, second half.
 
-        `noise` is Gumbel noise of the assignment instead of a draw, in training.
+        `noise`: see `Assignment.bind`.
         """
         x, whole = features.astype(self.dtype), None
         if self.keep_class_token:

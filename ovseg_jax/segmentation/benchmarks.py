@@ -15,7 +15,8 @@ from PIL import Image
 from ovseg_jax.data import scenes
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
 from ovseg_jax.data.benchmarks.folders import LABEL_MODES, upright_size
-from ovseg_jax.errors import UserError, listed
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 from ovseg_jax.flags import nearest
 from ovseg_jax.segmentation.official_folders import FOLDERS, FolderBenchmark, Labeled
 from ovseg_jax.segmentation.pictures import IMAGES, files_in, read_image

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int64, Integer
 
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
-from ovseg_jax.errors import UserError, replace_file
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import replace_file
 from ovseg_jax.segmentation.benchmarks import Benchmark, words_of
 from ovseg_jax.segmentation.labels import label_maps
 from ovseg_jax.segmentation.protocol import Protocol, is_named, names_hash, protocol_notes

@@ -11,7 +11,8 @@ import jax
 from ml_collections import ConfigDict
 
 from ovseg_jax import flags
-from ovseg_jax.errors import UserError, check_writable
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import check_writable
 from ovseg_jax.segmentation.benchmarks import (
     FOLDER_FIELDS,
     ScenesBenchmark,

@@ -19,7 +19,7 @@ from jaxtyping import Integer
 from PIL import Image
 
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
-from ovseg_jax.errors import listed, replace_file
+from ovseg_jax.files import listed, replace_file
 from ovseg_jax.segmentation.benchmarks import Benchmark, words_of
 from ovseg_jax.segmentation.evaluate import protocol_of, scored_benchmark
 from ovseg_jax.segmentation.labels import label_maps

@@ -21,7 +21,8 @@ from jaxtyping import Integer
 
 from ovseg_jax import sharding
 from ovseg_jax.data.tokenizer import Tokenizer, unmasked
-from ovseg_jax.errors import UserError, listed
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.segmentation import readout
 from ovseg_jax.segmentation.protocol import Protocol
@@ -293,8 +294,9 @@ def image_scores(
         affinity, groups, embedding, *keys = segmenter.encode(pixels)
         grid = readout.grid_shape(*pixels.shape[1:3], affinity.shape[1], protocol.grid)
         results = _window_scores(affinity, groups, embedding, *text, grid, protocol.grouping)
-        keys = tuple(x.reshape(batch_size, *grid, -1) for x in keys)
-        running.append((batch, results + keys * (protocol.border_scale > 0)))
+        if protocol.border_scale:
+            results += tuple(x.reshape(batch_size, *grid, -1) for x in keys)
+        running.append((batch, results))
 
     def finish() -> Iterator[ImageScores]:
         batch, results = running.popleft()

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ovseg_jax.errors import UserError, replace_files
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import replace_files
 from ovseg_jax.models.layers import every_platform
 from ovseg_jax.models.ovsegmentor import STATISTICS
 from ovseg_jax.segmentation.protocol import Protocol

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 import ovseg_jax
 from ovseg_jax import processes, sharding
 from ovseg_jax.errors import RestartError, UserError
+from ovseg_jax.optim.ema_teacher import teacher_of
 from ovseg_jax.progress import Progress, duration
 from ovseg_jax.segmentation.benchmarks import Benchmark
 from ovseg_jax.segmentation.calibrate import calibrated, tune_split
@@ -33,7 +34,7 @@ from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.resume import enter, position_of, start
 from ovseg_jax.train.run import Run, make_run
 from ovseg_jax.train.signals import Interrupted, StopSignal, Watchdog
-from ovseg_jax.train.step import TrainState, teacher_of
+from ovseg_jax.train.step import TrainState
 
 # Masks that cover more of an image than this share tell its regions apart no longer.
 MOST_TARGETS = 0.6

@@ -17,7 +17,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from ovseg_jax.errors import UserError, replace_file
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import replace_file
 from ovseg_jax.models.build import build_model
 from ovseg_jax.train.phases import Phase
 from ovseg_jax.train.step import Program

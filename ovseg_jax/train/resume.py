@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from ovseg_jax import sharding
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model, init_statistics
+from ovseg_jax.optim.ema_teacher import teacher_of
 from ovseg_jax.train.checkpoint import Checkpoints, Misfit
 from ovseg_jax.train.config import changed_fields, complete, plain
 from ovseg_jax.train.phases import Phase
-from ovseg_jax.train.step import Program, TrainState, new_state, teacher_of
+from ovseg_jax.train.step import Program, TrainState, new_state
 
 
 def position_of(program: Program, phase: Phase, step: int) -> dict[str, Any]:

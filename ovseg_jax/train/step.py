@@ -17,7 +17,8 @@ from ovseg_jax import sharding
 from ovseg_jax.models.build import init_params, init_statistics
 from ovseg_jax.models.ovsegmentor import OVSegmentor
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
+from ovseg_jax.optim.ema_teacher import teacher_of
+from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.shapes import Array, Float
 from ovseg_jax.sharding import AnyMesh
 from ovseg_jax.train.apply import Batch, Params, erased_batch
@@ -51,13 +52,6 @@ def new_state(
     trainable, _ = groups.split(params, frozen)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, dict(params), tx.init(trainable), dict(batch_stats or {}))
-
-
-def teacher_of(state: TrainState, frozen: tuple[str, ...]) -> dict[str, Any]:
-    """The teacher's visual encoder, complete: frozen parameters come from the online model."""
-    _, held = groups.split(state.params, frozen)
-    average = find_teacher(state.opt_state)["image_encoder"]
-    return groups.join(held.get("image_encoder", {}), average)
 
 
 def step_rngs(seed: int, step: Any) -> dict[str, jax.Array]:

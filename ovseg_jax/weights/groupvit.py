@@ -1,8 +1,7 @@
 """Checkpoints of GroupViT (Xu et al., 2022) in both of their styles, both ways.
 
-"original" are the names of the authors' code, "transformers" those of the Hugging Face library.
-Both hold the same model. They differ in names, in how attention's three maps are stored (fused or
-apart) and in whether a projector's maps are convolutions over one position.
+"original" are the names of the authors' code, "transformers" those of Hugging Face's library. The
+styles also differ in whether attention's maps are fused and a projector's maps are convolutions.
 """
 
 from collections.abc import Mapping
@@ -43,8 +42,7 @@ ORIGINAL, TRANSFORMERS = "original", "transformers"
 # Attention heads of the visual encoder, which tensors cannot tell.
 HEADS = 6
 
-# Stored, but not used by the model: positions that are counted anew, and a second temperature that
-# only training reads where it is not shared.
+# Stored, but not used by the model: positions, and a second temperature of training.
 UNUSED = (r"text_model\.embeddings\.position_ids", r"multi_label_logit_scale")
 
 # Layers of transformers, of the image and of the text; and of CLIP's text encoder.
@@ -120,14 +118,13 @@ def groupvit_config(
 ) -> dict[str, Any]:
     """The ``config.model`` of a GroupViT checkpoint, whose sizes are those of the tensors.
 
-    Heads are of attention, of the text 0 for one per 64 channels. `grid` has the rows and columns
-    of the position embeddings; None for a square.
+    Args:
+      heads, text_heads: of attention; 0 text heads for one per 64 channels.
+      grid: rows and columns of the position embeddings; None for a square.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form.
     """
-    name = style_of(tensors)
-    style, axes = STYLES[name], 3 if name == ORIGINAL else 2
     style = STYLES[style_of(tensors)]
     sizes = Sizes(tensors, "GroupViT checkpoint")
     first, _, last = (f"{style.projectors[0]}.{name}.weight" for name in style.maps)

@@ -11,10 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ovseg_jax.errors import UserError
-from ovseg_jax.models.build import (
-    START,
-    complete_model,
-)
+from ovseg_jax.models.build import START, complete_model
 from ovseg_jax.weights.links import Link, Shapes, read_links
 from ovseg_jax.weights.tower_links import BERT_ANCHOR, VIT_ANCHORS, from_bert, from_vit
 from ovseg_jax.weights.weight_files import (
@@ -51,11 +48,11 @@ def initial_tower(
 ) -> dict[str, np.ndarray]:
     """Parameters by path, from `config.model.image_init` or `config.model.text_init`.
 
-    A published ViT fills the trunk or all layers of the visual encoder, see `tower_links`; group
-    tokens, binding and neck stay random. A model of ours fills the whole tower.
+    A published ViT fills what `tower_links` says, a model of ours the whole tower.
 
     Args:
-      role: "image" or "text". spec: see `weight_files.find_weights`.
+      role: "image" or "text".
+      spec: see `weight_files.find_weights`.
       shapes: of all the model's parameters.
       resample_to: see `from_vit`; None refuses weights of another grid.
 
@@ -162,7 +159,7 @@ def _remarks(path: Path, model: ConfigDict, role: str) -> list[str]:
 
 
 def start_table(shapes: Shapes, sources: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """What starts from published weights and what does not: rows of a table with its head.
+    """Rows of a table, with its head, of what starts from which weights.
 
     A module with one source is one row; of another module each child is a row, or several.
     `sources` has the spec of the weights that filled a parameter, by path.

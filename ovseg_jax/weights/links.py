@@ -1,10 +1,11 @@
 """The one conversion engine: which published tensors are which of our parameters, both ways.
 
-A `Link` says how some source tensors become some of our parameters, and how the parameters become
-the source tensors again, to the bit. A conversion is total: every source tensor is used once or
-left out by name, and every parameter is filled once.
+A `Link` turns source tensors into parameters of ours, and these into the tensors again, to the bit.
+A conversion is total: every source tensor is used once or left out by name, and every parameter is
+filled once.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -84,20 +85,18 @@ class Link:
     stacked: bool = False
 
 
-def linear(ours: str, *theirs: str, stacked: bool = False, form: str = "linear") -> list[Link]:
+def linear(
+    ours: str, *theirs: str, stacked: bool = False, form: str = "linear", weight: str = "kernel"
+) -> list[Link]:
     """Weight and bias of a linear map, of one layer or of a stack of them."""
     return [
-        Link((f"{ours}/kernel",), tuple(f"{name}.weight" for name in theirs), form, stacked),
+        Link((f"{ours}/{weight}",), tuple(f"{name}.weight" for name in theirs), form, stacked),
         Link((f"{ours}/bias",), tuple(f"{name}.bias" for name in theirs), "vector", stacked),
     ]
 
 
-def norm(ours: str, *theirs: str, stacked: bool = False) -> list[Link]:
-    """Weight and bias of a LayerNorm or batch norm."""
-    return [
-        Link((f"{ours}/scale",), tuple(f"{name}.weight" for name in theirs), "vector", stacked),
-        Link((f"{ours}/bias",), tuple(f"{name}.bias" for name in theirs), "vector", stacked),
-    ]
+# Weight and bias of a LayerNorm or batch norm.
+norm = functools.partial(linear, form="vector", weight="scale")
 
 
 def module(

@@ -78,8 +78,10 @@ class SavedModel:
 def find_model(model: str | os.PathLike) -> Path:
     """The directory of a path, or of the name of a model that comes with this package.
 
-    A model directory of that name in the current folder is preferred; any other folder is not.
-    Where there is neither, a UserError names the models that there are.
+    A model directory of that name in the current folder is preferred.
+
+    Raises:
+      UserError: there is neither; names the models that come with this package.
     """
     name, path = os.fspath(model), Path(model)
     known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
@@ -208,10 +210,17 @@ def check_free(directory: Path) -> None:
         names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     except OSError as error:  # a file is no directory
         raise cannot_write(directory, error) from None
-    if names and not names & {CONFIG, WHOLE}:
+    if names and _format(directory) != FORMAT:
         raise UserError(
             f"{directory} is a folder with other files, {min(names)} for example; name another"
         )
+
+
+def _format(directory: Path) -> Any:
+    try:
+        return json.loads((directory / CONFIG).read_text(encoding="utf-8"))["format"]
+    except (OSError, *_MALFORMED):
+        return None
 
 
 def load_model(model: str | os.PathLike) -> SavedModel:

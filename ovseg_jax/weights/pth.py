@@ -5,6 +5,7 @@ Nothing else needs PyTorch or imports it. No file can run code: PyTorch reads wi
 """
 
 import collections
+import os
 import pickle
 import re
 import warnings
@@ -28,16 +29,19 @@ from ovseg_jax.weights.weight_files import (
     write_safetensors,
 )
 
+# In every file that `write_checkpoint` makes: only such a file may be replaced.
+MARK = "written by ovseg_jax.convert"
+
 # Where training programs put the weights. Of a pair (DINO's), the one that is meant to be used.
 ENTRIES = ("model", "state_dict", "module", "teacher", "model_state_dict", "net")
 # Data parallelism and torch.compile put these before every name.
 WRAPPERS = ("module.", "_orig_mod.")
-# A tensor may be a view of a few elements repeated ("expanded"), so that a small file describes
-# arrays of any size. More than this many times the file is no model.
+# A tensor may repeat a few elements ("expanded"), so that a small file describes a large array.
+# More than this many times the file is no model.
 LARGEST_GROWTH = 8
 
-# Settings and scores that training programs save beside the weights. `weights_only` would refuse
-# a file for them; here each name stands for an object that takes any content and does nothing.
+# Settings and scores beside the weights, for which `weights_only` would refuse a file; here each
+# name stands for an object that takes any content and does nothing.
 _DICTS = """
     yacs.config.CfgNode fvcore.common.config.CfgNode detectron2.config.config.CfgNode
     easydict.EasyDict addict.addict.Dict mmcv.utils.config.ConfigDict
@@ -107,12 +111,27 @@ def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], form: str) -
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not `ascontiguousarray`, which makes a scalar a vector.
         WRITERS[form](partial, {k: np.asarray(v, order="C") for k, v in tensors.items()})
+        if form != "safetensors":
+            # The others are zip archives, which end with the length of their comment, 0 so far.
+            with partial.open("r+b") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(len(MARK).to_bytes(2, "little") + MARK.encode())
         partial.replace(path)
     except UNWRITABLE as error:
         raise cannot_write(path, error) from None
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
+
+
+def is_written_here(path: Path) -> bool:
+    """Whether `write_checkpoint` made a file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:  # safetensors begin with their metadata, archives end with it
+        head = file.read(200)
+        file.seek(max(0, path.stat().st_size - len(MARK)))
+        return MARK.encode() in head + file.read()
 
 
 # ---- PyTorch's files
@@ -128,10 +147,7 @@ def _import_torch() -> ModuleType:
 
 
 def read_state_dict(path: Path, entry: str = "") -> StateDict:
-    """The state dict in a PyTorch file: an entry of it, or all of it.
-
-    Written by today's PyTorch or by one before 1.6; by default the first of `ENTRIES` that is
-    there, at any depth.
+    """The state dict in a PyTorch file: an entry, by default the first of `ENTRIES`, or all of it.
 
     Raises:
       UserError: the file is damaged, of another kind, would run code on load, or holds no state
@@ -249,6 +265,6 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 WRITERS: dict[str, Callable[[Path, Tensors], None]] = {
     "pth": write_torch,
-    "safetensors": write_safetensors,
+    "safetensors": lambda path, tensors: write_safetensors(path, tensors, MARK),
     "npz": lambda path, tensors: np.savez(path, **tensors),
 }

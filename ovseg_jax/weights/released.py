@@ -40,8 +40,8 @@ PROJECTORS = {
     "completion_projector": "bridge_projector",
 }
 
-# What the released code carries along without using it: BERT's pooler and constants, a second
-# temperature, the assignment inside the decoder.
+# Stored without being used: BERT's pooler and constants, a second temperature, the assignment
+# inside the decoder.
 UNUSED = (
     r"text_encoder\.transformer\.(pooler\.dense\.(weight|bias)|embeddings\.(position|token_type)_ids)",
     r"logit_scale_mask",
@@ -52,8 +52,7 @@ UNUSED = (
 # among the extra tensors, with the axis's length, remembers the first form.
 POSITION_AXIS = "pos_embed.leading_axis"
 
-# Attention heads, which tensors cannot tell: of the visual encoder before and after the binding, of
-# the entity decoder and of the text encoder.
+# Attention heads, which tensors cannot tell.
 HEADS = {"heads": 8, "second_heads": 8, "decoder_heads": 8, "text_heads": 12}
 
 # Fields of ``config.model`` in which this model and GroupViT differ from the defaults.
@@ -129,16 +128,17 @@ def released_config(
 ) -> dict[str, Any]:
     """The ``config.model`` of a released checkpoint, whose sizes are those of the tensors.
 
-    Numbers of heads: see `HEADS`, the default. `grid` has the rows and columns of the position
-    embeddings; None for a square.
+    Args:
+      grid: rows and columns of the position embeddings; None for a square.
+      heads: changes to `HEADS`.
 
     Raises:
       UserError: a tensor that sizes are read from is missing or of an unexpected form.
     """
     sizes = Sizes(tensors, "released checkpoint")
-    shape, depth = sizes.shape, sizes.depth
-    heads = HEADS | heads
+    shape, depth, heads = sizes.shape, sizes.depth, HEADS | heads
     image = image_config(sizes, image_names(IMAGE), heads["heads"], grid)
+    image["second_heads"] = heads["second_heads"]
     vocab, text_width = shape(f"{TEXT}.embeddings.word_embeddings.weight", 2)
     fed = f"{DECODER}.0.pre_assign_attn.mlp.fc1.weight"
     decoder_width = shape(fed, 2)[1]
@@ -164,7 +164,6 @@ def released_config(
         "projector_width": shape("img_projector.linear_hidden.0.weight", 3)[0],
         "text_pool": "cls",
     }
-    image["second_heads"] = heads["second_heads"]
     towers = {"image": image, "text": text, "decoder": decoder}
     return architecture({**towers, **MODEL_FIELDS, **joint})
 
@@ -183,9 +182,7 @@ def extra_tensors(tensors: Tensors) -> Tensors:
 def from_released(
     tensors: Tensors, config: Mapping[str, Any] | ConfigDict, origin: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Our parameters, running statistics and teacher, nested NumPy, from a released checkpoint.
-
-    The teacher is the visual encoder's moving average, None where the checkpoint has none.
+    """Our parameters, running statistics and teacher (None without one), nested NumPy.
 
     Raises:
       UserError: lists every tensor of `origin` that is missing, unused or of another shape.

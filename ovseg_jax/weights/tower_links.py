@@ -1,9 +1,8 @@
 """Published ViTs (DINO, DeiT, MAE, DINOv2, DINOv3, ...) and BERTs as our towers.
 
-Where the visual encoder's trunk ends in a norm (`trunk_norm`), the whole ViT becomes the trunk, in
-front of the groups. Otherwise it fills all layers: the first ones before the binding, the others
-after it (paper, Sec. 4.1: layers 0-5 and 6-11 of DINO), and its final norm becomes the encoder's.
-Group tokens, binding and neck are never among the parameters that it fills.
+With `trunk_norm` the whole ViT becomes the visual encoder's trunk. Otherwise it fills the layers
+before and after the binding (Sec. 4.1: layers 0-5 and 6-11 of DINO), and its final norm becomes the
+encoder's. Group tokens, binding and neck stay as they are.
 """
 
 from math import isqrt
@@ -70,12 +69,11 @@ STYLES: dict[str, Style] = {
 }
 # fmt: on
 
-# The names by which a tower is known: what precedes them ("backbone.", "bert.", ...) precedes all.
+# The names by which a tower is known; what precedes them ("backbone.", ...) precedes all names.
 VIT_ANCHORS = tuple(dict.fromkeys(f"{style.patch}.weight" for style in STYLES.values()))
 BERT_ANCHOR = "embeddings.word_embeddings.weight"
 
-# What serves another purpose than features: the mask token and heads of their own training,
-# decoders and classifiers put on top, constants that follow from the config.
+# No features: the mask token, heads, decoders and classifiers, constants.
 VIT_DROPPED = (
     r"(embeddings\.)?mask_token",
     r"(head|fc_norm|pooler|classifier|decoder|local_cls_norm)\..*",

@@ -1,8 +1,8 @@
 """Weight files: where published weights are, what is in them, and which files they must be.
 
-A spec says where: a path, a Python package, or the Hugging Face hub. A model directory that holds
-no copy of published files has a `Reference` to them in its place. No file can run code: NumPy reads
-without pickles, and PyTorch's files go through `pth`.
+A spec says where: a path, a Python package, or the Hugging Face hub. A model directory without a
+copy of published files has a `Reference` to them. No file can run code: NumPy reads without
+pickles, and PyTorch's files go through `pth`.
 """
 
 import dataclasses
@@ -35,8 +35,7 @@ UNREADABLE = (
 # What the writers raise on a full disk.
 UNWRITABLE = (OSError, SafetensorError)
 
-# Files without pickles, by their endings. Every other file is taken for a PyTorch file, whatever
-# its name: .pth, .pt, .bin, .ckpt, .pth.tar, or none of them.
+# Files without pickles. Every other file is taken for a PyTorch file, whatever its name.
 PLAIN = (".safetensors", ".npz", ".onnx")
 # The weights in a folder; towers of the sizes that are read here are never split into several.
 WHOLE = "model.safetensors"
@@ -74,10 +73,9 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def _read_onnx(path: Path) -> Tensors:
-    # Exporters fold what they can compute ahead (a linear map's transposed weight, a position
-    # embedding's slice) into constants called "onnx::...". Such a constant gets its name back from
-    # the node that reads it: the weight of "/a/b/MatMul" is "a.b.weight", transposed to the
-    # [out, in] order of every other weight; that of "/a/Concat_6" is "a.Concat_6".
+    # Exporters fold what they can compute ahead into constants called "onnx::...". They get their
+    # names back from the node that reads them: the weight of "/a/b/MatMul" is "a.b.weight",
+    # transposed to the [out, in] order of other weights; that of "/a/Concat_6" is "a.Concat_6".
     try:
         import onnx
     except ImportError:
@@ -102,9 +100,9 @@ def _read_onnx(path: Path) -> Tensors:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], mark: str = "") -> None:
     """Writes contiguous arrays, with the permissions that any new file of this user has."""
-    save_file(dict(tensors), path)
+    save_file(dict(tensors), path, {"written_by": mark} if mark else None)
     # The library makes files that only their owner may read.
     mask = os.umask(0)
     os.umask(mask)

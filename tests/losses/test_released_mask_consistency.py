@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import group_masks as reference
+from reference import losses as reference
 
 from ovseg_jax import sharding
 from ovseg_jax.losses import released_mask_consistency as losses
@@ -122,7 +122,7 @@ def test_plain_numpy(cost, size):
     values, extra = ours(*arrays, cost=cost, size=size)
     for b in range(B):
         q1, q2, k2 = (np.asarray(x[b], np.float64) for x in arrays[:3])
-        value, fraction = reference.direction(q1, q2, k2, (ROWS, COLUMNS), size, 0.7, cost)
+        value, fraction = reference.group_masks(q1, q2, k2, (ROWS, COLUMNS), size, 0.7, cost)
         np.testing.assert_allclose(values[b], value, rtol=2e-5)
         np.testing.assert_allclose(extra["target_fraction"][b], fraction, rtol=1e-5)
 

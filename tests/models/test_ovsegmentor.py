@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from reference import images
 from reference import transformer as reference
 
 from ovseg_jax import sharding
@@ -20,7 +19,7 @@ IMAGE = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np
 def numpy_visual_tokens(p, image):
     """Eq. 2: layers over [I; G], binding, a layer over [I; G], LayerNorm."""
     embed = p["patch_embed"]
-    x = images.patches(image, 8) @ embed["kernel"] + embed["bias"] + p["position"]
+    x = reference.patches(image, 8) @ embed["kernel"] + embed["bias"] + p["position"]
     x = np.concatenate([x, p["group_token"]])
     for index in range(2):
         layer = reference.layer_of(p["first"]["layers"], index)

@@ -8,7 +8,7 @@ from flax.traverse_util import unflatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from reference import images as reference
+from reference import transformer as reference
 
 from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.vit import (

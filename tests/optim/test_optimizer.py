@@ -15,13 +15,8 @@ from reference.optimizer import AdamW, clipped, rate_at
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.optimizer import (
-    ema_teacher,
-    find_teacher,
-    learning_rate,
-    make_optimizer,
-    warmup_cosine,
-)
+from ovseg_jax.optim.ema_teacher import ema_teacher, find_teacher
+from ovseg_jax.optim.optimizer import learning_rate, make_optimizer, warmup_cosine
 
 SHAPES = {
     "image_encoder/layer/kernel": (3, 2),

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ovseg_jax.optim.optimizer import EmaTeacherState, is_teacher
+from ovseg_jax.optim.ema_teacher import EmaTeacherState, is_teacher
 
 B, M, VOCABULARY = 16, 8, 48
 

@@ -1,6 +1,6 @@
 """Published towers give the same hidden states here as in their own programs.
 
-Tiny random models of transformers (`make_transformers_golden.py` says what made the arrays): all
+Tiny random models of transformers (`golden_models.py` makes the arrays): all
 tokens of padded texts, all patches of images of four sizes (the stored grid, a larger, a smaller
 one, and one with as many cells that is not square). And the two weight packages of the quickstart,
 read for real. Errors are relative to the norm of the whole array.
@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from golden_models import (
     IMAGE_FIELDS,
+    LENGTH,
+    SENTENCES,
+    STEP,
     build,
+    golden_image,
     hidden_states,
     published,
     read,
@@ -21,7 +25,6 @@ from golden_models import (
     save,
     variables,
 )
-from make_package_golden import LENGTH, SENTENCES, STEP, golden_image
 
 from ovseg_jax.data.tokenizer import find_tokenizer
 from ovseg_jax.models.build import build_model, variable_shapes

@@ -1,5 +1,6 @@
 """Published ViTs and BERTs fill our towers, totally, and what they differ in beyond names."""
 
+import itertools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from ovseg_jax.models.build import build_model, variable_shapes
 from ovseg_jax.models.vit import resize_grid
 from ovseg_jax.train.config import load_config
 from ovseg_jax.weights.initialize import initial_tower
-from ovseg_jax.weights.tower_links import from_vit
+from ovseg_jax.weights.tower_links import STYLES, from_vit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Parameters of the visual encoder that no ViT fills.
@@ -40,47 +41,31 @@ def halves(config):
     return build(config, "vit", **fields)
 
 
-def as_released(tensors, registers):
+INNER = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def as_released(tensors, name, registers="register_tokens"):
     """The weights of a hub file under the names of DINO's, DINOv2's and DINOv3's own releases."""
-    names = {
-        "embeddings.cls_token": "cls_token",
-        "embeddings.register_tokens": registers,
-        "embeddings.mask_token": "mask_token",
-        "embeddings.position_embeddings": "pos_embed",
-        "embeddings.patch_embeddings.projection": "patch_embed.proj",
-        "embeddings.patch_embeddings": "patch_embed.proj",
-        "attention.output.dense": "attn.proj",
-        "attention.o_proj": "attn.proj",
-        "intermediate.dense": "mlp.fc1",
-        "output.dense": "mlp.fc2",
-        "mlp.up_proj": "mlp.fc1",
-        "mlp.down_proj": "mlp.fc2",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-        "layernorm.": "norm.",
-        "layer_scale1.lambda1": "ls1.gamma",
-        "layer_scale2.lambda1": "ls2.gamma",
-        "encoder.layer.": "blocks.",
-        "layer.": "blocks.",
-    }
-    renamed = {}
-    for name, value in tensors.items():
-        for theirs, released in names.items():
-            name = name.replace(theirs, released)
-        renamed[name] = value
-    for block in ("blocks.0", "blocks.1"):
-        for kind in ("weight", "bias"):
-            thirds = []
-            for name in ("query", "key", "value"):
-                hub = f"{block}.attention.attention.{name}.{kind}"
-                flat = f"{block}.attention.{name[0]}_proj.{kind}"
-                thirds.append(renamed.pop(hub, renamed.pop(flat, None)))
-            if thirds[1] is None:
-                # DINOv3 multiplies the fused bias by a mask; what the bias holds there is noise.
-                thirds[1] = np.full_like(thirds[0], np.nan)
-                mask = np.repeat(np.float32([1, 0, 1]), len(thirds[0]))
-                renamed[f"{block}.attn.qkv.bias_mask"] = mask
-            renamed[f"{block}.attn.qkv.{kind}"] = np.concatenate(thirds)
+    style = STYLES[name.removesuffix("_registers")]
+    names = dict(zip(style.bare, ("cls_token", registers, "pos_embed"), strict=True))
+    names["embeddings.mask_token"] = "mask_token"
+    maps = {style.patch: "patch_embed.proj", style.norm: "norm"}
+    theirs = (*style.norms, style.attention[3], *style.mlp)
+    for index in range(2):
+        layer, block = style.layer.format(index), f"blocks.{index}."
+        for old, new in zip(theirs, INNER, strict=True):
+            maps[layer + old] = block + new
+        names |= {layer + scale: f"{block}ls{i}.gamma" for i, scale in enumerate(style.scales, 1)}
+    names |= {f"{a}.{kind}": f"{b}.{kind}" for a, b in maps.items() for kind in ("weight", "bias")}
+    renamed = {names[key]: value for key, value in tensors.items() if key in names}
+    for index, kind in itertools.product(range(2), ("weight", "bias")):
+        layer, block = style.layer.format(index), f"blocks.{index}.attn.qkv."
+        thirds = [tensors.get(f"{layer}{stem}.{kind}") for stem in style.attention[:3]]
+        if thirds[1] is None:
+            # DINOv3 multiplies the fused bias by a mask; what the bias holds there is noise.
+            thirds[1] = np.full_like(thirds[0], np.nan)
+            renamed[f"{block}bias_mask"] = np.repeat(np.float32([1, 0, 1]), len(thirds[0]))
+        renamed[block + kind] = np.concatenate(thirds)
     return renamed
 
 
@@ -89,7 +74,7 @@ def test_names_of_the_releases_are_read_like_names_of_files(tmp_path, tiny_confi
     _, shapes = build(tiny_config, name)
     want = read_image(tmp_path, published(name), shapes)
     registers = "storage_tokens" if name == "dinov3" else "register_tokens"
-    released = as_released(published(name), registers)
+    released = as_released(published(name), name, registers)
     if name == "dinov3":
         released["rope_embed.periods"] = np.ones(2, np.float32)
     assert not [key for key in released if "layer" in key or "attention" in key]
@@ -104,7 +89,7 @@ def test_a_plain_vit_fills_both_halves(tmp_path, tiny_config, naming):
     """One layer before the binding, one after it."""
     _, shapes = halves(tiny_config)
     tensors = published("vit")
-    given = as_released(tensors, "") if naming == "release" else tensors
+    given = as_released(tensors, "vit") if naming == "release" else tensors
     got = read_image(tmp_path, given, shapes)
     encoder = {path for path in shapes if path.startswith("image_encoder/")}
     assert set(got) == {path for path in encoder if not path.startswith(FRESH)}

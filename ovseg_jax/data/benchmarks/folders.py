@@ -14,7 +14,8 @@ from PIL import Image
 
 from ovseg_jax.data.benchmarks.class_tables import ClassTable, WrongLabels, class_table
 from ovseg_jax.data.decoding import orientation_of
-from ovseg_jax.errors import UserError, listed
+from ovseg_jax.errors import UserError
+from ovseg_jax.files import listed
 
 LABEL_MODES = ("L", "P", "I", "I;16")  # of Pillow: one number a pixel
 
