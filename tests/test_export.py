@@ -21,7 +21,7 @@ from ovseg_jax import convert, export, flags
 from ovseg_jax.errors import UserError
 from ovseg_jax.models.build import build_model
 from ovseg_jax.models.layers import contract, every_platform
-from ovseg_jax.optim.optimizer import find_teacher
+from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.segmentation.protocol import Protocol
 from ovseg_jax.segmentation.scores import ModelSegmenter
 from ovseg_jax.train.checkpoint import Checkpoints

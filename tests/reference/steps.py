@@ -9,8 +9,8 @@ import numpy as np
 
 from ovseg_jax import sharding
 from ovseg_jax.models.build import init_statistics
-from ovseg_jax.optim.groups import flatten, split
 from ovseg_jax.optim.ema_teacher import find_teacher
+from ovseg_jax.optim.groups import flatten, split
 from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
 from ovseg_jax.train.step import (

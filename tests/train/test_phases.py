@@ -10,7 +10,8 @@ from reference.batches import adam_of
 
 from ovseg_jax.errors import UserError
 from ovseg_jax.optim import groups
-from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
+from ovseg_jax.optim.ema_teacher import find_teacher
+from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.config import load_config
 from ovseg_jax.train.phases import make_phases, weak_phases
 from ovseg_jax.train.resume import next_phase_state

@@ -11,8 +11,8 @@ from reference.batches import B, adam_of, make_batch
 from ovseg_jax import sharding
 from ovseg_jax.aot import COLLECTIVES, collectives_of
 from ovseg_jax.errors import UserError
+from ovseg_jax.optim.ema_teacher import find_teacher
 from ovseg_jax.optim.groups import flatten
-from ovseg_jax.optim.optimizer import find_teacher
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from reference.steps import NO_GRADIENT, assert_same, make_step, steps_of, take_
 
 from ovseg_jax import sharding
 from ovseg_jax.models.build import build_model, init_params
-from ovseg_jax.optim.ema_teacher import teacher_of
+from ovseg_jax.optim.ema_teacher import find_teacher, teacher_of
 from ovseg_jax.optim.groups import flatten, nest
-from ovseg_jax.optim.optimizer import find_teacher, make_optimizer
+from ovseg_jax.optim.optimizer import make_optimizer
 from ovseg_jax.train.loss import joint_loss, per_example_outputs
 from ovseg_jax.train.resume import next_phase_state
 from ovseg_jax.train.step import in_one, in_parts, new_state, step_rngs
