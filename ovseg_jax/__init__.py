@@ -10,14 +10,21 @@ found.groups  # [height, width]: the group of each pixel
 model.embed_image("street.jpg") @ model.embed_text(["a street", "a beach"], ["{}"]).T
 """
 
+import os
 import sys
 from typing import Any
 
 if sys.argv[:1] == ["-m"]:
     # `python -m ovseg_jax.main` begins here. Its imports take seconds, and Ctrl-C then is no fault.
     def _say_interrupted(kind: Any, error: BaseException, trace: Any) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
+        # A library may say that its import failed, because of the interrupt.
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            print("interrupted", file=sys.stderr, flush=True)
+            if not isinstance(error, KeyboardInterrupt):
+                os._exit(130)
         else:
             sys.__excepthook__(kind, error, trace)
 

@@ -6,7 +6,9 @@ field of a phase that the file leaves out, and silently reads words=a,b as the o
 """
 
 import ast
+import contextlib
 import difflib
+import errno
 import importlib.util
 import math
 import os
@@ -299,15 +301,18 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the arguments of the process and exit: 0, or what it returns.
 
     The error's own code (2, or `errors.RESTART`) after a UserError, printed as 'error: ...' without
-    a traceback; 130 after Ctrl-C, and 141 where the reader of our output has gone (``| head``).
+    a traceback; 130 after Ctrl-C, 141 where the reader of our output has gone (``| head``), and 2
+    where the output cannot be written.
     """
     try:
         try:
             code = main(sys.argv[1:])
         finally:
-            sys.stdout.flush()  # a broken pipe shows here, and not after the last line of Python
+            if sys.stdout is not None:
+                # A broken pipe or a full disk shows here, and not after the last line of Python.
+                sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output(sys.stdout, sys.stderr)
         code = 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -315,4 +320,17 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _discard_output(sys.stdout)
+        print("error: the output cannot be written: the disk is full", file=sys.stderr)
+        code = 2
     sys.exit(code or 0)
+
+
+def _discard_output(*streams: Any) -> None:
+    """Python writes what is left in these streams at its end, which would fail once more."""
+    for stream in filter(None, streams):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

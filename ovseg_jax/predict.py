@@ -49,6 +49,8 @@ FORMATS = {
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 # Image formats whose further frames are pictures too; those of others are previews or depths.
 _OF_FRAMES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+# What is meant as a number or a switch, and not as a word for the background.
+_NO_WORD = re.compile(r"[^\w\s]*[\d\u00bc-\u00be]|(none|off|on|true|false|yes|no|null)$", re.I)
 # By this we know our own files.
 _MARK = "written by ovseg_jax.predict"
 
@@ -187,13 +189,13 @@ def _background(text: str | None) -> dict[str, Any]:
     if text is None or text.strip().lower() == "none":
         return {"background": text is None}
     try:
-        threshold = float(text)
+        threshold = float(text.replace("_", "no digit"))
     except ValueError:
         words = [word for word in split_at_commas(text) if word]
         if not words:
             raise UserError("--background is a threshold, 'none', or words") from None
-        if numbers := [word for word in words if re.fullmatch(r"[\d.+-]+\s*%?", word)]:
-            hint = f"{numbers[0]!r} is no word; a threshold is written as 0.5"
+        if wrong := [word for word in words if _NO_WORD.match(word)]:
+            hint = f"{wrong[0]!r} is no word; a threshold is written as 0.5, and none stands alone"
             raise UserError(f"--background={text}: {hint}") from None
         return {"background": words}
     if not 0 <= threshold <= 1:
@@ -308,7 +310,7 @@ def _animation(source: str) -> Iterator[np.ndarray]:
         with opened(Path(source).read_bytes()) as image:
             for number in range(image.n_frames):
                 image.seek(number)
-                yield np.asarray(upright(image.copy()))
+                yield np.asarray(upright(image))
     except (OSError, UnreadableImage) as error:
         raise UserError(f"{source} cannot be read as an animation ({error})") from None
 

@@ -152,7 +152,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """A gray image of 16 or 32 bits, which Pillow would clip at 255 instead of scaling it.
 
     The largest value is what a TIFF file says; else 65535 for 16 bits, 255 or 65535 for 32, and 1
-    or 255 for floating point, whichever the values reach.
+    or 255 for floating point, where the values reach half of it. Others are refused: 12 bits stored
+    in 16, or percents, would be nearly black.
     """
     values = np.asarray(image, np.float64)
     tags = getattr(image, "tag_v2", {})
@@ -160,7 +161,9 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     tops = (1, 255) if image.mode == "F" else (255, 65535)
     tops = told[:1] if told.size else (65535,) if image.mode.startswith("I;16") else tops
     low, high = values.min(initial=0), values.max(initial=0)
-    top = next((top for top in tops if 0 < top and low >= 0 and high <= top), None)
+    least = 0 if told.size or not high else 0.5
+    fits = (top for top in tops if 0 < top and low >= 0 and least * top <= high <= top)
+    top = next(fits, None)
     if top is None:
         values = f"gray values from {low:g} to {high:g} in mode {image.mode}"
         raise UnreadableImage("unknown range", f"{values}; save them as 0 to 255")

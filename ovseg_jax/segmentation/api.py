@@ -180,9 +180,10 @@ def _check_options(background: Any, threshold: Any, words: Any) -> None:
         raise UserError(f"background is not {background!r}: a least probability is the threshold")
     if not isinstance(background, bool) and not ordered(background, "background"):
         raise UserError("background is True, False, or a list of at least one word for it")
-    if not (threshold is None or isinstance(threshold, numbers.Real)):
+    real = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if threshold is not None and not (real and 0 <= threshold <= 1):
         raise UserError(f"threshold is a probability, or None for the model's; not {threshold!r}")
-    if not isinstance(words, numbers.Integral) or words < 0:
+    if not isinstance(words, numbers.Integral) or isinstance(words, bool) or words < 0:
         raise UserError(f"words is {words!r}; it must be at least 1, or 0 for as in calibration")
 
 

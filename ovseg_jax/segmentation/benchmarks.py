@@ -14,7 +14,7 @@ from PIL import Image
 
 from ovseg_jax.data import scenes
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
-from ovseg_jax.data.benchmarks.folders import LABEL_MODES, upright_size
+from ovseg_jax.data.benchmarks.folders import LABEL_MODES, stored_values, upright_size
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import listed
 from ovseg_jax.flags import nearest
@@ -118,6 +118,11 @@ class OwnFolder:
         if wrong:
             which = f"{len(wrong)} of {len(self)} masks"
             raise UserError(f"benchmark folder: {which} cannot be used: {listed(wrong, '; ')}")
+        if self.has_background and 0 not in present:
+            hint = "labels are the numbers of lines, from 0 up; these may count from 1"
+            raise UserError(
+                f"benchmark folder: none of {len(self)} masks has the value 0, background: {hint}"
+            )
         if self.has_background and not present - {0, IGNORE}:
             values = " and ".join(map(str, sorted(present)))
             hint = f"labels are the numbers of lines, 1 and up; {IGNORE} is ignored"
@@ -129,12 +134,14 @@ class OwnFolder:
         for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"benchmark folder: {self._root} has no folder {folder.name}")
-        (paths, others), (masks, more) = files_in(folders[0], IMAGES), files_in(folders[1], ".png")
-        images: dict[str, Path] = {}
-        for path in paths:
-            if path.stem in images:
-                raise UserError(f"benchmark folder: {images[path.stem]} and {path} have one name")
-            images[path.stem] = path
+        paths, others = files_in(folders[0], IMAGES)
+        masks, more = files_in(folders[1], (".png",))
+        images = {path.stem: path for path in paths}
+        for files in (paths, masks):
+            names = {path.stem: path for path in files}
+            if same := [path for path in files if names[path.stem] != path]:
+                both = f"{same[0]} and {names[same[0].stem]}"
+                raise UserError(f"benchmark folder: {both} have one name: remove or rename one")
         passed_over = [path.name for path in others + more]
         beside = f"; there are {listed(passed_over)}" if passed_over else ""
         if not masks:
@@ -163,7 +170,8 @@ class OwnFolder:
         try:
             width, height = upright_size(image_path)
             with Image.open(mask_path) as mask:
-                mode, values = mask.mode, np.asarray(mask)
+                mode = mask.mode
+                values = stored_values(mask) if mode in LABEL_MODES else np.asarray(mask)
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise UserError(f"{mask_path} or its image cannot be read ({error})") from None
         if mode not in (*LABEL_MODES, "1"):

@@ -70,11 +70,11 @@ def read_image(image: AnyImage) -> np.ndarray:
 
 
 def files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """(files whose names end so, in any case; the other files), by name; without those of other
-    programs, such as .DS_Store."""
-    files = sorted(p for p in folder.iterdir() if not is_foreign(p.name) and p.is_file())
-    wanted = [path for path in files if path.suffix.lower() in suffixes]
-    return wanted, [path for path in files if path not in set(wanted)]
+    """(files whose names end so, in any case; all else, such as folders and links to nothing), by
+    name, without what other programs left (.DS_Store)."""
+    paths = sorted(path for path in folder.iterdir() if not is_foreign(path.name))
+    wanted = [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
+    return wanted, [path for path in paths if path not in set(wanted)]
 
 
 # ---- drawing

@@ -6,8 +6,11 @@
 Both compare unit embeddings of whole images with those of texts, and need no masks.
 """
 
+import contextlib
+import csv
+import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +53,8 @@ def whole_image_sets(names: Sequence[str], data_dir: str) -> dict[str, ImagesWit
 def _class_folders(root: Path) -> ImagesWithTexts:
     files, texts, match, passed_over = [], [], [], []
     for path in sorted(path for path in root.iterdir() if not is_foreign(path.name)):
-        images, others = files_in(path, IMAGES) if path.is_dir() else ([], [])
+        is_class = path.is_dir() and not path.name.startswith(".")
+        images, others = files_in(path, IMAGES) if is_class else ([], [])
         passed_over += [f"{path.name}/{other.name}" for other in others] if images else [path.name]
         if images:
             match += [len(texts)] * len(images)
@@ -64,13 +68,11 @@ def _class_folders(root: Path) -> ImagesWithTexts:
 
 def _captioned(root: Path) -> ImagesWithTexts:
     path, numbers, texts, match = root / "captions.tsv", {}, [], []
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"benchmark retrieval: line {number} of {path}"
-        name, _, caption = (part.strip() for part in line.partition("\t"))
-        if not (name and caption):
+    for line, cells in _tab_separated(path):
+        where = f"benchmark retrieval: line {line} of {path}"
+        if len(cells) != 2 or not all(cells):
             raise UserError(f"{where} is not a file's name, a tab, and a caption")
+        name, caption = cells
         if not (root / name).is_file():
             raise UserError(f"{where}: no file {root / name}")
         match.append(numbers.setdefault(name, len(numbers)))
@@ -78,6 +80,19 @@ def _captioned(root: Path) -> ImagesWithTexts:
     if not texts:
         raise UserError(f"benchmark retrieval: {path} has no captions")
     return ImagesWithTexts([root / name for name in numbers], texts, match, [])
+
+
+def _tab_separated(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of the last line, cells) of each row. Quotes around whole cells, as spreadsheets and
+    pandas write them, belong to the format where every quoted cell is closed; else to the texts."""
+    text = read_text(path).removeprefix("\ufeff")
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        lines = io.StringIO(text, newline="")
+        reader = csv.reader(lines, delimiter="\t", quoting=quoting, strict=True)
+        with contextlib.suppress(csv.Error):
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+            return iter([(line, cells) for line, cells in rows if any(cells)])
+    raise UserError(f"benchmark retrieval: {path} is no table with tabs between its columns")
 
 
 def model_facts(model: str, info: Mapping[str, Any]) -> dict[str, str]:

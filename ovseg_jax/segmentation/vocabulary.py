@@ -33,6 +33,8 @@ def ordered(items: Any, what: str) -> list[str]:
         raise UserError(f"{what} is a list, whose order numbers the labels; not a {kind}")
     if not all(isinstance(item, str) for item in items):
         raise UserError(f"{what} is a list of texts, not {items!r}")
+    if wrong := [item for item in items if any("\ud800" <= sign <= "\udfff" for sign in item)]:
+        raise UserError(f"{what}: {wrong[0]!r} is no text in UTF-8: check the terminal's encoding")
     return list(items)
 
 
@@ -116,8 +118,9 @@ def read_words(
 
     There is one entry a line, or a single line with commas between them; a comma that belongs to a
     name is written ``\,``. Blank lines and comments (#) are passed over, and so are numbers before
-    the names (``0: cat``) that count up from one of `numbered_from`. UserError where there is no
-    entry, one is empty, or reading on would move a label's number.
+    or behind the names (``0: cat``, ``0 cat``, ``cat: 0``) that count up from one of
+    `numbered_from`. UserError where there is no entry, one is empty or in quotes or brackets, or
+    reading on would move a label's number.
     """
     # Not `splitlines`, which also ends lines at U+0085, U+2028 and others: the labels would move.
     lines = [line.strip() for line in re.split("\r\n?|\n", text.removeprefix("\ufeff"))]
@@ -133,7 +136,14 @@ def read_words(
         entries = [row[0] for row in rows]
     if "" in entries:
         raise UserError(f"{where}: there is an empty name between commas")
+    digits = [entry.isdecimal() for entry in entries]
+    for entry, number in zip(entries, digits, strict=True):
+        if re.search(r"^[\[{'\"]|^[-*] |[\]}'\"]$|;", entry) or number and not all(digits):
+            hint = "write the names alone, a line each, or with commas between them"
+            raise UserError(f"{where}: the entry {entry!r} is no name: {hint}")
     entries = _without_numbers(entries, where, numbered_from)
+    if tabs := [entry for entry in entries if "\t" in entry]:
+        raise UserError(f"{where}: the entry {tabs[0]!r} has a tab: write the names alone")
     entries = entries[entries[:1] == [_IGNORED] :]
     background = bool(entries) and entries[0].lower() in BACKGROUND_NAMES
     entries = entries[background:]
@@ -152,21 +162,29 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _without_numbers(entries: list[str], where: str, first: tuple[int, ...]) -> list[str]:
-    numbered = [re.fullmatch(r"(\d{1,9})\s*[:\t]\s*(\S.*)", entry) for entry in entries]
+    if entries[0].lower() in BACKGROUND_NAMES and len(entries) > 1:  # without a number it is 0
+        return [entries[0], *_without_numbers(entries[1:], where, (1,))]
+    forms = (
+        r"(?P<number>\d{1,9})\s*[:\t]\s*(?P<name>\S.*)",
+        r"(?P<number>\d{1,9})[.)]?\s+(?P<name>\S.*)",
+        r"(?P<name>\S.*?)\s*[:\t]\s*(?P<number>\d{1,9})",
+    )
+    matches = [[re.fullmatch(form, entry) for entry in entries] for form in forms]
+    # A single name may be like the later forms, as "7 up" is; a whole list is not.
+    several = matches if len(entries) > 1 else []
+    numbered = next((found for found in several if all(found)), matches[0])
     if not any(numbered):
         return entries
-    if entries[0].lower() in BACKGROUND_NAMES:  # without a number it is 0
-        return [entries[0], *_without_numbers(entries[1:], where, (1,))]
     if not all(numbered):
         entry = entries[numbered.index(None)]
         raise UserError(f"{where}: some entries are numbered, but not {entry!r}")
-    numbers = [int(match[1]) for match in numbered]
+    numbers = [int(match["number"]) for match in numbered]
     if numbers[0] not in first or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise UserError(
             f"{where}: the numbers {', '.join(map(str, numbers[:5]))}... do not count up from "
             f"{' or '.join(map(str, first))} as labels do: sort the entries and fill the gaps"
         )
-    return [match[2] for match in numbered]
+    return [match["name"] for match in numbered]
 
 
 def word_list(name: str) -> tuple[str, ...]:

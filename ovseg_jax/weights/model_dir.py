@@ -83,6 +83,8 @@ def find_model(model: str | os.PathLike) -> Path:
     Raises:
       UserError: there is neither; names the models that come with this package.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(f"a model is the path of its directory or a name, not {model!r}")
     name, path = os.fspath(model), Path(model)
     known = sorted(config.parent.name for config in SHIPPED.glob(f"*/{CONFIG}"))
     if name not in known:

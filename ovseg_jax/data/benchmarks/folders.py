@@ -154,7 +154,13 @@ def png_values(path: Path) -> Integer[np.ndarray, "H W"]:
         if image.mode not in LABEL_MODES:
             wrong = f"{path} holds {image.mode} pixels and should hold labels"
             raise UserError(f"{wrong}; copy the official file again")
-        return np.asarray(image)
+        return stored_values(image)
+
+
+def stored_values(image: Image.Image) -> Integer[np.ndarray, "H W"]:
+    """The labels of an opened mask. Pillow stretches gray of 2 and 4 bits to 255: undone here."""
+    stored = str(image.tile[0][3]) if image.tile else ""
+    return np.asarray(image) // np.uint8({"L;2": 85, "L;4": 17}.get(stored, 1))
 
 
 # ---- sets that `builders` has written, read back without TensorFlow
