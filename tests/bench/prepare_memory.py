@@ -36,12 +36,12 @@ prepare(MadeUp({count}), Path({out!r}), parse_choice("published"), Rules(),
 LOAD = """
 from pathlib import Path
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.examples import Loader
 from ovseg_jax.data.records import ArrayRecordSource
 from ovseg_jax.data.tokenizer import Tokenizer
 source = ArrayRecordSource({out!r})
 spec = {{"text_length": 16, "transform": {{"kind": "crop", "size": 32}}}}
-loader = make_loader(source, EntitySet(source.manifest.entities), Tokenizer({tokens!r}), spec,
+loader = Loader(source, EntitySet(source.manifest.entities), Tokenizer({tokens!r}), spec,
                      batch_size=256, seed=0, first_step=0, last_step=20, with_pairs=True)
 assert sum(int(batch["pair_weight"].sum()) for batch in loader) > 20 * 200
 """

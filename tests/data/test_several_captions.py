@@ -3,16 +3,7 @@
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from small_set import (
-    ENTITIES,
-    NAMES,
-    SPEC,
-    TEMPLATES,
-    make_tokenizer,
-    read_batches,
-    text_ids,
-)
-from small_set import make_source as small
+from small_set import ENTITIES, NAMES, SPEC, TEMPLATES, make_source, read_batches, text_ids
 
 from ovseg_jax.data.examples import MOST_NAMES, caption_set
 from ovseg_jax.data.records import ClassCaptions, Record
@@ -33,32 +24,13 @@ def captions_of(index):
 
 @pytest.fixture(scope="module")
 def source():
-    images = [small()[0].image] * COUNT
+    images = [make_source()[0].image] * COUNT
     return MemorySource([Record(x, captions_of(i), f"k{i}") for i, x in enumerate(images)])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def read(tokenizer):
-    def read(source, **changes):
-        settings = {"batch_size": 6, "last_step": STEPS, "threads": 0, **changes}
-        return read_batches(source, tokenizer, **settings)
-
-    return read
-
-
-@pytest.fixture(scope="module")
-def batches(source, read):
-    return read(source)
-
-
-def drawn_in(batches, tokenizer, source):
+def drawn_in(source, tokenizer, steps):
     """(record, number of the caption, caption, example) of each example."""
-    for batch in batches:
+    for batch in read_batches(source, tokenizer, batch_size=6, last_step=steps, threads=0):
         for at, index in enumerate(map(int, batch["record"])):
             captions = list(source[index].captions)
             ids = tokenizer.encode(captions, SPEC["text_length"])
@@ -67,9 +39,9 @@ def drawn_in(batches, tokenizer, source):
             yield index, number, captions[number], {name: x[at] for name, x in batch.items()}
 
 
-def test_every_caption_is_drawn_and_the_rest_follows_it(source, tokenizer, batches):
+def test_every_caption_is_drawn_and_the_rest_follows_it(source, tokenizer):
     seen, partners = {}, 0
-    for index, number, caption, example in drawn_in(batches, tokenizer, source):
+    for index, number, caption, example in drawn_in(source, tokenizer, STEPS):
         seen.setdefault(index, []).append(number)
         masked, prompts = text_ids(caption, tokenizer)
         np.testing.assert_array_equal(example["masked_ids"], masked)
@@ -101,11 +73,11 @@ def test_photographs_of_a_class_are_alike_whatever_was_drawn():
     assert other[0] in sets[0] and other[0] == sets[2][0]
 
 
-def test_mixture_of_captions_and_class_names(source, read, tokenizer):
+def test_mixture_of_captions_and_class_names(source, tokenizer):
     photographs = MemorySource([source[index] for index in range(6, COUNT)], "photographs")
     captions = MemorySource([source[index] for index in range(6)], "captions")
     mixture = Mixture([captions, photographs], [1, 1])
-    found = list(drawn_in(read(mixture, last_step=6), tokenizer, mixture))
+    found = list(drawn_in(mixture, tokenizer, 6))
     assert sum(index >= 6 for index, *_ in found) == 18
     assert all(example["weight"] for *_, example in found)
     prompts = {example["prompt_ids"].tobytes() for *_, example in found}

@@ -77,10 +77,8 @@ def find_root(
     A UserError names what the likeliest folder lacks.
     """
     if not str(directory):
-        wanted = ", ".join(needed).replace("|", " or ")
-        raise UserError(
-            f"benchmark {name} needs its official folder (with {wanted}): give --{field}"
-        )
+        official = f"its official folder (with {', '.join(needed).replace('|', ' or ')})"
+        raise UserError(f"benchmark {name} needs {official}: give --{field}")
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")

@@ -64,11 +64,9 @@ def png_files(
         if not keys:
             raise UserError(f"benchmark {name}: {folder} holds no files {pattern}; unpack it again")
     files = tuple(folder / f"{key}{suffix}" for key in keys)
+    largest = len(table.values) if in_order else table.largest
     values = tuple(value + offset for value in table.values)
-    largest = table.largest
-    if in_order:
-        largest = len(values)
-        values = tuple(range(1, largest + 1))
+    values = tuple(range(1, largest + 1)) if in_order else values
 
     def read_labels(index: int) -> UInt8[np.ndarray, "H W"]:
         pixels = png_values(files[index])
@@ -141,9 +139,8 @@ def context_mat(name: str, root: Path, path: Path, split: str) -> Labels:
     for file, names in ((all_names, set(numbers)), (few_names, few)):
         if lacking := sorted(set(table.names) - names):
             classes = f"{', '.join(lacking[:5])} ({len(lacking)} of 59 classes)"
-            raise UserError(
-                f"benchmark {name}: {file} lacks {classes}; copy the official file again"
-            )
+            wrong = f"{file} lacks {classes}"
+            raise UserError(f"benchmark {name}: {wrong}; copy the official file again")
     values = tuple(numbers[official] for official in table.names)
     keys = read_names(name, listed)
     files = [path / f"{key}.mat" for key in keys]

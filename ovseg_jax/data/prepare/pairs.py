@@ -120,6 +120,22 @@ def network_errors(path: AnyPath, *expected: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({error}); {again}") from error
 
 
+def existing_folder(text: str | AnyPath, flag: str = "source") -> AnyPath:
+    """The path of a folder; a UserError names the flag that it is of, if there is none."""
+    path = parse_path(text)
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; check --{flag}")
+    return path
+
+
+def read_file(path: AnyPath) -> bytes | None:
+    """The content of a file; None if there is none, or a disk of this machine cannot read it."""
+    expected = (FileNotFoundError, IsADirectoryError)
+    with contextlib.suppress(OSError), network_errors(path, *expected):
+        return path.read_bytes()
+    return None
+
+
 def is_file(path: AnyPath) -> bool:
     """Whether there is a file at this path."""
     return path.exists() and not path.is_dir()

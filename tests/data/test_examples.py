@@ -5,16 +5,13 @@ import logging
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, joined, text_ids
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, joined, load, text_ids
 
 from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.examples import entity_set_hash
-from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import Record
 from ovseg_jax.data.words import caption_nouns
 from ovseg_jax.errors import UserError
-
-PLAIN = {"seed": 0, "first_step": 0, "with_pairs": False}
 
 
 def test_shapes_and_types(read):
@@ -98,8 +95,7 @@ def test_texts_are_those_of_the_record(read, source, tokenizer):
 
 
 def test_broken_image_keeps_its_slot(source, tokenizer, caplog):
-    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 7, "with_pairs": True}
-    loader = make_loader(source, ENTITIES, tokenizer, SPEC, **settings)
+    loader = load(source, tokenizer)
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
     assert dict(loader.failures) == {f"key-{BROKEN}": "not an image: 7 bytes"}
@@ -128,7 +124,7 @@ class _Flaky(MemorySource):
 def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
     no_text = Record(source[1].image, ("\udc80",), "u")
     flaky = _Flaky([source[index] for index in range(6)] + [no_text])
-    loader = make_loader(flaky, ENTITIES, tokenizer, SPEC, **PLAIN, batch_size=7, last_step=1)
+    loader = load(flaky, tokenizer, batch_size=7, last_step=1)
     (batch,) = loader
     lost = batch["record"][batch["weight"] == 0]
     assert sorted(lost) == [BROKEN, 4, 6]
@@ -138,7 +134,7 @@ def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
 
 def test_a_set_without_records_is_a_user_error(tokenizer):
     with pytest.raises(UserError, match="no records"):
-        make_loader(MemorySource([]), ENTITIES, tokenizer, SPEC, **PLAIN, batch_size=8, last_step=1)
+        load(MemorySource([]), tokenizer)
 
 
 def test_entity_set_hash_is_stable():
@@ -150,11 +146,9 @@ def test_entity_set_hash_is_stable():
 
 
 @pytest.mark.parametrize("masking", ["single_entity", "all_nouns", "mlm"])
-def test_masking_objectives_in_batches(source, tokenizer, masking):
-    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": False}
-    spec = {**SPEC, "masking": masking}
-    batches = list(make_loader(source, ENTITIES, tokenizer, spec, **settings))
-    default = list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+def test_masking_objectives_in_batches(read, tokenizer, masking):
+    batches = read(spec={**SPEC, "masking": masking}, last_step=3)
+    default = read(last_step=3)
     mask, several = tokenizer.mask_id, 0
     for batch, plain in zip(batches, default, strict=True):
         np.testing.assert_array_equal(batch["image"], plain["image"])
@@ -177,10 +171,9 @@ def test_masking_objectives_in_batches(source, tokenizer, masking):
     assert several or masking == "mlm"
 
 
-def test_examples_hold_nouns_or_say_that_they_are_absent(source, tokenizer):
+def test_examples_hold_nouns_or_say_that_they_are_absent(read, source, tokenizer):
     spec = {**SPEC, "templates": ("a {}",), "nouns": 4}
-    settings = {**PLAIN, "batch_size": 23, "last_step": 1}
-    (batch,) = make_loader(source, ENTITIES, tokenizer, spec, **settings)
+    (batch,) = read(spec=spec, batch_size=23, last_step=1)
     columns = (batch["record"], batch["noun_ids"], batch["noun_present"])
     for index, ids, present in zip(*columns, strict=True):
         nouns = [] if index == BROKEN else caption_nouns(source[int(index)].captions[0])
