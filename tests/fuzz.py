@@ -122,10 +122,6 @@ def changed(rng: random.Random, tree: object) -> object:
     return tree
 
 
-def lines_of(data: bytes) -> list[bytes]:
-    return [line for line in data.split(b"\n") if line.strip(b"\r")]
-
-
 def counted(items: list) -> list:
     """The pairs of a source, after `prepare` counted each as kept or dropped."""
     tally = Tally()
@@ -203,7 +199,7 @@ def tables(rng: random.Random, folder: Path) -> bool:
     # A kept pair has the captions of every row with its image, and another pair is one row.
     count = sum(max(1, len(pair.captions)) for pair in pairs)
     count += "named by its header" in source.name
-    lines = lines_of(data.removeprefix(b"\xef\xbb\xbf"))
+    lines = [x for x in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if x.strip(b"\r")]
     rows = [cells for _, cells in source._rows(0)]
     assert count == len(rows) <= len(lines) <= sum(1 + "".join(r).count("\n") for r in rows)
     if not source._quoted:

@@ -30,10 +30,9 @@ _BITS = 40
 
 
 def _scenes(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
-    entities = EntitySet(scene_entity_table())
     fields = config.scenes
-    source = ScenesSource(fields.split, fields.count, fields.seed, fields.size, entities)
-    return source, entities
+    source = ScenesSource(fields.split, fields.count, fields.seed, fields.size)
+    return source, EntitySet(scene_entity_table())
 
 
 def _records(config: ConfigDict) -> tuple[RecordSource, EntitySet]:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ovseg_jax.data import scenes
-from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.scenes import backgrounds, drawing, objects
 from ovseg_jax.data.scenes import layout as arrangement
 from ovseg_jax.data.scenes.__main__ import main
@@ -212,16 +211,12 @@ def test_captions_have_sentence_form(layouts):
 
 
 def test_source_gives_records():
-    entities = EntitySet(scenes.scene_entity_table())
-    source = scenes.ScenesSource("train", 6, seed=2, size=40, entities=entities)
+    source = scenes.ScenesSource("train", 6, seed=2, size=40)
     assert len(source) == 6 and source.name == "scenes"
     records = [source[index] for index in range(6)]
     assert [record.captions for record in records] == source.captions()
     assert [record.key for record in records] == source.keys()
     assert records[3].key == "train-2-0000003"
-    found = [entities.find(text) for (text,) in source.captions()]
-    assert [record.entities for record in records] == found
-    assert any(record.entities for record in records)
     pixels = np.asarray(Image.open(io.BytesIO(records[4].image)))
     np.testing.assert_array_equal(pixels, scenes.scene_at(2, "train", 4, 40).image)
     with pytest.raises(IndexError):
