@@ -5,20 +5,7 @@ import logging
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from small_set import (
-    BROKEN,
-    ENTITIES,
-    NAMES,
-    SPEC,
-    TEMPLATES,
-    WORDS,
-    assert_same,
-    joined,
-    load,
-    make_source,
-    read_batches,
-    text_ids,
-)
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, joined, load, text_ids
 
 from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.examples import MOST_NAMES, caption_set, entity_set_hash
@@ -213,14 +200,14 @@ def captions_of(index):
 
 
 @pytest.fixture(scope="module")
-def several():
-    images = [make_source()[0].image] * COUNT
+def several(source):
+    images = [source[0].image] * COUNT
     return MemorySource([Record(x, captions_of(i), f"k{i}") for i, x in enumerate(images)])
 
 
 def drawn_in(source, tokenizer, steps):
     """(record, number of the caption, caption, example) of each example."""
-    for batch in read_batches(source, tokenizer, batch_size=6, last_step=steps, threads=0):
+    for batch in load(source, tokenizer, batch_size=6, last_step=steps, threads=0):
         for at, index in enumerate(map(int, batch["record"])):
             captions = list(source[index].captions)
             ids = tokenizer.encode(captions, SPEC["text_length"])
@@ -271,4 +258,4 @@ def test_mixture_of_captions_and_class_names(several, tokenizer):
     assert sum(index >= 6 for index, *_ in found) == 18
     assert all(example["weight"] for *_, example in found)
     prompts = {example["prompt_ids"].tobytes() for *_, example in found}
-    assert len(prompts) > len(TEMPLATES)
+    assert len(prompts) > len(SPEC["templates"])

@@ -12,8 +12,6 @@ from ovseg_jax.prepare import main, open_source
 
 
 class FakeBuckets(MemoryFileSystem):
-    """Buckets of one kind."""
-
     protocol = "s3"
     store = {}
     pseudo_dirs = [""]

@@ -36,8 +36,10 @@ def good_pair(number):
     return f"{number:09d}", f"{named} &amp; more" if number % 7 == 0 else named, jpeg(number)
 
 
-def write_folder(path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Five shards of eight pairs, with one of nearly everything that goes wrong."""
+    path = tmp_path_factory.mktemp("shards")
     for number in range(5):
         pairs = [good_pair(8 * number + n) for n in range(8)]
         if number == 1:
@@ -67,11 +69,6 @@ def run(folder, out, **changes):
 def files(directory):
     """Name -> content of all files of a folder."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")

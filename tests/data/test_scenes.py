@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ovseg_jax.data import scenes
-from ovseg_jax.data.scenes import backgrounds, drawing, objects
+from ovseg_jax.data.scenes import backgrounds, drawing
 from ovseg_jax.data.scenes import layout as arrangement
 from ovseg_jax.data.scenes.__main__ import main
 from ovseg_jax.errors import UserError
@@ -31,16 +31,9 @@ def _pattern(forms) -> re.Pattern:
 
 
 @pytest.fixture(scope="module")
-def layouts() -> dict[str, list[arrangement.SceneLayout]]:
-    return {
-        split: [arrangement.layout_at(0, split, index) for index in range(CAPTIONS_A_SPLIT)]
-        for split in SPLITS
-    }
-
-
-@pytest.fixture(scope="module")
-def figures() -> dict[str, float]:
-    return scenes.describe("tune", 300, 1, 64)
+def layouts():
+    numbers = range(CAPTIONS_A_SPLIT)
+    return {split: [arrangement.layout_at(0, split, n) for n in numbers] for split in SPLITS}
 
 
 def test_skin_changes_people_only_where_yellow():
@@ -51,7 +44,7 @@ def test_skin_changes_people_only_where_yellow():
 
 
 def test_vocabulary_has_the_promised_classes():
-    assert objects.NUM_CLASSES >= 46
+    assert arrangement.NUM_CLASSES >= 46
     assert NAMES[:19:18] == ["aeroplane", "tv monitor"] and "dining table" not in NAMES
     assert 5 <= len(UNSEEN) <= 8
     assert 0 < sum(entry in VOC for entry in UNSEEN) < len(UNSEEN)
@@ -171,7 +164,8 @@ def test_backgrounds_are_textured(family):
         assert (steps > 0.25).mean() > 0.2
 
 
-def test_scenes_are_not_easy(figures):
+def test_scenes_are_not_easy():
+    figures = scenes.describe("tune", 300, 1, 64)
     assert 0.22 <= figures["foreground"] <= 0.30
     assert figures["two_classes"] >= 0.6
     assert figures["occluded"] >= 0.15
@@ -179,7 +173,7 @@ def test_scenes_are_not_easy(figures):
 
 def test_every_class_and_every_drawing_appears(layouts):
     seen = {item.label for layout in layouts["tune"] for item in layout.objects}
-    assert seen == set(range(1, objects.NUM_CLASSES + 1))
+    assert seen == set(range(1, arrangement.NUM_CLASSES + 1))
     emoji = {item.emoji for layout in layouts["train"] for item in layout.objects}
     assert emoji == {emoji for entry in scenes.CLASSES for emoji in entry.drawings}
     families = {layout.background.family for layout in layouts["test"]}
@@ -196,7 +190,7 @@ def test_captions_name_what_is_there_and_never_an_unseen_class(layouts, split):
     pattern = _pattern(owner)
     for layout in layouts[split]:
         found = {owner[form.lower()] for form in pattern.findall(layout.caption)}
-        present = {objects.class_of(item.label).name for item in layout.objects}
+        present = {arrangement.class_of(item.label).name for item in layout.objects}
         assert found <= present and not unseen.search(layout.caption), layout.caption
         named += bool(found)
     assert 0.9 <= named / len(layouts[split]) < 1.0
@@ -205,7 +199,7 @@ def test_captions_name_what_is_there_and_never_an_unseen_class(layouts, split):
 def test_captions_have_sentence_form(layouts):
     for layout in sum(layouts.values(), []):
         text = layout.caption
-        assert objects.MIN_WORDS <= len(text.split()) <= objects.MAX_WORDS, text
+        assert arrangement.MIN_WORDS <= len(text.split()) <= arrangement.MAX_WORDS, text
         assert not re.search(r"[{}]|  |\ba [aeiou]|\ban [^aeiou]", text, re.IGNORECASE), text
         assert text == text.strip() and text.isascii()
 
@@ -245,8 +239,10 @@ def test_command_prints_and_draws(tmp_path, capsys):
     assert "foreground" in capsys.readouterr().out
     with Image.open(sheet) as image:
         assert image.size == (8 * 24, 8 * 24)
-    with pytest.raises(UserError, match="--split is one of train, tune, test"):
-        main(["--split=nowhere"])
+    wrong = {"--split=nowhere": "--split is one of train, tune, test", "--count=0": "count >= 1"}
+    for argument, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            main([argument])
 
 
 def test_objects_leave_the_frame_without_error():

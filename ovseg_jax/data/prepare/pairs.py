@@ -167,7 +167,7 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
 def whole_file(path: AnyPath, scratch: AnyPath | None = None) -> Iterator[Path]:
     """A local file to write, which becomes `path`, whole, when the block ends without an error.
 
-    A killed run leaves the unfinished file in `scratch` on the same disk, by default beside `path`.
+    A killed run leaves it unfinished in `scratch` on the same disk, by default beside `path`.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory() as folder:
@@ -191,5 +191,5 @@ def write_whole(path: AnyPath, text: str, scratch: AnyPath | None = None) -> Non
 
 
 def remove_folder(path: AnyPath) -> None:
-    """Removes a folder with everything in it, if it exists."""
+    """Removes a folder with everything in it, if there is one."""
     epath.Path(path).rmtree(missing_ok=True)

@@ -12,8 +12,7 @@ from PIL import Image
 
 from ovseg_jax.data.records import Record
 from ovseg_jax.data.scenes.drawing import Scene, describe, scene_at
-from ovseg_jax.data.scenes.layout import SPLITS, VERSION, layout_at
-from ovseg_jax.data.scenes.objects import CLASSES, scene_entity_table
+from ovseg_jax.data.scenes.layout import CLASSES, SPLITS, VERSION, layout_at, scene_entity_table
 from ovseg_jax.errors import UserError
 
 __all__ = ["CLASSES", "SPLITS", "ScenesSource", "describe", "scene_at", "scene_entity_table"]

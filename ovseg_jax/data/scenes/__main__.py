@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ovseg_jax import flags
-from ovseg_jax.data.scenes import CLASSES, SPLITS, describe, scene_at
+from ovseg_jax.data.scenes import CLASSES, SPLITS, ScenesSource, describe, scene_at
 from ovseg_jax.data.scenes.layout import layout_at
 
 FLAGS = (
@@ -37,6 +37,7 @@ def contact_sheet(split: str, seed: int, size: int) -> Image.Image:
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     args = flags.parse(argv, FLAGS, __doc__)
+    ScenesSource(args.split, args.count, args.seed, args.size)  # refuses numbers that cannot be
     for name, value in describe(args.split, args.count, args.seed, args.size).items():
         print(f"{name:24s}{value:8.3f}")
     for index in range(args.captions):
