@@ -205,7 +205,7 @@ def program_of(config: ConfigDict, mesh: AnyMesh) -> Program:
 def batch_shapes(
     config: ConfigDict, phase: Phase, batch_size: int, text_length: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `data.loader.make_loader` gives in a phase, from the config alone."""
+    """The shapes of what `data.examples.Loader` gives in a phase, from the config alone."""
     pairs, size, data = phase.mask_weight > 0, phase.transform["size"], config.data
     images = ("image", "image2")[: 1 + pairs]
     kinds = ("caption", "masked", "prompt", "shared")[: 3 + pairs]

@@ -113,9 +113,8 @@ def main(argv: list[str]) -> int:
         # ArrayRecord raises a RuntimeError where the disk is full.
         if isinstance(error, RuntimeError) and "write() failed" not in str(error):
             raise
-        raise UserError(
-            f"{args.out} cannot be finished ({error}); mend that, and {_AGAIN}"
-        ) from error
+        unfinished = f"{args.out} cannot be finished ({error})"
+        raise UserError(f"{unfinished}; mend that, and {_AGAIN}") from error
     print(summary(report))
     print(f"records: {args.out}, report: {out / 'report.html'}")
     return 0
@@ -182,8 +181,8 @@ def local_jobs(workers: int) -> Jobs:
 def beam_jobs(runner: str, options: Sequence[str] = ()) -> Jobs:
     """Runs jobs as a pipeline of Apache Beam, on this machine or on a cluster.
 
-    All machines must see the input and the output under the same paths, in a bucket or on a shared
-    file system. `options` are those of the runner's command line ('--flink_master=host:8081').
+    All machines must see input and output under the same paths. `options` are those of the
+    runner's command line ('--flink_master=host:8081').
     """
     try:  # imported here: it takes seconds
         import apache_beam

@@ -74,28 +74,9 @@ PIECES = [
     *(b"-1", b"1e400", b"NaN", b"null", b"0: ", b"9" * 30, b"9" * 5000, b"\x7f\xff\xff\xff"),
     *(b"\xff" * 8, b"\0" * 512, b"\0" * 10240, b"[" * 100_000, b"{}", b"x" * 140_000),
 ]
-TEXTS = [
-    "a dog",
-    "a cat, a dog",
-    'the "dog"',
-    "caf\u00e9",
-    "",
-    "a\ndog",
-    "5\\",
-    "# dog",
-    "\U0001f600",
-]
-TEXTS += [
-    "background",
-    "__ignore__",
-    "0: cat",
-    "1: dog",
-    "cat|dog",
-    "x" * 300,
-    "'",
-    "a;b",
-    "a\tdog",
-]
+TEXTS = ["a dog", "a cat, a dog", 'the "dog"', "caf\u00e9", "", "a\ndog", "5\\", "# dog"]
+TEXTS += ["\U0001f600", "background", "__ignore__", "0: cat", "1: dog", "cat|dog", "x" * 300]
+TEXTS += ["'", "a;b", "a\tdog"]
 VALUES = [None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e300, float("nan")]
 VALUES += [float("inf"), "", "x", "clip", "none", "50%", "0,5", "\0", "a {}", [], [1], [[]], ["{}"]]
 VALUES += [{}, {"a": 1}, [{"weight": -1}], [None], "1e400", "(1, 2)", "[" * 3000, "paper"]
@@ -142,10 +123,6 @@ def changed(rng: random.Random, tree: object) -> object:
     return tree
 
 
-def lines_of(data: bytes) -> list[bytes]:
-    return [line for line in data.split(b"\n") if line.strip(b"\r")]
-
-
 def counted(items: list) -> list:
     """The pairs of a source, after `prepare` counted each as kept or dropped."""
     tally = Tally()
@@ -156,7 +133,8 @@ def counted(items: list) -> list:
     return pairs
 
 
-# ---- targets: each writes an input below `folder`, and says whether it was refused
+# ---- targets: each writes an input below `folder`, and says whether it was refused, or raises a
+# UserError, which is a refusal too
 
 
 @functools.cache
@@ -217,15 +195,12 @@ def tables(rng: random.Random, folder: Path) -> bool:
     path = folder / f"t.{kind}"
     path.write_bytes(data)
     (folder / "x.jpg").write_bytes(image_files()[6][1])
-    try:
-        source = FileSource(path)
-        pairs = counted([pair for shard in source.shards() for pair in source.read(shard)])
-    except UserError:
-        return True
+    source = FileSource(path)
+    pairs = counted([pair for shard in source.shards() for pair in source.read(shard)])
     # A kept pair has the captions of every row with its image, and another pair is one row.
     count = sum(max(1, len(pair.captions)) for pair in pairs)
     count += "named by its header" in source.name
-    lines = lines_of(data.removeprefix(b"\xef\xbb\xbf"))
+    lines = [x for x in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if x.strip(b"\r")]
     rows = [cells for _, cells in source._rows(0)]
     assert count == len(rows) <= len(lines) <= sum(1 + "".join(r).count("\n") for r in rows)
     if not source._quoted:
@@ -255,9 +230,8 @@ def tars(rng: random.Random, folder: Path) -> bool:
         with tarfile.open(fileobj=stream, mode="w") as archive:
             for name, content in files:
                 if rng.random() < 0.1:
-                    name = rng.choice(
-                        [name.upper(), f"a/{name}", f"._{name}", "a.b.jpg", "x", name]
-                    )
+                    others = [name.upper(), f"a/{name}", f"._{name}", "a.b.jpg", "x", name]
+                    name = rng.choice(others)
                 if rng.random() < 0.05:
                     content = mutated(rng, content)
                 for _ in range(rng.choice([0, 2]) if rng.random() < 0.05 else 1):
@@ -271,11 +245,8 @@ def tars(rng: random.Random, folder: Path) -> bool:
     table = path.with_suffix(".parquet")
     if rng.random() < 0.3:
         table.write_bytes(mutated(rng, table.read_bytes()))
-    try:
-        source = Img2DatasetSource(folder)
-        items = [item for shard in source.shards() for item in source.read(shard)]
-    except UserError:
-        return True
+    source = Img2DatasetSource(folder)
+    items = [item for shard in source.shards() for item in source.read(shard)]
     said = [item.what for item in items if isinstance(item, Damage)]
     found = counted(items)
     try:
@@ -309,38 +280,28 @@ def words(rng: random.Random, folder: Path) -> bool:
     data = mutated(rng, data, b"cat\ndog\nbird\n")
     path = folder / "classes.txt"
     path.write_bytes(data)
-    try:
-        classes, background = read_words(read_text(path), "x")
-        Vocabulary.of(classes)
-    except UserError:
-        return True
+    classes, background = read_words(read_text(path), "x")
+    Vocabulary.of(classes)
     lines = re.split("\r\n|\r|\n", data.decode().removeprefix("\ufeff"))
     lines = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
-    count = len(lines)
-    if count == 1:
+    if len(lines) == 1:
         lines = re.split(r"(?<!\\),", re.sub(r"(?<!\\),$", "", lines[0]))
-        count = len(lines)
     ignored = re.fullmatch(r"(\d+\s*[:\t]\s*)?__ignore__", lines[0].strip()) is not None
-    assert count == len(classes) + background + ignored, "a label has moved"
+    assert len(lines) == len(classes) + background + ignored, "a label has moved"
     return False
 
 
 def folders(rng: random.Random, folder: Path) -> bool:
     mask = np.zeros((40, 48), np.uint8)
     mask[5:20, 5:20] = 1
-    whole = rng.choice(
-        [encoded(Image.fromarray(mask)), encoded(Image.fromarray(mask).convert("P"))]
-    )
+    whole = encoded(rng.choice([Image.fromarray(mask), Image.fromarray(mask).convert("P")]))
     changes = rng.randrange(1, 8)
     names = ["classes.txt", "images/a.jpg", "masks/a.png"]
     for number, name in enumerate(names):
         data = (b"background\ncat\n", image_files()[0][1], whole)[number]
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(mutated(rng, data, whole) if changes >> number & 1 else data)
-    try:
-        OwnFolder(str(folder))[0]
-    except UserError:
-        return True
+    OwnFolder(str(folder))[0]
     return False
 
 
@@ -351,26 +312,21 @@ def config() -> dict:
 
 def configs(rng: random.Random, folder: Path) -> bool:
     kind = rng.randrange(3)
-    try:
-        if kind == 0:
-            ours = complete(ConfigDict(copy.deepcopy(config())))
-            key = rng.choice(list(paths(ours)))
-            text = str(rng.choice([*VALUES, ours.to_dict().get(key, key), *TEXTS]))
-            if rng.random() < 0.3:
-                key, text = (
-                    mutated(rng, x.encode()).decode("utf-8", "replace") for x in (key, text)
-                )
-            (folder / "input.txt").write_text(f"--config.{key}={text}")
-            apply_override(ours, key, text)
-            if "[" not in key:  # a number that is accepted is the number that was written
-                node = functools.reduce(lambda node, name: node[name], key.split("."), ours)
-                assert type(node) is not float or node == float(text)
-        else:
-            tree = changed(rng, config() if kind == 1 else Protocol().as_dict())
-            (folder / "input.json").write_text(json.dumps(tree))
-            complete(ConfigDict(tree)) if kind == 1 else Protocol.from_config(tree)
-    except UserError:
-        return True
+    if kind:
+        tree = changed(rng, config() if kind == 1 else Protocol().as_dict())
+        (folder / "input.json").write_text(json.dumps(tree))
+        complete(ConfigDict(tree)) if kind == 1 else Protocol.from_config(tree)
+        return False
+    ours = complete(ConfigDict(copy.deepcopy(config())))
+    key = rng.choice(list(paths(ours)))
+    text = str(rng.choice([*VALUES, ours.to_dict().get(key, key), *TEXTS]))
+    if rng.random() < 0.3:
+        key, text = (mutated(rng, x.encode()).decode("utf-8", "replace") for x in (key, text))
+    (folder / "input.txt").write_text(f"--config.{key}={text}")
+    apply_override(ours, key, text)
+    if "[" not in key:  # a number that is accepted is the number that was written
+        node = functools.reduce(lambda node, name: node[name], key.split("."), ours)
+        assert type(node) is not float or node == float(text)
     return False
 
 
@@ -388,9 +344,8 @@ def weight_files() -> list[tuple[str, bytes]]:
     given.append(onnx.numpy_helper.from_array(arrays["b"], "onnx::a"))
     graph = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], given))
     files = [("npz", packed.getvalue()), ("npz", plain_zip.getvalue()), ("safetensors", safe)]
-    files += [
-        ("pth", (TESTS / "weights" / f"torch_{x}.pth").read_bytes()) for x in ("zip", "stream")
-    ]
+    torch = [TESTS / "weights" / f"torch_{x}.pth" for x in ("zip", "stream")]
+    files += [("pth", path.read_bytes()) for path in torch]
     return [*files, ("onnx", graph.SerializeToString())]
 
 
@@ -398,10 +353,7 @@ def weights(rng: random.Random, folder: Path) -> bool:
     (kind, data), (_, other) = (rng.choice(weight_files()) for _ in range(2))
     path = folder / f"x.{kind}"
     path.write_bytes(mutated(rng, data, other))
-    try:
-        arrays = read_checkpoint(path)
-    except UserError:
-        return True
+    arrays = read_checkpoint(path)
     assert all(isinstance(x, np.ndarray) for x in arrays.tensors.values())
     return False
 
@@ -414,15 +366,11 @@ def scratch() -> Path:
     shapes = variable_shapes(build_model(complete(ConfigDict(config())).model))
     params = unflatten_dict({k: np.zeros(x, np.float32) for k, x in shapes.items()}, sep="/")
     about = {"protocol": Protocol().as_dict(), "benchmarks": {}, "provenance": {"steps": 3}}
-    about |= {
-        "model": config()["model"],
-        "text_length": 8,
-        "batch_stats": params.pop("batch_stats", {}),
-    }
+    about |= {"model": config()["model"], "text_length": 8}
+    about |= {"batch_stats": params.pop("batch_stats", {})}
     model_dir.save_model(root / "models", params, Tokenizer(root), **about)
-    every = [
-        Record(image_files()[n][1], ("a dog", "b")[: n % 2 + 1], f"k{n}", (0,)) for n in range(6)
-    ]
+    texts = (("a dog",), ("a dog", "b"))
+    every = [Record(image_files()[n][1], texts[n % 2], f"k{n}", (0,)) for n in range(6)]
     write_records(MemorySource(every), root / "records", entity_names=["dog"], shard_size=4)
     with closing(Checkpoints(root / "checkpoints")) as checkpoints:
         for step in (1, 2):
@@ -456,12 +404,9 @@ def models(rng: random.Random, folder: Path) -> bool:
             info["files_sha256"][path.name] = file_digest(path)
         info.pop(model_dir.SELF, None)
         about.write_text(json.dumps(info))
-    try:
-        saved = model_dir.load_model(folder / "models")
-        saved_protocol(saved.info)
-        saved.tokenizer.encode(["a dog"], 8)
-    except UserError:
-        return True
+    saved = model_dir.load_model(folder / "models")
+    saved_protocol(saved.info)
+    saved.tokenizer.encode(["a dog"], 8)
     return False
 
 
@@ -474,14 +419,11 @@ def records(rng: random.Random, folder: Path) -> bool:
         shards = tuple(again.get(x, x) for x in files.shards)
         index = again.get(files.index, files.index)
         write_manifest(path.parent, replace(files, shards=shards, index=index))
-    try:
-        source = ArrayRecordSource(folder / "records")
-        found = [source[number] for number in range(len(source))]
-        assert len(source.keys()) == len(source.captions()) == len(found) == len(whole)
-        source.verify()
-        source.entity_index()
-    except UserError:
-        return True
+    source = ArrayRecordSource(folder / "records")
+    found = [source[number] for number in range(len(source))]
+    assert len(source.keys()) == len(source.captions()) == len(found) == len(whole)
+    source.verify()
+    source.entity_index()
     return False
 
 
@@ -492,31 +434,15 @@ def checkpoints(rng: random.Random, folder: Path) -> bool:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), _state(1)
     )
     said: list[str] = []
-    try:
-        with closing(Checkpoints(folder / "checkpoints")) as kept:
-            state, position = kept.restore_latest(lambda _: abstract, said.append)
-    except UserError:
-        return True
+    with closing(Checkpoints(folder / "checkpoints")) as kept:
+        state, position = kept.restore_latest(lambda _: abstract, said.append)
     assert position["step"] == 2 or said, "the latest checkpoint is passed over in silence"
     assert int(state.step) == position["step"]
     return bool(said)
 
 
-TARGETS: dict[str, Callable[[random.Random, Path], bool]] = {
-    target.__name__: target
-    for target in (
-        images,
-        tables,
-        tars,
-        words,
-        folders,
-        configs,
-        weights,
-        models,
-        records,
-        checkpoints,
-    )
-}
+_ALL = [images, tables, tars, words, folders, configs, weights, models, records, checkpoints]
+TARGETS: dict[str, Callable[[random.Random, Path], bool]] = {one.__name__: one for one in _ALL}
 
 
 class TooLongError(BaseException):
@@ -534,6 +460,8 @@ def attempt(name: str, seed: int, iteration: int, keep: Path) -> bool | None:
         signal.alarm(SECONDS)
         try:
             return TARGETS[name](random.Random(f"{seed} {name} {iteration}"), Path(folder))
+        except UserError:
+            return True
         except (Exception, TooLongError):
             place = keep / f"{name}-{seed}-{iteration}"
             shutil.copytree(folder, place, dirs_exist_ok=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from ovseg_jax.data.decoding import Box, crop_box, decode, decode_reduced, resized_crop
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import nearest
+from ovseg_jax.flags import filled
 
 KINDS = ("none", "crop")
 # Every field but kind and size, with its value where the config leaves it out.
@@ -42,11 +42,7 @@ def complete_transform(spec: Mapping[str, Any], where: str = "transform") -> dic
     Raises:
       UserError: a field is unknown, missing or out of range.
     """
-    _check_names(spec, {"kind": None, "size": None, **DEFAULTS}, where)
-    full = {**DEFAULTS, **dict(spec.items())}
-    for name in ("rand_augment", "erase"):
-        _check_names(full[name], DEFAULTS[name], f"{where}.{name}")
-        full[name] = {**DEFAULTS[name], **dict(full[name].items())}
+    full = filled(spec, {"kind": None, "size": None, **DEFAULTS}, where)
     for name in ("kind", "size"):
         if name not in spec:
             raise UserError(f"{where} lacks {name!r}")
@@ -82,12 +78,6 @@ def complete_transform(spec: Mapping[str, Any], where: str = "transform") -> dic
     if full["kind"] == "none" and changed:
         raise UserError(f"{where}.kind is 'none', but {changed} would change images: use 'crop'")
     return full
-
-
-def _check_names(spec: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    for name in spec:
-        if name not in known:
-            raise UserError(f"{where}.{name} is no field{nearest(name, list(known))}")
 
 
 def _is_range(pair: Sequence[float], most: float = math.inf) -> bool:
@@ -146,66 +136,54 @@ def color_jitter(
 
 
 FILL = (124, 116, 104)  # 255 times ImageNet's mean
-# The greatest change of each operation, at magnitude 10.
-MAX_DEGREES = 30.0
-MAX_SHEAR = 0.3
-MAX_SHIFT = 0.45  # of the side
-MAX_FACTOR_CHANGE = 0.9
-MAX_ADDED = 110  # levels
-ADD_BELOW = 128  # levels
-
-# (image, strength 0..1, sign -1 or 1) -> image
-Operation = Callable[[Image.Image, float, int], Image.Image]
+# The greatest change of each operation, at magnitude 10: the shift in shares of the side.
+_DEGREES, _SHEAR, _SHIFT, _FACTOR = 30.0, 0.3, 0.45, 0.9
+# Levels that are added, to levels below this.
+_ADDED, _ADD_BELOW = 110, 128
 
 
-def _rotate(image: Image.Image, strength: float, sign: int) -> Image.Image:
-    degrees = sign * strength * MAX_DEGREES
+def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     return image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=FILL)
 
 
-def _affine(
-    image: Image.Image,
-    shear: tuple[float, float] = (0.0, 0.0),
-    shift: tuple[float, float] = (0.0, 0.0),
-) -> Image.Image:
+def _affine(image: Image.Image, *terms: int | float) -> Image.Image:
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    terms = (1.0, shear[0], shift[0], shear[1], 1.0, shift[1])
     return image.transform(image.size, affine, terms, resample=bilinear, fillcolor=FILL)
 
 
 def _enhance(kind: Callable[[Image.Image], Any], image: Image.Image, change: float) -> Image.Image:
-    return kind(image).enhance(max(0.1, 1.0 + change * MAX_FACTOR_CHANGE))
+    return kind(image).enhance(max(0.1, 1.0 + change * _FACTOR))
 
 
-def _posterize(image: Image.Image, strength: float, sign: int) -> Image.Image:
+def _posterize(image: Image.Image, strength: float) -> Image.Image:
     # Keeps 4 bits at strength 0 and none at 1, which ImageOps.posterize refuses.
     mask = 256 - 2 ** (4 + int(strength * 4))
     return image.point([level & mask for level in range(256)] * len(image.getbands()))
 
 
-def _solarize_add(image: Image.Image, strength: float, sign: int) -> Image.Image:
-    added = int(strength * MAX_ADDED)
-    table = [min(255, v + added) if v < ADD_BELOW else v for v in range(256)]
+def _solarize_add(image: Image.Image, strength: float) -> Image.Image:
+    added = int(strength * _ADDED)
+    table = [min(255, v + added) if v < _ADD_BELOW else v for v in range(256)]
     return image.point(table * len(image.getbands()))
 
 
-# i: the image, s: the strength, g: the sign.
-OPERATIONS: dict[str, Operation] = {
+# (i: the image, s: the strength, 0 to 1, g: the sign, -1 or 1) -> image.
+OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "auto_contrast": lambda i, s, g: ImageOps.autocontrast(i),
     "equalize": lambda i, s, g: ImageOps.equalize(i),
     "invert": lambda i, s, g: ImageOps.invert(i),
-    "rotate": _rotate,
-    "posterize": _posterize,
+    "rotate": lambda i, s, g: _rotate(i, g * s * _DEGREES),
+    "posterize": lambda i, s, g: _posterize(i, s),
     "solarize": lambda i, s, g: ImageOps.solarize(i, 256 - int(s * 256)),
-    "solarize_add": _solarize_add,
+    "solarize_add": lambda i, s, g: _solarize_add(i, s),
     "color": lambda i, s, g: _enhance(ImageEnhance.Color, i, g * s),
     "contrast": lambda i, s, g: _enhance(ImageEnhance.Contrast, i, g * s),
     "brightness": lambda i, s, g: _enhance(ImageEnhance.Brightness, i, g * s),
     "sharpness": lambda i, s, g: _enhance(ImageEnhance.Sharpness, i, g * s),
-    "shear_x": lambda i, s, g: _affine(i, shear=(g * s * MAX_SHEAR, 0.0)),
-    "shear_y": lambda i, s, g: _affine(i, shear=(0.0, g * s * MAX_SHEAR)),
-    "translate_x": lambda i, s, g: _affine(i, shift=(g * s * MAX_SHIFT * i.width, 0.0)),
-    "translate_y": lambda i, s, g: _affine(i, shift=(0.0, g * s * MAX_SHIFT * i.height)),
+    "shear_x": lambda i, s, g: _affine(i, 1, g * s * _SHEAR, 0, 0, 1, 0),
+    "shear_y": lambda i, s, g: _affine(i, 1, 0, 0, g * s * _SHEAR, 1, 0),
+    "translate_x": lambda i, s, g: _affine(i, 1, 0, g * s * _SHIFT * i.width, 0, 1, 0),
+    "translate_y": lambda i, s, g: _affine(i, 1, 0, 0, 0, 1, g * s * _SHIFT * i.height),
 }
 _NAMES = tuple(OPERATIONS)
 
@@ -213,8 +191,8 @@ _NAMES = tuple(OPERATIONS)
 def apply_operation(image: Image.Image, name: str, magnitude: float, sign: int) -> Image.Image:
     """An operation of `OPERATIONS` on an RGB image, at a magnitude from 0 to 10.
 
-    The first three do not depend on the magnitude. The sign, 1 or -1, is the direction of rotation,
-    shears and shifts, and whether the four enhancements grow or shrink.
+    The sign, 1 or -1, is the direction of rotation, shears and shifts, and whether the four
+    enhancements grow or shrink.
     """
     return OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, sign)
 

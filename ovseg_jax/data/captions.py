@@ -151,10 +151,9 @@ def noun_sentences(
 def distinct_captions(
     records: Iterable[Sequence[str]],
 ) -> tuple[list[str], Int64[np.ndarray, "records_plus_one"], Int32[np.ndarray, "captions"]]:
-    """The different captions of many records, and which of them each record has.
+    """(captions, starts, rows): the different captions of many records, and who has which.
 
-    Returns (captions, starts, rows): record r has `captions[i]` for i in
-    `rows[starts[r] : starts[r + 1]]`, in the order of its captions.
+    Record r has `captions[i]` for i in `rows[starts[r] : starts[r + 1]]`, in their order.
     """
     numbers: dict[str, int] = {}
     # Photographs of a class share hundreds of captions.

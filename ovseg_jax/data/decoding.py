@@ -45,9 +45,7 @@ class UnreadableImage(Exception):
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes an image file to RGB, turned as its EXIF orientation says; see `to_rgb`.
-
-    Of an animation, this is the first frame.
+    """Decodes an image file to RGB, of an animation the first frame; see `upright` and `to_rgb`.
 
     Raises:
       UnreadableImage: with the cause 'empty', 'too large', 'not an image', 'unknown range' or
@@ -64,7 +62,7 @@ def decode_reduced(
 
     The decoder averages pixels within its 8 x 8 blocks, so the result differs by under one of 256
     levels on average, and by up to 4 where the crop is hardly twice its new size. Files of other
-    formats, and rotated ones, are decoded whole.
+    formats, and rotated ones, are decoded whole. Raises UnreadableImage as `decode` does.
 
     Args:
       data: the file.
@@ -73,9 +71,6 @@ def decode_reduced(
 
     Returns:
       The image, and the crop in its pixels.
-
-    Raises:
-      UnreadableImage: as `decode`.
     """
     with opened(data) as image:
         if image.format != "JPEG":

@@ -20,7 +20,7 @@ _EDGE = ".,'-_*/\u2026"  # marks that are no words, alone or around a word
 
 
 class EntitySet:
-    """A table of entities, which finds them in captions.
+    """Finds the entities of a table in captions.
 
     `table` has the surface forms of each name, which is a form too; its order gives the ids. A
     UserError tells of a form that is empty, or is listed under two entities.

@@ -1,4 +1,4 @@
-"""An example of a batch: a pure function of (seed, step, slot).
+"""Batches of NumPy arrays, through Grain. An example is a pure function of (seed, step, slot).
 
 The record of a slot comes from `order.record_index`. Everything random about the example comes from
 `order.example_rng(seed, epoch, key)`, drawn in this order: the caption if the record has several,
@@ -9,10 +9,12 @@ the same caption and template, and cached and uncached images the same partner.
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int32
 
 from ovseg_jax.data import captions as texts
@@ -24,17 +26,17 @@ from ovseg_jax.data.feature_store import FeatureStore
 from ovseg_jax.data.order import example_rng, find_pairs, record_index
 from ovseg_jax.data.records import MOST_NAMES, ClassCaptions, Record, RecordSource
 from ovseg_jax.data.tokenizer import TRAINING_TEMPLATES, Tokenizer, unmasked
-from ovseg_jax.errors import UserError
+from ovseg_jax.errors import RestartError, UserError
 
-Example = dict[str, np.ndarray]
+Example = Batch = dict[str, np.ndarray]
+_BATCHES_AHEAD = 2  # that wait ready for every reading thread
 _log = logging.getLogger(__name__)
 
 
-class Examples:
-    """The examples of a range of steps at random access, step after step, slot after slot.
+class Batches:
+    """The batches of a range of steps at random access; `batches[i]` is step `first_step + i`.
 
-    `examples[i]` is slot `slots[i % b]` of step `first_step + i // b`, where b = len(slots). It is
-    a dict of arrays; a batch of the loader has the same keys with a leading axis b:
+    A batch is a dict of arrays with a leading axis for the slots. Of each slot it has:
 
       `image` uint8 [H, W, 3], or `image_features` [L, D] where images are cached;
       `caption_ids`, `masked_ids`, `prompt_ids` int32 [M], or where texts are cached
@@ -116,11 +118,16 @@ class Examples:
         self._name = "image" if image_store is None else "image_features"
 
     def __len__(self) -> int:
-        return self._steps * len(self.slots)
+        return self._steps
 
-    def __getitem__(self, index: int) -> Example:
-        step, column = divmod(int(index), len(self.slots))
-        position = self._start + step * self._batch + self.slots[column]
+    def __getitem__(self, step: int) -> Batch:
+        # Stacked here and not by Grain, which measures every element that passes through it: for
+        # small cached features that took longer than making them.
+        first = self._start + int(step) * self._batch
+        rows = [self._example_at(first + slot) for slot in self.slots]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _example_at(self, position: int) -> Example:
         if self._is_mixture:
             epoch, at = self._source.record_at(self._seed, position)
         else:
@@ -296,6 +303,62 @@ class Examples:
 
 class _Unusable(Exception):
     """A record that keeps its slot with weight 0; the arguments are its key and the cause."""
+
+
+class Loader:
+    """An iterable of batches, one a step, the same on any number of processes and workers.
+
+    Every `iter` begins again at the first step. It raises RestartError when a worker process dies.
+
+    Args:
+      data, settings: of `Batches`, which says what a batch holds.
+      workers: worker processes; 0 reads in threads of this process.
+      threads: reading threads (of each worker), at most one where images and texts are cached; 0
+        reads a batch when it is asked for.
+
+    Attributes:
+      failures: those of `Batches`, of this process only: worker processes log theirs as warnings,
+        and `weight` shows them in the batch.
+    """
+
+    def __init__(self, *data: Any, workers: int = 0, threads: int = 4, **settings: Any):
+        batches = Batches(*data, **settings)
+        if settings.get("image_store") is not None and settings.get("text_store") is not None:
+            # Nothing is decoded or tokenized, only copied: several threads, which mostly wait for
+            # Python's lock, are slower than one (tests/bench/loader.py).
+            threads = min(threads, 1)
+        self._steps = len(batches)
+        self.failures: Mapping[str, str] = batches.failures
+        # Whole batches before the split among workers, who read them in turn; an IterDataset
+        # batched after it would lose the ends of each worker's share.
+        options = grain.ReadOptions(threads, prefetch_buffer_size=_BATCHES_AHEAD * threads)
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads its absl flags when it starts a worker, also in programs and notebooks
+                # that parse none.
+                flags.FLAGS.mark_as_parsed()
+            processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(processes)
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._steps:
+            return
+        iterator = iter(self._dataset)
+        try:
+            yield from iterator
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            cause = "a worker process that reads data was killed, perhaps for want of memory"
+            raise RestartError(f"{cause} (see config.data.workers): {error}") from None
+        finally:
+            # Stops worker processes at once, not when the garbage collector runs.
+            iterator.close()
 
 
 def entity_set_hash(entities: Sequence[int | str]) -> int:

@@ -24,10 +24,9 @@ Partner = tuple[int | None, int | None]
 
 
 def record_index(seed: int, n_records: int, position: int) -> tuple[int, int]:
-    """(epoch, record index) of a position in the order of examples.
+    """(epoch, record index) of a position in the order of examples, of which slots are offsets.
 
     Epochs follow each other without a gap, and every epoch is another permutation of the records.
-    Slot s of a step reads position p + s after p examples in the earlier steps. Needs no memory.
     """
     if n_records < 1:
         raise UserError("the data set has no records; check its path and its filters")
@@ -72,7 +71,7 @@ class PairIndex:
 
     @classmethod
     def build(cls, entity_lists: Iterable[Collection[int]]) -> "PairIndex":
-        """Makes the index from the entity ids of each record, in record order."""
+        """The index of records with these entity ids."""
         # An id counts once, however often the captions name the entity.
         ids = [np.unique(np.fromiter(listed, np.int64)) for listed in entity_lists]
         entity = np.concatenate([np.zeros(0, np.int64), *ids])

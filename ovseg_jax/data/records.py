@@ -1,9 +1,9 @@
 """Records, each an image with its captions, and the folders that hold them.
 
-A folder has ArrayRecord shards, an index of keys and captions (`index.jsonl`), and `manifest.json`,
-which says what the folder must hold and is checked first; a prepared one also has an entity ->
-records index. A stored record is the msgpack array `[2, key, [captions], image, [entity ids]]`,
-beginning with its layout; nothing is a pickle. Layout 1, with a single caption, is still read.
+A folder has ArrayRecord shards, an index of keys and captions (`index.jsonl`), `manifest.json`,
+which is checked first, and where `prepare` wrote it an entity -> records index. A stored record is
+the msgpack array `[2, key, [captions], image, [entity ids]]`, beginning with its layout; nothing is
+a pickle. Layout 1, with a single caption, is still read.
 """
 
 import hashlib
@@ -78,8 +78,10 @@ class ClassCaptions(Sequence[str]):
 class RecordSource(Protocol):
     """Random access to the records of one data set.
 
-    A source may also have `caption_sample` (see `sample_captions`), and `find_pairs(entity_set)` if
-    it has another way to find partners than `order.find_pairs`.
+    Keys and captions are in record order, if possible without reading the records. The fingerprint
+    is a short string that changes whenever a record would. A source may also have `caption_sample`
+    (see `sample_captions`), and `find_pairs(entity_set)` if it has another way to find partners
+    than `order.find_pairs`.
     """
 
     name: str
@@ -88,17 +90,11 @@ class RecordSource(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
-    def keys(self) -> list[str]:
-        """Every key in record order, if possible without reading the records."""
-        ...
+    def keys(self) -> list[str]: ...
 
-    def captions(self) -> list[Sequence[str]]:
-        """The captions of every record, likewise."""
-        ...
+    def captions(self) -> list[Sequence[str]]: ...
 
-    def fingerprint(self) -> str:
-        """A short string that changes whenever a record would."""
-        ...
+    def fingerprint(self) -> str: ...
 
 
 def sample_captions(source: RecordSource, most: int) -> list[str]:
@@ -197,8 +193,7 @@ class Manifest:
 
     def digest(self) -> str:
         """SHA-256 of the manifest; it is stored in the file, so that an edited one is noticed."""
-        text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
     def fields(self) -> dict[str, Any]:
         """What is stored after the version."""
@@ -223,7 +218,7 @@ def manifest_text(manifest: Manifest) -> str:
     """The content of the manifest's file."""
     document = {"format": FORMAT, "version": manifest.version}
     document |= {"manifest_sha256": manifest.digest(), **manifest.fields()}
-    return json.dumps(document, indent=1, ensure_ascii=True) + "\n"
+    return json.dumps(document, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -291,7 +286,6 @@ class ArrayRecordSource:
         return replace(record, captions=self._as_captions(record.captions))
 
     def _as_captions(self, stored: Sequence[str]) -> Sequence[str]:
-        """The captions that stored ones stand for."""
         texts = tuple(stored)
         if self.manifest.captions != CLASS_NAMES:
             return texts

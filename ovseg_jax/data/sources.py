@@ -22,7 +22,7 @@ from ovseg_jax.data.order import Pairs, Partner, digest, find_pairs, record_inde
 from ovseg_jax.data.records import ArrayRecordSource, Record, RecordSource
 from ovseg_jax.data.scenes import ScenesSource, scene_entity_table
 from ovseg_jax.errors import UserError
-from ovseg_jax.flags import nearest
+from ovseg_jax.flags import filled
 
 # Shares are integer multiples of 2^-40: exact at any position, and far finer than an example in a
 # run of any length.
@@ -30,10 +30,9 @@ _BITS = 40
 
 
 def _scenes(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
-    entities = EntitySet(scene_entity_table())
     fields = config.scenes
-    source = ScenesSource(fields.split, fields.count, fields.seed, fields.size, entities)
-    return source, entities
+    source = ScenesSource(fields.split, fields.count, fields.seed, fields.size)
+    return source, EntitySet(scene_entity_table())
 
 
 def _records(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
@@ -58,28 +57,19 @@ def _mixture(config: ConfigDict) -> tuple[RecordSource, EntitySet]:
 
 def _mixed_configs(config: ConfigDict) -> list[ConfigDict]:
     """The ``config.data`` of each data set of a mixture: its fields over the common ones."""
-    kinds = [kind for kind in SOURCES if kind != "mixture"]
+    common = {kind: config[kind].to_dict() for kind in SOURCES if kind != "mixture"}
     configs = []
     for number, listed in enumerate(config.mixture):
-        where = f"config.data.mixture[{number}]"
-        fields = _fields(listed, ["weight", *kinds], where)
-        named = [kind for kind in kinds if kind in fields]
-        if "weight" not in fields or len(named) != 1:
-            raise UserError(f"{where} needs a weight and one of {', '.join(kinds)}")
+        where, wanted = f"config.data.mixture[{number}]", f"a weight and one of {', '.join(common)}"
+        if not isinstance(listed, Mapping | ConfigDict):
+            raise UserError(f"{where} is {listed!r}; it needs {wanted}")
+        fields = filled(listed, {"weight": None, **common}, where)
+        named = [kind for kind in common if kind in listed]
+        if "weight" not in listed or len(named) != 1:
+            raise UserError(f"{where} needs {wanted}")
         (kind,) = named
-        common = config[kind].to_dict()
-        common |= _fields(fields[kind], list(common), f"{where}.{kind}")
-        configs.append(ConfigDict({**config.to_dict(), "source": kind, kind: common}))
+        configs.append(ConfigDict({**config.to_dict(), "source": kind, kind: fields[kind]}))
     return configs
-
-
-def _fields(value: Any, known: list[str], where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping | ConfigDict):
-        raise UserError(f"{where} is {value!r}; it must have fields, of {', '.join(known)}")
-    for key in value:
-        if key not in known:
-            raise UserError(f"{where}.{key} is no field{nearest(key, known)}")
-    return dict(value)
 
 
 SOURCES: dict[str, Callable[[ConfigDict], tuple[RecordSource, EntitySet]]] = {
@@ -115,14 +105,10 @@ def missing_data(config: ConfigDict) -> list[str]:
 
 
 class Mixture:
-    """A record source that joins others; record i of data set p is record `starts[p] + i`.
+    """A record source that joins `parts`; record i of data set p is record `starts[p] + i`.
 
-    A key begins with the number of its data set ("1/000042"), because two may use the same keys.
-
-    Attributes:
-      parts: the data sets.
-      starts: where each begins among all records.
-      weights: their shares of the examples; they add up to 1.
+    Their `weights`, the shares of the examples, add up to 1. A key begins with the number of its
+    data set ("1/000042"), because two may use the same keys.
 
     Raises:
       UserError: a data set is empty, or a weight is no positive number.
@@ -144,7 +130,6 @@ class Mixture:
         self._cuts = _cuts(self.weights)
 
     def __len__(self) -> int:
-        """The number of records of all data sets: an epoch of the mixture."""
         return sum(map(len, self.parts))
 
     def __getitem__(self, index: int) -> Record:
@@ -193,7 +178,7 @@ class MixturePairs:
     """The partners of a mixture's records."""
 
     def __init__(self, mixture: Mixture, pairs: Sequence[Pairs]):
-        self._mixture, self._pairs = mixture, tuple(pairs)
+        self._mixture, self._pairs = mixture, pairs
 
     def partner(self, rng: np.random.Generator, record: int, entities: Sequence[int]) -> Partner:
         """As `PairIndex.partner`, with record indices of the mixture."""

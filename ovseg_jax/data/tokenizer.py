@@ -30,12 +30,9 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 @dataclass(frozen=True)
 class Family:
-    """The special tokens of a kind of tokenizer.
+    """The special tokens of a kind of tokenizer, and the class that reads it in `transformers`.
 
-    Attributes:
-      name, transformers: as people call it, and the class that reads it in transformers.
-      pad, mask, start, end, unknown: texts of the special tokens. Where there is no mask token
-        (""), masked words are left out of a text.
+    Where there is no mask token (""), masked words are left out of a text.
     """
 
     name: str
@@ -65,13 +62,12 @@ FAMILIES = (BERT, CLIP)
 class Tokenizer:
     """Makes ids of texts, with a start and an end token around each.
 
+    `family` has its special tokens, whose ids are `pad_id`, `mask_id` (-1 where there is none),
+    `end_id` and `unknown_id`.
+
     Args:
       directory: has a tokenizer.json, BERT's vocab.txt, or CLIP's vocab.json and merges.txt; or
         'hub:NAME', which is downloaded from the Hugging Face hub.
-
-    Attributes:
-      family: its special tokens.
-      pad_id, mask_id, end_id, unknown_id: their ids; -1 where there is no mask token.
 
     Raises:
       UserError: no such files, a failed download, or a vocabulary without a special token.
@@ -113,10 +109,8 @@ class Tokenizer:
 
         The literal [MASK] in a text becomes the mask token (nothing where the vocabulary has none);
         `unmasked` takes apart those that people typed. Other special tokens in a text are read as
-        plain letters: a caption that says "[SEP]" does not end there.
-
-        Raises:
-          UserError: there is no room for the start and the end token.
+        plain letters: a caption that says "[SEP]" does not end there. Raises UserError where there
+        is no room for the start and the end token.
         """
         return self.encode_with_cuts(texts, length)[0]
 

@@ -262,13 +262,9 @@ def wider_names(wordnet: Any, name: str, offset: int | None) -> tuple[str, ...]:
     """The name itself and everyday words for it, the nearest first.
 
     These are lemmas of the name's synset and of those above it that occur in WordNet's own texts,
-    have one or two words, and are in small letters.
-
-    Args:
-      wordnet: NLTK's reader.
-      name: of the class; empty where only `offset` is known.
-      offset: the digits of a WordNet id. By default the first noun synset that spells the name
-        like this and is a kind of thing, not a single person or place.
+    have one or two words, and are in small letters. The synset is that at `offset`, the digits of a
+    WordNet id; by default the first noun synset that spells the name like this and is a kind of
+    thing, not a single person or place. `name` is empty where only `offset` is known.
     """
     if offset is None:
         spelled = name.replace(" ", "_")

@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
         "cache_texts": False,
         "cached_templates": 3,
         "cache_dir": ".cache/features",
-        "workers": 0,  # see `data.loader.make_loader`
+        "workers": 0,  # see `data.examples.Loader`
         "threads": 1,
     },
     # The terms of Eq. 13; a phase has the weight of the mask term.

@@ -100,7 +100,7 @@ def per_example_outputs(
 
     Args:
       params: the online model's. teacher: its visual encoder's EMA, needed where mask_weight > 0.
-      batch: device arrays, see `data.loader`. config: the run's ``config.loss``.
+      batch: device arrays, see `data.examples`. config: the run's ``config.loss``.
       mask_weight: lambda of Eq. 13. At 0 the second image is not read and no teacher runs.
       noise: Gumbel noise in place of draws, for comparison with other code: "online" and "teacher"
         map the images 0 and 1 of a pair to [B, L, K].

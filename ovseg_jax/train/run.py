@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from ovseg_jax import processes, sharding
 from ovseg_jax.data.captions import Masking, masked_texts
 from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.examples import Loader
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.loader import Loader, make_loader
 from ovseg_jax.data.records import RecordSource, sample_captions
 from ovseg_jax.data.sources import make_source, missing_data
 from ovseg_jax.data.tokenizer import Tokenizer, expand_templates, find_tokenizer, text_length
@@ -65,7 +65,7 @@ class Run(Program):
     def loader(self, phase: Phase, first_step: int) -> Loader:
         """This process's rows of the batches from a global step to the end of the phase."""
         data = self.config.data
-        return make_loader(
+        return Loader(
             self.source,
             self.entities,
             self.tokenizer,

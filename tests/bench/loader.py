@@ -21,8 +21,8 @@ import numpy as np
 from memory_source import MemorySource
 
 from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.examples import Loader
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import Record
 
 RECORDS, BATCH, TEMPLATES = 4096, 256, ("a {}.", "the {}.", "{}")
@@ -81,7 +81,7 @@ def compare(patches: int, width: int, with_pairs: bool, seconds: float) -> None:
     entities = EntitySet({name: [name] for name in NAMES})
     with tempfile.TemporaryDirectory() as temporary:
         images, texts = stores(Path(temporary), patches, width)
-        loader = make_loader(
+        loader = Loader(
             source,
             entities,
             None,

@@ -25,6 +25,11 @@ def jpeg(seed=0, side=40):
     return encoded(Image.fromarray(pixels(seed, side)), "JPEG", quality=90)
 
 
+def read_all(source, **options):
+    """Every pair of a source."""
+    return [pair for shard in source.shards() for pair in source.read(shard, **options)]
+
+
 def row(key, caption, status="success"):
     """A row of img2dataset's parquet file, which KEY.json holds too."""
     error = None if status == "success" else "HTTP Error 404: Not Found"

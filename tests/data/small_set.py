@@ -8,7 +8,7 @@ from PIL import Image
 
 from ovseg_jax.data.captions import mask_entities, prompt
 from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.loader import make_loader
+from ovseg_jax.data.examples import Loader
 from ovseg_jax.data.records import Record
 from ovseg_jax.data.tokenizer import Tokenizer
 
@@ -20,7 +20,8 @@ SPEC = {
     "transform": {"kind": "crop", "size": 16, "scale": (0.4, 1.0)},
     "templates": TEMPLATES,
 }
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, "a", "and", "photo", "of", "sky"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*SPECIAL, *NAMES, "a", "and", "photo", "of", "sky"]
 BROKEN = 3
 
 
@@ -40,24 +41,21 @@ def make_source():
     return MemorySource([_record(index, rng) for index in range(23)])
 
 
-def make_tokenizer(directory):
-    """A tokenizer of `WORDS`, with its vocabulary in `directory`."""
-    (directory / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+def make_tokenizer(directory, words=WORDS):
+    """BERT's tokenizer with these words, whose file is written into `directory`."""
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
     return Tokenizer(directory)
 
 
-def read_batches(source, tokenizer, **changes):
-    """Seven batches of eight, unless `changes` to the loader's settings say otherwise."""
-    settings = {
-        "batch_size": 8,
-        "seed": 1,
-        "first_step": 0,
-        "last_step": 7,
-        "with_pairs": True,
-        "threads": 2,
-    }
-    settings.update(changes)
-    return list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+def load(source, tokenizer, entities=ENTITIES, spec=SPEC, **changes):
+    """A loader of seven batches of eight, unless `changes` to its settings say otherwise."""
+    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 7, "with_pairs": True}
+    return Loader(source, entities, tokenizer, spec, **settings | {"threads": 2} | changes)
+
+
+def read_batches(source, tokenizer, *more, **changes):
+    """The batches of `load`."""
+    return list(load(source, tokenizer, *more, **changes))
 
 
 def joined(readers, slots):

@@ -1,11 +1,10 @@
 """The transform of a training image as a whole, and the fields that describe it."""
 
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pair_folders import encoded
 from PIL import Image, ImageEnhance, ImageOps
 
 from ovseg_jax.data import augment
@@ -33,13 +32,7 @@ STAGE_1 = {
 }
 
 
-def encode(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-PNG = encode(IMAGE)
+PNG = encoded(IMAGE)
 
 
 def view(spec, seed=0, data=PNG):

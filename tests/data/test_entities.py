@@ -79,11 +79,6 @@ def test_any_text_has_ordered_spans(text):
     assert len(words(text)) == len(spans)
 
 
-FRAGMENTS = st.sampled_from(
-    ["dog", "puppies", "fire", "hydrants", "T-shirt", "the", " ", " ", ",", ".", "'s", '"', "men"]
-)
-
-
 def test_form_under_two_entities_is_an_error():
     with pytest.raises(UserError, match="'cat'.*'tiger'.*'feline'"):
         EntitySet({"tiger": ["cat"], "feline": ["cat"]})

@@ -7,10 +7,9 @@ import pickle
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from small_set import BROKEN, ENTITIES, NAMES, TEMPLATES, prompts_of
+from small_set import BROKEN, NAMES, TEMPLATES, load, prompts_of
 
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.loader import make_loader
 from ovseg_jax.errors import UserError
 
 LAYOUT = {"image": ((3, 2, 4, 5), "float16"), "masked_mask": ((3, 7), np.bool_)}
@@ -98,14 +97,11 @@ def stores(source, tmp_path):
     images = FeatureStore.create(tmp_path / "images", "k", layout)
     images["image"][:] = (np.arange(count)[:, None] * 10 + np.arange(3))[..., None, None]
     images["valid"][:] = np.arange(count) != BROKEN
-    layout = {"caption_starts": ((count + 1,), "int64"), "caption_rows": ((count,), "int32")}
-    layout |= {
-        "masked_rows": ((count,), "int32"),
-        "prompt_rows": ((count, len(TEMPLATES)), "int32"),
-    }
+    layout = {"caption_starts": ((count + 1,), "int64"), "masked_mask": ((count, length), "bool")}
+    layout |= dict.fromkeys(("caption_rows", "masked_rows"), ((count,), "int32"))
+    layout |= {"prompt_rows": ((count, len(TEMPLATES)), "int32")}
     layout |= {"caption_pooled": ((count, width), "float16")}
     layout |= {"masked_tokens": ((count, length, width), "float16")}
-    layout |= {"masked_mask": ((count, length), "bool")}
     layout |= {"prompt_pooled": ((len(TEMPLATES), width), "float16")}
     layout |= {"shared_pooled": ((len(NAMES), width), "float16")}
     texts = FeatureStore.create(tmp_path / "texts", "k", layout)
@@ -162,16 +158,13 @@ class _NoImages(MemorySource):
 
 def test_no_record_is_read_when_images_are_cached(source, stores):
     blind = _NoImages([source[index] for index in range(23)])
-    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": True}
-    loader = make_loader(blind, ENTITIES, None, {"templates": TEMPLATES}, **settings, **stores)
-    assert len(list(loader)) == 3
+    loader = load(blind, None, spec={"templates": TEMPLATES}, **stores)
+    assert len(list(loader)) == 7
     assert set(loader.failures) <= {f"key-{BROKEN}"}
 
 
 def test_store_of_another_data_set_is_a_user_error(source, stores):
-    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": True}
     with pytest.raises(UserError, match="prompt_rows is for 3 and not for 25 "):
-        make_loader(source, ENTITIES, None, {}, **settings, **stores)
-    shorter = MemorySource([source[0]])
+        load(source, None, spec={}, **stores)
     with pytest.raises(UserError, match="image is for 23 and not for 1 "):
-        make_loader(shorter, ENTITIES, None, {"templates": TEMPLATES}, **settings, **stores)
+        load(MemorySource([source[0]]), None, spec={"templates": TEMPLATES}, **stores)

@@ -1,38 +1,30 @@
 """The order of records and mixtures, partners, and the randomness of examples."""
 
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_source import MemorySource
 from ml_collections import ConfigDict
+from pair_folders import encoded
 from PIL import Image
 from scipy import stats
-from small_set import assert_same, joined
+from small_set import ENTITIES, NAMES, assert_same, joined, read_batches
 
-from ovseg_jax.data.entities import EntitySet
-from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.order import PairIndex, example_rng, record_index
 from ovseg_jax.data.records import ArrayRecordSource, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.sources import Mixture, interleaved, make_source, missing_data
-from ovseg_jax.data.tokenizer import Tokenizer
 from ovseg_jax.errors import UserError
 from ovseg_jax.prepare import main as prepare
 
-NAMES = ("dog", "cat", "bus")
-ENTITIES = EntitySet({name: [name] for name in NAMES})
 SPEC = {"text_length": 8, "transform": {"kind": "crop", "size": 8}}
 SIZES = (5, 11, 2)
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
 def records(count, shade):
-    stream = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
-    image = stream.getvalue()
+    image = encoded(Image.new("RGB", (8, 8), (shade,) * 3))
     found = [Record(image, (f"a {NAMES[i % 3]}",), f"k{i}") for i in range(count)]
     return MemorySource(found, f"{shade}")
 
@@ -40,14 +32,6 @@ def records(count, shade):
 @pytest.fixture(scope="module")
 def mixture():
     return Mixture([records(n, 60 * (p + 1)) for p, n in enumerate(SIZES)], [2, 5.0, 1])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, "a", "photo", "of"]
-    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
-    return Tokenizer(directory)
 
 
 @settings(deadline=None)
@@ -126,13 +110,12 @@ def test_records_of_a_mixture(mixture):
 
 
 def read(source, tokenizer, entities=ENTITIES, **changes):
-    settings = {"batch_size": 8, "seed": 3, "first_step": 0, "last_step": 6, "with_pairs": True}
-    return list(make_loader(source, entities, tokenizer, SPEC, threads=0, **settings | changes))
+    settings = {"seed": 3, "last_step": 6, "threads": 0}
+    return read_batches(source, tokenizer, entities, SPEC, **settings | changes)
 
 
 def test_any_split_and_any_start_give_the_same_batches(mixture, tokenizer):
     whole = read(mixture, tokenizer)
-    assert_same(read(mixture, tokenizer, workers=2), whole)
     assert_same(read(mixture, tokenizer, first_step=4), whole[4:])
     slots = [[0, 5, 2], [1, 3, 4, 6, 7]]
     parts = [read(mixture, tokenizer, slots=some) for some in slots]
@@ -199,6 +182,7 @@ def test_mixture_of_a_config_maps_the_stored_indices(folders, tokenizer, monkeyp
     monkeypatch.setattr(PairIndex, "build", no_building)
     batches = read(source, tokenizer, entities, last_step=2)
     assert all(batch["weight"].all() and batch["pair_weight"].any() for batch in batches)
+    assert_same(read(source, tokenizer, entities, last_step=2, workers=2), batches)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +194,8 @@ def test_mixture_of_a_config_maps_the_stored_indices(folders, tokenizer, monkeyp
         ([{"weight": 1, "scenes": {}, "records": {"dir": "x"}}], "one of"),
         ([{"weigth": 1, "scenes": {}}], "did you mean 'weight'"),
         ([{"weight": 1, "scenes": {"cuont": 1}}], r"scenes\.cuont is no field; did you mean"),
-        (["data/a"], "is 'data/a'; it must have fields"),
-        ([{"weight": 1, "records": "data/a"}], "must have fields, of dir"),
+        (["data/a"], "is 'data/a'; it needs a weight and one of"),
+        ([{"weight": 1, "records": "data/a"}], "is 'data/a', but has fields of its own"),
         ([{"weight": 0, "scenes": {}}], "number above 0"),
         ([{"weight": "1", "scenes": {}}], "number above 0"),
     ],

@@ -86,14 +86,33 @@ def test_shard_cut_short_loses_only_what_is_gone(tmp_path, share, images):
     assert f"after {len(whole)} pairs" in damage[0]
 
 
-def _members(path):
+def tar_of(files):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in files:
+            add_file(archive, name, content)
+    return stream.getvalue()
+
+
+def packed(pairs, prefix=""):
+    """The pairs as img2dataset puts them into a tar."""
+    files = []
+    for key, caption, image in pairs:
+        files.append((f"{prefix}{key}.jpg", image))
+        files.append((f"{prefix}{key}.json", json.dumps({"caption": caption}).encode()))
+        files.append((f"{prefix}{key}.txt", caption.encode()))
+    return tar_of(files)
+
+
+def offset_of(path, member):
+    """Where a member of a tar begins."""
     with tarfile.open(path) as archive:
-        return [(m.offset, m.offset_data, m.size) for m in archive]
+        return archive.getmembers()[member].offset
 
 
 def test_damage_in_the_middle_and_files_that_are_no_tar(tmp_path):
     path = write_img2dataset(tmp_path, 0, PAIRS)
-    offset, data = _members(path)[9][0], bytearray(path.read_bytes())
+    offset, data = offset_of(path, 9), bytearray(path.read_bytes())
     data[offset : offset + 512] = b"x" * 512
     for content, lost in ((bytes(data), 4), (b"", 6), (b"no tar at all", 6), (b"x" * 4096, 6)):
         path.write_bytes(content)
@@ -107,8 +126,7 @@ def test_without_parquet(tmp_path):
     assert as_found(pairs) == as_bytes(PAIRS)
     assert damage == ["00000.parquet is missing: failed downloads and lost pairs are not counted"]
     # What the cut took of a pair that had begun is still known.
-    offset = _members(path)[10][0]
-    path.write_bytes(path.read_bytes()[:offset])
+    path.write_bytes(path.read_bytes()[: offset_of(path, 10)])
     pairs, _ = contents(tmp_path)
     assert by_cause(pairs, rules.LOST) == [PAIRS[3][0]]
 
@@ -124,18 +142,13 @@ def test_damaged_parquet_or_one_without_columns(tmp_path):
     assert damage == ["00000.parquet has no column key and no status; it is not used"]
 
 
-def _tar(folder, files):
-    with tarfile.open(folder / "00000.tar", "w") as archive:
-        for name, content in files:
-            add_file(archive, name, content)
-
-
 def test_where_the_caption_comes_from(tmp_path):
     image = jpeg()
     texts = [("1.jpg", image), ("1.txt", b"from the text"), ("1.json", b'{"caption": "no"}')]
     texts += [("2.jpg", image), ("2.json", b'{"caption": "from JSON"}'), ("3.jpg", image)]
     texts += [("4.jpg", image), ("4.json", b"{not JSON"), ("5.txt", b"no image")]
-    _tar(tmp_path, [*texts, ("6.PNG", image), ("6.txt", b"\xff")])
+    content = tar_of([*texts, ("6.PNG", image), ("6.txt", b"\xff")])
+    (tmp_path / "00000.tar").write_bytes(content)
     rows = {"key": ["3"], "status": ["success"], "caption": ["from the table"]}
     pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
     pairs, _ = contents(tmp_path)
@@ -152,7 +165,7 @@ def test_where_the_caption_comes_from(tmp_path):
 def test_list_of_captions(tmp_path):
     listed = json.dumps({"caption": ["a dog", None, "a cat"]}).encode()
     first = [("1.jpg", b"x"), ("1.txt", b"['a dog', ...]"), ("1.json", listed)]
-    _tar(tmp_path, [*first, ("2.jpg", b"y")])
+    (tmp_path / "00000.tar").write_bytes(tar_of([*first, ("2.jpg", b"y")]))
     rows = {"key": ["2"], "status": ["success"], "caption": [["a bus", "a tree"]]}
     pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
     pairs, _ = contents(tmp_path)
@@ -178,16 +191,6 @@ def test_every_member_of_a_tar_is_counted_but_folders(tmp_path):
     ]
 
 
-def packed(pairs):
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for key, caption, image in pairs:
-            add_file(archive, f"{key}.jpg", image)
-            add_file(archive, f"{key}.json", json.dumps({"caption": caption}).encode())
-            add_file(archive, f"{key}.txt", caption.encode())
-    return stream.getvalue()
-
-
 def test_periods_in_keys(tmp_path):
     pairs = [(f"photo.{key}", caption, image) for key, caption, image in PAIRS]
     (tmp_path / "0.tar").write_bytes(packed(pairs))
@@ -197,7 +200,7 @@ def test_periods_in_keys(tmp_path):
 def test_tar_that_was_packed_on_macos(tmp_path):
     files = [(f"{prefix}{n}.{kind}", b"x") for n in "01" for kind in ("jpg", "txt")
              for prefix in ("._", "", "__MACOSX/a/._")]  # fmt: skip
-    _tar(tmp_path, [*files, (".DS_Store", b"x")])
+    (tmp_path / "00000.tar").write_bytes(tar_of([*files, (".DS_Store", b"x")]))
     assert [pair.key for pair in contents(tmp_path)[0]] == ["0", "1"]
 
 
@@ -233,10 +236,8 @@ def test_every_row_of_the_parquet_file_is_kept_or_counted(parts, share):
         offset += len(tar)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "0.tar").write_bytes(b"".join(tars)[:size])
-        rows = {"key": keys, "status": ["success"] * len(keys)}
-        pq.write_table(
-            pa.table(rows, pa.schema(dict.fromkeys(rows, pa.string()))), f"{folder}/0.parquet"
-        )
+        columns = [pa.array(column, pa.string()) for column in (keys, ["success"] * len(keys))]
+        pq.write_table(pa.table(columns, ["key", "status"]), f"{folder}/0.parquet")
         pairs, damage = contents(folder)
     assert sorted(pair.key for pair in pairs) == keys
     kept = [key for key, *_ in as_found(pairs)]
@@ -268,16 +269,11 @@ def test_parquet_without_its_tar_and_files_of_other_kinds(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["./", "folder/", "./a/b/"])
 def test_tar_that_was_packed_again(tmp_path, prefix):
-    write_img2dataset(tmp_path, 0, PAIRS, FAILED)
-    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
-        for key, caption, image in PAIRS:
-            add_file(archive, f"{prefix}{key}.jpg", image)
-            add_file(archive, f"{prefix}{key}.txt", caption.encode())
+    write_img2dataset(tmp_path, 0, PAIRS, FAILED).write_bytes(packed(PAIRS, prefix))
     pairs, damage = contents(tmp_path)
     assert [key.rpartition("/")[2] for key, *_ in as_found(pairs)] == [key for key, *_ in PAIRS]
     assert by_cause(pairs, rules.NOT_DOWNLOADED) == FAILED
-    assert not by_cause(pairs, rules.LOST)
-    assert not damage
+    assert not by_cause(pairs, rules.LOST) and not damage
 
 
 def test_keys_as_numbers(tmp_path):

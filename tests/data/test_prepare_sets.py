@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
-from pair_folders import jpeg
+from pair_folders import jpeg, read_all
 
 from ovseg_jax.data.prepare import rules, source_sets
 from ovseg_jax.data.prepare.source_sets import FolderSource, ScenePairs, TfdsSource
-from ovseg_jax.data.records import CLASS_NAMES, TEXTS, ArrayRecordSource
+from ovseg_jax.data.records import CLASS_NAMES, ArrayRecordSource
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.sources import make_source
 from ovseg_jax.errors import UserError
@@ -41,10 +41,6 @@ def classes(tmp_path):
     (root / ".cache").mkdir()
     (root / "empty").mkdir()
     return root
-
-
-def read_all(source, **options):
-    return [pair for shard in source.shards() for pair in source.read(shard, **options)]
 
 
 def test_files_of_classes(classes, monkeypatch):
@@ -89,7 +85,7 @@ def test_prepared_classes_can_be_mixed_with_captions(classes, tmp_path, capsys):
     rows = "1.jpg,a cat\n1.jpg,a sorrel on the grass\n"
     (classes / "studio_couch" / "t.csv").write_text("image,caption\n" + rows)
     captions = prepared(f"files:{classes / 'studio_couch' / 't.csv'}", tmp_path / "b")
-    assert captions.manifest.captions == TEXTS
+    assert captions.manifest.captions == "texts"
     assert captions.captions() == [("a cat",)]
     sets = [{"weight": 1, "records": {"dir": str(tmp_path / name)}} for name in "ba"]
     config = {"source": "mixture", "mixture": sets, "records": {"dir": ""}, "scenes": {}}
@@ -151,30 +147,21 @@ def test_folders_that_cannot_be_used(tmp_path, wordnet, monkeypatch):
 # TFDS with the protobuf that Apache Beam holds it to.
 pytestmark = pytest.mark.filterwarnings("ignore:label.* is deprecated:DeprecationWarning")
 
+IMAGE, TEXT = tfds.features.Image(), tfds.features.Text()
+TEXTS = tfds.features.Sequence({"id": np.int64, "text": TEXT})
 FEATURES = {
-    "one": {"image": tfds.features.Image(), "caption": tfds.features.Text()},
-    "several": {
-        "picture": {"image": tfds.features.Image()},
-        "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
-        "image/id": np.int64,
-    },
-    "no_caption": {"image": tfds.features.Image(), "label": np.int64},
-    "no_image": {"caption": tfds.features.Text()},
+    "one": {"image": IMAGE, "caption": TEXT},
+    "several": {"picture": {"image": IMAGE}, "captions": TEXTS, "image/id": np.int64},
+    "no_caption": {"image": IMAGE, "label": np.int64},
+    "no_image": {"caption": TEXT},
 }
 
 
 def _example(kind, index):
-    texts = [f"a dog {index}", f"two cats {index}"]
-    return {
-        "one": {"image": jpeg(index), "caption": texts[0]},
-        "several": {
-            "picture": {"image": jpeg(index)},
-            "captions": [{"id": n, "text": text} for n, text in enumerate(texts)],
-            "image/id": 100 + index,
-        },
-        "no_caption": {"image": jpeg(index), "label": 1},
-        "no_image": {"caption": texts[0]},
-    }[kind]
+    first, second = {"id": 0, "text": f"a dog {index}"}, {"id": 1, "text": f"two cats {index}"}
+    values = {"image": jpeg(index), "picture": {"image": jpeg(index)}, "caption": first["text"]}
+    values |= {"captions": [first, second], "image/id": 100 + index, "label": 1}
+    return {name: values[name] for name in FEATURES[kind]}
 
 
 class TinyCaptions(tfds.core.GeneratorBasedBuilder):

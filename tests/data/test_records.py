@@ -18,12 +18,8 @@ from ovseg_jax.data import records as stored
 from ovseg_jax.data.records import ArrayRecordSource, Record, key_digest, sample_captions
 from ovseg_jax.errors import UserError
 
-RECORDS = [
-    Record(
-        bytes([i]) * 37 * i, (f'caption "{i}" é\n', "b")[: i % 2 + 1], f"key-{i}", (0, 1)[: i % 3]
-    )
-    for i in range(25)
-]
+TEXTS = [(f'caption "{i}" é\n', "b")[: i % 2 + 1] for i in range(25)]
+RECORDS = [Record(bytes([i]) * 37 * i, TEXTS[i], f"key-{i}", (0, 1)[: i % 3]) for i in range(25)]
 
 
 @pytest.fixture
@@ -32,13 +28,11 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+CAPTIONS, IDS = st.lists(st.text(), min_size=1, max_size=3), st.lists(st.integers(0, 2**31))
+
+
 @settings(deadline=None)
-@given(
-    st.binary(max_size=50),
-    st.lists(st.text(), min_size=1, max_size=3),
-    st.text(),
-    st.lists(st.integers(0, 2**31), max_size=5),
-)
+@given(st.binary(max_size=50), CAPTIONS, st.text(), IDS)
 def test_packing_is_lossless(image, captions, key, entities):
     record = Record(image, tuple(captions), key, tuple(entities))
     assert stored.unpack_record(stored.pack_record(record)) == record

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_set import SPECIAL, make_tokenizer
 
 from ovseg_jax.data.captions import mask_entities
 from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.tokenizer import BERT, CLIP, Tokenizer, find_tokenizer, text_length, unmasked
 from ovseg_jax.errors import UserError
 
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", ".", "photo", "of"]
+VOCABULARY = [*SPECIAL, "a", "dog", "##s", ".", "photo", "of"]
 
 
 @pytest.fixture
 def directory(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    make_tokenizer(tmp_path, VOCABULARY)
     return tmp_path
 
 
@@ -52,9 +53,8 @@ def test_find_tokenizer_says_what_is_missing(tmp_path, directory):
         find_tokenizer("package:no_such_package")
     with pytest.raises(UserError, match=r"no tokenizer\.json and no vocab\.txt"):
         find_tokenizer(str(tmp_path / "absent"))
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
     with pytest.raises(UserError, match=r"lacks \[MASK\]"):
-        Tokenizer(tmp_path)
+        make_tokenizer(tmp_path, SPECIAL[:4])
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="is no tokenizer"):
         Tokenizer(tmp_path)
@@ -98,9 +98,9 @@ def test_text_length_is_the_least_that_covers(counts):
 
 
 def test_a_cased_vocabulary_keeps_its_case(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "Dog"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    assert Tokenizer(tmp_path).encode(["Dog"], 3).tolist() == [[2, 5, 3]]
+    assert make_tokenizer(tmp_path, [*SPECIAL, "dog", "Dog"]).encode(["Dog"], 3).tolist() == [
+        [2, 5, 3]
+    ]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert Tokenizer(tmp_path).encode(["Dog"], 3).tolist() == [[2, 6, 3]]
     assert Tokenizer(tmp_path).family == BERT
@@ -109,15 +109,12 @@ def test_a_cased_vocabulary_keeps_its_case(tmp_path):
         Tokenizer(tmp_path)
 
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "a", "dog", "pad", "sep", "cls"]
-PIECES += ["mask", "<", ">", "s", "/"]
+PIECES = [*SPECIAL, "[", "]", "a", "dog", "pad", "sep", "cls", "mask", "<", ">", "s", "/"]
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n")
-    return Tokenizer(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("bert"), PIECES)
 
 
 def test_our_own_mask_stays_a_mask(bert):
@@ -141,21 +138,16 @@ TEXTS = [
 def byte_letters():
     """Bytes as the printable letters that byte-level vocabularies write them with."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table, extra = {b: chr(b) for b in plain}, 256
-    for byte in range(256):
-        if byte not in table:
-            table[byte] = chr(extra)
-            extra += 1
-    return list(table.values())
+    return [*map(chr, plain), *(chr(256 + n) for n in range(256 - len(plain)))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
+    letters = byte_letters()
     merges = ["d o", "do g</w>", "p h", "o t", "ph ot", "phot o</w>", "t h", "th e</w>", "do g"]
-    tokens = [*byte_letters(), *(letter + "</w>" for letter in byte_letters())]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    tokens += [CLIP.start, CLIP.end]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [*(merge.replace(" ", "") for merge in merges), CLIP.start, CLIP.end]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")

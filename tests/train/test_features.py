@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from ovseg_jax.data.captions import mask_entities, prompt, shared_prompt
 from ovseg_jax.data.entities import EntitySet
+from ovseg_jax.data.examples import Loader
 from ovseg_jax.data.feature_store import FeatureStore
-from ovseg_jax.data.loader import make_loader
 from ovseg_jax.data.records import ClassCaptions, Record
 from ovseg_jax.data.scenes import ScenesSource
 from ovseg_jax.data.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def test_cached_and_fresh_examples_are_of_the_same_caption(store, tokenizer, tmp
     spec = {"text_length": LENGTH, "templates": TEMPLATES}
 
     def read(**stores):
-        return list(make_loader(source, ENTITIES, tokenizer, spec, **settings, **stores))
+        return list(Loader(source, ENTITIES, tokenizer, spec, **settings, **stores))
 
     for fresh, cached in zip(
         read(image_store=images), read(image_store=images, text_store=made), strict=True

@@ -77,10 +77,8 @@ def find_root(
     A UserError names what the likeliest folder lacks.
     """
     if not str(directory):
-        wanted = ", ".join(needed).replace("|", " or ")
-        raise UserError(
-            f"benchmark {name} needs its official folder (with {wanted}): give --{field}"
-        )
+        official = f"its official folder (with {', '.join(needed).replace('|', ' or ')})"
+        raise UserError(f"benchmark {name} needs {official}: give --{field}")
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"benchmark {name}: {directory} is no folder; correct --{field}")
@@ -100,10 +98,7 @@ def first_existing(root: Path, paths: str) -> Path | None:
 
 
 def require(name: str, files: Sequence[Path], masks: Sequence[Path] = ()) -> None:
-    """A UserError names files that are missing, or masks that hold no label for each pixel.
-
-    Masks, if given, are those of the images `files`; their headers are read.
-    """
+    """A UserError names missing files, or masks whose headers do not fit their images, `files`."""
     present: dict[Path, set[str]] = {}
     for folder in {path.parent for path in (*files, *masks)}:
         # One listing a folder: asking for thousands of files one by one is slow on a bucket.
@@ -184,10 +179,7 @@ def prepared_folder(name: str, directory: str | Path) -> Path | None:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """A written evaluation set; it offers what `LabeledFolder` does.
-
-    `form` is 'tfds' and that of the folder it was written from.
-    """
+    """A written evaluation set, as a `LabeledFolder`; `form` names that of its origin too."""
 
     name: str
     table: ClassTable

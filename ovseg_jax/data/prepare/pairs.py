@@ -120,6 +120,22 @@ def network_errors(path: AnyPath, *expected: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({error}); {again}") from error
 
 
+def existing_folder(text: str | AnyPath, flag: str = "source") -> AnyPath:
+    """The path of a folder; a UserError names the flag that it is of, if there is none."""
+    path = parse_path(text)
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; check --{flag}")
+    return path
+
+
+def read_file(path: AnyPath) -> bytes | None:
+    """The content of a file; None if there is none, or a disk of this machine cannot read it."""
+    expected = (FileNotFoundError, IsADirectoryError)
+    with contextlib.suppress(OSError), network_errors(path, *expected):
+        return path.read_bytes()
+    return None
+
+
 def is_file(path: AnyPath) -> bool:
     """Whether there is a file at this path."""
     return path.exists() and not path.is_dir()
@@ -151,7 +167,7 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
 def whole_file(path: AnyPath, scratch: AnyPath | None = None) -> Iterator[Path]:
     """A local file to write, which becomes `path`, whole, when the block ends without an error.
 
-    A killed run leaves the unfinished file in `scratch` on the same disk, by default beside `path`.
+    A killed run leaves it unfinished in `scratch` on the same disk, by default beside `path`.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory() as folder:
@@ -175,5 +191,5 @@ def write_whole(path: AnyPath, text: str, scratch: AnyPath | None = None) -> Non
 
 
 def remove_folder(path: AnyPath) -> None:
-    """Removes a folder with everything in it, if it exists."""
+    """Removes a folder with everything in it, if there is one."""
     epath.Path(path).rmtree(missing_ok=True)

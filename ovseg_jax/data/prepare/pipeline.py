@@ -10,7 +10,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes a folder of records (`records.ArrayRecordSource`); returns the report, as a dict.
 
-    Args:
-      source: the pairs.
-      out: the folder to write: absent, empty, or begun by a run with the same arguments.
-      choice: the entities (`parse_choice`).
-      rules: what a pair must pass.
-      run_jobs: where the work is done. Changes nothing in the result.
-      say: gets a line now and then.
-
-    Raises:
-      UserError: the folder holds something else, or no pair is left.
+    `out` is absent, empty, or begun by a run with the same arguments. Where `run_jobs` does the
+    work changes nothing in the result; `say` gets a line now and then. Raises UserError where the
+    folder holds something else, or no pair is left.
     """
     shards = source.shards()
     plan = {
@@ -135,8 +128,7 @@ def prepare(
             say(f"shard {done} of {len(missing)}: {tally.read} pairs")
         repeated = dict(enumerate(work_files.find_repeated(work, len(shards))))
         jobs = [(work, n, positions) for n, positions in repeated.items() if positions]
-        for _ in run_jobs(work_files.drop_repeated, jobs):
-            pass
+        list(run_jobs(work_files.drop_repeated, jobs))
         outputs = [ShardOutput(work, n, unique=bool(where)) for n, where in repeated.items()]
         captions = stored.CLASS_NAMES if names else stored.TEXTS
         report = _finish(out, work, outputs, choice, plan, captions, run_jobs)
@@ -204,12 +196,8 @@ def _finish(
             infos.append(info)
     targets = [f"records-{n:05d}-of-{len(full):05d}.array_record" for n in range(len(full))]
     moves = [(s.path("array_record"), out / name) for s, name in zip(full, targets, strict=True)]
-    if isinstance(out, Path):
-        for move in moves:
-            move_file(*move)
-    else:  # a move is a copy in a bucket
-        for _ in run_jobs(move_file, moves):
-            pass
+    # A move is a copy in a bucket.
+    list(starmap(move_file, moves) if isinstance(out, Path) else run_jobs(move_file, moves))
     index, keys_sha256 = _write_index(out, work, full, tally.kept)
     records, entities = map(np.concatenate, zip(*mentions, strict=True))
     entity_index = _write_entity_index(out, work, records, entities, size)
@@ -227,8 +215,8 @@ def _finish(
         files=entity_index,
         captions=captions,
     )
-    counted = (tally, together, lengths)
-    report = make_report(manifest, choice.source, *counted, plan["rules"], len(outputs))
+    shards = len(outputs)
+    report = make_report(manifest, choice.source, tally, together, lengths, plan["rules"], shards)
     write_whole(out / REPORT_NAMES[0], json.dumps(report, indent=1) + "\n", work)
     write_whole(out / REPORT_NAMES[1], page(report), work)
     if not manifest.count:
@@ -280,9 +268,9 @@ def _write_entity_index(
 def dry_run(source: PairSource, choice: EntityChoice, rules: Rules) -> dict[str, Any]:
     """Applies every rule to the first pairs of shards spread over the input; writes nothing.
 
-    Entities that are to be built are built from the sample. Duplicates are not looked for. Returns
-    `summary.report_counts`, with `entities` (name -> records that name it), `bytes` of the images
-    that are kept, `shards_read` and `input_shards`.
+    Entities are built from the sample, and duplicates not looked for. Returns what
+    `summary.report_counts` does, with `entities` (name -> records that name it), `bytes` of the
+    images that are kept, `shards_read` and `input_shards`.
     """
     shards = source.shards()
     sample = shards[:: max(1, -(-len(shards) // _SAMPLE_SHARDS))]

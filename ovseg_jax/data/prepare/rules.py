@@ -85,15 +85,11 @@ _MODES = {
 
 @dataclass(frozen=True)
 class Rules:
-    """What can be chosen about the rules.
+    """What can be chosen about the rules."""
 
-    `min_side` is the least length of an image's shorter side, in pixels, `max_caption` the most
-    characters of a caption; `keep_without_entities` keeps captions that name no entity (Table 2).
-    """
-
-    min_side: int = 32
-    max_caption: int = 2000
-    keep_without_entities: bool = False
+    min_side: int = 32  # least pixels of an image's shorter side
+    max_caption: int = 2000  # most characters of a caption
+    keep_without_entities: bool = False  # keep captions that name no entity (Table 2)
 
     def __post_init__(self) -> None:
         if self.min_side < 1 or self.max_caption < 1:

@@ -55,7 +55,6 @@ class Tally:
     damage: list[str] = field(default_factory=list)
 
     def count(self, key: str, verdict: Verdict) -> None:
-        """Counts a pair that was judged."""
         self.read += 1
         if verdict.record is None:
             self.drop(key, verdict.cause)
@@ -66,14 +65,12 @@ class Tally:
         self.remarks.update(verdict.remarks)
 
     def drop(self, key: str, cause: str) -> None:
-        """Counts a pair as dropped."""
         self.dropped[cause] += 1
         keys = self.examples.setdefault(cause, [])
         if len(keys) < _EXAMPLES:
             keys.append(_printable(key))
 
     def add(self, later: "Tally") -> None:
-        """Adds the counts of a later shard."""
         for name in vars(self).keys() - {"examples"}:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         for cause, keys in later.examples.items():
@@ -101,11 +98,9 @@ class ShardOutput:
         return self.work / f"{'unique' if self.unique else 'shard'}-{self.number:05d}.{ending}"
 
     def is_done(self) -> bool:
-        """Whether all four files are there."""
         return self.path("json").exists()
 
     def read_facts(self, *names: str) -> list[np.ndarray]:
-        """Some of the arrays of `_FACTS`."""
         with pairs.local_copy(self.path("npz")) as file, np.load(file) as arrays:
             return [arrays[name] for name in names]
 
@@ -176,8 +171,7 @@ def drop_repeated(work: AnyPath, number: int, repeated: Sequence[int]) -> None:
     shard, unique = ShardOutput(work, number), ShardOutput(work, number, unique=True)
     if unique.is_done():
         return
-    tally, _ = shard.read_done()
-    left_out = set(repeated)
+    tally, left_out = shard.read_done()[0], set(repeated)
 
     def kept() -> Iterator[Record]:
         with pairs.local_copy(shard.path("array_record")) as file:

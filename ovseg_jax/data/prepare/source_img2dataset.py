@@ -36,9 +36,7 @@ class Img2DatasetSource:
     name = "img2dataset"
 
     def __init__(self, directory: str | AnyPath):
-        self.directory = pairs.parse_path(directory)
-        if not self.directory.is_dir():
-            raise UserError(f"there is no folder {self.directory}; check --source")
+        self.directory = pairs.existing_folder(directory)
         if not any(path.suffix == ".tar" for path in _files(self.directory)):
             wanted = "img2dataset writes them with --output_format=webdataset"
             raise UserError(f"there is no .tar file below {self.directory}: {wanted}")
@@ -152,8 +150,7 @@ def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes
 def _members(file: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo | None]]:
     """The members, without folders, of one tar or of several behind one another; None after each.
 
-    Raises:
-      TarError: damage, or an end without an end mark.
+    Raises TarError for damage, or an end without an end mark.
     """
     start = 0
     while True:

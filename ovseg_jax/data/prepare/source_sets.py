@@ -1,6 +1,5 @@
 """Data sets in other forms: photographs in class-named folders, TFDS, the embedded scenes."""
 
-import contextlib
 import functools
 import itertools
 import operator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovseg_jax.data.decoding import is_foreign
-from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, network_errors, parse_path
+from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, existing_folder, read_file
 from ovseg_jax.data.prepare.rules import BAD_ROW, NO_CLASS, NO_IMAGE_FILE
 from ovseg_jax.data.records import MOST_NAMES
 from ovseg_jax.data.scenes import ScenesSource
@@ -34,10 +33,8 @@ class FolderSource:
     """
 
     def __init__(self, directory: str | AnyPath, hypernyms: bool = False):
-        self.directory = parse_path(directory)
+        self.directory = existing_folder(directory)
         self.name = "folders of classes" + (", with hypernyms" if hypernyms else "")
-        if not self.directory.is_dir():
-            raise UserError(f"there is no folder {self.directory}; check --source")
         listed = _listed(self.directory)
         self._classes = [path.name for path in listed if path.is_dir()]
         self._beside = [path.name for path in listed if not path.is_dir()]
@@ -80,7 +77,7 @@ class FolderSource:
                 if path.name.startswith(".") or not path.name.lower().endswith(_IMAGES):
                     yield RawPair(key, cause=NO_IMAGE_FILE)
                 else:
-                    yield RawPair(key, self._names[number], _content(path) if images else None)
+                    yield RawPair(key, self._names[number], read_file(path) if images else None)
 
 
 def _listed(folder: AnyPath) -> list[AnyPath]:
@@ -100,12 +97,6 @@ def _files(folder: AnyPath, below: str) -> Iterator[tuple[str, AnyPath]]:
             yield key, path
 
 
-def _content(path: AnyPath) -> bytes | None:
-    with contextlib.suppress(OSError), network_errors(path, FileNotFoundError):
-        return path.read_bytes()
-    return None
-
-
 def _index_shards(name: str, total: int, size: int) -> list[InputShard]:
     return [
         InputShard(f"{name} {start}", start, min(start + size, total))
@@ -121,9 +112,8 @@ class ScenePairs:
     def __init__(self, text: str):
         match = re.fullmatch(r"(\d+)(?:,size=(\d+))?(?:,seed=(\d+))?", text)
         if match is None:
-            raise UserError(
-                f"--source=scenes:{text} is not of the form scenes:1000,size=224,seed=0"
-            )
+            form = "not of the form scenes:1000,size=224,seed=0"
+            raise UserError(f"--source=scenes:{text} is {form}")
         number, size, seed = (int(group or 0) for group in match.groups())
         self._source = ScenesSource("train", number, seed, size or 224)
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from ovseg_jax.data.prepare import pairs
-from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, is_file
+from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, is_file, read_file
 from ovseg_jax.data.prepare.rules import BAD_ROW
 from ovseg_jax.errors import UserError
 
@@ -82,9 +82,7 @@ class FileSource:
         self._width = len(rows[0])
         columns = named if self._has_header else _guessed_columns(self._path, rows)
         self._image, self._caption, self._key = columns
-        self._images = pairs.parse_path(images) if images else self._path.parent
-        if not self._images.is_dir():
-            raise UserError(f"there is no folder {self._images}; check --images")
+        self._images = pairs.existing_folder(images or self._path.parent, "images")
         self._naming = self._find_naming()
         found = "named by its header" if self._has_header else "found by looking at its rows"
         self.name = (
@@ -116,17 +114,16 @@ class FileSource:
                 yield RawPair(f"row {row}", cause=BAD_ROW)
                 continue
             key = cell if self._key is None else cells[self._key].strip()
-            image = self._try_names(self._naming, cell, row, _content) if images else None
+            image = self._try_names(self._naming, cell, row, read_file) if images else None
             # The other rows of the image may be in other shards.
             alike = [rows.get(at) or next(self._rows(at))[1] for at in further[begin]]
             yield RawPair(key, tuple(r[self._caption] for r in (cells, *alike)), image)
 
     @functools.cached_property
     def _scanned(self) -> tuple[list[int], Int64[np.ndarray, "rows 2"]]:
-        """Where shards begin, and the rows whose image an earlier row has.
+        """Where shards begin, and the rows whose image an earlier row has, sorted.
 
-        Of each such row: the byte where the first row of its image begins, and where it begins
-        itself; sorted.
+        Of each such row: where the first row of its image begins, and where it begins itself.
         """
         starts, begins, digests = [], array("q"), array("Q")
         for row, (begin, cells) in enumerate(self._data_rows()):
@@ -187,11 +184,6 @@ class FileSource:
         return best
 
 
-def _content(path: AnyPath) -> bytes:
-    with pairs.network_errors(path, FileNotFoundError, IsADirectoryError):
-        return path.read_bytes()
-
-
 def _guessed_columns(path: AnyPath, rows: list[list[str]]) -> tuple[int, int, None]:
     """The column in which most cells are URLs or image files, the wordiest other one, no key."""
     columns = range(max(map(len, rows)))
@@ -236,10 +228,7 @@ def _read_rows(
     """The rows that begin at byte `start` to `stop`; without cells where one cannot be parsed.
 
     Bytes that are not UTF-8 become lone surrogates. The header is a row too; blank lines are none.
-
-    Args:
-      quoted: quotes are around cells; otherwise they are letters.
-      columns: how many a row over several lines must have; 0 for any number.
+    Quotes are letters unless `quoted`; a row over several lines must have `columns`, if not 0.
     """
     is_csv = path.suffix.lower() == ".csv"
     with path.open("rb") as stream:

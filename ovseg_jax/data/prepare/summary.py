@@ -35,7 +35,7 @@ def make_report(
     rules: Mapping[str, Any],
     input_shards: int,
 ) -> dict[str, Any]:
-    """Everything worth knowing about a preparation. No times and no paths: it can be compared.
+    """All about a preparation, without times and paths: two can be compared.
 
     `together` are the records that name both entities (on the diagonal, those that name one), and
     `words` the captions by number of words.

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ovseg_jax.data.entities import EntitySet
 from ovseg_jax.data.records import Record
 from ovseg_jax.data.scenes.drawing import Scene, describe, scene_at
-from ovseg_jax.data.scenes.layout import SPLITS, VERSION, layout_at
-from ovseg_jax.data.scenes.objects import CLASSES, scene_entity_table
+from ovseg_jax.data.scenes.layout import CLASSES, SPLITS, VERSION, layout_at, scene_entity_table
 from ovseg_jax.errors import UserError
 
 __all__ = ["CLASSES", "SPLITS", "ScenesSource", "describe", "scene_at", "scene_entity_table"]
@@ -25,29 +23,24 @@ class ScenesSource:
 
     name = "scenes"
 
-    def __init__(
-        self, split: str, count: int, seed: int, size: int, entities: EntitySet | None = None
-    ):
+    def __init__(self, split: str, count: int, seed: int, size: int):
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r} of scenes: use one of {', '.join(SPLITS)}")
         if count < 1 or size < 16 or seed < 0:
             given = f"count={count}, size={size}, seed={seed}"
             raise UserError(f"scenes need count >= 1, size >= 16 and seed >= 0, not {given}")
         self.split, self.count, self.seed, self.size = split, count, seed, size
-        self._entities = entities
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`: a PNG, its caption, its key, and the entities of the caption."""
+        """Record `index`: a PNG, its caption, its key; entities are found when they are needed."""
         scene = self.scene(index)
         stream = io.BytesIO()
         # Noise hardly compresses: the fastest level is also nearly the smallest.
         Image.fromarray(scene.image).save(stream, format="PNG", compress_level=1)
-        caption = scene.layout.caption
-        named = self._entities.find(caption) if self._entities is not None else ()
-        return Record(stream.getvalue(), (caption,), self._key(index), named)
+        return Record(stream.getvalue(), (scene.layout.caption,), self._key(index))
 
     def scene(self, index: int) -> Scene:
         """Scene `index` with its labels, which training never reads."""

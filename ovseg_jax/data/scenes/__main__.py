@@ -1,53 +1,51 @@
 """`python -m ovseg_jax.data.scenes`: print the statistics of a split, draw a contact sheet."""
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ovseg_jax.data.scenes import CLASSES, describe, scene_at
+from ovseg_jax import flags
+from ovseg_jax.data.scenes import CLASSES, SPLITS, ScenesSource, describe, scene_at
 from ovseg_jax.data.scenes.layout import layout_at
-from ovseg_jax.errors import UserError
+
+FLAGS = (
+    flags.Flag("split", default="train", choices=tuple(SPLITS), help="which scenes"),
+    flags.Flag("count", int, 500, "scenes measured"),
+    flags.Flag("seed", int, 0, "of the scenes"),
+    flags.Flag("size", int, 196, "pixels a side"),
+    flags.Flag("captions", int, 10, "captions printed"),
+    flags.Flag("sheet", Path, help="file for a contact sheet, such as scenes.png"),
+)
+_ROWS, _COLUMNS = 4, 8
 
 
-def contact_sheet(split: str, seed: int, size: int, rows: int, columns: int) -> Image.Image:
+def contact_sheet(split: str, seed: int, size: int) -> Image.Image:
     """Rows of scenes, each above its labels in one color per class."""
     hues = np.linspace(0, 255, len(CLASSES), endpoint=False)
     colors = np.stack([hues, np.full_like(hues, 190), np.full_like(hues, 240)], axis=-1)
     bright = np.asarray(Image.fromarray(colors.astype(np.uint8)[None], "HSV").convert("RGB"))[0]
     palette = np.concatenate([np.full((1, 3), 30, np.uint8), bright])
     strips = []
-    for row in range(rows):
-        scenes = [scene_at(seed, split, row * columns + c, size) for c in range(columns)]
+    for row in range(_ROWS):
+        scenes = [scene_at(seed, split, row * _COLUMNS + c, size) for c in range(_COLUMNS)]
         strips.append(np.concatenate([scene.image for scene in scenes], axis=1))
         strips.append(np.concatenate([palette[scene.labels] for scene in scenes], axis=1))
     return Image.fromarray(np.concatenate(strips, axis=0))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the flags, print, write. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ovseg_jax.data.scenes", description=__doc__)
-    parser.add_argument("--split", default="train", help="train, tune or test")
-    parser.add_argument("--count", type=int, default=500, help="scenes measured")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=196, help="pixels a side")
-    parser.add_argument("--captions", type=int, default=10, help="captions printed")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet here")
-    flags = parser.parse_args(arguments)
-    try:
-        for name, value in describe(flags.split, flags.count, flags.seed, flags.size).items():
-            print(f"{name:24s}{value:8.3f}")
-        for index in range(flags.captions):
-            print(layout_at(flags.seed, flags.split, index).caption)
-        if flags.sheet:
-            contact_sheet(flags.split, flags.seed, flags.size, rows=4, columns=8).save(flags.sheet)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    args = flags.parse(argv, FLAGS, __doc__)
+    ScenesSource(args.split, args.count, args.seed, args.size)  # refuses numbers that cannot be
+    for name, value in describe(args.split, args.count, args.seed, args.size).items():
+        print(f"{name:24s}{value:8.3f}")
+    for index in range(args.captions):
+        print(layout_at(args.seed, args.split, index).caption)
+    if args.sheet:
+        contact_sheet(args.split, args.seed, args.size).save(args.sheet)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)

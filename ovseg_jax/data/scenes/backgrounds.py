@@ -30,8 +30,8 @@ def value_noise(
 ) -> Field:
     """Multi-octave value noise in 0..1: random lattices, upsampled smoothly and summed.
 
-    `cells` is the number of lattice cells across; every octave doubles it and halves the weight.
-    `stretch` gives that many times more cells down than across, hence horizontal grain.
+    Every octave doubles the number of `cells` across and halves the weight. With `stretch`, there
+    are that many times more cells down than across, hence horizontal grain.
     """
     total = np.zeros((size, size), np.float32)
     weight, weights = 1.0, 0.0

@@ -73,8 +73,7 @@ def _with_skin(pixels: np.ndarray, skin: int) -> np.ndarray:
 def sprite(emoji: str, skin: int = 0) -> Image.Image:
     """The drawing of one emoji, cropped to its alpha, about 256 px, premultiplied (mode RGBa).
 
-    The image is shared: callers must not draw on it. `skin` replaces the symbolic yellow.
-    Raises UserError where the font has no colored glyph for the emoji.
+    It is shared: callers must not draw on it. Raises UserError where the font has no color for it.
     """
     side = _FONT_PX + 2 * _ROOM_PX
     canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))

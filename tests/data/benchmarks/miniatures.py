@@ -36,51 +36,42 @@ def values_of(numbers, seed=0):
     return flat.reshape(SIZE)
 
 
-def voc(root):
-    """Two images; returns the values in their masks."""
-    base, maps = root / "VOCdevkit" / "VOC2012", {}
-    for seed, key in enumerate(("2007_000033", "2007_000042")):
-        maps[key] = values_of([0, 1, 11, 20, 255], seed)
-        write_image(base / "JPEGImages" / f"{key}.jpg", seed)
-        write_mask(base / "SegmentationClass" / f"{key}.png", maps[key], palette=True)
-    write_image(base / "JPEGImages" / "2008_000001.jpg")  # of another split
-    write_text(base / "ImageSets" / "Segmentation" / "val.txt", *maps)
+def write_pairs(base, keys, numbers, image, *masks, palette=False):
+    """An image and masks for each key, at paths with '{key}'; returns the values in the masks."""
+    maps = {}
+    for seed, key in enumerate(keys):
+        maps[key], city = values_of(numbers, seed), key.partition("_")[0]
+        write_image(base / image.format(key=key, city=city), seed)
+        for mask in masks:
+            write_mask(base / mask.format(key=key, city=city), maps[key], palette)
     return maps
+
+
+def voc(root):
+    base, keys = root / "VOCdevkit" / "VOC2012", ("2007_000033", "2007_000042")
+    write_image(base / "JPEGImages" / "2008_000001.jpg")  # of another split
+    write_text(base / "ImageSets" / "Segmentation" / "val.txt", *keys)
+    paths = ("JPEGImages/{key}.jpg", "SegmentationClass/{key}.png")
+    return write_pairs(base, keys, [0, 1, 11, 20, 255], *paths, palette=True)
 
 
 def ade20k(root):
-    """Two images; returns the values in their masks."""
-    base, maps = root / "ADEChallengeData2016", {}
-    for seed in range(2):
-        key = f"ADE_val_{seed + 1:08d}"
-        maps[key] = values_of([0, 1, 8, 150], seed)
-        write_image(base / "images" / "validation" / f"{key}.jpg", seed)
-        write_mask(base / "annotations" / "validation" / f"{key}.png", maps[key])
-    return maps
+    keys = ("ADE_val_00000001", "ADE_val_00000002")
+    paths = ("images/validation/{key}.jpg", "annotations/validation/{key}.png")
+    return write_pairs(root / "ADEChallengeData2016", keys, [0, 1, 8, 150], *paths)
 
 
 def cityscapes(root):
-    """Two cities with an image each; returns the values in their masks."""
-    maps = {}
-    for seed, city in enumerate(("frankfurt", "munster")):
-        key = f"{city}_000000_00000{seed}"
-        maps[key] = values_of([0, 4, 7, 19, 33, 29], seed)
-        write_image(root / "leftImg8bit" / "val" / city / f"{key}_leftImg8bit.png", seed)
-        fine = root / "gtFine" / "val" / city
-        write_mask(fine / f"{key}_gtFine_labelIds.png", maps[key])
-        write_mask(fine / f"{key}_gtFine_instanceIds.png", maps[key])
-    return maps
+    keys = ("frankfurt_000000_000000", "munster_000000_000001")
+    paths = ["leftImg8bit/val/{city}/{key}_leftImg8bit.png"]
+    paths += [f"gtFine/val/{{city}}/{{key}}_gtFine_{kind}Ids.png" for kind in ("label", "instance")]
+    return write_pairs(root, keys, [0, 4, 7, 19, 33, 29], *paths)
 
 
 def coco_stuff(root):
-    """Two images; returns the values in their masks."""
-    maps = {}
-    for seed in range(2):
-        key = f"{seed + 139:012d}"
-        maps[key] = values_of([0, 10, 12, 89, 91, 181, 255], seed)
-        write_image(root / "val2017" / f"{key}.jpg", seed)
-        write_mask(root / "stuffthingmaps" / "val2017" / f"{key}.png", maps[key])
-    return maps
+    paths = ("val2017/{key}.jpg", "stuffthingmaps/val2017/{key}.png")
+    keys = ("000000000139", "000000000140")
+    return write_pairs(root, keys, [0, 10, 12, 89, 91, 181, 255], *paths)
 
 
 def box(top, left, bottom, right):
@@ -193,10 +184,6 @@ def context_json(root):
 
 def context_png(root):
     """Two masks as other programs convert them; returns their values, which are the labels."""
-    maps = {}
-    context_images(root)
-    for seed, key in enumerate(CONTEXT_KEYS):
-        maps[key] = values_of([0, 1, 37, 59], seed)
-        write_mask(root / "SegmentationClassContext" / f"{key}.png", maps[key])
     write_text(root / "ImageSets" / "SegmentationContext" / "val.txt", *CONTEXT_KEYS)
-    return maps
+    paths = ("JPEGImages/{key}.jpg", "SegmentationClassContext/{key}.png")
+    return write_pairs(root, CONTEXT_KEYS, [0, 1, 37, 59], *paths)

@@ -17,6 +17,14 @@ from ovseg_jax.data.benchmarks.folders import is_prepared, open_prepared
 from ovseg_jax.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """VOC's official folder, and what was written of it."""
+    root = tmp_path_factory.mktemp("voc")
+    mini.voc(root / "official")
+    return root / "official", build("voc", root / "official", root / "tfds")
+
+
 @pytest.mark.parametrize("name", ["voc", "cityscapes"])
 def test_what_is_read_back_equals_the_folder(name, tmp_path):
     getattr(mini, name)(tmp_path / "official")
@@ -31,12 +39,10 @@ def test_what_is_read_back_equals_the_folder(name, tmp_path):
     assert any(path.suffix != ".json" and "array_record" in path.name for path in written.iterdir())
 
 
-def test_tfds_decodes_it_for_other_programs(tmp_path):
-    mini.voc(tmp_path / "official")
-    written = build("voc", tmp_path / "official", tmp_path / "tfds")
+def test_tfds_decodes_it_for_other_programs(voc):
+    official, written = voc
     builder = tfds.builder_from_directory(str(written))
-    source = builder.as_data_source("validation")
-    folder = OPENERS["voc"](tmp_path / "official", "")
+    source, folder = builder.as_data_source("validation"), OPENERS["voc"](official, "")
     with Image.open(io.BytesIO(folder.image_bytes(1))) as image:
         np.testing.assert_array_equal(source[1]["image"], np.asarray(image))
     np.testing.assert_array_equal(source[1]["labels"][..., 0], folder.labels(1))
@@ -44,19 +50,18 @@ def test_tfds_decodes_it_for_other_programs(tmp_path):
     assert builder.info.metadata["names"] == ["background", *class_table("voc").names]
 
 
-def test_the_build_command_of_tfds_writes_the_same(tmp_path):
+def test_the_build_command_of_tfds_writes_the_same(voc, tmp_path):
     """The module behind `tfds build`: the program itself imports TensorFlow for other commands."""
     from tensorflow_datasets.scripts.cli import build as command
     from tensorflow_datasets.scripts.cli import cli_utils
 
-    mini.voc(tmp_path / "official")
+    official, written = voc
     parse = cli_utils.make_flags_parser(command.Args, description="")
     flags = ["--imports=ovseg_jax.data.benchmarks.builders", "--file_format=array_record"]
-    flags += [f"--data_dir={tmp_path / 'tfds'}", f"--manual_dir={tmp_path / 'official'}"]
+    flags += [f"--data_dir={tmp_path / 'tfds'}", f"--manual_dir={official}"]
     parse(["tfds build", "ovseg_voc", *flags]).execute()
     builder = tfds.builder("ovseg_voc", data_dir=str(tmp_path / "tfds"), file_format="array_record")
-    ours = open_prepared("voc", build("voc", tmp_path / "official", tmp_path / "ours"))
-    theirs = open_prepared("voc", builder.data_dir)
+    ours, theirs = open_prepared("voc", written), open_prepared("voc", builder.data_dir)
     assert len(builder.as_data_source("validation")) == len(theirs) == len(ours) == 2
     for index in range(2):
         assert theirs.image_bytes(index) == ours.image_bytes(index)
@@ -83,7 +88,7 @@ def test_which_labels_it_was_written_from_is_kept(tmp_path):
     assert prepared.keys == folder.keys
 
 
-def test_mistakes_are_told(tmp_path, capsys):
+def test_mistakes_are_told(voc, tmp_path, capsys):
     assert {name: builder.name for name, builder in BUILDERS.items()} == {
         name: f"ovseg_{name}" for name in OPENERS
     }
@@ -95,8 +100,7 @@ def test_mistakes_are_told(tmp_path, capsys):
             build("voc", tmp_path / place, tmp_path / "out")
     with pytest.raises(UserError, match="SegmentationClass"):
         build("voc", tmp_path, tmp_path / "out")
-    mini.voc(tmp_path / "official")
-    where = [f"--dir={tmp_path / 'official'}", f"--out={tmp_path / 'tfds'}"]
+    where = [f"--dir={voc[0]}", f"--out={tmp_path / 'tfds'}"]
     assert main(["--benchmark=voc", *where]) == 0
     written = Path(capsys.readouterr().out.strip().splitlines()[-1])
     assert len(open_prepared("voc", written)) == 2

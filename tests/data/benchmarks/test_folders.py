@@ -23,14 +23,11 @@ def expected(name, values):
 
 def make(name, root):
     """Writes a miniature; returns the labels that it should have, by key."""
+    table = class_table(name)
+    names = dict(zip(table.values, table.names, strict=True))
     if name == "coco_object":
-        table = class_table(name)
-        return mini.coco_object(root, dict(zip(table.values, table.names, strict=True)))
-    if name == "context":
-        table = class_table(name)
-        maps = mini.context_mat(root, dict(zip(table.values, table.names, strict=True)))
-    else:
-        maps = getattr(mini, name)(root)
+        return mini.coco_object(root, names)
+    maps = mini.context_mat(root, names) if name == "context" else getattr(mini, name)(root)
     return {key: expected(name, values) for key, values in maps.items()}
 
 

@@ -5,16 +5,14 @@ import logging
 import numpy as np
 import pytest
 from memory_source import MemorySource
-from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, joined, text_ids
+from small_set import BROKEN, ENTITIES, NAMES, SPEC, WORDS, assert_same, joined, load, text_ids
 
 from ovseg_jax.data.captions import mask_entities
-from ovseg_jax.data.examples import entity_set_hash
-from ovseg_jax.data.loader import make_loader
-from ovseg_jax.data.records import Record
+from ovseg_jax.data.examples import MOST_NAMES, caption_set, entity_set_hash
+from ovseg_jax.data.records import ClassCaptions, Record
+from ovseg_jax.data.sources import Mixture
 from ovseg_jax.data.words import caption_nouns
 from ovseg_jax.errors import UserError
-
-PLAIN = {"seed": 0, "first_step": 0, "with_pairs": False}
 
 
 def test_shapes_and_types(read):
@@ -75,31 +73,8 @@ def test_an_epoch_runs_on_where_the_batch_size_changes(read):
     assert_same(rest[3:], read(batch_size=1, first_step=5, last_step=9, first_position=19))
 
 
-def test_texts_are_those_of_the_record(read, source, tokenizer):
-    templates = set()
-    for batch in read():
-        for at, index in enumerate(batch["record"]):
-            if index == BROKEN:
-                continue
-            (caption,) = source[int(index)].captions
-            masked, prompts = text_ids(caption, tokenizer)
-            np.testing.assert_array_equal(
-                batch["caption_ids"][at], tokenizer.encode([caption], 12)[0]
-            )
-            np.testing.assert_array_equal(batch["masked_ids"][at], masked)
-            matches = (prompts == batch["prompt_ids"][at]).all(1)
-            assert matches.any()
-            if matches.sum() == 1:
-                templates.add(int(matches.argmax()))
-            entities = ENTITIES.find(caption)
-            assert batch["entity_weight"][at] == bool(entities)
-            assert batch["entity_set"][at] == entity_set_hash(entities)
-    assert templates == {0, 1, 2}
-
-
 def test_broken_image_keeps_its_slot(source, tokenizer, caplog):
-    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 7, "with_pairs": True}
-    loader = make_loader(source, ENTITIES, tokenizer, SPEC, **settings)
+    loader = load(source, tokenizer)
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
     assert dict(loader.failures) == {f"key-{BROKEN}": "not an image: 7 bytes"}
@@ -128,7 +103,7 @@ class _Flaky(MemorySource):
 def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
     no_text = Record(source[1].image, ("\udc80",), "u")
     flaky = _Flaky([source[index] for index in range(6)] + [no_text])
-    loader = make_loader(flaky, ENTITIES, tokenizer, SPEC, **PLAIN, batch_size=7, last_step=1)
+    loader = load(flaky, tokenizer, batch_size=7, last_step=1)
     (batch,) = loader
     lost = batch["record"][batch["weight"] == 0]
     assert sorted(lost) == [BROKEN, 4, 6]
@@ -138,7 +113,7 @@ def test_record_that_cannot_be_read_keeps_its_slot(source, tokenizer):
 
 def test_a_set_without_records_is_a_user_error(tokenizer):
     with pytest.raises(UserError, match="no records"):
-        make_loader(MemorySource([]), ENTITIES, tokenizer, SPEC, **PLAIN, batch_size=8, last_step=1)
+        load(MemorySource([]), tokenizer)
 
 
 def test_entity_set_hash_is_stable():
@@ -150,11 +125,9 @@ def test_entity_set_hash_is_stable():
 
 
 @pytest.mark.parametrize("masking", ["single_entity", "all_nouns", "mlm"])
-def test_masking_objectives_in_batches(source, tokenizer, masking):
-    settings = {"batch_size": 8, "seed": 1, "first_step": 0, "last_step": 3, "with_pairs": False}
-    spec = {**SPEC, "masking": masking}
-    batches = list(make_loader(source, ENTITIES, tokenizer, spec, **settings))
-    default = list(make_loader(source, ENTITIES, tokenizer, SPEC, **settings))
+def test_masking_objectives_in_batches(read, tokenizer, masking):
+    batches = read(spec={**SPEC, "masking": masking}, last_step=3)
+    default = read(last_step=3)
     mask, several = tokenizer.mask_id, 0
     for batch, plain in zip(batches, default, strict=True):
         np.testing.assert_array_equal(batch["image"], plain["image"])
@@ -177,10 +150,9 @@ def test_masking_objectives_in_batches(source, tokenizer, masking):
     assert several or masking == "mlm"
 
 
-def test_examples_hold_nouns_or_say_that_they_are_absent(source, tokenizer):
+def test_examples_hold_nouns_or_say_that_they_are_absent(read, source, tokenizer):
     spec = {**SPEC, "templates": ("a {}",), "nouns": 4}
-    settings = {**PLAIN, "batch_size": 23, "last_step": 1}
-    (batch,) = make_loader(source, ENTITIES, tokenizer, spec, **settings)
+    (batch,) = read(spec=spec, batch_size=23, last_step=1)
     columns = (batch["record"], batch["noun_ids"], batch["noun_present"])
     for index, ids, present in zip(*columns, strict=True):
         nouns = [] if index == BROKEN else caption_nouns(source[int(index)].captions[0])
@@ -188,3 +160,87 @@ def test_examples_hold_nouns_or_say_that_they_are_absent(source, tokenizer):
         assert present.tolist() == [True] * len(nouns) + [False] * (4 - len(nouns))
         assert sorted(map(tuple, ids)) == sorted(map(tuple, tokenizer.encode(expected, 12)))
     assert batch["noun_present"].any()
+
+
+# ---- several captions, and photographs of named classes: each epoch draws a caption
+
+CLASS = ClassCaptions(("bus", "tree"), ("a photo of a {}", "{}"))
+SINGLE = {2: "a photo of a dog", 4: "a sky"}  # the records with a single caption
+COUNT, STEPS = 9, 36
+
+
+def captions_of(index):
+    if index in SINGLE:
+        return (SINGLE[index],)
+    if index >= 6:
+        return CLASS
+    return tuple(f"a {NAMES[(index + k) % 4]} and a {NAMES[(index + 2 * k) % 4]}" for k in range(3))
+
+
+@pytest.fixture(scope="module")
+def several(source):
+    images = [source[0].image] * COUNT
+    return MemorySource([Record(x, captions_of(i), f"k{i}") for i, x in enumerate(images)])
+
+
+def drawn_in(source, tokenizer, steps):
+    """(record, number of the caption, caption, example) of each example."""
+    for batch in load(source, tokenizer, batch_size=6, last_step=steps, threads=0):
+        for at, index in enumerate(map(int, batch["record"])):
+            captions = list(source[index].captions)
+            ids = tokenizer.encode(captions, SPEC["text_length"])
+            number = int((ids == batch["caption_ids"][at]).all(1).argmax())
+            np.testing.assert_array_equal(ids[number], batch["caption_ids"][at])
+            yield index, number, captions[number], {name: x[at] for name, x in batch.items()}
+
+
+def test_every_caption_is_drawn_and_the_rest_follows_it(several, tokenizer):
+    seen, templates, named, partners = {}, set(), 0, 0
+    for index, number, caption, example in drawn_in(several, tokenizer, STEPS):
+        seen.setdefault(index, []).append(number)
+        masked, prompts = text_ids(caption, tokenizer)
+        np.testing.assert_array_equal(example["masked_ids"], masked)
+        matches = (prompts == example["prompt_ids"]).all(1)
+        assert matches.any()
+        if matches.sum() == 1:
+            templates.add(int(matches.argmax()))
+        entities = ENTITIES.find(caption)
+        named += bool(entities)
+        assert example["entity_weight"] == bool(entities)
+        assert example["entity_set"] == entity_set_hash(entities)
+        hashes = caption_set(several[index].captions, number)
+        np.testing.assert_array_equal(example["caption_set"], hashes)
+        if example["pair_weight"]:
+            shared = [f"a photo of {NAMES[entity]}" for entity in entities]
+            known = tokenizer.encode(shared, SPEC["text_length"])
+            assert (known == example["shared_ids"]).all(1).any()
+            partners += 1
+    epochs = STEPS * 6 // COUNT
+    for index in range(COUNT):
+        assert len(seen[index]) == epochs
+        assert set(seen[index]) == set(range(len(captions_of(index))))
+    assert STEPS * 6 > named >= partners > 0.9 * named and templates == {0, 1, 2}
+
+
+def test_photographs_of_a_class_are_alike_whatever_was_drawn():
+    sets = [caption_set(CLASS, number) for number in range(4)]
+    assert all(x.shape == (MOST_NAMES,) and x.dtype == np.int32 for x in sets)
+    assert all(set(x) == set(sets[0]) for x in sets)
+    # The drawn name comes first; templates are no part of it.
+    assert sets[0][0] == sets[1][0] != sets[2][0] == sets[3][0]
+    (plain,) = {tuple(caption_set(("a dog", "x"), 0)), tuple(caption_set(("a dog",), 0))}
+    assert len(set(plain)) == 1 and plain != tuple(caption_set(("a dog", "x"), 1))
+    # A class that shares a name with this one.
+    other = caption_set(ClassCaptions(("tree",), ("{}",)), 0)
+    assert other[0] in sets[0] and other[0] == sets[2][0]
+
+
+def test_mixture_of_captions_and_class_names(several, tokenizer):
+    photographs = MemorySource([several[index] for index in range(6, COUNT)], "photographs")
+    captions = MemorySource([several[index] for index in range(6)], "captions")
+    mixture = Mixture([captions, photographs], [1, 1])
+    found = list(drawn_in(mixture, tokenizer, 6))
+    assert sum(index >= 6 for index, *_ in found) == 18
+    assert all(example["weight"] for *_, example in found)
+    prompts = {example["prompt_ids"].tobytes() for *_, example in found}
+    assert len(prompts) > len(SPEC["templates"])
