@@ -1,5 +1,6 @@
 """The command line: config files, overrides, flags, exit codes."""
 
+import errno
 import re
 import sys
 
@@ -193,6 +194,11 @@ def test_help_names_every_flag_and_exits_0(capsys):
         (UserError("no such cat"), 2, "error: no such cat\n"),
         (RestartError("lost"), 143, "error: lost\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space"),
+            2,
+            "error: the output cannot be written: the disk is full\n",
+        ),
     ],
 )
 def test_run_exit_codes(monkeypatch, capsys, raised, code, said):

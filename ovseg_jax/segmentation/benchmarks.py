@@ -118,7 +118,7 @@ class OwnFolder:
         if wrong:
             which = f"{len(wrong)} of {len(self)} masks"
             raise UserError(f"benchmark folder: {which} cannot be used: {listed(wrong, '; ')}")
-        if self.has_background and 0 not in present:
+        if self.has_background and not count and 0 not in present:
             hint = "labels are the numbers of lines, from 0 up; these may count from 1"
             raise UserError(
                 f"benchmark folder: none of {len(self)} masks has the value 0, background: {hint}"

@@ -162,7 +162,7 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _without_numbers(entries: list[str], where: str, first: tuple[int, ...]) -> list[str]:
-    if entries[0].lower() in BACKGROUND_NAMES and len(entries) > 1:  # without a number it is 0
+    if len(entries) > 1 and entries[0].lower() in BACKGROUND_NAMES:  # without a number it is 0
         return [entries[0], *_without_numbers(entries[1:], where, (1,))]
     forms = (
         r"(?P<number>\d{1,9})\s*[:\t]\s*(?P<name>\S.*)",

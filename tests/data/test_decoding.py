@@ -47,7 +47,9 @@ def test_transparent_parts_are_white():
 @pytest.mark.parametrize(
     "largest, tags, expected",
     [(1.0, {}, 255), (200.0, {}, 200), (0.5, {341: 2.0}, 64), (np.uint16(4095), {281: 4095}, 255)]
-    + [(300.0, {}, None), (-1.0, {}, None), (np.nan, {}, None)],
+    + [(300.0, {}, None), (-1.0, {}, None), (np.nan, {}, None), (0.0, {}, 0)]
+    # Perhaps 12 bits in 16, a little over 1, percents: nearly black, if the type decided.
+    + [(np.uint16(4095), {}, None), (1.65, {}, None), (100.0, {}, None)],
 )
 def test_the_range_comes_from_the_file(largest, tags, expected):
     values = np.full((3, 4), largest, getattr(largest, "dtype", np.float32))

@@ -39,6 +39,8 @@ def classes(tmp_path):
     (root / "woman" / "broken.jpg").write_bytes(b"garbage")
     (root / "README").write_text("no class")
     (root / ".cache").mkdir()
+    (root / "woman" / ".kept").mkdir()
+    (root / "woman" / "itself").symlink_to(root / "woman")
     (root / "empty").mkdir()
     return root
 
@@ -48,6 +50,7 @@ def test_files_of_classes(classes, monkeypatch):
     source = pickle.loads(pickle.dumps(FolderSource(classes)))
     pairs = read_all(source)
     assert [(pair.key, pair.captions, pair.cause) for pair in pairs] == [
+        (".cache", (), rules.NO_CLASS),
         ("README", (), rules.NO_CLASS),
         ("sorrel/1.JPEG", ("sorrel",), ""),
         ("sorrel/2.jpg", ("sorrel",), ""),
@@ -55,15 +58,17 @@ def test_files_of_classes(classes, monkeypatch):
         ("sorrel/notes.txt", (), rules.NO_IMAGE_FILE),
         ("studio_couch/.hidden.jpg", (), rules.NO_IMAGE_FILE),
         ("studio_couch/1.jpg", ("studio couch",), ""),
+        ("woman/.kept", (), rules.NO_IMAGE_FILE),
         ("woman/1.webp", ("woman",), ""),
         ("woman/broken.jpg", ("woman",), ""),
+        ("woman/itself", (), rules.NO_IMAGE_FILE),
     ]
-    assert pairs[1].image == jpeg(len("1.JPEG"))
+    assert pairs[2].image == jpeg(len("1.JPEG"))
     assert all(pair.image is None for pair in read_all(source, images=False))
     assert [shard.name for shard in source.shards()] == [
         "empty to sorrel, 4 files",
         "studio_couch to studio_couch, 2 files",
-        "woman to woman, 2 files",
+        "woman to woman, 4 files",
     ]
 
 
@@ -75,7 +80,7 @@ def prepared(source, out, *more):
 def test_prepared_classes_can_be_mixed_with_captions(classes, tmp_path, capsys):
     photographs = prepared(f"folders:{classes}", tmp_path / "a")
     said = capsys.readouterr().out
-    assert "5 of 9 pairs kept" in said and rules.NO_IMAGE_FILE in said
+    assert "5 of 12 pairs kept" in said and rules.NO_IMAGE_FILE in said
     assert photographs.manifest.captions == CLASS_NAMES
     table = photographs.manifest.entities
     # A woman is a person in the published list already.

@@ -225,11 +225,39 @@ def test_rows_of_other_widths_empty_cells_and_quotes_behind_backslashes(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("text", "kept", "bad"),
+    [
+        # Without a header too, a comma that should be in quotes cuts no caption in silence.
+        ("x.jpg,a dog\nx.jpg,a cat, and a dog\nx.jpg,a bus\n", ["a dog", "a bus"], 1),
+        # A later row closes the quote: the rows between are no caption.
+        (
+            'image,caption\nx.jpg,"a dog\nx.jpg,a cat\nx.jpg,a man"\nx.jpg,a bus\n',
+            ["a cat", 'a man"', "a bus"],
+            1,
+        ),
+        ('image,caption\nx.jpg,"a dog\nx.jpg,a man"\nx.jpg,a bus\n', ['a man"', "a bus"], 1),
+        # The image behind a caption of several lines is no row of its own.
+        (
+            'caption,image\n"a dog\nand a cat",x.jpg\na bus,x.jpg\n',
+            ["a dog\nand a cat", "a bus"],
+            0,
+        ),
+        ("image,caption\nx.jpg,a dog\rx.jpg,a cat\nx.jpg,a bus\n", ["a bus"], 1),
+    ],
+)
+def test_rows_that_would_swallow_others_are_counted(tmp_path, text, kept, bad):
+    rows, unusable = table_of(tmp_path, "t.csv", text)
+    assert [caption for _, caption in rows] == kept
+    assert [pair.cause for pair in unusable] == [BAD_ROW] * bad
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("t.tsv", None, "there is no file"),
         ("t.parquet", "x", r"must be a \.tsv or \.csv"),
         ("t.tsv", "", "has no rows"),
+        ("t.csv", "image,caption\rx.jpg,a dog\rx.jpg,a cat\r", "carriage return alone"),
         ("t.tsv", "a dog\na cat\n", "lacks a column.*'a dog'.*header"),
         ("t.csv", "https://a.org/1.jpg\n", "lacks a column"),
         ("t.tsv", "https://a.org/1.jpg\ta dog\n", "none of the first .* images.*MD5.*--images"),
@@ -238,7 +266,7 @@ def test_rows_of_other_widths_empty_cells_and_quotes_behind_backslashes(tmp_path
 def test_tables_that_cannot_be_used(tmp_path, name, text, message):
     path = tmp_path / name
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode())
     with pytest.raises(UserError, match=message):
         FileSource(path)
     path = tmp_path / "good.tsv"

@@ -61,7 +61,7 @@ def test_the_affinity_of_features(directory, model):
 def test_background_threshold_and_words(model):
     without = model.segment(PIXELS, ["cat", "dog"], background=False)
     assert set(np.unique(without.labels)) <= {1, 2}
-    assert not model.segment(PIXELS, ["cat", "dog"], threshold=1.1).labels.any()
+    assert not model.segment(PIXELS, ["cat", "dog"], threshold=1.0).labels.any()
     # Two words that compete alone, and no threshold: nothing is left for the background.
     alone = model.segment(PIXELS, ["cat", "dog"], threshold=0.0, words=2)
     np.testing.assert_array_equal(alone.labels, without.labels)
@@ -171,6 +171,11 @@ BAD = {
     "none of them empty": lambda m, p: m.embed_text(["cat", " "]),
     "a least probability": lambda m, p: _check_options(0.4, None, 0),
     "threshold is a probability": lambda m, p: _check_options(True, "0.5", 0),
+    "not nan": lambda m, p: m.segment(PIXELS, ["cat"], threshold=float("nan")),
+    "not 2": lambda m, p: _check_options(True, 2, 0),
+    "not True": lambda m, p: _check_options(True, True, 0),
+    "words is True": lambda m, p: _check_options(True, None, True),
+    "no text in UTF-8": lambda m, p: m.segment(PIXELS, ["caf\udce9"]),
     "words is -3": lambda m, p: m.segment(PIXELS, ["cat"], words=-3),
     "scale cannot be 'x'": lambda m, p: ovseg_jax.load(p, scale="x"),
     "unknown fscale": lambda m, p: ovseg_jax.load(p, fscale=True),

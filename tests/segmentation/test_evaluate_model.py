@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -201,6 +204,13 @@ BROKEN = {
     "holds no .png": lambda root: [path.unlink() for path in (root / "masks").iterdir()],
     "1 masks have no image": lambda root: (root / "images" / "photo1.png").unlink(),
     "have one name": lambda root: (root / "images" / "photo1.jpg").write_bytes(b"x"),
+    "have one name: remove": lambda root: shutil.copy(
+        root / "masks" / "photo1.png", root / "masks" / "photo1.PNG"
+    ),
+    "none of 3 masks has the value 0": lambda root: [
+        Image.new("L", size, 1).save(root / "masks" / f"photo{number}.png")
+        for number, size in enumerate(((56, 40), (20, 20), (64, 33)))
+    ],
     "no folder masks": lambda root: (root / "masks").rename(root / "mask"),
 }
 
@@ -212,6 +222,22 @@ def test_own_folder_that_is_incomplete(tmp_path, said):
     BROKEN[said](root)
     with pytest.raises(UserError, match=said):
         make_benchmark("folder", {"dir": str(root)})
+
+
+def gray_of_2_bits(labels):
+    """A PNG with four labels in a byte; Pillow reads them, but writes none."""
+
+    def chunk(kind, data):
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    four = labels.reshape(len(labels), -1, 4)
+    rows = (four << np.array([6, 4, 2, 0], np.uint8)).sum(-1).astype(np.uint8)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", labels.shape[1], len(labels), 2, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(kind, data) for kind, data in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    )
 
 
 def test_own_masks_that_are_no_masks(tmp_path):
@@ -228,6 +254,8 @@ def test_own_masks_that_are_no_masks(tmp_path):
     np.testing.assert_array_equal(read()[1], good)
     Image.fromarray(good == 1).save(mask)  # one bit a pixel
     np.testing.assert_array_equal(read()[1], good == 1)
+    mask.write_bytes(gray_of_2_bits(good % 2))
+    np.testing.assert_array_equal(read()[1], good % 2)
     for image, said in (
         (Image.fromarray(np.zeros((40, 56, 3), np.uint8)), "RGB pixels: save labels as gray"),
         (Image.fromarray(np.zeros((40, 55), np.uint8)), "56x40 pixels but its mask 55x40"),
@@ -260,11 +288,11 @@ def test_own_masks_that_are_no_masks(tmp_path):
 def test_what_of_a_folder_was_not_used(tmp_path):
     root = own_folder(tmp_path / "own")
     (root / "images" / "photo9.jpg").write_bytes(b"never read")
-    for name in ("images/photo1.json", "masks/photo1.txt", "images/._photo1.png"):
+    for name in ("images/photo1.json", "masks/.kept", "masks/photo1.txt", "images/._photo1.png"):
         (root / name).write_text("no image")
     (root / "masks" / "photo0.png").rename(root / "masks" / "photo0.PNG")
     benchmark = make_benchmark("folder", {"dir": str(root)})
     described = benchmark.describe()
     assert described["images_without_mask"] == 1 and described["whole"] and len(benchmark) == 3
-    assert described["passed_over"] == ["photo1.json", "photo1.txt"]
+    assert described["passed_over"] == ["photo1.json", ".kept", "photo1.txt"]
     assert not make_benchmark("folder", {"dir": str(root), "count": 2}).describe()["whole"]

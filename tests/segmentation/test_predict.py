@@ -100,6 +100,10 @@ def test_frames_of_animations(tmp_path):
         frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
         read = [p.image.mean() for p in pictures([str(tmp_path / f"a.{suffix}")])]
         np.testing.assert_allclose(read, (0, 40, 80), atol=3)
+    # The range that the file tells holds for all pages.
+    bright = [Image.fromarray(np.full((8, 8), x, np.float32)) for x in (1.0, 4.0)]
+    bright[0].save(tmp_path / "f.tif", save_all=True, append_images=bright[1:], tiffinfo={341: 4.0})
+    assert [p.image.max() for p in pictures([str(tmp_path / "f.tif")])] == [64, 255]
     frames[1].save(tmp_path / "one.gif")
     assert [p.name for p in pictures([str(tmp_path / "one.gif")])] == ["one"]
 
@@ -194,6 +198,11 @@ def test_kinds_of_background(call, tmp_path, background):
         (("--classes=cat", "--batch_size=-1"), "at least 0"),
         (("--classes=cat", "--every=0"), "at least 1"),
         (("--classes=cat", "--background=50%"), "'50%' is no word"),
+        (("--classes=cat", "--background=0_1"), "'0_1' is no word"),
+        (("--classes=cat", "--background=none,"), "'none' is no word"),
+        (("--classes=cat", "--background=off"), "'off' is no word"),
+        (("--classes=cat", "--background=1/2"), "'1/2' is no word"),
+        (("--classes=caf\udce9",), "no text in UTF-8"),
         (("--vocabulary=ade20",), "cityscapes; did you mean 'ade20k'?\n"),
         (("--classes=cat", "--model=photo"), "brings photos; did you mean 'photos'?"),
         (("--classes=" + ",".join(map(str, range(256))),), "256 classes do not fit"),

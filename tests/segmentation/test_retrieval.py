@@ -66,6 +66,8 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
     for folder in ("empty", ".ipynb_checkpoints"):
         (tmp_path / folder).mkdir()
     write(tmp_path / ".ipynb_checkpoints" / "cat.png", 9)
+    write(tmp_path / ".thumbnails" / "cat.png", 9)
+    (tmp_path / "cat" / "lost.png").symlink_to(tmp_path / "nothing")
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     pairs = (("cat/a.png", "a photo of cat"), ("cat/b.png", "a dog"), ("cat/a.png", "cat ."))
     text = "\ufeff" + "\n".join("\t".join(pair) for pair in pairs) + "\n"
@@ -84,7 +86,9 @@ def test_folders_of_classes_and_captions(directory, tmp_path):
     assert first["class_top1"].keys() == set(names)
     assert first["protocol"]["templates"] == ["a photo of a {}."] and first["images_per_second"] > 0
     assert found["retrieval"]["protocol"]["templates"] == ["{}"]
-    assert first["passed_over"] == ["captions.tsv", "cat/notes.txt", "empty"]
+    assert first["passed_over"] == [
+        *(".thumbnails", "captions.tsv", "cat/lost.png", "cat/notes.txt", "empty")
+    ]
     said = " ".join(whole_image_lines(first))
     assert "4 images, 3 classes" in said and "a photo of a {}." in said
     assert [row[0] for row in whole_image_rows(first)[1:]] == ["top1", "top5", "mean_class_top1"]
@@ -106,12 +110,19 @@ def test_folders_that_are_no_sets(tmp_path):
     for text, said in (
         ("\n", "has no captions"),
         ("a.png a caption\n", "line 1"),
+        ("a.png\tone\ta.png\ttwo\n", "line 1"),
         ("a.png\ta caption\n", "no file"),
     ):
         (tmp_path / "captions.tsv").write_text(text)
         with pytest.raises(UserError, match=said):
             whole_image_sets(("retrieval",), str(tmp_path))
     write(tmp_path / "a.png", 0)
+    for text, captions in (
+        ('a.png\t"a ""big"" dog"\na.png\t"two\nlines"\n', ['a "big" dog', "two\nlines"]),
+        ('a.png\t"so" a dog\na.png\ta 5" cat\n', ['"so" a dog', 'a 5" cat']),
+    ):
+        (tmp_path / "captions.tsv").write_text(text)
+        assert whole_image_sets(("retrieval",), str(tmp_path))["retrieval"].texts == captions
     for option in ({"protocol_name": "paper"}, {"pictures": 1}):
         with pytest.raises(UserError, match="--pictures are about label maps"):
             options = {"data_dir": str(tmp_path), **option}

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import operator
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +37,8 @@ class FolderSource:
         self.directory = existing_folder(directory)
         self.name = "folders of classes" + (", with hypernyms" if hypernyms else "")
         listed = _listed(self.directory)
-        self._classes = [path.name for path in listed if path.is_dir()]
-        self._beside = [path.name for path in listed if not path.is_dir()]
+        self._classes = [path.name for path in listed if _is_open(path, ())]
+        self._beside = [path.name for path in listed if path.name not in set(self._classes)]
         if not self._classes:
             raise UserError(f"{self.directory} has no folders in it; it needs one for each class")
         wordnet = load_wordnet() if hypernyms else None
@@ -74,25 +75,34 @@ class FolderSource:
         for number in range(shard.start, shard.stop):
             folder = self._classes[number]
             for key, path in _files(self.directory / folder, folder):
-                if path.name.startswith(".") or not path.name.lower().endswith(_IMAGES):
+                hidden = path.name.startswith(".") or path.is_dir()
+                if hidden or not path.name.lower().endswith(_IMAGES):
                     yield RawPair(key, cause=NO_IMAGE_FILE)
                 else:
                     yield RawPair(key, self._names[number], read_file(path) if images else None)
 
 
 def _listed(folder: AnyPath) -> list[AnyPath]:
-    """The content of a folder by name, without what other programs left: hidden folders too."""
-    paths = sorted(folder.iterdir(), key=lambda path: path.name)
-    hidden = [path.name.startswith(".") and path.is_dir() for path in paths]
-    return [p for p, hide in zip(paths, hidden, strict=True) if not hide and not is_foreign(p.name)]
+    """The content of a folder by name, without what other programs left."""
+    paths = (path for path in folder.iterdir() if not is_foreign(path.name))
+    return sorted(paths, key=lambda path: path.name)
 
 
-def _files(folder: AnyPath, below: str) -> Iterator[tuple[str, AnyPath]]:
-    """(key, path) of the files at any depth."""
+def _is_open(path: AnyPath, above: tuple[str, ...]) -> bool:
+    """Whether this is a folder to look into: not hidden, and no link back to one `above` it."""
+    hidden = path.name.startswith(".")
+    return not hidden and path.is_dir() and os.path.realpath(path) not in above
+
+
+def _files(
+    folder: AnyPath, below: str, above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, AnyPath]]:
+    """(key, path) of the files at any depth, and of folders that are not looked into."""
+    above += (os.path.realpath(folder),)
     for path in _listed(folder):
         key = f"{below}/{path.name}"
-        if path.is_dir():
-            yield from _files(path, key)
+        if _is_open(path, above):
+            yield from _files(path, key, above)
         else:
             yield key, path
 

@@ -72,6 +72,11 @@ class FileSource:
         self._quoted = suffix == ".csv" or _has_quoted_cells(self._path)
         self._separator = _separator(self._path) if suffix == ".csv" else "\t"
         self._columns = 0
+        with self._path.open("rb") as stream:
+            first = stream.readline()
+        if not first.endswith(b"\n") and b"\r" in first.strip():
+            hint = "save it with the line ends of Unix or Windows"
+            raise UserError(f"the lines of {self._path} end with a carriage return alone; {hint}")
         rows = [cells for _, cells in islice(self._rows(0), _SAMPLE_ROWS) if cells]
         if not rows:
             raise UserError(f"{self._path} has no rows; check --source")
@@ -150,9 +155,10 @@ class FileSource:
     def _image_cell(self, cells: list[str]) -> str:
         """The cell that names the image; empty where the row is unusable."""
         usable = len(cells) > max(self._image, self._caption, self._key or 0)
-        # A cell that the header does not name comes from a separator that should be in quotes: the
-        # caption would be cut there.
-        usable = usable and not (self._has_header and any(cells[self._width :]))
+        # A cell that the header does not name, or that most rows lack, comes from a separator which
+        # should be in quotes: the caption would be cut there.
+        width = self._width if self._has_header else self._columns
+        usable = usable and not any(cells[width:])
         return cells[self._image].strip() if usable else ""
 
     def _try_names(self, naming: str, cell: str, row: int, read: Callable[[AnyPath], Any]) -> Any:
@@ -240,6 +246,8 @@ def _read_rows(
             if begin == 0:
                 text = text.removeprefix(_BYTE_ORDER_MARK)
             cells = text.rstrip("\r\n").split(separator)
+            if "\r" in text.rstrip("\r\n"):
+                cells = []  # programs disagree whether a row ends here
             if quoted and '"' in text:
                 row = _parse_quoted(text, stream, separator, columns)
                 end = stream.tell()
@@ -253,7 +261,8 @@ def _read_rows(
 def _parse_quoted(text: str, stream: Any, separator: str, columns: int) -> list[str] | None:
     """The cells of a row with quotes that begins with the line `text`; None if it is none.
 
-    Leaves `stream`, which has the lines after it, behind the row, or behind `text`.
+    Leaves `stream`, which has the lines after it, behind the row, or behind `text`. A quoted cell
+    with whole rows in it is one that was not closed: `text` is no row then.
     """
     with contextlib.suppress(csv.Error):
         return next(csv.reader([text], delimiter=separator, strict=True))
@@ -263,7 +272,18 @@ def _parse_quoted(text: str, stream: Any, separator: str, columns: int) -> list[
         reader = csv.reader(lines, delimiter=separator, escapechar=escape, strict=True)
         with contextlib.suppress(csv.Error):
             cells = next(reader)
-            if reader.line_num == 1 or len(cells) == columns or not columns:
+            end = stream.tell()
+            stream.seek(begin)
+            further = [stream.readline() for _ in range(reader.line_num - 1)]
+            rows = any(_is_row(line, separator, columns) for line in further)
+            if reader.line_num == 1 or not columns or len(cells) == columns and not rows:
+                stream.seek(end)
                 return cells
         stream.seek(begin)
     return None
+
+
+def _is_row(line: bytes, separator: str, columns: int) -> bool:
+    """Whether a line of a quoted cell, up to its closing quote, looks like a row by itself."""
+    cells = line.decode("utf-8", "replace").split('"')[0].strip().split(separator)
+    return len(cells) == columns and any(_IMAGE_CELL.fullmatch(cell.strip()) for cell in cells)
