@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 import ovseg_jax
 from ovseg_jax import flags
-from ovseg_jax.data.decoding import UnreadableImage, is_foreign, opened, upright
+from ovseg_jax.data.decoding import IMAGES, UnreadableImage, is_foreign, opened, upright
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import check_writable, listed, replace_files
 from ovseg_jax.platforms import enable_compilation_cache
 from ovseg_jax.segmentation.api import Segmentation
 from ovseg_jax.segmentation.pictures import (
-    IMAGES,
     files_in,
     overlay,
     palette_image,

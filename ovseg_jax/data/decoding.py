@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import ExifTags, Image
 
+# Endings of image files, in lower case.
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".jp2", ".j2k", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".gif"),
+)
 # Left, top, right, bottom in pixels: integers, or fractions where the image was reduced.
 Box = tuple[int | float, int | float, int | float, int | float]
 # An image with more pixels is refused before it is decoded: a small file can hold a huge image.

@@ -15,11 +15,12 @@ from PIL import Image
 from ovseg_jax.data import scenes
 from ovseg_jax.data.benchmarks.class_tables import IGNORE
 from ovseg_jax.data.benchmarks.folders import LABEL_MODES, stored_values, upright_size
+from ovseg_jax.data.decoding import IMAGES
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import listed
 from ovseg_jax.flags import nearest
 from ovseg_jax.segmentation.official_folders import FOLDERS, FolderBenchmark, Labeled
-from ovseg_jax.segmentation.pictures import IMAGES, files_in, read_image
+from ovseg_jax.segmentation.pictures import files_in, read_image
 from ovseg_jax.segmentation.protocol import Protocol, data_file, digest
 from ovseg_jax.segmentation.vocabulary import Vocabulary, competition, read_text, read_words
 from ovseg_jax.shapes import UInt8

@@ -32,11 +32,6 @@ Legend = Sequence[tuple[str, tuple[int, int, int]]]
 # The bytes are those of an image file.
 AnyImage = str | bytes | os.PathLike | Image.Image | np.ndarray | jax.Array
 
-IMAGES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".jp2", ".j2k", ".bmp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".gif"),
-)
-
 
 def read_image(image: AnyImage) -> np.ndarray:
     """An image as uint8 [H, W, 3]: upright, transparent parts white. UserError for a file that

@@ -19,11 +19,11 @@ from jaxtyping import Float, Integer
 
 import ovseg_jax
 from ovseg_jax import processes
-from ovseg_jax.data.decoding import is_foreign
+from ovseg_jax.data.decoding import IMAGES, is_foreign
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import check_writable
 from ovseg_jax.segmentation.evaluate import write_result
-from ovseg_jax.segmentation.pictures import IMAGES, files_in
+from ovseg_jax.segmentation.pictures import files_in
 from ovseg_jax.segmentation.protocol import names_hash
 from ovseg_jax.segmentation.vocabulary import read_text
 

@@ -17,13 +17,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ovseg_jax.data.decoding import is_foreign
+from ovseg_jax.data.decoding import IMAGES, is_foreign
 from ovseg_jax.data.prepare import pairs
 from ovseg_jax.data.prepare.pairs import AnyPath, Damage, InputShard, RawPair
 from ovseg_jax.data.prepare.rules import LOST, NOT_DOWNLOADED
 from ovseg_jax.errors import UserError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = tuple(ending[1:] for ending in IMAGES)
 _TEXTS = ("txt", "json")
 _DAMAGED = (tarfile.TarError, EOFError)
 # Of a row of a parquet file: key, captions, and whether the image was downloaded.
@@ -79,7 +79,7 @@ class Img2DatasetSource:
                     yield RawPair(name, cause=LOST)
                 continue
             unseen[key] -= 1
-            image = next((files[k] for k in IMAGES if images and k in files), None)
+            image = next((files[k] for k in _IMAGES if images and k in files), None)
             yield RawPair(name, _captions(files, listed.get(key, ())), image)
         for key, captions, downloaded in rows:
             if unseen[key] > 0:
@@ -123,7 +123,7 @@ def _samples(path: AnyPath, images: bool) -> Iterator[tuple[str, dict[str, bytes
 
     The second is None for a pair that the end of a damaged tar cuts off.
     """
-    wanted = (*IMAGES, *_TEXTS) if images else _TEXTS
+    wanted = (*_IMAGES, *_TEXTS) if images else _TEXTS
     key, files, count, damage = "", {}, 0, ""
     try:
         with pairs.network_errors(path, *_DAMAGED, FileNotFoundError), path.open("rb") as file:
@@ -186,7 +186,7 @@ def _split(name: str, current: str) -> tuple[str, str]:
     stem, _, kind = base.partition(".")
     key, ending = folder + slash + stem, kind.lower()
     last = ending.rpartition(".")[2]
-    if key != current and last != ending and last in (*IMAGES, *_TEXTS):
+    if key != current and last != ending and last in (*_IMAGES, *_TEXTS):
         return folder + slash + base[: -len(last) - 1], last
     return key, ending
 

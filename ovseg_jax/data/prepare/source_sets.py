@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovseg_jax.data.decoding import is_foreign
+from ovseg_jax.data.decoding import IMAGES, is_foreign
 from ovseg_jax.data.prepare.pairs import AnyPath, InputShard, RawPair, existing_folder, read_file
 from ovseg_jax.data.prepare.rules import BAD_ROW, NO_CLASS, NO_IMAGE_FILE
 from ovseg_jax.data.records import MOST_NAMES
@@ -20,7 +20,6 @@ from ovseg_jax.errors import UserError
 # A shard of folders ends with the class in which it reaches so many files.
 _FOLDERS_SHARD = 4000
 _TFDS_SHARD, _SCENES_SHARD = 10_000, 1000
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _WORDNET_ID = re.compile(r"n(\d{8})(?![0-9])")
 _CAPTIONS = ("caption", "text", "title", "sentence")
 _KEYS = ("key", "id", "image/id", "image_id", "image/filename", "file_name")
@@ -76,7 +75,7 @@ class FolderSource:
             folder = self._classes[number]
             for key, path in _files(self.directory / folder, folder):
                 hidden = path.name.startswith(".") or path.is_dir()
-                if hidden or not path.name.lower().endswith(_IMAGES):
+                if hidden or not path.name.lower().endswith(IMAGES):
                     yield RawPair(key, cause=NO_IMAGE_FILE)
                 else:
                     yield RawPair(key, self._names[number], read_file(path) if images else None)
