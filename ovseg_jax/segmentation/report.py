@@ -105,7 +105,7 @@ def _expected(result: Mapping[str, Any]) -> int | None:
 
 def _passed_over(facts: Mapping[str, Any]) -> list[str]:
     files = facts.get("passed_over")
-    return [f"{len(files)} files were passed over: {listed(files)}"] if files else []
+    return [f"passed over, as no part of the set: {listed(files)}"] if files else []
 
 
 def protocol_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
