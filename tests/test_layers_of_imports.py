@@ -119,7 +119,7 @@ def test_the_package_does_not_grow(capsys):
             ahead += graph[name]
     predict = {name for name in reached if names[name].name != "__init__.py"}
     numbers = {
-        "files": (len(FILES), 105),
+        "files": (len(FILES), 106),
         "lines": (sum(lines.values()), 20_400),
         "files under 60 lines": (sum(count < 60 for count in lines.values()), 16),
         "files that predict imports": (len(predict), 28),

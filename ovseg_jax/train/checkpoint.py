@@ -19,8 +19,9 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from ovseg_jax import processes
 from ovseg_jax.errors import UserError
 from ovseg_jax.files import replace_file
-from ovseg_jax.train.step import TrainState
 
+# A tree of arrays: `train.step.TrainState`.
+State = Any
 # Two, so that there is one before a damaged one.
 KEEP_LATEST = 2
 FILE_LIST = "files.json"
@@ -56,7 +57,7 @@ class _LatestAndBest(LatestN):
 
 
 class Checkpoints:
-    """Saves and restores `TrainState`s with a small record of the run's position.
+    """Saves and restores train states with a small record of the run's position.
 
     Args:
       read_only: of a run that may be under way. Otherwise the folders are made, and what a killed
@@ -99,7 +100,7 @@ class Checkpoints:
 
     # ---- saving
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+    def save(self, state: State, position: dict[str, Any]) -> None:
         """Starts saving, with a record of plain values; returns while files are being written."""
         step = int(state.step)
         if self._manager.latest_step() == step:
@@ -183,7 +184,7 @@ class Checkpoints:
         restored = self._read(step, lambda: self._manager.restore(step, args=args))
         return {**restored.position, "step": step}
 
-    def restore(self, abstract: TrainState, step: int) -> TrainState:
+    def restore(self, abstract: State, step: int) -> State:
         """A state, laid out as the abstract state of its phase says.
 
         Raises:
@@ -234,8 +235,8 @@ class Checkpoints:
         return ""
 
     def restore_latest(
-        self, abstract: Callable[[dict[str, Any]], TrainState], say: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+        self, abstract: Callable[[dict[str, Any]], State], say: Callable[[str], None]
+    ) -> tuple[State, dict[str, Any]] | None:
         """The latest state that can be read, with its record; None where none was saved.
 
         A damaged one is moved to ``checkpoints/damaged``, and the one before is tried; if none is
